@@ -1,0 +1,197 @@
+"""The report's pictures, as PNG files in memory. Drawn without pyplot: no global state, no window."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from .history import History
+from .inside import InsideView
+from .label_maps import Classes, class_mask
+
+CLASS_COLOURS = ("#e69f00", "#56b4e9", "#2ecc71", "#d55e9b", "#f0e442", "#c0392b", "#9b7fe6", "#1abc9c")
+"""Distinct on grey and for most colour-blind readers; repeated after the eighth class."""
+
+METHOD_COLOURS = ("#555555", "#0b6e99", "#b5531c", "#3b7d3b")
+_DPI = 110
+_MARGIN = 12  # pixels around the structures in a cropped view
+
+
+@dataclass(frozen=True)
+class CaseImages:
+    """One case as it was read, all arrays (D, H, W).
+
+    Attributes:
+        case: its name.
+        image: the first channel.
+        spacing: millimetres along (D, H, W).
+        truth: label values.
+        predictions: label values by method.
+    """
+
+    case: str
+    image: NDArray[np.float32]
+    spacing: tuple[float, float, float]
+    truth: NDArray[np.integer[Any]]
+    predictions: Mapping[str, NDArray[np.integer[Any]]]
+
+
+def colour_of(classes: Classes) -> dict[str, str]:
+    """The colour of each class in every picture."""
+    return {name: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, name in enumerate(classes.foreground)}
+
+
+def draw_curves(histories: Mapping[str, History]) -> bytes:
+    """Pseudo Dice of all methods over training time, and each method's losses in a panel of its own."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 1 + len(histories), squeeze=False)[0]
+    for (name, history), colour in zip(histories.items(), METHOD_COLOURS, strict=False):
+        axes[0].plot(history.seconds, history.pseudo_dice, "o-", color=colour, label=name, ms=3, lw=1.5)
+    axes[0].set(title="Dice on validation patches", xlabel="seconds", ylim=(0, 1))
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    for ax, (name, history), colour in zip(axes[1:], histories.items(), METHOD_COLOURS, strict=False):
+        ax.plot(history.seconds, history.train_loss, "o-", color=colour, label="training", ms=3, lw=1.5)
+        ax.plot(history.seconds, history.val_loss, "s--", color=colour, alpha=0.6, label="validation", ms=3, lw=1.2)
+        ax.set(title=f"Losses of {name}", xlabel="seconds")
+        ax.legend(frameon=False, fontsize=8)
+    for ax in axes:
+        ax.title.set_fontsize(10)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, lw=0.5)
+    return _png(figure)
+
+
+def draw_case(images: CaseImages, classes: Classes) -> bytes:
+    """Two slices of a case: the image alone, with the truth, and with each method's prediction."""
+    rows = choose_slices(images, classes)
+    view = _crop(images.image.shape[1:], [images.truth, *images.predictions.values()])
+    low, high = np.percentile(images.image, (0.5, 99.8))
+    columns: list[tuple[str, NDArray[np.integer[Any]] | None]] = [("image", None), ("truth", images.truth)]
+    columns += list(images.predictions.items())
+    figure, axes = _grid(len(rows), len(columns), images.image[0][view].shape, images.spacing[1] / images.spacing[2])
+    for row, (index, reason) in enumerate(rows):
+        for column, (title, labels) in enumerate(columns):
+            ax = axes[row, column]
+            aspect = images.spacing[1] / images.spacing[2]
+            ax.imshow(images.image[index][view], cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            if labels is not None:
+                _overlay(ax, labels[index][view], classes)
+            if row == 0:
+                ax.set_title(title, fontsize=10)
+        axes[row, 0].set_ylabel(f"slice {index}\n{reason}", fontsize=8)
+    return _png(figure)
+
+
+def draw_inside(view: InsideView, classes: Classes) -> bytes:
+    """Three slices of a patch: truth, auxiliary boxes and auxiliary masks of the queries that found a class.
+
+    Queries that chose background or "no object" are left out.
+    """
+    colours = colour_of(classes)
+    heads = classes.heads
+    low, high = np.percentile(view.image, (0.5, 99.8))
+    rows = _slices_with_objects(view, heads)
+    figure, axes = _grid(len(rows), 3, view.image.shape[1:], view.aspect)
+    for row, index in enumerate(rows):
+        for ax in axes[row]:
+            ax.imshow(view.image[index], cmap="gray", vmin=low, vmax=high, aspect=view.aspect)
+        _overlay(axes[row, 0], view.truth[index], classes)
+        for query in np.flatnonzero(view.kept[index]):
+            name = heads[view.classes[index, query]]
+            if name not in colours:
+                continue
+            _box(axes[row, 1], view.boxes[index, query], colours[name], f"{name} {view.confidence[index, query]:.2f}")
+            _fill(axes[row, 2], view.masks[index, query], colours[name])
+        axes[row, 0].set_ylabel(f"slice {index} of the patch", fontsize=8)
+        for ax in axes[row]:  # boxes may leave the patch: the picture must not grow with them
+            ax.set_xlim(-0.5, view.image.shape[2] - 0.5)
+            ax.set_ylim(view.image.shape[1] - 0.5, -0.5)
+    for ax, title in zip(axes[0], ("truth", "auxiliary boxes", "auxiliary masks"), strict=True):
+        ax.set_title(title, fontsize=10)
+    return _png(figure)
+
+
+def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]:
+    """The slice with most labelled voxels, and the one where the last method errs most; one if they are the same."""
+    foreground = [class_mask(images.truth, values) for values in classes.foreground.values()]
+    size = np.sum([mask.sum(axis=(1, 2)) for mask in foreground], axis=0)
+    last = list(images.predictions.values())[-1]
+    wrong = np.sum(
+        [(class_mask(last, v) ^ class_mask(images.truth, v)).sum((1, 2)) for v in classes.foreground.values()], 0
+    )
+    largest = int(np.argmax(size))
+    wrong[largest] = 0
+    chosen = [(largest, "most labelled voxels")]
+    if wrong.any():
+        chosen.append((int(np.argmax(wrong)), f"most errors of {list(images.predictions)[-1]}"))
+    return chosen
+
+
+def _slices_with_objects(view: InsideView, heads: Sequence[str], count: int = 3) -> list[int]:
+    """Slices spread over those where a query found a class other than background; else the middle one."""
+    found = view.kept & (np.array(heads)[view.classes] != "background")
+    candidates = np.flatnonzero(found.any(axis=1))
+    if not len(candidates):
+        return [view.image.shape[0] // 2]
+    places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1]
+    return sorted({int(candidates[round(place)]) for place in places})
+
+
+def _crop(shape: Sequence[int], label_maps: Sequence[NDArray[np.integer[Any]]]) -> tuple[slice, slice]:
+    """The in-plane window around all that is labelled in any slice, with a margin."""
+    labelled = np.any([(labels > 0).any(axis=0) for labels in label_maps], axis=0)
+    if not labelled.any():
+        return slice(0, shape[0]), slice(0, shape[1])
+    window = []
+    for axis, size in enumerate(shape):
+        places = np.flatnonzero(labelled.any(axis=1 - axis))
+        window.append(slice(max(int(places[0]) - _MARGIN, 0), min(int(places[-1]) + _MARGIN + 1, size)))
+    return window[0], window[1]
+
+
+def _grid(rows: int, columns: int, shape: Sequence[int], aspect: float) -> tuple[Figure, NDArray[Any]]:
+    width = 10.5 / max(columns, 4)
+    height = min(max(width * shape[0] * aspect / shape[1], 0.6), 5.0)
+    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.35), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> None:
+    for name, colour in colour_of(classes).items():
+        _fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour)
+
+
+def _fill(ax: Axes, mask: NDArray[Any], colour: str) -> None:
+    """A tinted area with its contour, where ``mask`` (H, W) exceeds a half."""
+    if not (mask > 0.5).any():
+        return
+    framed = np.pad(mask, 1)  # so that the contour closes at the picture's border
+    x, y = np.arange(framed.shape[1]) - 1, np.arange(framed.shape[0]) - 1
+    ax.contourf(x, y, framed, levels=[0.5, np.inf], colors=[colour], alpha=0.25)
+    ax.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=1.3)
+
+
+def _box(ax: Axes, box: NDArray[np.float32], colour: str, text: str) -> None:
+    x0, y0, x1, y1 = (float(v) - 0.5 for v in box)  # matplotlib's pixels are centred on whole numbers
+    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
+    frame = {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0}
+    ax.text(x0, y0, text, color=colour, fontsize=6, va="bottom", ha="left", bbox=frame, clip_on=True)
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=_DPI)
+    return stream.getvalue()

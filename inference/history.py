@@ -1,0 +1,89 @@
+"""What a training left behind: its figures and its curves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import DemoError
+from .json_files import read_json
+
+STATS_FILE = "training_stats.json"
+PROGRESS_FILE = "budget_progress.json"
+
+
+@dataclass(frozen=True)
+class TrainingStats:
+    """The content of training_stats.json, written by the time-budget trainers.
+
+    Attributes:
+        train_seconds: time spent training, validation after the last epoch excluded.
+        iterations: optimizer steps.
+        peak_memory_mb: in MiB.
+        peak_memory_of: what was measured: the GPU's allocations or the process.
+        parameters: of the network.
+        trainable_parameters: those that were trained.
+        epochs: of nnU-Net's loop.
+        batch_size: as trained.
+        patch_size: as trained, (D, H, W) or (H, W).
+        device: as torch names it.
+    """
+
+    train_seconds: float
+    iterations: int
+    peak_memory_mb: float
+    peak_memory_of: str
+    parameters: int
+    trainable_parameters: int
+    epochs: int
+    batch_size: int
+    patch_size: tuple[int, ...]
+    device: str
+
+    @classmethod
+    def read(cls, fold: Path) -> TrainingStats:
+        """Read the figures of a trained fold.
+
+        Raises:
+            DemoError: if the file is missing or lacks a figure.
+        """
+        path = fold / STATS_FILE
+        try:
+            content: dict[str, Any] = read_json(path)
+            values = {field.name: content[field.name] for field in fields(cls)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DemoError(f"{path}: no usable figures of the training ({error!r})") from error
+        return cls(**values | {"patch_size": tuple(values["patch_size"])})
+
+
+@dataclass(frozen=True)
+class History:
+    """nnU-Net's log, one value per epoch.
+
+    Attributes:
+        seconds: end of each epoch, from the start of the first.
+        train_loss: the method's own loss.
+        val_loss: nnU-Net's loss on validation patches.
+        pseudo_dice: mean foreground Dice over validation patches.
+    """
+
+    seconds: tuple[float, ...]
+    train_loss: tuple[float, ...]
+    val_loss: tuple[float, ...]
+    pseudo_dice: tuple[float, ...]
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> History:
+        """Read the log inside a checkpoint of our own training: unpickling runs what the file says."""
+        log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+        starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
+        epochs = min(len(ends), *(len(log[key]) for key in ("train_losses", "val_losses", "mean_fg_dice")))
+
+        def values(key: str) -> tuple[float, ...]:
+            return tuple(float(value) for value in log[key][:epochs])
+
+        seconds = tuple(float(end - starts[0]) for end in ends[:epochs])
+        return cls(seconds, values("train_losses"), values("val_losses"), values("mean_fg_dice"))

@@ -1,0 +1,129 @@
+"""Label maps as nnU-Net reads them, and the classes a dataset.json declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from numpy.typing import NDArray
+
+
+class LabelMapError(ValueError):
+    """A label map is missing, or does not lie on the same grid as another."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What is scored, and how nnU-Net names it.
+
+    Attributes:
+        foreground: label values of each class or region by name, in the order of nnU-Net's network outputs; without
+            background.
+        has_regions: whether classes are regions, which may overlap.
+        ignore_label: value of voxels that do not count, or None.
+    """
+
+    foreground: Mapping[str, tuple[int, ...]]
+    has_regions: bool
+    ignore_label: int | None
+
+    @classmethod
+    def from_dataset_json(cls, dataset_json: Mapping[str, Any]) -> Classes:
+        """Read the labels of a dataset.json by nnU-Net's rules."""
+        manager = LabelManager(dict(dataset_json["labels"]), dataset_json.get("regions_class_order"))
+        named = {
+            name: tuple(int(v) for v in (value if isinstance(value, (list, tuple)) else (value,)))
+            for name, value in dataset_json["labels"].items()
+            if name != "ignore"
+        }
+        foreground = {name: values for name, values in named.items() if set(values) != {0}}
+        if not manager.has_regions:  # nnU-Net orders labels by value, regions as they are written
+            foreground = dict(sorted(foreground.items(), key=lambda item: item[1]))
+        return cls(foreground, manager.has_regions, manager.ignore_label)
+
+    @property
+    def heads(self) -> list[str]:
+        """Name of each channel of the network's output."""
+        return list(self.foreground) if self.has_regions else ["background", *self.foreground]
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """A segmentation with its grid.
+
+    Attributes:
+        labels: (D, H, W) whole numbers.
+        spacing: millimetres along (D, H, W).
+        placement: what the reader tells of origin and direction, by name; empty for formats without.
+    """
+
+    labels: NDArray[np.integer[Any]]
+    spacing: tuple[float, float, float]
+    placement: Mapping[str, NDArray[np.float64]]
+
+
+def read_volume(files: Sequence[Path], dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Read an image (one file per channel) by the dataset's own reader; (C, D, H, W) and nnU-Net's properties."""
+    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(files[0]), verbose=False)()
+    array, properties = reader.read_images([str(file) for file in files])
+    return array, properties
+
+
+def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> LabelMap:
+    """Read ``CASE`` + file_ending from a folder.
+
+    Raises:
+        LabelMapError: if the file is not there.
+    """
+    path = Path(folder) / (case + dataset_json["file_ending"])
+    if not path.is_file():
+        raise LabelMapError(f"case {case!r} has no label map: {path} does not exist")
+    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(path), verbose=False)()
+    array, properties = reader.read_seg(str(path))
+    return LabelMap(
+        np.rint(array[0]).astype(np.int32), tuple(float(s) for s in properties["spacing"]), _placement(properties)
+    )
+
+
+def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> None:
+    """Refuse to compare label maps of different grids.
+
+    Raises:
+        LabelMapError: naming the case, what differs and both values.
+    """
+    if truth.labels.shape != prediction.labels.shape:
+        raise LabelMapError(_differs(case, "shape", truth.labels.shape, prediction.labels.shape))
+    if not np.allclose(truth.spacing, prediction.spacing, rtol=1e-3, atol=1e-4):
+        raise LabelMapError(_differs(case, "spacing", truth.spacing, prediction.spacing))
+    for name in truth.placement.keys() & prediction.placement.keys():
+        one, other = truth.placement[name], prediction.placement[name]
+        # Half a tenth of a millimetre: float32 headers of formats in between, not another position.
+        if one.shape != other.shape or not np.allclose(
+            one, other, rtol=1e-4, atol=0.05 if name != "direction" else 1e-3
+        ):
+            raise LabelMapError(_differs(case, name, one.tolist(), other.tolist()))
+
+
+def class_mask(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:
+    """Where a label map holds one of ``values``; same shape."""
+    return np.isin(labels, list(values))
+
+
+def _placement(properties: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    if "sitk_stuff" in properties:
+        return {name: np.asarray(properties["sitk_stuff"][name], dtype=float) for name in ("origin", "direction")}
+    if "nibabel_stuff" in properties:
+        return {"affine": np.asarray(properties["nibabel_stuff"]["original_affine"], dtype=float)}
+    return {}
+
+
+def _differs(case: str, what: str, truth: object, prediction: object) -> str:
+    return (
+        f"case {case!r}: {what} of truth and prediction differ ({truth} and {prediction}); "
+        "predict from the same image files the truth was drawn on"
+    )

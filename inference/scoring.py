@@ -1,0 +1,211 @@
+"""Scores of predicted segmentations: Dice, HD95 and surface Dice, per case and class.
+
+Dice follows nnU-Net to the last digit, so that ``mean_dice`` is the ``foreground_mean`` of its summary.json. Distances
+are MONAI's, in millimetres.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import NDArray
+
+from .label_maps import Classes, LabelMap, check_same_geometry, class_mask, read_label_map
+
+DICE_POLICY = (
+    "Dice per case and class as nnU-Net defines it: undefined where the class is in neither truth nor prediction, 0 "
+    "where it is in one of them only. A class's Dice is the mean over the cases where it is defined; the mean Dice is "
+    "the mean over classes, background excluded (foreground_mean in nnU-Net's summary.json)."
+)
+HD95_POLICY = (
+    "HD95 is the 95th percentile of the distances from each boundary to the other, the larger of the two directions, "
+    "in mm between boundary voxels. It is undefined, and left out of means, where truth or prediction lacks the class."
+)
+SURFACE_DICE_POLICY = (
+    "Surface Dice (normalised surface distance) is the share of both surfaces that lies within {tolerance:g} mm of the "
+    "other; surfaces are taken at sub-voxel resolution and weighted by area. It is undefined where the class is in "
+    "neither truth nor prediction, 0 where it is in one of them only."
+)
+IGNORE_POLICY = "Voxels with the ignore label in the truth count for nothing."
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Scores of one class, in one case or averaged over cases; NaN where undefined.
+
+    Attributes:
+        dice: 0 to 1.
+        hd95_mm: millimetres.
+        surface_dice: 0 to 1, at the tolerance of :class:`Scores`.
+        truth_ml: volume in the truth, millilitres; NaN for two-dimensional images.
+        predicted_ml: volume in the prediction.
+    """
+
+    dice: float
+    hd95_mm: float
+    surface_dice: float
+    truth_ml: float
+    predicted_ml: float
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """Scores of one case by class name."""
+
+    case: str
+    classes: Mapping[str, ClassScore]
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over the classes where Dice is defined, for ranking cases; NaN if there is none."""
+        return nanmean([score.dice for score in self.classes.values()])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a folder of predictions.
+
+    Attributes:
+        cases: one entry per case, sorted by name.
+        per_class: mean over the cases where a score is defined, by class name.
+        mean_dice: mean of the classes' Dice as nnU-Net's summary.json has it: NaN if a class is nowhere.
+        tolerance_mm: tolerance of the surface Dice.
+    """
+
+    cases: tuple[CaseScore, ...]
+    per_class: Mapping[str, ClassScore]
+    mean_dice: float
+    tolerance_mm: float
+
+    @property
+    def mean_hd95_mm(self) -> float:
+        """Mean over the classes where it is defined."""
+        return nanmean([score.hd95_mm for score in self.per_class.values()])
+
+    @property
+    def mean_surface_dice(self) -> float:
+        """Mean over the classes where it is defined."""
+        return nanmean([score.surface_dice for score in self.per_class.values()])
+
+    def defined_distances(self, name: str) -> int:
+        """In how many cases the HD95 of class ``name`` is defined."""
+        return sum(not math.isnan(case.classes[name].hd95_mm) for case in self.cases)
+
+
+def score_folder(
+    predictions: Path,
+    truths: Path,
+    dataset_json: Mapping[str, Any],
+    cases: Sequence[str],
+    tolerance_mm: float | None = None,
+) -> Scores:
+    """Score ``cases``, each a file ``CASE`` + file_ending in both folders.
+
+    Args:
+        predictions: folder of predicted label maps.
+        truths: folder of true label maps, such as gt_segmentations.
+        dataset_json: the dataset's description; labels or regions, with or without an ignore label.
+        cases: names without file ending, at least one.
+        tolerance_mm: tolerance of the surface Dice; by default :func:`default_tolerance_mm` of the truths.
+
+    Raises:
+        LabelMapError: for a missing file, or if truth and prediction differ in shape, spacing, origin or direction.
+        ValueError: for no cases, or a tolerance that is negative or not finite.
+    """
+    if not cases:
+        raise ValueError("cases is empty: there is nothing to score")
+    classes = Classes.from_dataset_json(dataset_json)
+    if tolerance_mm is None:
+        tolerance_mm = default_tolerance_mm([read_label_map(truths, case, dataset_json) for case in cases])
+    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise ValueError(f"tolerance_mm must be finite and not negative, not {tolerance_mm}")
+    scored = []
+    for case in sorted(cases):  # one at a time: a folder of volumes need not fit into memory
+        truth = read_label_map(truths, case, dataset_json)
+        prediction = read_label_map(predictions, case, dataset_json)
+        check_same_geometry(case, truth, prediction)
+        scored.append(CaseScore(case, score_case(truth, prediction, classes, tolerance_mm)))
+    return aggregate(scored, tolerance_mm)
+
+
+def score_case(truth: LabelMap, prediction: LabelMap, classes: Classes, tolerance_mm: float) -> dict[str, ClassScore]:
+    """Score one case; both label maps are (D, H, W) and share their geometry."""
+    counted = np.ones(truth.labels.shape, dtype=bool)
+    if classes.ignore_label is not None:
+        counted = truth.labels != classes.ignore_label
+    return {
+        name: score_masks(
+            class_mask(truth.labels, values) & counted,
+            class_mask(prediction.labels, values) & counted,
+            truth.spacing,
+            tolerance_mm,
+        )
+        for name, values in classes.foreground.items()
+    }
+
+
+def score_masks(
+    truth: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing: Sequence[float], tolerance_mm: float
+) -> ClassScore:
+    """Score one pair of masks (D, H, W) with a spacing in mm along the same axes.
+
+    With a single slice, distances are measured in the plane and volumes are NaN.
+    """
+    hits = int(np.count_nonzero(truth & prediction))
+    in_truth, in_prediction = int(np.count_nonzero(truth)), int(np.count_nonzero(prediction))
+    dice = 2 * hits / (in_truth + in_prediction) if in_truth + in_prediction else math.nan
+    hd95, surface_dice = math.nan, (0.0 if in_truth + in_prediction else math.nan)
+    flat = truth.shape[0] == 1
+    if in_truth and in_prediction:
+        pair = [torch.from_numpy(mask[0] if flat else mask)[None, None] for mask in (prediction, truth)]
+        steps = [float(s) for s in (spacing[1:] if flat else spacing)]
+        with warnings.catch_warnings():  # MONAI warns of an argument that MONAI itself passes
+            warnings.simplefilter("ignore", FutureWarning)
+            hd95 = float(compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=steps))
+            surface_dice = float(
+                compute_surface_dice(
+                    *pair, class_thresholds=[tolerance_mm], include_background=True, spacing=steps, use_subvoxels=True
+                )
+            )
+    voxel_ml = math.nan if flat else float(np.prod(spacing)) / 1000
+    return ClassScore(dice, hd95, surface_dice, in_truth * voxel_ml, in_prediction * voxel_ml)
+
+
+def default_tolerance_mm(truths: Sequence[LabelMap]) -> float:
+    """1 mm, or the largest in-plane voxel size where that is larger: less cannot be resolved."""
+    return max([1.0, *(float(max(truth.spacing[1:])) for truth in truths)])
+
+
+def aggregate(cases: Sequence[CaseScore], tolerance_mm: float) -> Scores:
+    """Average case scores over the cases where each is defined."""
+    names = list(cases[0].classes)
+    per_class = {
+        name: ClassScore(*(nanmean([getattr(c.classes[name], f.name) for c in cases]) for f in fields(ClassScore)))
+        for name in names
+    }
+    mean_dice = float(np.mean([per_class[name].dice for name in names]))
+    return Scores(tuple(cases), per_class, mean_dice, tolerance_mm)
+
+
+def policies(scores: Scores, has_ignore_label: bool) -> dict[str, str]:
+    """What the numbers mean, in words, for a report."""
+    texts = {
+        "dice": DICE_POLICY,
+        "hd95_mm": HD95_POLICY,
+        "surface_dice": SURFACE_DICE_POLICY.format(tolerance=scores.tolerance_mm),
+    }
+    return texts | ({"ignore": IGNORE_POLICY} if has_ignore_label else {})
+
+
+def nanmean(values: Sequence[float]) -> float:
+    """Mean of what is defined; NaN, without numpy's warning, where nothing is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan

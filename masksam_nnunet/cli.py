@@ -1,0 +1,191 @@
+"""The ``masksam`` command. Imports inside the commands: ``masksam --help`` must not wait for torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from masksam_nnunet import __version__
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.errors import WeightsError
+
+DEFAULT_TRAINER = "MaskSAMTrainer"
+
+app = typer.Typer(
+    name="masksam",
+    help="MaskSAM for nnU-Net: Segment Anything with mask classification, as an nnU-Net v2 trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # it would print every local tensor of a failed training
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# nnU-Net parses these commands' arguments, its -h included.
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+class Backbone(StrEnum):
+    """The released SAM checkpoints."""
+
+    vit_b = "vit_b"
+    vit_l = "vit_l"
+    vit_h = "vit_h"
+
+
+class Shell(StrEnum):
+    """Shells whose syntax for setting a variable is known."""
+
+    sh = "sh"
+    fish = "fish"
+    powershell = "powershell"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"masksam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def env(
+    shell: Annotated[Shell, typer.Option(help="Whose syntax to print.")] = Shell.sh,
+) -> None:
+    """Print the line that shows MaskSAM's trainers to nnU-Net: eval "$(masksam env)"."""
+    typer.echo(_assignment(shell, _ext_trainer()))
+
+
+def _assignment(shell: Shell, value: str) -> str:
+    """The line that exports ``value`` to the programs that ``shell`` starts."""
+    match shell:
+        case Shell.sh:
+            return f"export {EXT_TRAINER}={value}"
+        case Shell.fish:
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            return f"set -gx {EXT_TRAINER} '{escaped}'"
+        case Shell.powershell:
+            doubled = value.replace("'", "''")
+            return f"$env:{EXT_TRAINER} = '{doubled}'"
+
+
+@app.command()
+def weights(
+    backbone: Annotated[Backbone, typer.Argument(help="The SAM checkpoint to fetch.", show_default=False)],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A file that you have, to be verified and copied.", show_default=False)
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A mirror: the file's address or, ending in /, its folder's.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch anew what is already there.")] = False,
+) -> None:
+    """Fetch a SAM checkpoint, verify it, and print where it is. A broken download is resumed."""
+    if source is not None and url is not None:
+        raise typer.BadParameter("give either --from or --url, not both")
+    from masksam_nnunet.weights import fetch
+
+    try:
+        path = fetch(backbone.value, url=url, source=source, force=force)
+    except WeightsError as error:
+        _fail(str(error))
+    typer.echo(path)
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """nnUNetv2_train with MaskSAM's trainers; all arguments are nnU-Net's, -tr defaults to MaskSAMTrainer."""
+    required = ("nnUNet_preprocessed", "nnUNet_results")
+    _run_nnunet("train", "nnunetv2.run.run_training", "run_training_entry", context.args, required)
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def predict(context: typer.Context) -> None:
+    """nnUNetv2_predict with MaskSAM's trainers; all arguments are nnU-Net's, -tr defaults to MaskSAMTrainer."""
+    module = "nnunetv2.inference.predict_from_raw_data"
+    _run_nnunet("predict", module, "predict_entry_point", context.args, ("nnUNet_results",))
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name), else phantoms are made.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the nnU-Net folders and the report go.")] = Path("masksam_demo"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of both methods.")] = 2,
+    fold: Annotated[int, typer.Option(min=0, help="Fold of the cross-validation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the phantoms and of both trainings.")] = 0,
+) -> None:
+    """Train a tiny MaskSAM and nnU-Net for the same minutes, score both on the same fold, write a report."""
+    os.environ[EXT_TRAINER] = _ext_trainer()
+    from masksam_nnunet.inference.demo import DemoError, run_demo
+
+    try:
+        report = run_demo(out=out, data=data, minutes=minutes, batch_size=batch_size, fold=fold, seed=seed)
+    except DemoError as error:
+        _fail(str(error))
+    typer.echo(report)
+
+
+def _run_nnunet(command: str, module: str, entry: str, arguments: list[str], required: tuple[str, ...]) -> None:
+    """Run one of nnU-Net's own commands in this process, as if it had been called with ``arguments``."""
+    asks_help = not {"-h", "--help"}.isdisjoint(arguments)
+    missing = [name for name in required if not os.environ.get(name)]
+    if missing and not asks_help:
+        _fail(
+            f"{' and '.join(missing)} not set: nnU-Net keeps its data in the folders that the environment variables "
+            "nnUNet_raw, nnUNet_preprocessed and nnUNet_results name; export them first"
+        )
+    # In the environment, not only here: the worker processes that nnU-Net spawns look trainers up too.
+    os.environ[EXT_TRAINER] = _ext_trainer()
+    sys.argv = [f"masksam {command}", *(arguments if asks_help else _with_trainer(arguments))]
+    try:
+        getattr(import_module(module), entry)()
+    except WeightsError as error:
+        _fail(str(error))
+
+
+def _with_trainer(arguments: list[str]) -> list[str]:
+    """``arguments`` with ``-tr MaskSAMTrainer`` unless they name a trainer (argparse also takes -t and -tr=NAME)."""
+    if any(argument.split("=")[0] in ("-t", "-tr") for argument in arguments):
+        return arguments
+    typer.echo(f"no -tr given: using -tr {DEFAULT_TRAINER}", err=True)
+    return [*arguments, "-tr", DEFAULT_TRAINER]
+
+
+def _ext_trainer() -> str:
+    try:
+        return ext_trainer_value(os.environ.get(EXT_TRAINER))
+    except RuntimeError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    """One red line on stderr, exit code 1."""
+    typer.secho(f"error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

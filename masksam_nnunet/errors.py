@@ -1,0 +1,20 @@
+"""The error that a user meets when a SAM checkpoint cannot be found, fetched, trusted or loaded."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+class WeightsError(RuntimeError):
+    """A SAM checkpoint is missing, damaged, untrusted or does not fit. One line: what, what was seen, the remedy."""
+
+
+def unwritable(error: OSError, path: Path) -> WeightsError:
+    """The ``WeightsError`` for an operating system error met while ``path`` was written."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space or set MASKSAM_CACHE to a folder on a larger disk"
+    else:
+        remedy = "make the folder writable or set MASKSAM_CACHE to another one"
+    return WeightsError(f"cannot write {path}: {reason}; {remedy}")

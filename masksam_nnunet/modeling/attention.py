@@ -1,0 +1,55 @@
+"""SAM's attention with decomposed relative positions, computed exactly but without its matrix.
+
+q.k scale + q.Rh[h_q, h_k] + q.Rw[w_q, w_k] is one dot product of longer vectors: queries are extended by their products
+with Rh and Rw, keys by one-hot codes of their row and column. So PyTorch's fused attention applies.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from segment_anything.modeling.transformer import Attention as CrossAttention
+from torch import Tensor
+
+
+def fused_attention(attention: Attention, x: Tensor) -> Tensor:
+    """What ``attention(x)`` of segment-anything gives, for x (B, h, w, E)."""
+    b, h, w, _ = x.shape
+    heads = attention.num_heads
+    qkv = attention.qkv(x).reshape(b, h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (B, heads, h w, E/heads)
+    size = q.shape[-1]
+
+    rows = get_rel_pos(h, h, attention.rel_pos_h).to(q.dtype)  # (h, h, E/heads)
+    columns = get_rel_pos(w, w, attention.rel_pos_w).to(q.dtype)
+    grid = q.reshape(b, heads, h, w, size)
+    to_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).reshape(b, heads, h * w, h)
+    to_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns).reshape(b, heads, h * w, w)
+
+    codes = torch.cat(
+        [
+            torch.eye(h, dtype=q.dtype, device=q.device).repeat_interleave(w, 0),
+            torch.eye(w, dtype=q.dtype, device=q.device).repeat(h, 1),
+        ],
+        dim=-1,
+    )  # (h w, h + w)
+    # A multiple of 8, and values as long as queries and keys: else PyTorch leaves the fused path.
+    pad = -(size + h + w) % 8
+    q = F.pad(torch.cat([q * attention.scale, to_rows, to_columns], dim=-1), (0, pad))
+    k = F.pad(torch.cat([k, codes.expand(b, heads, -1, -1)], dim=-1), (0, pad))
+    v = F.pad(v, (0, h + w + pad))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :size]  # (B, heads, h w, E/heads)
+    return attention.proj(out.transpose(1, 2).reshape(b, h, w, -1))
+
+
+def fused_cross_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What ``attention(q, k, v)`` of segment-anything's decoder gives; q (B, n, P), k and v (B, m, P)."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, n, P'/heads)
+
+    out = F.scaled_dot_product_attention(
+        heads(attention.q_proj(q)), heads(attention.k_proj(k)), heads(attention.v_proj(v))
+    )
+    return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, P)

@@ -1,0 +1,43 @@
+"""nnU-Net's convolution blocks, as this project uses them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from torch import nn
+
+
+class ChannelGroupNorm(nn.GroupNorm):
+    """Group normalisation with the constructor nnU-Net's blocks expect.
+
+    Instance normalisation would erase a token grid of one cell, which a patch under 16 pixels has.
+    """
+
+    def __init__(self, channels: int, **kwargs: Any) -> None:
+        super().__init__(math.gcd(8, channels) if channels > 8 else 1, channels, **kwargs)
+
+
+def conv_block(
+    in_channels: int, out_channels: int, num_convs: int = 1, norm: type[nn.Module] = ChannelGroupNorm
+) -> nn.Module:
+    """``num_convs`` of [Conv3d 3x3x3, norm, LeakyReLU]; (B, C, D, h, w) to (B, C', D, h, w)."""
+    return StackedConvBlocks(
+        num_convs,
+        nn.Conv3d,
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        initial_stride=1,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+
+
+def double_in_plane(in_channels: int, out_channels: int) -> nn.ConvTranspose3d:
+    """Transposed convolution that doubles height and width and leaves the slices alone."""
+    return nn.ConvTranspose3d(in_channels, out_channels, kernel_size=(1, 2, 2), stride=(1, 2, 2))

@@ -1,0 +1,156 @@
+"""SAM's mask decoder with adapters along the slices and one more token, which names the class."""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.transformer import TwoWayAttentionBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .adapters import DConvAdapter, DMLPAdapter
+from .attention import fused_cross_attention
+from .new import New
+
+SLICES_PER_CHUNK = 64  # slices times queries decoded at once when activations are recomputed
+
+
+class ClassToken(New):
+    """A learned classifier token, added to the one of each query."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        nn.init.normal_(self.weight)
+
+
+class Classifier(New):
+    """Class logits from the decoded classifier token, "no object" last.
+
+    Its layer is named as nnU-Net's segmentation layers, so that ``-pretrained_weights`` may change K.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.seg_layers = nn.ModuleList([nn.Linear(width, num_classes + 1)])
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.seg_layers[0](token)
+
+
+class TwoWayAdapters(nn.Module):
+    """The adapters of one two-way block."""
+
+    def __init__(self, width: int, depth: int, ratio: float) -> None:
+        super().__init__()
+        self.self_attention = DMLPAdapter(width, depth, ratio)
+        self.token_to_image = DMLPAdapter(width, depth, ratio)
+        self.mlp = DMLPAdapter(width, depth, ratio)
+        self.image_to_token = DConvAdapter(width, ratio)
+
+
+class AdaptedMaskDecoder(nn.Module):
+    """One mask and one class for each query and slice.
+
+    Queries do not see each other: they are a batch axis, as different prompts are in SAM.
+    """
+
+    def __init__(
+        self, sam: MaskDecoder, depth: int, num_classes: int, adapter_ratio: float = 0.25, checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        width = sam.transformer_dim
+        self.sam = sam
+        self.checkpointing = checkpointing
+        self.class_token = ClassToken(width)
+        self.adapters = nn.ModuleList(TwoWayAdapters(width, depth, adapter_ratio) for _ in sam.transformer.layers)
+        self.final_adapter = DMLPAdapter(width, depth, adapter_ratio)
+        self.classifier = Classifier(width, num_classes)
+
+    def unused(self) -> list[nn.Module]:
+        """Parts of SAM whose output is never read."""
+        return [self.sam.iou_prediction_head, *self.sam.output_hypernetworks_mlps[1:]]
+
+    def forward(
+        self, image: Tensor, pe: Tensor, sparse: Tensor, dense: Tensor, class_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Decode all queries.
+
+        Args:
+            image: the neck's output (B, D, P, g_h, g_w).
+            pe: dense positional encoding (D, P, g_h, g_w).
+            sparse: box tokens (B, N, D, 2, P).
+            dense: mask embeddings (B, N, D, P, g_h, g_w).
+            class_tokens: (B, N, D, P).
+
+        Returns:
+            Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
+        """
+        if not (self.checkpointing and self.training):
+            return self._decode(image, pe, sparse, dense, class_tokens)
+        size = max(1, SLICES_PER_CHUNK // (image.shape[0] * image.shape[1]))
+        chunks = [
+            checkpoint(self._decode, image, pe, *chunk, use_reentrant=False)
+            for chunk in zip(*(x.split(size, dim=1) for x in (sparse, dense, class_tokens)), strict=True)
+        ]
+        masks, logits = zip(*chunks, strict=True)
+        return torch.cat(masks, dim=1), torch.cat(logits, dim=1)
+
+    def _decode(
+        self, image: Tensor, pe: Tensor, sparse: Tensor, dense: Tensor, class_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        b, n, d = sparse.shape[:3]
+        h, w = image.shape[-2:]
+        output_tokens = torch.cat([self.sam.iou_token.weight, self.sam.mask_tokens.weight])  # (1 + 4, P)
+        class_tokens = class_tokens + self.class_token.weight
+        tokens = torch.cat(
+            [output_tokens.to(sparse.dtype).expand(b, n, d, -1, -1), sparse, class_tokens[..., None, :]], dim=-2
+        ).flatten(0, 1)  # (B N, D, T, P), T = 5 + 2 + 1
+        keys = (image[:, None] + dense).flatten(-2).transpose(-1, -2).flatten(0, 1)  # (B N, D, g_h g_w, P)
+        key_pe = pe.flatten(-2).transpose(-1, -2)  # (D, g_h g_w, P)
+
+        queries = tokens
+        transformer = self.sam.transformer
+        for layer, adapters in zip(transformer.layers, self.adapters, strict=True):
+            queries, keys = two_way_block(layer, adapters, queries, keys, tokens, key_pe, (h, w))
+        out = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + key_pe, keys)
+        queries = transformer.norm_final_attn(queries + out + self.final_adapter(out))
+
+        upscaled = self.sam.output_upscaling(keys.flatten(0, 1).transpose(1, 2).unflatten(2, (h, w)))
+        hyper = self.sam.output_hypernetworks_mlps[0](queries[:, :, 1])  # (B N, D, P/8): the single-mask token
+        masks = torch.einsum("mc,mchw->mhw", hyper.flatten(0, 1), upscaled)  # (B N D, 4 g_h, 4 g_w)
+        return masks.unflatten(0, (b, n, d)), self.classifier(queries[:, :, -1]).unflatten(0, (b, n))
+
+
+def two_way_block(
+    layer: TwoWayAttentionBlock,
+    adapters: TwoWayAdapters,
+    queries: Tensor,
+    keys: Tensor,
+    query_pe: Tensor,
+    key_pe: Tensor,
+    grid: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """One of SAM's two-way blocks with adapters; queries (M, D, T, P), keys (M, D, g_h g_w, P)."""
+    if layer.skip_first_layer_pe:
+        out = _attend(layer.self_attn, queries, queries, queries)
+        queries = out + adapters.self_attention(out)
+    else:
+        q = queries + query_pe
+        out = _attend(layer.self_attn, q, q, queries)
+        queries = queries + out + adapters.self_attention(out)
+    queries = layer.norm1(queries)
+
+    out = _attend(layer.cross_attn_token_to_image, queries + query_pe, keys + key_pe, keys)
+    queries = layer.norm2(queries + out + adapters.token_to_image(out))
+
+    queries = layer.norm3(queries + layer.mlp(queries) + 0.5 * adapters.mlp(queries))
+
+    out = _attend(layer.cross_attn_image_to_token, keys + key_pe, queries + query_pe, queries)
+    along_grid = adapters.image_to_token(out.unflatten(2, grid)).flatten(2, 3)
+    return queries, layer.norm4(keys + out + along_grid)
+
+
+def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = fused_cross_attention(attention, *(x.flatten(0, 1) for x in (q, k, v)))
+    return out.unflatten(0, q.shape[:2])

@@ -1,0 +1,45 @@
+"""SAM's prompt encoder, fed by the prompt generator."""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import PromptEncoder
+from torch import Tensor, nn
+
+from ..config import Grid
+from .new import DepthEmbedding
+from .prompt_generator import Prompts
+
+
+class AdaptedPromptEncoder(nn.Module):
+    """Embeds boxes and masks as SAM does; the dense positional encoding learns to tell slices apart.
+
+    soft prompts: mask logits and differentiable boxes. hard prompts: masks of 0 and 1 and whole pixels, as in the
+    released code, which no gradient passes.
+    """
+
+    def __init__(self, sam: PromptEncoder, grid: Grid, hard: bool = False) -> None:
+        super().__init__()
+        self.sam = sam
+        self.grid = grid
+        self.hard = hard
+        self.depth_embedding = DepthEmbedding(grid.patch[0], sam.embed_dim)
+
+    def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Returns sparse embeddings (B, N, D, 2, P) and dense embeddings (B, N, D, P, g_h, g_w)."""
+        height, width = self.grid.image
+        scale = prompts.boxes.new_tensor([width, height, width, height])
+        boxes, masks = prompts.boxes * scale, prompts.mask_logits
+        if self.hard:
+            boxes, masks = boxes.detach().floor(), (masks.detach() > 0).to(masks.dtype)
+        lead = masks.shape[:3]
+        with torch.autocast(masks.device.type, enabled=False):  # sines of large angles need float32
+            sparse, _ = self.sam(points=None, boxes=boxes.float().flatten(0, 2), masks=None)
+        _, dense = self.sam(points=None, boxes=None, masks=masks.flatten(0, 2)[:, None])
+        return sparse.unflatten(0, lead), dense.unflatten(0, lead)
+
+    def dense_pe(self) -> Tensor:
+        """The positional encoding of the token grid, (D, P, g_h, g_w)."""
+        with torch.autocast(self.depth_embedding.weight.device.type, enabled=False):
+            plane = self.sam.get_dense_pe()  # (1, P, g_h, g_w)
+        return plane + self.depth_embedding()[:, :, None, None]

@@ -1,0 +1,106 @@
+"""What takes the place of the clicking user: masks, boxes and classifier tokens for SAM's decoder."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import conv_block, double_in_plane
+from .new import New
+
+
+class Prompts(NamedTuple):
+    """N prompts for each slice."""
+
+    mask_logits: Tensor
+    """(B, N, D, 4 g_h, 4 g_w)"""
+    boxes: Tensor
+    """(B, N, D, 4): x0 y0 x1 y1 as shares of the SAM input."""
+    class_tokens: Tensor
+    """(B, N, D, P)"""
+    features: Tensor
+    """The finest features, (B, w_2, D, 4 g_h, 4 g_w)."""
+
+
+class PromptGenerator(New):
+    """A 3D decoder over five encoder levels, from the neck upwards to strides 16, 8 and 4."""
+
+    def __init__(
+        self, encoder_width: int, prompt_width: int, widths: tuple[int, int, int], depth: int, num_queries: int
+    ) -> None:
+        super().__init__()
+        coarse, middle, fine = widths
+        self.depth = depth
+        self.num_queries = num_queries
+        self.token_side = math.isqrt(prompt_width)
+        if self.token_side**2 != prompt_width:
+            raise ValueError(f"prompt_width = {prompt_width} must be a square number: class tokens are square maps")
+
+        def project(width: int, doublings: int) -> nn.Sequential:
+            up = [double_in_plane(width, width) for _ in range(doublings)]
+            return nn.Sequential(nn.Conv3d(encoder_width, width, kernel_size=1), *up)
+
+        self.project_neck = nn.Conv3d(prompt_width, coarse, kernel_size=1)
+        self.project_levels = nn.ModuleList([project(fine, 2), project(middle, 1), project(middle, 1), project(coarse, 0)])
+        self.up_middle = double_in_plane(coarse, middle)
+        self.up_fine = double_in_plane(middle, fine)
+        self.coarse = conv_block(2 * coarse, coarse)
+        self.middle = conv_block(3 * middle, middle)
+        self.fine = conv_block(2 * fine, fine)
+
+        self.to_masks = nn.Conv3d(fine, num_queries, kernel_size=1)
+        # One weight for each of four cells: a 1x1x1 convolution would show each coordinate one quadrant only.
+        self.to_boxes = nn.Linear(4 * sum(widths), 4 * num_queries)
+        self.to_tokens = nn.Conv3d(sum(widths), num_queries, kernel_size=3, padding=1)
+
+    def forward(self, levels: list[Tensor], neck: Tensor) -> Prompts:
+        """``levels``: four of (B, D, g_h, g_w, E), shallow to deep; ``neck``: (B, D, P, g_h, g_w)."""
+        first, second, third, last = (
+            project(level.permute(0, 4, 1, 2, 3)) for project, level in zip(self.project_levels, levels, strict=True)
+        )
+        coarse = self.coarse(torch.cat([self.project_neck(neck.transpose(1, 2)), last], dim=1))  # stride 16
+        middle = self.middle(torch.cat([self.up_middle(coarse), second, third], dim=1))  # stride 8
+        fine = self.fine(torch.cat([self.up_fine(middle), first], dim=1))  # stride 4
+
+        decoded = (coarse, middle, fine)
+        mask_logits = self.to_masks(fine)  # (B, N, D, 4 g_h, 4 g_w)
+        return Prompts(mask_logits, self._boxes(decoded, mask_logits), self._tokens(decoded), fine)
+
+    def _boxes(self, decoded: tuple[Tensor, ...], mask_logits: Tensor) -> Tensor:
+        pooled = torch.cat([F.adaptive_avg_pool3d(x, (self.depth, 2, 2)) for x in decoded], dim=1)
+        cells = pooled.permute(0, 2, 1, 3, 4).flatten(2)  # (B, D, 4 sum(widths))
+        raw = self.to_boxes(cells).float().sigmoid().unflatten(-1, (self.num_queries, 4)).transpose(1, 2)
+        corner, share = raw[..., :2], raw[..., 2:]
+        boxes = torch.cat([corner, corner + (1 - corner) * share], dim=-1)  # (B, N, D, 4)
+        extent, found = mask_extent(mask_logits.detach() > 0)
+        return torch.where(found[..., None], (boxes + extent) / 2, boxes)
+
+    def _tokens(self, decoded: tuple[Tensor, ...]) -> Tensor:
+        size = (self.depth, self.token_side, self.token_side)
+        pooled = torch.cat([F.adaptive_avg_pool3d(x, size) for x in decoded], dim=1)
+        return self.to_tokens(pooled).flatten(3)  # (B, N, D, P)
+
+
+def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The box around each mask, as shares of its size.
+
+    Args:
+        masks: boolean (..., h, w).
+
+    Returns:
+        x0 y0 x1 y1 (..., 4) in [0, 1], zero where the mask is empty; and whether it is not empty (...).
+    """
+    ends = []
+    for any_line in (masks.any(-2), masks.any(-1)):  # columns (..., w), rows (..., h)
+        size = any_line.shape[-1]
+        index = torch.arange(size, device=masks.device)
+        low = torch.where(any_line, index, size).amin(-1)
+        high = torch.where(any_line, index + 1, 0).amax(-1)
+        ends.append((low / size, high / size))
+    (x0, x1), (y0, y1) = ends
+    found = masks.flatten(-2).any(-1)
+    return torch.stack([x0, y0, x1, y1], dim=-1) * found[..., None], found

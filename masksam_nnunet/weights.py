@@ -1,0 +1,270 @@
+"""SAM's released checkpoints: find, fetch, verify, and load them into a network's SAM parts.
+
+Environment variables, so that the same commands work on a cluster without network access:
+
+- ``MASKSAM_WEIGHTS``: a checkpoint file, or a folder that holds the released files.
+- ``MASKSAM_WEIGHTS_SHA256``: the hash of a fine-tuned checkpoint in SAM's format, or ``skip``.
+- ``MASKSAM_WEIGHTS_URL``: a mirror, either the file's address or, ending in "/", its folder's.
+- ``MASKSAM_CACHE``: the folder for fetched files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from masksam_nnunet.download import download
+from masksam_nnunet.errors import WeightsError, unwritable
+from masksam_nnunet.sam_state import (
+    Interpolated,
+    LoadReport,
+    identify_backbone,
+    read_checkpoint,
+    remap_sam_state_dict,
+)
+
+__all__ = [
+    "SAM_RELEASES",
+    "Interpolated",
+    "LoadReport",
+    "SamRelease",
+    "WeightsError",
+    "cache_dir",
+    "fetch",
+    "find",
+    "identify_backbone",
+    "load_sam",
+    "read_checkpoint",
+    "remap_sam_state_dict",
+    "verify",
+]
+
+
+@dataclass(frozen=True)
+class SamRelease:
+    """One checkpoint that Meta published, under Apache-2.0."""
+
+    file_name: str
+    url: str
+    sha256: str
+
+
+def _meta(file_name: str, sha256: str) -> SamRelease:
+    return SamRelease(file_name, f"https://dl.fbaipublicfiles.com/segment_anything/{file_name}", sha256)
+
+
+SAM_RELEASES: dict[str, SamRelease] = {
+    "vit_b": _meta("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": _meta("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": _meta("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+}
+
+
+def cache_dir() -> Path:
+    """The folder of fetched checkpoints: $MASKSAM_CACHE, else $XDG_CACHE_HOME/masksam, else ~/.cache/masksam."""
+    if folder := os.environ.get("MASKSAM_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "masksam"
+
+
+def find(backbone: str) -> Path:
+    """The checkpoint for ``backbone`` on this machine: the one that MASKSAM_WEIGHTS names, else the cached one.
+
+    It is not opened: ``load_sam`` verifies it.
+
+    Raises:
+        WeightsError: there is none, or the variable names nothing.
+    """
+    release = _release(backbone)
+    looked_at: list[str] = []
+    if named := os.environ.get("MASKSAM_WEIGHTS"):
+        path = Path(named).expanduser()
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise WeightsError(f"MASKSAM_WEIGHTS={named} is neither a file nor a folder; correct it or unset it")
+        if (path / release.file_name).is_file():
+            return path / release.file_name
+        looked_at.append(str(path / release.file_name))
+    cached = cache_dir() / release.file_name
+    if cached.is_file():
+        return cached
+    looked_at.append(str(cached))
+    raise WeightsError(
+        f"no SAM checkpoint for {backbone}: looked for {' and '.join(looked_at)}; fetch it with: masksam weights "
+        f"{backbone}; or set MASKSAM_WEIGHTS to a file that you have; or, to train without SAM's weights, "
+        "set MASKSAM_RANDOM_INIT=1"
+    )
+
+
+def verify(path: Path, backbone: str) -> str:
+    """The SHA-256 of ``path`` in hex, once it is known to be the expected one.
+
+    Expected is the release's hash, or what MASKSAM_WEIGHTS_SHA256 says (``skip`` expects nothing).
+
+    Raises:
+        WeightsError: another hash, or the file cannot be read.
+    """
+    release = _release(backbone)
+    named = os.environ.get("MASKSAM_WEIGHTS_SHA256", "").strip().lower()
+    if named and named != "skip" and not re.fullmatch("[0-9a-f]{64}", named):
+        raise WeightsError(f"MASKSAM_WEIGHTS_SHA256={named} is neither 64 hexadecimal digits nor 'skip'")
+    received = _sha256(path)
+    if named != "skip":
+        _compare(str(path), received, release, override=named or None)
+    return received
+
+
+def fetch(
+    backbone: str,
+    *,
+    url: str | None = None,
+    source: Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Bring the released checkpoint of ``backbone`` into the cache, unless it is there and sound.
+
+    The cached file appears only once it is complete and verified against the release. A download that broke off is
+    resumed from ``<file>.part``. Concurrent calls wait for one another.
+
+    Args:
+        backbone: a key of ``SAM_RELEASES``.
+        url: another address than $MASKSAM_WEIGHTS_URL or Meta's; ending in "/", the folder that holds the file.
+        source: a local file to copy instead of downloading.
+        force: fetch from the beginning, whatever is in the cache.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The cached file.
+
+    Raises:
+        WeightsError: unknown backbone, no connection, wrong hash, or the cache cannot be written.
+    """
+    release = _release(backbone)
+    address = url or os.environ.get("MASKSAM_WEIGHTS_URL") or release.url
+    if address.endswith("/"):
+        address += release.file_name
+    target = cache_dir() / release.file_name
+    part = target.with_name(f"{target.name}.part")
+    if source is not None and not (source.is_file() and os.access(source, os.R_OK)):
+        raise WeightsError(f"cannot read {source}: --from takes a checkpoint file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            if source is not None:
+                _copy(source, target, release)
+                part.unlink(missing_ok=True)
+            elif force or not target.is_file() or _sha256(target) != release.sha256:
+                if force:
+                    part.unlink(missing_ok=True)
+                download(address, part, progress=progress)
+                _accept(part, target, release, address)
+    except OSError as error:
+        raise unwritable(error, target) from error
+    return target
+
+
+def load_sam(parts: Mapping[str, nn.Module], backbone: str, path: Path, new: Sequence[str] = ()) -> LoadReport:
+    """Verify ``path``, read it, fit it and copy it into ``parts``: all of it, or nothing at all.
+
+    Args:
+        parts: "image_encoder", "prompt_encoder" and "mask_decoder", each a module whose keys are SAM's own.
+        backbone: a key of ``SAM_RELEASES``.
+        path: the checkpoint.
+        new: names of parameters that do not come from SAM, for the report. Those that stand inside a part
+            ("mask_decoder.adapter.weight") are left as they are.
+
+    Raises:
+        WeightsError: the file is missing, damaged, untrusted or does not fit.
+    """
+    sha256 = verify(path, backbone)
+    targets = {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
+    for name in new:
+        targets.pop(name, None)
+    unallocated = [key for key, value in targets.items() if value.is_meta]
+    if unallocated:
+        raise ValueError(f"parts on the meta device cannot be loaded, allocate them first: {unallocated[0]}")
+    state, report = remap_sam_state_dict(read_checkpoint(path), {key: value.shape for key, value in targets.items()})
+    with torch.no_grad():
+        for key, value in state.items():
+            targets[key].copy_(value)
+    return replace(report, new=tuple(new), file=str(path), sha256=sha256)
+
+
+def _release(backbone: str) -> SamRelease:
+    if backbone not in SAM_RELEASES:
+        raise WeightsError(f"no SAM checkpoint was released for {backbone!r}; there are {', '.join(SAM_RELEASES)}")
+    return SAM_RELEASES[backbone]
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of one cached file; the lock of a process that died is free."""
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is fetching {target.name}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _copy(source: Path, target: Path, release: SamRelease) -> None:
+    """Copy a local file to its place in the cache, under another name until it is complete and verified."""
+    if target.exists() and source.samefile(target):
+        _compare(str(source), _sha256(source), release)
+        return
+    candidate = target.with_name(f"{target.name}.copy")
+    try:
+        shutil.copyfile(source, candidate)
+        _accept(candidate, target, release, str(source))
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def _accept(candidate: Path, target: Path, release: SamRelease, origin: str) -> None:
+    """Move a complete file to its place in the cache, or delete it if it is not the released one."""
+    try:
+        _compare(origin, _sha256(candidate), release)
+    except WeightsError:
+        candidate.unlink()
+        raise
+    os.replace(candidate, target)
+
+
+def _compare(origin: str, received: str, release: SamRelease, override: str | None = None) -> None:
+    """Raise unless ``received`` is the release's hash or, where given, the one in ``override``."""
+    expected = override or release.sha256
+    if received == expected:
+        return
+    by = "MASKSAM_WEIGHTS_SHA256" if override else f"the released {release.file_name}"
+    known = next((name for name, other in SAM_RELEASES.items() if other.sha256 == received), None)
+    raise WeightsError(
+        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}"
+        + (f", which is SAM's {known}" if known else "")
+        + "; fetch the file again with: masksam weights; or, for a fine-tuned checkpoint in SAM's format that you "
+        "trust, point MASKSAM_WEIGHTS at it and set MASKSAM_WEIGHTS_SHA256 to the received value"
+    )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error

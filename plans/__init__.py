@@ -1,0 +1,1 @@
+"""What nnU-Net's plans say, and do not say, about a MaskSAM network."""

@@ -1,0 +1,91 @@
+"""A MaskSAM config for plans that know nothing of MaskSAM.
+
+A function of plans, dataset.json and backbone only, never of the machine at hand: every fold, and prediction anywhere,
+must come to the same network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from masksam_nnunet.config import MaskSAMConfig
+from masksam_nnunet.cost import TrainingCost, training_cost
+
+MAX_IMAGE = 1024  # SAM's own input size
+MEMORY_GIB = 21.0  # of a 24 GB research card
+MAX_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What goes with a backbone on plain plans."""
+
+    stem_width: int
+    generator_widths: tuple[int, int, int]
+    head_width: int
+    max_tflop: float
+    """Most operations a step may take, in 10^12; decides u."""
+
+
+SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4, 20x256x224 in batch 2, takes 198
+TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.2)  # seconds a step on two CPU cores
+
+
+def derive_config(plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str) -> MaskSAMConfig:
+    """The config of ``backbone`` for a configuration of plain plans.
+
+    u is the largest of 4 and 2 with u max(H, W) <= 1024 whose step fits the memory and operation targets, activation
+    checkpointing tried before u is lowered; else 1.
+    """
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(configuration_name)
+    labels = manager.get_label_manager(dataset_json)
+    channels = determine_num_input_channels(manager, configuration, dataset_json)
+    classes = labels.num_segmentation_heads
+    profile = TINY_PROFILE if backbone == "vit_t" else SAM_PROFILE
+    config = MaskSAMConfig(
+        backbone=backbone,
+        patch_size=tuple(int(size) for size in configuration.patch_size),
+        upsample=1,
+        num_queries=num_queries(classes, backbone),
+        regions=labels.has_regions,
+        stem_width=profile.stem_width,
+        generator_widths=profile.generator_widths,
+        head_width=profile.head_width,
+    )
+    return choose_upsampling(config, channels, classes, configuration.batch_size, profile.max_tflop)
+
+
+def num_queries(num_classes: int, backbone: str) -> int:
+    """N from K: half as many again, in eights, as the paper's recipes have it (8 for ACDC's 4, 24 for 14 and 16).
+
+    The tiny network, made for CPUs, has one query to spare.
+    """
+    if backbone == "vit_t":
+        return min(num_classes + 1, MAX_QUERIES)
+    return min(-(-(3 * num_classes) // 16) * 8, MAX_QUERIES)
+
+
+@lru_cache(maxsize=32)
+def choose_upsampling(
+    config: MaskSAMConfig, channels: int, classes: int, batch_size: int, max_tflop: float
+) -> MaskSAMConfig:
+    """The config with the largest u, and as little recomputation, as fits the targets."""
+
+    def fits(cost: TrainingCost) -> bool:
+        return cost.peak_gib <= MEMORY_GIB and cost.tflop <= max_tflop
+
+    for upsample in (4, 2):
+        if upsample * max(config.patch_size[-2:]) > MAX_IMAGE:
+            continue
+        for checkpointing in (False, True):
+            candidate = replace(config, upsample=upsample, checkpointing=checkpointing)
+            if fits(training_cost(candidate, channels, classes, batch_size)):
+                return candidate
+    plain = replace(config, upsample=1, checkpointing=False)
+    return plain if fits(training_cost(plain, channels, classes, batch_size)) else replace(plain, checkpointing=True)

@@ -1,0 +1,69 @@
+"""What pyproject.toml, requirements.lock and the import contracts promise one another."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+def normalized(requirement: str) -> str:
+    """The name of a requirement as package indexes compare it."""
+    return re.sub("[-_.]+", "-", re.split(r"[\s<>=!;\[]", requirement, maxsplit=1)[0]).lower()
+
+
+def locked() -> dict[str, list[str]]:
+    """Each requirement of the lock, with its hashes."""
+    blocks = re.split(r"\n(?=\S)", re.sub(r"(?m)^\s*#.*\n", "", LOCK))
+    return {block.split(" \\")[0]: re.findall(r"--hash=sha256:([0-9a-f]{64})", block) for block in blocks if block}
+
+
+def test_the_lock_is_exact_and_hashed() -> None:
+    assert len(locked()) > 50
+    for requirement, hashes in locked().items():
+        assert re.match(r"[\w.-]+==[\w.+]+( ; .+)?$", requirement), requirement
+        assert hashes, requirement
+
+
+def test_the_lock_names_no_machine() -> None:
+    assert not re.search(r"://|file:|--index-url|--find-links|(?m:^#.*/(home|root|work|tmp)/)", LOCK)
+
+
+@pytest.mark.parametrize("extra", [None, "dev"])
+def test_the_lock_holds_every_dependency(extra: str | None) -> None:
+    project = PROJECT["project"]
+    wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    names = {normalized(requirement) for requirement in locked()}
+    assert {normalized(requirement) for requirement in wanted} <= names
+    for exact in (requirement for requirement in wanted if "==" in requirement):
+        assert exact in locked()
+
+
+def test_the_contracts_cover_the_whole_core() -> None:
+    """A module that is in neither list could import nnU-Net unseen."""
+    layers, core = PROJECT["tool"]["importlinter"]["contracts"]
+    modules = {
+        path.stem
+        for path in (ROOT / "masksam_nnunet").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    } - {"__init__"}
+    assert set(layers["layers"][-1].split(" : ")) == modules - {"cli"}
+    assert {name.removeprefix("masksam_nnunet.") for name in core["source_modules"]} == modules - {"cli"}
+
+
+def test_every_package_is_listed() -> None:
+    """setuptools ships only what is listed; nnunet_ext alone is data."""
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {name: ROOT / folder for name, folder in setuptools["package-dir"].items()}
+    packages = {
+        ".".join([name, *path.parent.relative_to(folder).parts])
+        for name, folder in folders.items()
+        for path in folder.rglob("__init__.py")
+    }
+    assert set(setuptools["packages"]) == packages

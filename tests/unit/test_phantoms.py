@@ -1,0 +1,113 @@
+"""Phantoms: a valid raw dataset, the same for the same seed, and too hard for a threshold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.ndimage import binary_dilation
+
+from masksam_nnunet.inference.phantom_shapes import LABELS, Phantom, make_phantom
+from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
+from masksam_nnunet.inference.raw_data import read_raw_dataset
+
+FOREGROUND = [value for value in LABELS.values() if value]
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> list[Phantom]:
+    return [make_phantom(np.random.default_rng([0, index])) for index in range(8)]
+
+
+def best_interval_dice(image: np.ndarray, mask: np.ndarray) -> float:
+    """Dice of the best rule ``low <= intensity < high`` for this very image, chosen on its truth.
+
+    Bounds are the mask's own quantiles, as fine as half a per cent of it.
+    """
+    bounds = np.unique(np.quantile(image[mask], np.linspace(0, 1, 201)))
+    inside = np.searchsorted(np.sort(image[mask]), bounds)
+    everywhere = np.searchsorted(np.sort(image, axis=None), bounds)
+    hits = inside[None] - inside[:, None]
+    taken = everywhere[None] - everywhere[:, None]
+    return float((2 * hits / (np.maximum(taken, 0) + mask.sum())).max())
+
+
+def test_a_threshold_fails_on_every_class(phantoms: list[Phantom]) -> None:
+    for phantom in phantoms:
+        for name, value in LABELS.items():
+            if value:
+                dice = best_interval_dice(phantom.image, phantom.label == value)
+                assert dice < 0.6, f"{name}: a threshold alone reaches {dice:.2f}"
+
+
+def test_the_threshold_search_finds_a_separable_object() -> None:
+    image = np.random.default_rng(0).normal(size=(10, 10, 10))
+    mask = image > 0.5
+    assert best_interval_dice(image, mask) > 0.99
+
+
+def test_every_organ_is_there_and_differs_between_cases(phantoms: list[Phantom]) -> None:
+    volumes = np.array([[np.count_nonzero(p.label == value) for value in FOREGROUND] for p in phantoms])
+    assert volumes.min() > 80
+    assert (volumes.std(axis=0) / volumes.mean(axis=0) > 0.1).all()
+    assert len({p.image.shape for p in phantoms}) > 1
+    assert len({p.spacing for p in phantoms}) > 1
+
+
+def test_geometry(phantoms: list[Phantom]) -> None:
+    for phantom in phantoms:
+        depth, height, width = phantom.image.shape
+        assert 20 <= depth <= 26 and 64 <= height <= 72 and 64 <= width <= 72
+        assert phantom.spacing[0] / phantom.spacing[1] > 2.4
+        assert any(phantom.origin)
+        assert phantom.image.dtype == np.float32 and phantom.label.dtype == np.uint8
+        assert np.isfinite(phantom.image).all() and phantom.image.min() >= 0
+
+
+def test_distractors_are_as_bright_as_organs(phantoms: list[Phantom]) -> None:
+    """Away from every label there is much that is brighter than the organs' lower quartile."""
+    for phantom in phantoms:
+        near = binary_dilation(phantom.label > 0, iterations=2)
+        bright = phantom.image > np.quantile(phantom.image[phantom.label == LABELS["organ"]], 0.25)
+        assert np.count_nonzero(bright & ~near) > 0.3 * np.count_nonzero(phantom.label)
+
+
+def test_dataset_is_nnunet_raw(tmp_path: Path) -> None:
+    folder = write_phantom_dataset(tmp_path, num_cases=5, seed=3, num_test_cases=1)
+    assert folder.name == DATASET_NAME
+    dataset = read_raw_dataset(folder)
+    assert len(dataset.images) == 5
+    assert [p.name for p in sorted((folder / "imagesTs").iterdir())] == ["phantom_005_0000.nii.gz"]
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["labels"] == LABELS and description["numTraining"] == 5
+    phantom = make_phantom(np.random.default_rng([3, 0]))
+    image = sitk.ReadImage(str(folder / "imagesTr" / "phantom_000_0000.nii.gz"))
+    label = sitk.ReadImage(str(folder / "labelsTr" / "phantom_000.nii.gz"))
+    assert np.allclose(image.GetSpacing(), phantom.spacing[::-1], atol=1e-5)
+    assert np.allclose(image.GetOrigin(), phantom.origin[::-1], atol=1e-3)
+    assert image.GetSize() == label.GetSize() == phantom.image.shape[::-1]
+    assert np.allclose(label.GetOrigin(), image.GetOrigin())
+    assert np.array_equal(sitk.GetArrayFromImage(label), phantom.label)
+
+
+def test_same_seed_same_files_other_seed_other_images(tmp_path: Path) -> None:
+    first, second, other = (
+        write_phantom_dataset(tmp_path / name, num_cases=2, seed=seed, num_test_cases=0)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    name = Path("imagesTr") / "phantom_001_0000.nii.gz"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_cases must be at least 1, not 0"):
+        write_phantom_dataset(tmp_path, num_cases=0)
+    with pytest.raises(ValueError, match="seed"):
+        write_phantom_dataset(tmp_path, seed=-1)
+    write_phantom_dataset(tmp_path, num_cases=1, num_test_cases=0)
+    with pytest.raises(FileExistsError, match="remove it"):
+        write_phantom_dataset(tmp_path, num_cases=1)

@@ -1,0 +1,74 @@
+"""Folds by patient where case names tell patients apart, and only there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from masksam_nnunet.inference.splits import group_by_patient, patient_folds, patient_of
+
+ACDC = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 21) for frame in (1, 12)]
+
+
+def test_patient_of() -> None:
+    assert patient_of("patient001_frame12") == "patient001"
+    assert patient_of("case_007_ED") == "case_007"
+    assert patient_of("BraTS-GLI-00005-100") == "BraTS-GLI-00005"
+    assert patient_of("scan") == "scan"
+    assert patient_of("_1") == "_1"
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [f"hippocampus_{i:03d}" for i in range(20)],  # the prefix names the data set
+        [f"phantom_{i:03d}" for i in range(20)],
+        [f"liver_{i}" for i in range(5)] + [f"spleen_{i}" for i in range(5)],  # prefixes without a number
+        [f"patient{i:03d}_frame01" for i in range(20)],  # one case for each patient
+        [f"set3_{i:03d}" for i in range(20)],  # a number, but one prefix only
+        [f"case{i}" for i in range(20)],
+        [],
+    ],
+)
+def test_no_patients_in_these_names(cases: list[str]) -> None:
+    assert group_by_patient(cases) is None
+
+
+def test_acdc_patients_stay_together() -> None:
+    groups = group_by_patient(reversed(ACDC))
+    assert groups is not None and len(groups) == 20
+    assert groups["patient001"] == ["patient001_frame01", "patient001_frame12"]
+    folds = patient_folds(groups)
+    assert len(folds) == 5
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == sorted(ACDC)
+        assert not {patient_of(c) for c in fold["train"]} & {patient_of(c) for c in fold["val"]}
+        assert len(fold["val"]) == 8
+    assert sorted(case for fold in folds for case in fold["val"]) == sorted(ACDC)
+
+
+def test_folds_draw_patients_as_nnunet_draws_cases_and_are_plain_json() -> None:
+    groups = group_by_patient(ACDC)
+    assert groups is not None
+    folds = json.loads(json.dumps(patient_folds(groups)))
+    theirs = generate_crossval_split(sorted(groups), seed=12345, n_splits=5)
+    for ours, fold in zip(folds, theirs, strict=True):
+        assert {patient_of(case) for case in ours["val"]} == set(fold["val"])
+    assert all(type(case) is str for fold in patient_folds(groups) for case in fold["train"])
+
+
+def test_a_patient_with_many_images_is_not_torn_apart() -> None:
+    cases = [f"p1_t{i}" for i in range(9)] + [f"p{i}_t0" for i in range(2, 8)]
+    groups = group_by_patient(cases)
+    assert groups is not None
+    for fold in patient_folds(groups):
+        assert sum(case.startswith("p1_") for case in fold["val"]) in (0, 9)
+
+
+def test_too_few_patients() -> None:
+    groups = group_by_patient([f"patient{p}_frame{f}" for p in range(4) for f in range(3)])
+    assert groups is not None
+    with pytest.raises(ValueError, match="at least 5 patients, but the case names show 4"):
+        patient_folds(groups)

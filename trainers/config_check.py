@@ -1,0 +1,59 @@
+"""Which config a training has, and whether the results folder agrees."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.plans.architecture import read_config, write_config
+from masksam_nnunet.plans.derive import derive_config
+
+
+def resolve_config(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], backbone: str, trainer_name: str
+) -> MaskSAMConfig:
+    """The config that plans hold, or that is derived from plain plans, which then hold it.
+
+    Raises:
+        ConfigError: where plans name another backbone than the trainer.
+    """
+    config = read_config(PlansManager(plans).get_configuration(configuration))
+    if config is None:
+        config = derive_config(plans, configuration, dataset_json, backbone)
+        write_config(plans, configuration, config)
+    elif config.backbone != backbone:
+        raise ConfigError(
+            f"plans {plans['plans_name']!r}, configuration {configuration!r}: backbone = {config.backbone!r}, but "
+            f"{trainer_name} trains {backbone!r}. Use the trainer of that backbone, or other plans (-p)."
+        )
+    return config
+
+
+def check_results_folder(plans: dict[str, Any], configuration: str, config: MaskSAMConfig, trainer_name: str) -> None:
+    """All folds of a results folder share one plans.json, so they must share the config.
+
+    Raises:
+        ConfigError: if trained folds there have another one.
+    """
+    results = os.environ.get("nnUNet_results")
+    if not results:
+        return
+    folder = Path(results) / plans["dataset_name"] / f"{trainer_name}__{plans['plans_name']}__{configuration}"
+    file = folder / "plans.json"
+    if not file.is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
+        return
+    there = read_config(PlansManager(json.loads(file.read_text())).get_configuration(configuration))
+    if there != config:
+        theirs, ours = ({} if c is None else c.to_json() for c in (there, config))
+        names = [k for k in ours if theirs.get(k) != ours[k]]
+        changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {ours[k]!r} now" for k in names)
+        raise ConfigError(
+            f"the results folder {folder} holds folds trained with another MaskSAM config ({changes}). "
+            "All folds share its plans.json. Go on with the plans those folds were trained with, or move the folder "
+            "away, or plan under another name."
+        )

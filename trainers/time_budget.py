@@ -1,0 +1,142 @@
+"""Training for a number of minutes instead of a number of epochs, so that two methods get the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from .variants import MaskSAMTrainer_vit_t
+
+BUDGET = "MASKSAM_BUDGET_MINUTES"
+PROGRESS_EVERY = 2.0  # seconds
+
+
+def budget_seconds() -> float:
+    """The budget that the environment names.
+
+    Raises:
+        ValueError: if it names none, or nonsense.
+    """
+    text = os.environ.get(BUDGET, "")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise ValueError(f"{BUDGET} = {text!r}: set it to the minutes of training, for example {BUDGET}=3")
+    return 60 * minutes
+
+
+class nnUNetTrainer_budget(nnUNetTrainer):
+    """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``; its polynomial schedule ends with the budget.
+
+    The budget is divided into ten epochs, each of which ends with a short validation that counts too. Writes
+    ``budget_progress.json`` while it trains and ``training_stats.json`` at the end, both into the fold's folder.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
+    ) -> None:
+        self.budget = budget_seconds()
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 10
+        self.num_val_iterations_per_epoch = 5
+        self.iterations_done = 0
+        self._started = self._reported = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the budget that are used."""
+        return time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used, in [0, 1]."""
+        return min(1.0, self.elapsed / self.budget)
+
+    def run_training(self) -> None:
+        """nnU-Net's own loop, with epochs that end by the clock."""
+        self.on_train_start()
+        # A training that goes on takes up the budget where its last epoch left it.
+        self._started = time.monotonic() - self.budget * self.current_epoch / self.num_epochs
+        for epoch in range(self.current_epoch, self.num_epochs):
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            train_outputs = [self.train_step(next(self.dataloader_train))]
+            while self.elapsed < self.budget * (epoch + 1) / self.num_epochs:
+                train_outputs.append(self.train_step(next(self.dataloader_train)))
+            self.on_train_epoch_end(train_outputs)
+            with torch.no_grad():
+                self.on_validation_epoch_start()
+                self.on_validation_epoch_end(
+                    [self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)]
+                )
+            self.on_epoch_end()
+        self._write_stats()
+        self.on_train_end()
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.initial_lr * (1 - self.progress) ** 0.9
+        outputs = super().train_step(batch)
+        self.iterations_done += 1
+        if time.monotonic() - self._reported > PROGRESS_EVERY:
+            self._reported = time.monotonic()
+            self._write(
+                "budget_progress.json",
+                {
+                    "fraction": self.progress,
+                    "iterations": self.iterations_done,
+                    "loss": float(outputs["loss"]),
+                    "seconds": self.elapsed,
+                },
+            )
+        return outputs
+
+    def _write_stats(self) -> None:
+        parameters = list(self.network.parameters())
+        self._write(
+            "training_stats.json",
+            {
+                "train_seconds": self.elapsed,
+                "iterations": self.iterations_done,
+                "epochs": self.num_epochs,
+                "peak_memory_mb": _peak_memory_mb(self.device),
+                "peak_memory_of": "GPU allocations" if self.device.type == "cuda" else "process, resident",
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+                "batch_size": self.batch_size,
+                "patch_size": [int(size) for size in self.configuration_manager.patch_size],
+                "device": str(self.device),
+            },
+        )
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        file = Path(self.output_folder) / name
+        partial = file.with_suffix(".part")
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(file)
+
+
+class MaskSAMTrainer_vit_t_budget(nnUNetTrainer_budget, MaskSAMTrainer_vit_t):
+    """The tiny MaskSAM, trained for ``MASKSAM_BUDGET_MINUTES``; its schedule ends with the budget."""
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

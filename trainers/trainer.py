@@ -1,0 +1,211 @@
+"""MaskSAM as an nnU-Net trainer: hooks only, the rest is nnU-Net's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from masksam_nnunet import weights
+from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.plans.architecture import read_config
+from masksam_nnunet.precision import autocast, autocast_dtype
+
+from .config_check import check_results_folder, resolve_config
+from .schedule import WarmupPolyLR
+
+RANDOM_INIT = "MASKSAM_RANDOM_INIT"
+
+
+class MaskSAMTrainer(nnUNetTrainer):
+    """Trains MaskSAM with a frozen SAM ViT-B on plain plans, or with what MaskSAM plans say.
+
+    nnU-Net's schedule of 1000 epochs of 250 iterations, for a fair comparison. AdamW, as nnU-Net's maintainers advise
+    for transformers, with warm-up and their polynomial decay, over the trained parameters only.
+    """
+
+    backbone = "vit_b"
+    initial_learning_rate = 1e-4
+    warmup_iterations = 1000
+    gradient_clip = 12.0
+    epochs = 1000
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
+    ) -> None:
+        # Before nnU-Net copies and caches the plans; it saves them with the model.
+        name = type(self).__name__
+        self.config: MaskSAMConfig = resolve_config(plans, configuration, dataset_json, self.backbone, name)
+        check_results_folder(plans, configuration, self.config, name)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.initial_learning_rate
+        self.num_epochs = self.epochs
+        self.enable_deep_supervision = False
+        if autocast_dtype(self.device) != torch.float16:
+            self.grad_scaler = None
+
+    # ---- network -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network that the plans' config describes; also called by nnU-Net to predict."""
+        config = read_config(configuration_manager)
+        if config is None:
+            raise ConfigError(
+                f"these plans ({plans_manager.plans_name}) hold {configuration_manager.network_arch_class_name}, no "
+                "MaskSAM config. A trained MaskSAM's own plans.json, in its results folder, holds one: use that folder."
+            )
+        image_channels = min(len(configuration_manager.normalization_schemes), num_input_channels)
+        return MaskSAM(config, num_input_channels, num_output_channels, image_channels)
+
+    @property
+    def masksam(self) -> MaskSAM:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network  # type: ignore[return-value]
+
+    def _do_i_compile(self) -> bool:
+        # Stock nnU-Net compiles on CUDA unless told not to. Here it is opt-in (nnUNet_compile=1): what it gains has
+        # not been measured on a GPU yet, and compiling ViT-H costs minutes.
+        return "nnUNet_compile" in os.environ and super()._do_i_compile()
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """MaskSAM has none."""
+
+    def plot_network_architecture(self) -> None:
+        """Instead of a drawing, which is optional in nnU-Net, the numbers of parameters are logged."""
+        self.print_to_log_file(f"MaskSAM config: {self.config.to_json()}", also_print_to_console=False)
+        self.print_to_log_file("Parameters of MaskSAM (all, trained):")
+        for part, total, trained in count_parameters(self.masksam):
+            self.print_to_log_file(f"  {part:<18}{total:>14,}{trained:>14,}", add_timestamp=False)
+
+    # ---- optimisation --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolyLR]:
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr)
+        return optimizer, WarmupPolyLR(optimizer, self.initial_lr, self.num_epochs, self.warmup_iterations)
+
+    def _build_loss(self) -> nn.Module:
+        semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss
+        self.criterion = MaskSAMCriterion(
+            self.config.loss,
+            self.masksam.grid,
+            self.label_manager.num_segmentation_heads,
+            self.label_manager.has_regions,
+            self.label_manager.ignore_label,
+            semantic,
+        )
+        return semantic
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        self._load_sam()
+        super().on_train_start()
+
+    def _load_sam(self) -> None:
+        """SAM's weights are opened by a training from its start only; checkpoints of ours hold them."""
+        network = self.masksam
+        if network.sam_is_loaded:
+            return
+        if not self.config.needs_sam:
+            self.print_to_log_file(
+                f"{self.config.backbone} is a tiny encoder of this project's own. It is not SAM: it starts from random "
+                "weights and is trained throughout."
+            )
+            return
+        if os.environ.get(RANDOM_INIT, "").lower() in ("1", "true", "t"):
+            self.print_to_log_file(
+                f"WARNING: {RANDOM_INIT} is set. SAM's part of this network stays at RANDOM, frozen weights. "
+                "This is for trying things out only; its results say nothing about MaskSAM."
+            )
+            return
+        path = weights.find(self.config.backbone)
+        new = [name for name, p in network.named_parameters() if p.requires_grad]
+        report = weights.load_sam(network.sam_parts(), self.config.backbone, path, new)
+        network.sam_is_loaded = True
+        for line in report.lines():
+            self.print_to_log_file(line)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        return self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch
+        super().on_train_epoch_start()
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.lr_scheduler.at(self.progress, self.iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device):
+            output = self.network(data)
+        loss, terms = self.criterion(output, target)
+
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            self.optimizer.step()
+        self.iteration += 1
+        values = torch.stack([loss.detach(), *terms.values()]).cpu().numpy()  # one copy for all
+        return dict(zip(["loss", *terms], values, strict=True))
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        means = {name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, means)
+            means = {name: float(np.mean([m[name] for m in gathered])) for name in means}
+        means.pop("loss")
+        self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only
+            for name, value in means.items():
+                logger.log(f"train_losses/{name}", value, self.current_epoch)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net, but a kill in the middle leaves the earlier file whole."""
+        partial = f"{filename}.part"
+        super().save_checkpoint(partial)
+        if os.path.isfile(partial):
+            os.replace(partial, filename)
