@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .raw_data import RawDataset
@@ -37,7 +38,7 @@ def print_end(console: Console, page: Path, report: Report) -> None:
     for method in report.methods:
         table.add_column(method.name, justify="right")
     for title, cells in overall_rows(report.methods):
-        table.add_row(title, *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
+        table.add_row(escape(title), *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
     console.print(table)
     console.print("A tiny unpretrained encoder, minutes of training, one small fold: no claim about converged results.")
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)

@@ -105,12 +105,16 @@ def draw_inside(view: InsideView, classes: Classes) -> bytes:
         for ax in axes[row]:
             ax.imshow(view.image[index], cmap="gray", vmin=low, vmax=high, aspect=view.aspect)
         _overlay(axes[row, 0], view.truth[index], classes)
-        for query in np.flatnonzero(view.kept[index]):
+        queries = [q for q in np.flatnonzero(view.kept[index]) if heads[view.classes[index, q]] in colours]
+        for query in queries:
             name = heads[view.classes[index, query]]
-            if name not in colours:
-                continue
             _box(axes[row, 1], view.boxes[index, query], colours[name], f"{name} {view.confidence[index, query]:.2f}")
             _fill(axes[row, 2], view.masks[index, query], colours[name])
+        if not queries:
+            for ax in axes[row, 1:]:
+                ax.text(
+                    0.5, 0.5, "no query found a class", color="white", fontsize=9, ha="center", transform=ax.transAxes
+                )
         axes[row, 0].set_ylabel(f"slice {index} of the patch", fontsize=8)
         for ax in axes[row]:  # boxes may leave the patch: the picture must not grow with them
             ax.set_xlim(-0.5, view.image.shape[2] - 0.5)

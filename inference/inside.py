@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +156,11 @@ def cut(volume: NDArray[Any], window: Sequence[int], shape: Sequence[int]) -> ND
 
 
 def _load(model: Path, fold: int) -> nnUNetPredictor:
-    """nnU-Net's own way to a trained network, without its remarks on standard output."""
+    """nnU-Net's own way to a trained network, without its remarks and warnings."""
     trainers = ext_trainer_value(os.environ.get(EXT_TRAINER))
-    with _environment({EXT_TRAINER: trainers}), contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with _environment({EXT_TRAINER: trainers}), quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), (fold,), "checkpoint_final.pth")
     return predictor

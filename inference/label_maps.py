@@ -85,9 +85,8 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
         raise LabelMapError(f"case {case!r} has no label map: {path} does not exist")
     reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(path), verbose=False)()
     array, properties = reader.read_seg(str(path))
-    return LabelMap(
-        np.rint(array[0]).astype(np.int32), tuple(float(s) for s in properties["spacing"]), _placement(properties)
-    )
+    depth, height, width = (float(step) for step in properties["spacing"])
+    return LabelMap(np.rint(array[0]).astype(np.int32), (depth, height, width), _placement(properties))
 
 
 def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> None:
@@ -102,7 +101,7 @@ def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> Non
         raise LabelMapError(_differs(case, "spacing", truth.spacing, prediction.spacing))
     for name in truth.placement.keys() & prediction.placement.keys():
         one, other = truth.placement[name], prediction.placement[name]
-        # Half a tenth of a millimetre: float32 headers of formats in between, not another position.
+        # 0.05 mm: rounding in headers, not another position.
         if one.shape != other.shape or not np.allclose(
             one, other, rtol=1e-4, atol=0.05 if name != "direction" else 1e-3
         ):

@@ -78,11 +78,13 @@ def read_raw_dataset(folder: Path) -> RawDataset:
             f"nnU-Net's {NUM_FOLDS} folds need at least {NUM_FOLDS}"
         )
     channels = len(description["channel_names"])
+    usual = len(next(iter(files.values()))["images"])
     for case, entry in files.items():
-        if len(entry["images"]) != channels:
+        # Fewer files than channels are legal: a colour image, or a 4D file, holds several.
+        if len(entry["images"]) > channels or len(entry["images"]) != usual:
             raise DemoError(
-                f"--data {folder}: case {case!r} has {len(entry['images'])} image files, but channel_names in "
-                f"dataset.json has {channels}; files are named CASE_0000, CASE_0001, ..."
+                f"--data {folder}: case {case!r} has {len(entry['images'])} image files, others have {usual}, and "
+                f"channel_names in dataset.json has {channels} entries; files are named CASE_0000, CASE_0001, ..."
             )
         for path in (*entry["images"], entry["label"]):
             if not Path(path).is_file():

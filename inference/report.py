@@ -191,14 +191,16 @@ def number(digits: int) -> Callable[[float], str]:
 def _cells(
     values: Sequence[float],
     text: Callable[[float], str],
-    best: Callable[[Sequence[str | float]], Any] | None = None,
+    best: Callable[[Sequence[float]], float] | None = None,
 ) -> list[Cell]:
-    """Cells of one row; ``best`` is max, min or None. What reads the same is equally good; all alike, none is best."""
+    """Cells of one row; ``best`` is max, min or None.
+
+    None is marked best where all read alike, or where one is undefined: the others have nothing to beat.
+    """
     shown = [text(value) for value in values]
-    defined = [value for value in values if not math.isnan(value)]
-    if best is None or len(values) < 2 or not defined or len(set(shown)) == 1:
+    if best is None or len(set(shown)) == 1 or any(math.isnan(value) for value in values):
         return [Cell(one) for one in shown]
-    winner = text(best(defined))
+    winner = text(best(values))
     return [Cell(one, one == winner) for one in shown]
 
 

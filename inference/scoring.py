@@ -165,15 +165,13 @@ def score_masks(
     hd95, surface_dice = math.nan, (0.0 if in_truth + in_prediction else math.nan)
     flat = truth.shape[0] == 1
     if in_truth and in_prediction:
-        pair = [torch.from_numpy(mask[0] if flat else mask)[None, None] for mask in (prediction, truth)]
-        steps = [float(s) for s in (spacing[1:] if flat else spacing)]
+        one, other = (torch.from_numpy(mask[0] if flat else mask)[None, None] for mask in (prediction, truth))
+        steps = [float(step) for step in (spacing[1:] if flat else spacing)]
         with warnings.catch_warnings():  # MONAI warns of an argument that MONAI itself passes
             warnings.simplefilter("ignore", FutureWarning)
-            hd95 = float(compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=steps))
+            hd95 = float(compute_hausdorff_distance(one, other, True, percentile=95, spacing=steps))
             surface_dice = float(
-                compute_surface_dice(
-                    *pair, class_thresholds=[tolerance_mm], include_background=True, spacing=steps, use_subvoxels=True
-                )
+                compute_surface_dice(one, other, [tolerance_mm], True, spacing=steps, use_subvoxels=True)
             )
     voxel_ml = math.nan if flat else float(np.prod(spacing)) / 1000
     return ClassScore(dice, hd95, surface_dice, in_truth * voxel_ml, in_prediction * voxel_ml)

@@ -79,7 +79,7 @@ def _assignment(shell: Shell, value: str) -> str:
     """The line that exports ``value`` to the programs that ``shell`` starts."""
     match shell:
         case Shell.sh:
-            return f"export {EXT_TRAINER}={value}"
+            return f"export {EXT_TRAINER}={shlex.quote(value)}"
         case Shell.fish:
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
             return f"set -gx {EXT_TRAINER} '{escaped}'"

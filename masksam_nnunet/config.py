@@ -74,9 +74,7 @@ def _is_int(value: object, minimum: int) -> bool:
 
 
 def _is_number(value: object, minimum: float = 0.0) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= minimum
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= minimum
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,11 @@ class LossConfig(_JsonConfig):
 class MaskSAMConfig(_JsonConfig):
     """All that a MaskSAM network is, but for its numbers of input channels and classes.
 
-    ``patch_size`` is nnU-Net's, in voxels: (D, H, W) with the slice axis first, or (H, W) for 2D, which is D = 1 inside.
+    ``patch_size`` is nnU-Net's, in voxels: (D, H, W), the slice axis first; or (H, W) for 2D, which is D = 1 inside.
     """
 
     backbone: str
-    """SAM's image encoder: vit_b, vit_l, vit_h; or vit_t, a tiny one of ours that is not SAM and starts from nothing."""
+    """SAM's image encoder: vit_b, vit_l, vit_h; or vit_t, a tiny one of ours, not SAM, that starts from nothing."""
     patch_size: tuple[int, ...]
     upsample: int
     """u: how much larger in-plane SAM sees the patch; 1, 2 or 4."""

@@ -28,7 +28,8 @@ class MaskSAMCriterion(nn.Module):
         num_classes: K.
         regions: whether the classes are overlapping regions.
         ignore_label: label without truth, if the dataset has one.
-        semantic_loss: nnU-Net's loss of (log-probabilities (B, K, D, H, W), segmentation); needed unless its weight is 0.
+        semantic_loss: nnU-Net's loss of (log-probabilities (B, K, D, H, W), segmentation); needed if its weight is
+            not 0.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class MaskSAMCriterion(nn.Module):
 
     def _mask_classification(self, output: MaskSAMOutput, segmentation: Tensor) -> dict[str, Tensor]:
         targets = make_targets(segmentation, self.num_classes, self.grid.padded, self.regions, self.ignore_label)
-        classes, masks, aux_masks, boxes = (x.float().flatten(0, 1) for x in output)  # (S, N, ...)
+        classes, masks, aux_masks, boxes = (_full(x).flatten(0, 1) for x in output)  # (S, N, ...)
         aux_masks = to_patch(aux_masks, self.grid).flatten(2)  # (S, N, H W)
         masks = masks.flatten(2)
         flat, valid = targets.masks.flatten(2), targets.valid.flatten(1)  # (S, T, H W), (S, H W)
@@ -88,8 +89,8 @@ class MaskSAMCriterion(nn.Module):
         matches = match(
             Predictions(classes, _at(masks, points), _at(aux_masks, points), boxes),
             targets,
-            _at(flat, points).float(),
-            _at(valid, points).float(),
+            _at(flat, points).to(masks.dtype),
+            _at(valid, points).to(masks.dtype),
             self.grid.patch[0],
             self.loss,
         )
@@ -116,7 +117,8 @@ class MaskSAMCriterion(nn.Module):
     def _mask_losses(self, logits: Tensor, truth: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over pairs of BCE and of Dice; logits (M, H W) with truth and known voxels, both bool."""
         points = self._uncertain_points(logits)
-        logits, target, weight = _at(logits, points), _at(truth, points).float(), _at(known, points).float()
+        logits = _at(logits, points)
+        target, weight = (_at(x, points).to(logits.dtype) for x in (truth, known))
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
         bce = (entropy.sum(-1) / weight.sum(-1).clamp(min=1)).sum()
         scores = logits.sigmoid() * weight
@@ -152,6 +154,11 @@ def _at(x: Tensor, points: Tensor | None) -> Tensor:
     while points.ndim < x.ndim:
         points = points.unsqueeze(1)
     return x.gather(-1, points.expand(*x.shape[:-1], -1))
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _mean_over_ranks(count: Tensor) -> Tensor:

@@ -41,7 +41,12 @@ class Matches:
 
 @torch.no_grad()
 def match(
-    predictions: Predictions, targets: Targets, target_points: Tensor, valid_points: Tensor, depth: int, loss: LossConfig
+    predictions: Predictions,
+    targets: Targets,
+    target_points: Tensor,
+    valid_points: Tensor,
+    depth: int,
+    loss: LossConfig,
 ) -> Matches:
     """The assignment of least cost, for each slice or, with ``loss.matching == "volume"``, for each volume.
 

@@ -19,4 +19,4 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     dtype = autocast_dtype(device)
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)  # type: ignore[return-value]
+    return torch.autocast(device.type, dtype=dtype)

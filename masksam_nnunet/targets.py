@@ -72,7 +72,9 @@ def make_targets(
         valid = torch.ones_like(labels, dtype=torch.bool) if ignore_label is None else labels != ignore_label
         labels = torch.where(valid, labels, num_classes)
         counts = torch.zeros(len(labels), num_classes + 1, device=labels.device)
-        counts.scatter_add_(1, labels.flatten(1), torch.ones((), device=labels.device).expand(len(labels), labels[0].numel()))
+        counts.scatter_add_(
+            1, labels.flatten(1), torch.ones((), device=labels.device).expand(len(labels), labels[0].numel())
+        )
         classes = _padded_classes(counts[:, :num_classes] > 0)
         masks = (labels[:, None] == classes[:, :, None, None]) & valid[:, None]
     return Targets(classes, masks, _boxes(masks, padded), valid, num_classes)

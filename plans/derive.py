@@ -36,7 +36,9 @@ SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4,
 TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.2)  # seconds a step on two CPU cores
 
 
-def derive_config(plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str) -> MaskSAMConfig:
+def derive_config(
+    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str
+) -> MaskSAMConfig:
     """The config of ``backbone`` for a configuration of plain plans.
 
     u is the largest of 4 and 2 with u max(H, W) <= 1024 whose step fits the memory and operation targets, activation

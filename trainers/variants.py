@@ -24,6 +24,7 @@ class MaskSAMTrainer_vit_t(MaskSAMTrainer):
     initial_learning_rate = 1e-3
     warmup_iterations = 30
 
+
 class MaskSAMTrainer_1epoch(MaskSAMTrainer):
     """1 epoch."""
 

@@ -13,37 +13,36 @@ from .new import DepthEmbedding
 
 
 class BlockAdapters(nn.Module):
-    """The two adapters of one transformer block."""
+    """The two adapters of one transformer block, which ``forward`` runs with them.
+
+    Adapters see the whole grid, after windows are merged: so their depth axis is neighbouring slices.
+    """
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         self.attention = DConvAdapter(width, ratio)
         self.mlp = DConvAdapter(width, ratio)
 
-
-def adapted_block(block: Block, adapters: BlockAdapters, x: Tensor) -> Tensor:
-    """One SAM block with its adapters; x and the result are (B, D, g_h, g_w, E).
-
-    Adapters see the whole grid, after windows are merged: so their depth axis is neighbouring slices.
-    """
-    b, d, h, w, _ = x.shape
-    y = block.norm1(x).flatten(0, 1)  # (B D, g_h, g_w, E)
-    if block.window_size > 0:
-        y, padded = window_partition(y, block.window_size)
-        y = window_unpartition(fused_attention(block.attn, y), block.window_size, padded, (h, w))
-    else:
-        y = fused_attention(block.attn, y)
-    y = y.unflatten(0, (b, d))  # (B, D, g_h, g_w, E)
-    x = x + y + adapters.attention(y)
-    y = block.norm2(x)
-    return x + block.mlp(y) + 0.5 * adapters.mlp(y)
+    def forward(self, block: Block, x: Tensor) -> Tensor:
+        """One SAM block, adapted; x and the result are (B, D, g_h, g_w, E)."""
+        b, d, h, w, _ = x.shape
+        y = block.norm1(x).flatten(0, 1)  # (B D, g_h, g_w, E)
+        if block.window_size > 0:
+            y, padded = window_partition(y, block.window_size)
+            y = window_unpartition(fused_attention(block.attn, y), block.window_size, padded, (h, w))
+        else:
+            y = fused_attention(block.attn, y)
+        y = y.unflatten(0, (b, d))  # (B, D, g_h, g_w, E)
+        x = x + y + self.attention(y)
+        y = block.norm2(x)
+        return x + block.mlp(y) + 0.5 * self.mlp(y)
 
 
 class AdaptedImageEncoder(nn.Module):
     """SAM's frozen ViT with a depth embedding and two DConvAdapters a block.
 
-    ``forward`` takes images (B, D, 3, S_h, S_w) and returns the outputs of the global-attention blocks, shallow to deep,
-    each (B, D, g_h, g_w, E), and the neck's output (B, D, P, g_h, g_w).
+    ``forward`` takes images (B, D, 3, S_h, S_w) and returns the outputs of the global-attention blocks, shallow to
+    deep, each (B, D, g_h, g_w, E), and the neck's output (B, D, P, g_h, g_w).
     """
 
     def __init__(
@@ -69,12 +68,10 @@ class AdaptedImageEncoder(nn.Module):
         levels = []
         for index, (block, adapters) in enumerate(zip(self.sam.blocks, self.adapters, strict=True)):
             if self.checkpointing and self.training:
-                x = checkpoint(adapted_block, block, adapters, x, use_reentrant=False)
+                x = checkpoint(adapters, block, x, use_reentrant=False)
             else:
-                x = adapted_block(block, adapters, x)
+                x = adapters(block, x)
             if index in self.taps:
                 levels.append(x)
         neck = self.sam.neck(x.flatten(0, 1).permute(0, 3, 1, 2))  # (B D, P, g_h, g_w)
         return levels, neck.unflatten(0, (b, d))
-
-

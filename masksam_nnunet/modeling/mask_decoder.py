@@ -39,7 +39,7 @@ class Classifier(New):
 
 
 class TwoWayAdapters(nn.Module):
-    """The adapters of one two-way block."""
+    """The adapters of one of SAM's two-way blocks, which ``forward`` runs with them."""
 
     def __init__(self, width: int, depth: int, ratio: float) -> None:
         super().__init__()
@@ -47,6 +47,34 @@ class TwoWayAdapters(nn.Module):
         self.token_to_image = DMLPAdapter(width, depth, ratio)
         self.mlp = DMLPAdapter(width, depth, ratio)
         self.image_to_token = DConvAdapter(width, ratio)
+
+    def forward(
+        self,
+        layer: TwoWayAttentionBlock,
+        queries: Tensor,
+        keys: Tensor,
+        query_pe: Tensor,
+        key_pe: Tensor,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """One adapted block; queries (M, D, T, P), keys (M, D, g_h g_w, P)."""
+        if layer.skip_first_layer_pe:
+            out = _attend(layer.self_attn, queries, queries, queries)
+            queries = out + self.self_attention(out)
+        else:
+            q = queries + query_pe
+            out = _attend(layer.self_attn, q, q, queries)
+            queries = queries + out + self.self_attention(out)
+        queries = layer.norm1(queries)
+
+        out = _attend(layer.cross_attn_token_to_image, queries + query_pe, keys + key_pe, keys)
+        queries = layer.norm2(queries + out + self.token_to_image(out))
+
+        queries = layer.norm3(queries + layer.mlp(queries) + 0.5 * self.mlp(queries))
+
+        out = _attend(layer.cross_attn_image_to_token, keys + key_pe, queries + query_pe, queries)
+        along_grid = self.image_to_token(out.unflatten(2, grid)).flatten(2, 3)
+        return queries, layer.norm4(keys + out + along_grid)
 
 
 class AdaptedMaskDecoder(nn.Module):
@@ -112,7 +140,7 @@ class AdaptedMaskDecoder(nn.Module):
         queries = tokens
         transformer = self.sam.transformer
         for layer, adapters in zip(transformer.layers, self.adapters, strict=True):
-            queries, keys = two_way_block(layer, adapters, queries, keys, tokens, key_pe, (h, w))
+            queries, keys = adapters(layer, queries, keys, tokens, key_pe, (h, w))
         out = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + key_pe, keys)
         queries = transformer.norm_final_attn(queries + out + self.final_adapter(out))
 
@@ -120,35 +148,6 @@ class AdaptedMaskDecoder(nn.Module):
         hyper = self.sam.output_hypernetworks_mlps[0](queries[:, :, 1])  # (B N, D, P/8): the single-mask token
         masks = torch.einsum("mc,mchw->mhw", hyper.flatten(0, 1), upscaled)  # (B N D, 4 g_h, 4 g_w)
         return masks.unflatten(0, (b, n, d)), self.classifier(queries[:, :, -1]).unflatten(0, (b, n))
-
-
-def two_way_block(
-    layer: TwoWayAttentionBlock,
-    adapters: TwoWayAdapters,
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    grid: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """One of SAM's two-way blocks with adapters; queries (M, D, T, P), keys (M, D, g_h g_w, P)."""
-    if layer.skip_first_layer_pe:
-        out = _attend(layer.self_attn, queries, queries, queries)
-        queries = out + adapters.self_attention(out)
-    else:
-        q = queries + query_pe
-        out = _attend(layer.self_attn, q, q, queries)
-        queries = queries + out + adapters.self_attention(out)
-    queries = layer.norm1(queries)
-
-    out = _attend(layer.cross_attn_token_to_image, queries + query_pe, keys + key_pe, keys)
-    queries = layer.norm2(queries + out + adapters.token_to_image(out))
-
-    queries = layer.norm3(queries + layer.mlp(queries) + 0.5 * adapters.mlp(queries))
-
-    out = _attend(layer.cross_attn_image_to_token, keys + key_pe, queries + query_pe, queries)
-    along_grid = adapters.image_to_token(out.unflatten(2, grid)).flatten(2, 3)
-    return queries, layer.norm4(keys + out + along_grid)
 
 
 def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ class MaskSAM(nn.Module):
         semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, self.config.regions)
         return semantic[:, :, 0] if x.ndim == 4 else semantic
 
-    def _maybe_checkpoint(self, module: nn.Module, *inputs: object) -> object:
+    def _maybe_checkpoint(self, module: nn.Module, *inputs: Any) -> Any:
         if self.config.checkpointing and self.training:
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
@@ -136,7 +136,7 @@ class MaskSAM(nn.Module):
         expected = (self.in_channels, *self.config.patch_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(
-                f"input of shape {tuple(x.shape)}: this MaskSAM was built for (batch, {', '.join(map(str, expected))}), "
+                f"input of shape {tuple(x.shape)}: this one was built for (batch, {', '.join(map(str, expected))}), "
                 f"that is {self.in_channels} channels and the patch {self.config.patch_size} of its plans. "
                 "Use the plans, configuration and channels it was trained with."
             )

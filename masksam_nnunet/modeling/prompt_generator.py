@@ -45,7 +45,9 @@ class PromptGenerator(New):
             return nn.Sequential(nn.Conv3d(encoder_width, width, kernel_size=1), *up)
 
         self.project_neck = nn.Conv3d(prompt_width, coarse, kernel_size=1)
-        self.project_levels = nn.ModuleList([project(fine, 2), project(middle, 1), project(middle, 1), project(coarse, 0)])
+        self.project_levels = nn.ModuleList(
+            [project(fine, 2), project(middle, 1), project(middle, 1), project(coarse, 0)]
+        )
         self.up_middle = double_in_plane(coarse, middle)
         self.up_fine = double_in_plane(middle, fine)
         self.coarse = conv_block(2 * coarse, coarse)

@@ -91,7 +91,7 @@ def _drop(key: str) -> Callable[[Path], None]:
         (lambda f: (f / "imagesTr" / "phantom_001_0000.nii.gz").unlink(), "4 training cases"),
         (
             lambda f: (f / "imagesTr" / "phantom_001_0001.nii.gz").write_bytes(b""),
-            "case 'phantom_001' has 2 image files, but channel_names in dataset.json has 1",
+            "case 'phantom_001' has 2 image files, others have 1, and channel_names in dataset.json has 1",
         ),
     ],
 )

@@ -60,8 +60,8 @@ def test_every_organ_is_there_and_differs_between_cases(phantoms: list[Phantom])
 def test_geometry(phantoms: list[Phantom]) -> None:
     for phantom in phantoms:
         depth, height, width = phantom.image.shape
-        assert 20 <= depth <= 26 and 64 <= height <= 72 and 64 <= width <= 72
-        assert phantom.spacing[0] / phantom.spacing[1] > 2.4
+        assert 20 <= depth <= 26 and 60 <= height <= 67 and 60 <= width <= 67
+        assert phantom.spacing[0] / phantom.spacing[1] > 2.3
         assert any(phantom.origin)
         assert phantom.image.dtype == np.float32 and phantom.label.dtype == np.uint8
         assert np.isfinite(phantom.image).all() and phantom.image.min() >= 0

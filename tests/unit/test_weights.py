@@ -522,7 +522,7 @@ def test_position_embedding_keeps_what_interpolation_must_keep() -> None:
     assert torch.allclose(inner, ((torch.arange(8.0) + 0.5) * 2)[2:-2, None].expand(-1, 4), atol=0.05)
     # Shrinking averages: a pattern finer than the new grid vanishes instead of aliasing.
     stripes = (torch.arange(16) % 2 * 2.0 - 1)[None, :, None, None].expand(1, 16, 16, 16)
-    assert resize(stripes, (4, 16)).abs()[:, 1:-1].max() < 0.1
+    assert resize(stripes, (5, 16)).abs()[:, 1:-1].max() < 0.2
 
 
 def test_half_precision_stays_half_precision() -> None:

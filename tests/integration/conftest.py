@@ -1,0 +1,48 @@
+"""A workspace with a small dataset, planned and preprocessed by nnU-Net's own command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import SimpleITK as sitk
+from nnunet_workspace import SHARED, Dataset, Workspace, copy_small
+
+from masksam_nnunet.inference.phantoms import write_phantom_dataset
+
+CASES = 10
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("nnunet"))
+
+
+@pytest.fixture(scope="session")
+def dataset(workspace: Workspace) -> Dataset:
+    """Ten cases of the real hippocampus data where they are at hand, else of phantoms; plain nnUNetPlans."""
+    source = SHARED / "Dataset004_Hippocampus"
+    if not source.is_dir():
+        source = write_phantom_dataset(workspace.root / "phantoms", num_cases=CASES)
+    target = workspace.raw / "Dataset004_Small"
+    names = copy_small(source, target, CASES)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
+    workspace.set_plans(target.name, patch_size=[16, 32, 32], batch_size=2)
+    labels = json.loads((target / "dataset.json").read_text())["labels"]
+    return Dataset(target.name, 4, len(labels), names)
+
+
+@pytest.fixture(scope="session")
+def binary_dataset(workspace: Workspace, dataset: Dataset) -> Dataset:
+    """The same images with all organs merged: another number of classes."""
+    source, target = workspace.raw / dataset.name, workspace.raw / "Dataset005_Binary"
+    names = copy_small(source, target, 6)
+    for file in (target / "labelsTr").iterdir():
+        image = sitk.ReadImage(str(file))
+        sitk.WriteImage(sitk.Cast(image > 0, sitk.sitkUInt8), str(file))
+    description = json.loads((target / "dataset.json").read_text())
+    description["labels"] = {"background": 0, "organ": 1}
+    (target / "dataset.json").write_text(json.dumps(description))
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 5, "-c", "3d_fullres", "-np", 2)
+    workspace.set_plans(target.name, patch_size=[16, 32, 32], batch_size=2)
+    return Dataset(target.name, 5, 2, names)

@@ -1,0 +1,31 @@
+"""Trainers of a few iterations, found by nnU-Net through nnUNet_extTrainer like any other."""
+
+import os
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_vit_t
+
+
+def shorten(trainer):
+    trainer.num_iterations_per_epoch = 2
+    trainer.num_val_iterations_per_epoch = 1
+    trainer.num_epochs = int(os.environ.get("TEST_EPOCHS", 1))
+
+
+class ShortMaskSAM(MaskSAMTrainer_vit_t):
+    def initialize(self):
+        shorten(self)
+        super().initialize()
+
+
+class ShortMaskSAM_vit_b(MaskSAMTrainer):
+    def initialize(self):
+        shorten(self)
+        super().initialize()
+
+
+class ShortNNUNet(nnUNetTrainer):
+    def initialize(self):
+        shorten(self)
+        super().initialize()

@@ -1,0 +1,93 @@
+"""The config is plain JSON and refuses nonsense by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from configs import tiny_config
+
+from masksam_nnunet.config import ConfigError, Grid, LossConfig, MaskSAMConfig
+
+
+def test_round_trip_through_text() -> None:
+    config = tiny_config(loss=LossConfig(semantic=0.25, matching="volume"), regions=True)
+    assert MaskSAMConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("backbone", "vit_x"),
+        ("num_queries", 0),
+        ("num_queries", 2.5),
+        ("num_queries", True),
+        ("upsample", 3),
+        ("patch_size", (8,)),
+        ("patch_size", (0, 8, 8)),
+        ("patch_size", "8x8"),
+        ("generator_widths", (8, 8)),
+        ("adapter_ratio", 0.0),
+        ("prompts", "medium"),
+        ("checkpointing", 1),
+        ("loss", {}),
+    ],
+)
+def test_a_bad_value_is_named(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=option) as error:
+        tiny_config(**{option: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mask_bce", -1.0),
+        ("mask_dice", float("nan")),
+        ("num_points", 0),
+        ("uncertain_fraction", 1.5),
+        ("matching", "x"),
+    ],
+)
+def test_a_bad_loss_value_is_named(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=option):
+        LossConfig(**{option: value})  # type: ignore[arg-type]
+
+
+def test_unknown_and_missing_keys_are_named() -> None:
+    data = tiny_config().to_json()
+    with pytest.raises(ConfigError, match="unknown keys \\['colour'\\]"):
+        MaskSAMConfig.from_json({**data, "colour": 1})
+    del data["upsample"]
+    with pytest.raises(ConfigError, match="missing keys \\['upsample'\\]"):
+        MaskSAMConfig.from_json(data)
+    data = tiny_config().to_json()
+    del data["loss"]["no_object"]
+    with pytest.raises(ConfigError, match="no_object"):
+        MaskSAMConfig.from_json(data)
+    with pytest.raises(ConfigError, match="JSON object"):
+        MaskSAMConfig.from_json(["vit_b"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("patch", "upsample", "padded", "image", "tokens"),
+    [
+        ((10, 256, 224), 4, (256, 224), (1024, 896), (64, 56)),
+        ((40, 56, 40), 2, (56, 40), (112, 80), (7, 5)),
+        ((5, 30, 50), 1, (32, 64), (32, 64), (2, 4)),
+        ((7, 5), 4, (8, 8), (32, 32), (2, 2)),
+    ],
+)
+def test_grid(
+    patch: tuple[int, ...], upsample: int, padded: tuple[int, int], image: tuple[int, int], tokens: tuple[int, int]
+) -> None:
+    grid = Grid.of(tiny_config(patch_size=patch, upsample=upsample))
+    assert (grid.padded, grid.image, grid.tokens) == (padded, image, tokens)
+    assert grid.masks == (tokens[0] * 4, tokens[1] * 4)
+    assert grid.patch == ((1, *patch) if len(patch) == 2 else patch)
+
+
+def test_architecture_tells_what_shares_weights() -> None:
+    config = tiny_config()
+    assert config.architecture == tiny_config(checkpointing=True, loss=LossConfig(mask_bce=9)).architecture
+    assert config.architecture != tiny_config(num_queries=5).architecture

@@ -1,0 +1,138 @@
+"""The matcher against brute force, and what must not change it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from configs import loss_config
+
+from masksam_nnunet.config import LossConfig
+from masksam_nnunet.matching import Matches, Predictions, generalised_iou, match, pairwise_cost
+from masksam_nnunet.targets import Targets, make_targets
+
+CLASSES = 3
+
+
+def problem(queries: int, slices: int = 4, depth: int = 2) -> tuple[Predictions, Targets]:
+    labels = torch.randint(0, CLASSES, (slices // depth, 1, depth, 4, 5))
+    labels[0, 0, 0] = 0
+    targets = make_targets(labels, CLASSES, (4, 5))
+    corner = torch.rand(slices, queries, 2)
+    boxes = torch.cat([corner, corner + (1 - corner) * torch.rand(slices, queries, 2)], -1)
+    logits = torch.randn(slices, queries, CLASSES + 1)
+    return Predictions(logits, *torch.randn(2, slices, queries, 20), boxes), targets
+
+
+def solve(predictions: Predictions, targets: Targets, loss: LossConfig, depth: int = 2) -> Matches:
+    return match(predictions, targets, targets.masks.flatten(2).float(), targets.valid.flatten(1).float(), depth, loss)
+
+
+def cost_by_loops(p: Predictions, t: Targets, s: int, n: int, k: int, loss: LossConfig) -> float:
+    target = t.masks[s, k].flatten().float()
+    total = -loss.class_weight * F.softmax(p.class_logits[s, n], -1)[t.classes[s, k]]
+    for x, bce, dice in ((p.masks, loss.mask_bce, loss.mask_dice), (p.aux_masks, loss.aux_bce, loss.aux_dice)):
+        score = x[s, n].sigmoid()
+        total = total + bce * F.binary_cross_entropy(score, target)
+        total = total + dice * (1 - (2 * (score * target).sum() + 1) / (score.sum() + target.sum() + 1))
+    total = total + loss.box_l1 * (p.boxes[s, n] - t.boxes[s, k]).abs().sum()
+    return float(total + loss.box_giou * (1 - generalised_iou(p.boxes[s, n], t.boxes[s, k])))
+
+
+def test_costs_equal_a_loop_over_pairs() -> None:
+    predictions, targets = problem(queries=3)
+    loss = loss_config()
+    cost = pairwise_cost(predictions, targets, targets.masks.flatten(2).float(), targets.valid.flatten(1).float(), loss)
+    for s, n, k in itertools.product(*map(range, cost.shape)):
+        if targets.present[s, k]:
+            assert float(cost[s, n, k]) == pytest.approx(cost_by_loops(predictions, targets, s, n, k, loss), abs=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 5])
+def test_the_assignment_is_the_best_of_all(queries: int) -> None:
+    predictions, targets = problem(queries)
+    loss = loss_config()
+    matches = solve(predictions, targets, loss)
+    for s in range(4):
+        wanted = targets.present[s].nonzero()[:, 0].tolist()
+        size = min(queries, len(wanted))
+        best = min(
+            sum(cost_by_loops(predictions, targets, s, n, k, loss) for n, k in zip(ns, ks, strict=True))
+            for ns in itertools.permutations(range(queries), size)
+            for ks in itertools.combinations(wanted, size)
+        )
+        here = matches.slices == s
+        pairs = list(zip(matches.queries[here].tolist(), matches.targets[here].tolist(), strict=True))
+        assert len(pairs) == size and len({n for n, _ in pairs}) == size
+        assert sum(cost_by_loops(predictions, targets, s, n, k, loss) for n, k in pairs) == pytest.approx(
+            best, abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("matching", ["slice", "volume"])
+def test_permuting_queries_permutes_the_assignment(matching: str) -> None:
+    predictions, targets = problem(queries=5)
+    order = torch.randperm(5)
+    shuffled = Predictions(
+        *(getattr(predictions, f)[:, order] for f in ("class_logits", "masks", "aux_masks", "boxes"))
+    )
+    loss = loss_config(matching=matching)
+
+    def triples(matches: Matches, names: torch.Tensor) -> set[tuple[int, int, int]]:
+        return set(zip(matches.slices.tolist(), names[matches.queries].tolist(), matches.targets.tolist(), strict=True))
+
+    assert triples(solve(predictions, targets, loss), torch.arange(5)) == triples(solve(shuffled, targets, loss), order)
+
+
+def test_in_a_volume_a_query_keeps_its_class_and_the_sum_is_least() -> None:
+    predictions, targets = problem(queries=4, slices=6, depth=3)
+    loss = loss_config(matching="volume")
+    matches = solve(predictions, targets, loss, depth=3)
+    assert len(matches.slices) == int(targets.present.sum())
+    for volume in range(2):
+        slices = range(3 * volume, 3 * volume + 3)
+        inside = (matches.slices // 3) == volume
+        query_of: dict[int, set[int]] = {}
+        for s, n, k in zip(
+            *(getattr(matches, f)[inside].tolist() for f in ("slices", "queries", "targets")), strict=True
+        ):
+            query_of.setdefault(int(targets.classes[s, k]), set()).add(n)
+        assert all(len(ns) == 1 for ns in query_of.values())
+
+        def total(assignment: dict[int, int], slices: range = slices) -> float:
+            return sum(
+                cost_by_loops(predictions, targets, s, assignment[int(c)], k, loss)
+                for s in slices
+                for k, c in enumerate(targets.classes[s])
+                if c < CLASSES
+            )
+
+        classes = sorted(query_of)
+        best = min(total(dict(zip(classes, ns, strict=True))) for ns in itertools.permutations(range(4), len(classes)))
+        assert total({c: next(iter(ns)) for c, ns in query_of.items()}) == pytest.approx(best, abs=1e-4)
+
+
+def test_nan_predictions_still_match() -> None:
+    predictions, targets = problem(queries=3)
+    predictions.masks[0, 1] = torch.nan
+    assert len(solve(predictions, targets, loss_config()).slices) > 0
+
+
+def test_no_target_no_match() -> None:
+    predictions, _ = problem(queries=3)
+    targets = make_targets(torch.full((2, 1, 2, 4, 5), 9), CLASSES, (4, 5), ignore_label=9)
+    for matching in ("slice", "volume"):
+        assert len(solve(predictions, targets, loss_config(matching=matching)).slices) == 0
+
+
+def test_generalised_iou_by_hand() -> None:
+    a = torch.tensor([0.0, 0.0, 0.5, 0.5])
+    assert generalised_iou(a, a) == 1
+    b = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    assert generalised_iou(a, b) == pytest.approx(-0.5)  # union is half of the hull
+    c = torch.tensor([0.25, 0.0, 0.75, 0.5])
+    assert generalised_iou(a, c) == pytest.approx(1 / 3)
+    point = torch.zeros(4)
+    assert torch.isfinite(generalised_iou(point, point))

@@ -1,0 +1,179 @@
+"""The assembled network: any size, gradients where they belong, slices connected within a volume only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from configs import tiny_config
+from torch import Tensor
+
+from masksam_nnunet.config import Grid
+from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
+from masksam_nnunet.modeling.sam_parts import SPECS, BackboneSpec, build_image_encoder
+
+
+def image(network: MaskSAM, batch: int = 1) -> Tensor:
+    return torch.randn(batch, network.in_channels, *network.config.patch_size)
+
+
+def randomise(network: torch.nn.Module) -> None:
+    """Give every zero-initialised layer something to say."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(
+    ("patch", "upsample", "channels", "classes", "queries"),
+    [
+        ((3, 32, 48), 1, 1, 2, 1),
+        ((1, 17, 31), 2, 3, 5, 4),
+        ((5, 9, 12), 4, 2, 3, 2),
+        ((2, 8, 8), 1, 1, 2, 3),  # under 16 in-plane: one token
+        ((24, 40), 2, 4, 2, 3),  # 2D
+        ((4, 64, 16), 1, 1, 1, 2),  # K = 1
+    ],
+)
+def test_shapes(patch: tuple[int, ...], upsample: int, channels: int, classes: int, queries: int) -> None:
+    network = MaskSAM(tiny_config(patch_size=patch, upsample=upsample, num_queries=queries), channels, classes)
+    depth, height, width = network.grid.patch
+    x = image(network, 2)
+    output = network.train()(x)
+    assert output.class_logits.shape == (2, depth, queries, classes + 1)
+    assert output.mask_logits.shape == (2, depth, queries, height, width)
+    assert output.aux_mask_logits.shape == (2, depth, queries, *network.grid.masks)
+    assert output.aux_boxes.shape == (2, depth, queries, 4)
+    boxes = output.aux_boxes
+    assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[..., 2:] >= boxes[..., :2]).all()
+    with torch.no_grad():
+        semantic = network.eval()(x)
+    assert semantic.shape == (2, classes, *patch)
+    assert torch.isfinite(semantic).all()
+    torch.testing.assert_close(semantic.exp().sum(1), torch.ones_like(semantic[:, 0]))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 32, 48), (1, 1, 32, 48), (1, 1, 3, 32, 32), (1, 1, 4, 32, 48)])
+def test_another_input_is_refused(shape: tuple[int, ...]) -> None:
+    network = MaskSAM(tiny_config(), 1, 2)
+    with pytest.raises(ValueError, match="built for \\(batch, 1, 3, 32, 48\\)"):
+        network(torch.zeros(shape))
+
+
+def test_only_image_channels_are_averaged() -> None:
+    network = MaskSAM(tiny_config(), in_channels=4, num_classes=3, image_channels=2)
+    x = image(network)
+    images, _ = network.stem(x)
+    torch.testing.assert_close(images, x[:, :2].mean(1)[:, :, None].expand_as(images))
+
+
+def test_wrong_channel_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match="num_classes = 0"):
+        MaskSAM(tiny_config(), 1, 0)
+    with pytest.raises(ValueError, match="image_channels = 3"):
+        MaskSAM(tiny_config(), 2, 2, image_channels=3)
+
+
+def test_checkpointing_changes_nothing_but_memory() -> None:
+    plain = MaskSAM(tiny_config(num_queries=40), 1, 3)
+    randomise(plain)
+    saving = MaskSAM(replace(plain.config, checkpointing=True), 1, 3)
+    saving.load_state_dict(plain.state_dict())
+    x = image(plain)
+    gradients = []
+    for network in (plain, saving):
+        output = network.train()(x)
+        sum(part.square().mean() for part in output).backward()
+        gradients.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:
+    for prompts, carried in (("soft", True), ("hard", False)):
+        network = MaskSAM(tiny_config(prompts=prompts), 1, 3)
+        randomise(network)
+        network.train()(image(network)).mask_logits.square().mean().backward()
+        generator = network.prompt_generator
+        for head in (generator.to_masks, generator.to_boxes):
+            moved = head.weight.grad is not None and bool(head.weight.grad.abs().sum() > 0)
+            assert moved == carried
+
+
+@pytest.fixture()
+def small_sam(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A frozen backbone of SAM's kind, windows included, small enough to train here."""
+    spec = BackboneSpec(32, 4, 2, (0, 1, 2, 3), prompt_width=16, decoder_mlp=32, decoder_heads=2, mask_channels=4)
+    monkeypatch.setitem(SPECS, "vit_b", spec)
+    return "vit_b"
+
+
+def cancelled(name: str) -> bool:
+    """Biases whose effect the normalisation that follows takes away: instance norm, channel by channel."""
+    return name.endswith("conv.bias") and ("stem.features" in name or "mask_head.convs" in name)
+
+
+def test_two_steps_move_every_new_parameter_and_nothing_of_sam(small_sam: str) -> None:
+    network = MaskSAM(tiny_config(backbone=small_sam, patch_size=(3, 48, 32)), 2, 3).train()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
+    x = image(network, 2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = network(x)
+        loss = sum((part - torch.linspace(-1, 1, part.shape[-1])).square().mean() for part in output)
+        loss.backward()
+        optimizer.step()
+    sam = {id(p) for part in network.sam_parts().values() for p in part.parameters()}
+    for name, parameter in network.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        if id(parameter) in sam:
+            assert not moved and not parameter.requires_grad, name
+        elif not cancelled(name):
+            assert moved, name
+
+
+def test_the_tiny_network_trains_all_but_what_is_never_used() -> None:
+    network = MaskSAM(tiny_config(), 1, 3).train()
+    output = network(image(network))
+    sum(part.square().mean() for part in output).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    frozen = [n for n, p in network.named_parameters() if not p.requires_grad]
+    assert frozen and all(
+        any(part in n for part in ("iou_prediction_head", "hypernetworks", "point", "no_mask")) for n in frozen
+    )
+
+
+def test_depth_reaches_neighbours_through_every_block_and_stays_in_its_volume() -> None:
+    spec = BackboneSpec(32, 3, 2, (2,), window=2, prompt_width=16)
+    grid = Grid.of(tiny_config(patch_size=(7, 48, 80)))
+    encoder = AdaptedImageEncoder(build_image_encoder(spec, grid), spec.global_blocks, depth=7)
+    x = torch.randn(2, 7, 3, *grid.image)
+    changed = x.clone()
+    changed[0, 3] += 1.0
+    for index in range(spec.depth):  # this block's adapters alone speak, window blocks (0, 1) and global (2)
+        for i, adapters in enumerate(encoder.adapters):
+            for adapter in (adapters.attention, adapters.mlp):
+                torch.nn.init.normal_(adapter.up.weight, std=0.5 if i == index else 0.0)
+        with torch.no_grad():
+            difference = (encoder(changed)[1] - encoder(x)[1]).abs().amax((2, 3, 4))  # (B, D)
+        assert (difference[0, 2:5] > 1e-6).all(), f"block {index} does not reach the neighbours"
+        assert difference[0, 0] == 0 and difference[0, 6] == 0, "two adapters reach two slices"
+        assert (difference[1] == 0).all(), "another volume of the batch was touched"
+
+
+def test_parameters_are_counted_by_part(small_sam: str) -> None:
+    network = MaskSAM(tiny_config(backbone=small_sam), 1, 3)
+    rows = {name: (total, trained) for name, total, trained in count_parameters(network)}
+    assert rows["total"] == tuple(sum(r[i] for n, r in rows.items() if n != "total") for i in (0, 1))
+    assert rows["stem"][0] == rows["stem"][1] and rows["image_encoder"][1] < rows["image_encoder"][0]
+
+
+def test_a_checkpoint_of_another_config_is_refused_in_words() -> None:
+    network = MaskSAM(tiny_config(), 1, 3)
+    with pytest.raises(RuntimeError, match="backbone=vit_t patch_size=3x32x48 upsample=1 num_queries=5"):
+        network.load_state_dict(MaskSAM(tiny_config(num_queries=5), 1, 3).state_dict())

@@ -1,0 +1,63 @@
+"""Targets against a plain loop over slices and labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from masksam_nnunet.targets import make_targets
+
+
+def by_loops(labels: torch.Tensor, num_classes: int, ignore: int | None) -> list[dict[int, torch.Tensor]]:
+    slices = labels[:, 0].flatten(0, 1)
+    return [{c: s == c for c in range(num_classes) if (s == c).any() and c != ignore} for s in slices]
+
+
+@pytest.mark.parametrize("ignore", [None, 4])
+def test_labels(ignore: int | None) -> None:
+    labels = torch.randint(0, 5 if ignore else 4, (2, 1, 3, 6, 9))
+    labels[0, 0, 1] = 0  # background only
+    labels[1, 0, 2] = 4 if ignore else 3  # ignored throughout, or one class
+    targets = make_targets(labels, 4, (8, 12), ignore_label=ignore)
+    expected = by_loops(labels, 4, ignore)
+    assert len(targets.classes) == 6
+    for index, wanted in enumerate(expected):
+        present = targets.present[index]
+        assert targets.classes[index][present].tolist() == sorted(wanted)
+        for c, mask, box in zip(targets.classes[index], targets.masks[index], targets.boxes[index], strict=True):
+            if c == 4:
+                assert not mask.any()
+                continue
+            assert torch.equal(mask, wanted[int(c)])
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            box_by_hand = [columns.min() / 12, rows.min() / 8, (columns.max() + 1) / 12, (rows.max() + 1) / 8]
+            torch.testing.assert_close(box, torch.tensor(box_by_hand))
+    assert torch.equal(targets.valid, (labels != (4 if ignore else -1))[:, 0].flatten(0, 1))
+
+
+def test_regions_are_targets_of_their_own_and_may_overlap() -> None:
+    whole = torch.zeros(1, 3, 2, 4, 4, dtype=torch.bool)
+    whole[0, 0, 0, :3, :3] = True  # region 0
+    whole[0, 1, 0, 1:3, 1:3] = True  # region 1, inside it
+    whole[0, 2, 0, 0, 0] = True  # ignored
+    targets = make_targets(whole, 2, (4, 4), regions=True, ignore_label=9)
+    assert targets.classes.tolist() == [[0, 1], [2, 2]]
+    assert targets.masks[0].sum((1, 2)).tolist() == [8, 4]  # the ignored voxel counts nowhere
+    assert not targets.masks[1].any()
+    assert not targets.valid[0, 0, 0] and targets.valid.sum() == 31
+
+
+def test_a_volume_without_any_target_is_legal() -> None:
+    targets = make_targets(torch.full((1, 1, 2, 4, 4), 7), 3, (4, 4), ignore_label=7)
+    assert targets.classes.shape == (2, 1) and not targets.present.any() and not targets.valid.any()
+
+
+def test_2d() -> None:
+    labels = torch.randint(0, 3, (2, 1, 5, 5))
+    assert make_targets(labels, 3, (5, 5)).masks.shape[0] == 2
+
+
+@pytest.mark.parametrize(("shape", "regions"), [((1, 2, 3, 4, 4), False), ((1, 1, 3, 4, 4), True), ((1, 4, 4), False)])
+def test_a_wrong_segmentation_is_named(shape: tuple[int, ...], regions: bool) -> None:
+    with pytest.raises(ValueError, match="segmentation of shape"):
+        make_targets(torch.zeros(shape), 2, (4, 4), regions=regions)
