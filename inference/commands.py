@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -72,30 +74,51 @@ def run_nnunet(
     with log.open("w", encoding="utf-8") as stream:
         stream.write(f"$ {line}\n")
         stream.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-c", _launcher(command), *arguments],
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            while True:
-                try:
-                    code = process.wait(timeout=_POLL_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    if poll is not None:
-                        poll()
-        finally:
-            if process.poll() is None:
-                _end(process)
+        with _termination_as_exit():
+            process = subprocess.Popen(
+                [sys.executable, "-c", _launcher(command), *arguments],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                code = _wait(process, poll)
+            finally:
+                if process.poll() is None:
+                    _end(process)
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         raise DemoError(
             f"{line}\nended with exit status {code}. The end of its log, {log}:\n"
             + "\n".join(f"    {x}" for x in lines)
         )
+
+
+def _wait(process: subprocess.Popen[bytes], poll: Callable[[], None] | None) -> int:
+    while True:
+        try:
+            return process.wait(timeout=_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if poll is not None:
+                poll()
+
+
+@contextlib.contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that a command is not left running without us."""
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _launcher(command: str) -> str:

@@ -22,6 +22,11 @@ CLASS_COLOURS = ("#e69f00", "#56b4e9", "#2ecc71", "#d55e9b", "#f0e442", "#c0392b
 
 METHOD_COLOURS = ("#555555", "#0b6e99", "#b5531c", "#3b7d3b")
 _DPI = 110
+_NOTE: dict[str, Any] = {
+    "color": "white",
+    "fontsize": 8,
+    "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0},
+}
 _MARGIN = 12  # pixels around the structures in a cropped view
 
 
@@ -112,9 +117,7 @@ def draw_inside(view: InsideView, classes: Classes) -> bytes:
             _fill(axes[row, 2], view.masks[index, query], colours[name])
         if not queries:
             for ax in axes[row, 1:]:
-                ax.text(
-                    0.5, 0.5, "no query found a class", color="white", fontsize=9, ha="center", transform=ax.transAxes
-                )
+                ax.text(0.5, 0.04, "no query found a class", transform=ax.transAxes, **_NOTE, ha="center")
         axes[row, 0].set_ylabel(f"slice {index} of the patch", fontsize=8)
         for ax in axes[row]:  # boxes may leave the patch: the picture must not grow with them
             ax.set_xlim(-0.5, view.image.shape[2] - 0.5)
@@ -191,8 +194,7 @@ def _fill(ax: Axes, mask: NDArray[Any], colour: str) -> None:
 def _box(ax: Axes, box: NDArray[np.float32], colour: str, text: str) -> None:
     x0, y0, x1, y1 = (float(v) - 0.5 for v in box)  # matplotlib's pixels are centred on whole numbers
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
-    frame = {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0}
-    ax.text(x0, y0, text, color=colour, fontsize=6, va="bottom", ha="left", bbox=frame, clip_on=True)
+    ax.text(x0, y0, text, **_NOTE | {"color": colour, "fontsize": 6}, va="bottom", ha="left", clip_on=True)
 
 
 def _png(figure: Figure) -> bytes:

@@ -43,8 +43,8 @@ class Phantom:
 
 def make_phantom(rng: np.random.Generator) -> Phantom:
     """Draw one phantom; the same state of ``rng`` gives the same phantom."""
-    shape = (int(rng.integers(20, 27)), int(rng.integers(60, 68)), int(rng.integers(60, 68)))
-    in_plane = float(np.round(rng.uniform(1.02, 1.14), 3))
+    shape = (int(rng.integers(20, 27)), int(rng.integers(58, 65)), int(rng.integers(58, 65)))
+    in_plane = float(np.round(rng.uniform(1.05, 1.18), 3))
     spacing = (float(np.round(rng.uniform(2.7, 3.3), 3)), in_plane, in_plane)
     origin = (
         float(np.round(rng.uniform(-400, 400), 1)),

@@ -18,7 +18,7 @@ def write_phantom_dataset(folder: Path, num_cases: int = 20, seed: int = 0, num_
     """Write phantoms in nnU-Net's raw format and return the dataset's folder.
 
     Three labelled structures (a lobed organ, a winding vessel, a gland on the organ), one image channel, 20 to 26
-    slices of 60 to 67 pixels squared, about 3 x 1.1 x 1.1 mm. Case ``i`` depends on ``seed`` and ``i`` only, so that a
+    slices of 58 to 64 pixels squared, about 3 x 1.1 x 1.1 mm. Case ``i`` depends on ``seed`` and ``i`` only, so that a
     larger data set with the same seed begins with the same cases.
 
     Args:

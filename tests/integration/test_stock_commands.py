@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunet_workspace import Dataset, Workspace
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from float16 import probability_tolerance
+from nnunet_workspace import SHORT_TRAINERS, Dataset, Workspace
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from segment_anything import sam_model_registry
 
 pytestmark = pytest.mark.integration
@@ -101,6 +104,44 @@ def test_predict_with_folds_mirrors_and_by_model_folder(
     for file in one.glob("*.nii.gz"):
         a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / file.name))) for folder in (one, by_folder))
         np.testing.assert_array_equal(a, b)
+
+
+def test_saved_probabilities_are_the_networks_own(
+    workspace: Workspace, dataset: Dataset, trained: Path, images: Path
+) -> None:
+    """One window, no mirroring: what nnU-Net saves is the softmax of the folds' mean log-probabilities."""
+    crop = workspace.root / "one_window"
+    crop.mkdir()
+    source = sitk.ReadImage(str(next(images.iterdir())))
+    sitk.WriteImage(source[4:32, 6:36, 5:20], str(crop / "crop_0000.nii.gz"))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_extTrainer", str(SHORT_TRAINERS))
+        predictor.initialize_from_trained_model_folder(str(trained), (0, 1))
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    data, _, _ = configuration.preprocessor_class(verbose=False).run_case(
+        [str(crop / "crop_0000.nii.gz")], None, plans, configuration, predictor.dataset_json
+    )
+    patch_size = configuration.patch_size
+    x, revert = pad_nd_image(torch.as_tensor(data), patch_size, "constant", {"value": 0}, True)
+    assert tuple(x.shape[1:]) == tuple(patch_size), "the crop must be one window"
+    log_p = []
+    for parameters in predictor.list_of_parameters:
+        predictor.network.load_state_dict(parameters)
+        with torch.no_grad():
+            log_p.append(predictor.network.eval()(x[None].float())[0])
+    inside = (slice(None), *revert[1:])
+    for folds in ((0,), (0, 1)):
+        out = predict(
+            workspace, crop, f"probabilities_{len(folds)}", "-f", *folds, "--save_probabilities", "--disable_tta"
+        )
+        saved = torch.from_numpy(np.load(out / "crop.npz")["probabilities"]).float()
+        used = torch.stack(log_p[: len(folds)])
+        tolerance = probability_tolerance(used.abs().amax(0), patch_size)[inside]
+        expected = used.mean(0).softmax(0)[inside]
+        assert saved.shape == expected.shape and expected.std() > 0
+        assert ((saved - expected).abs() <= tolerance).all()
+        assert tolerance.median() < 0.02, "a tolerance that lets everything pass"
 
 
 def test_ensemble_with_nnunet(workspace: Workspace, dataset: Dataset, trained: Path, images: Path) -> None:

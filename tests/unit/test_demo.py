@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -148,7 +149,10 @@ def test_a_failing_command_shows_the_end_of_its_log(tmp_path: Path, monkeypatch:
     assert log.read_text().splitlines() == ["$ nnUNetv2_train 1 '2 d'", "the reason"]
 
 
-def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_command_and_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, error: type[BaseException]
+) -> None:
     ids = tmp_path / "ids"
     code = (
         "import os, pathlib, subprocess, sys, time;"
@@ -160,15 +164,17 @@ def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path, monkeypat
 
     def interrupt() -> None:
         if ids.is_file() and ids.read_text():
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
         commands.run_nnunet("nnUNetv2_train", [], dict(os.environ), tmp_path / "log", poll=interrupt)
     started = [int(number) for number in ids.read_text().split()]
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(map(_runs, started)):
         time.sleep(0.1)
     assert not any(map(_runs, started))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def _runs(number: int) -> bool:

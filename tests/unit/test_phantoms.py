@@ -60,7 +60,7 @@ def test_every_organ_is_there_and_differs_between_cases(phantoms: list[Phantom])
 def test_geometry(phantoms: list[Phantom]) -> None:
     for phantom in phantoms:
         depth, height, width = phantom.image.shape
-        assert 20 <= depth <= 26 and 60 <= height <= 67 and 60 <= width <= 67
+        assert 20 <= depth <= 26 and 58 <= height <= 64 and 58 <= width <= 64
         assert phantom.spacing[0] / phantom.spacing[1] > 2.3
         assert any(phantom.origin)
         assert phantom.image.dtype == np.float32 and phantom.label.dtype == np.uint8

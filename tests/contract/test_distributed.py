@@ -1,0 +1,72 @@
+"""Two ranks over gloo: no unused parameters, equal parameters after a step, losses normalised over ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from plain_plans import dataset_json, folders, plain_plans
+from torch.nn.parallel import DistributedDataParallel
+
+from masksam_nnunet.trainers import MaskSAMTrainer_vit_t
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of two whose halves hold very different numbers of targets."""
+    torch.manual_seed(5)
+    x = torch.randn(2, 1, 4, 32, 32)
+    y = torch.zeros(2, 1, 4, 32, 32)
+    y[1, :, 1:, 4:20, 4:20] = 1
+    y[1, :, 2:, 20:30, 20:30] = 2
+    return x, y
+
+
+def make_trainer() -> MaskSAMTrainer_vit_t:
+    torch.manual_seed(1)
+    trainer = MaskSAMTrainer_vit_t(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    trainer.initialize()
+    trainer.criterion.semantic_loss = None  # nnU-Net's own Dice is normalised per rank, by its design
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def rank_main(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    trainer = make_trainer()  # before the group exists: nnU-Net would ask for CUDA
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    trainer.is_ddp = True
+    trainer.network = DistributedDataParallel(trainer.network)
+    x, y = data()
+    outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
+    gradients = {n: p.grad for n, p in trainer.masksam.named_parameters() if p.grad is not None}
+    state = {n: p.detach() for n, p in trainer.masksam.named_parameters()}
+    torch.save((outputs, gradients, state), Path(folder) / f"{rank}.pt")
+    trainer.logger.loggers = []
+    trainer.on_train_epoch_end(outputs)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path, monkeypatch)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
+    (_, gradients, state), (_, _, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
+    for name, value in state.items():
+        assert torch.equal(value, other[name]), f"{name} differs between ranks"
+
+    single = make_trainer()
+    x, y = data()
+    for _ in range(2):
+        single.train_step({"data": x, "target": y})
+    for name, parameter in single.masksam.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-4, rtol=2e-2, msg=name)

@@ -1,0 +1,259 @@
+"""The trainer against nnU-Net's API, without data."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from float16 import probability_tolerance
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json
+
+from masksam_nnunet import trainers
+from masksam_nnunet.config import ConfigError
+from masksam_nnunet.environment import trainer_folder
+from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.plans.architecture import NETWORK_CLASS, read_config, write_config
+from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_vit_h, MaskSAMTrainer_vit_t
+from masksam_nnunet.trainers.trainer import RANDOM_INIT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path, monkeypatch)
+
+
+def trainer(
+    plans: dict[str, Any] | None = None,
+    description: dict[str, Any] | None = None,
+    cls: type[MaskSAMTrainer] = MaskSAMTrainer_vit_t,
+) -> MaskSAMTrainer:
+    made = cls(plans or plain_plans(), "3d_fullres", 0, description or dataset_json(), CPU)
+    made.initialize()
+    made.on_train_epoch_start()
+    return made
+
+
+def batch(made: MaskSAMTrainer, empty: bool = False) -> dict[str, torch.Tensor]:
+    """What nnU-Net's loader gives."""
+    size = (made.batch_size, 1, *made.configuration_manager.patch_size)
+    manager = made.label_manager
+    highest = max(manager.all_labels) if not manager.has_regions else 3
+    labels = torch.zeros(size, dtype=torch.int16) if empty else torch.randint(0, highest + 1, size, dtype=torch.int16)
+    if manager.has_regions:
+        maps = [torch.isin(labels, torch.tensor(list(region))) for region in manager.foreground_regions]
+        if manager.has_ignore_label:
+            maps.append(torch.rand(size) < 0.2)
+        labels = torch.cat(maps, dim=1)
+    elif manager.has_ignore_label:
+        labels[torch.rand(size) < 0.2] = manager.ignore_label
+    return {"data": torch.randn(made.batch_size, made.num_input_channels, *size[2:]), "target": labels}
+
+
+def test_signatures_are_nnunets() -> None:
+    for name in ("__init__", "build_network_architecture", "train_step", "save_checkpoint", "on_train_start"):
+        ours, theirs = getattr(MaskSAMTrainer, name), getattr(nnUNetTrainer, name)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
+    assert isinstance(inspect.getattr_static(MaskSAMTrainer, "build_network_architecture"), staticmethod)
+
+
+def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
+    own = {"masksam", "progress", "_load_sam"}
+    for name, value in vars(MaskSAMTrainer).items():
+        if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
+            assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
+
+
+@pytest.mark.parametrize("name", trainers.__all__)
+def test_nnunet_finds_the_installed_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainer_folder()))
+    assert recursive_find_trainer_class_by_name(name) is getattr(trainers, name)
+
+
+def test_backbones_and_epochs() -> None:
+    assert (MaskSAMTrainer.backbone, MaskSAMTrainer_vit_h.backbone) == ("vit_b", "vit_h")
+    assert trainers.MaskSAMTrainer_vit_l.backbone == "vit_l"
+    assert trainer().num_epochs == 1000 and trainer().num_iterations_per_epoch == 250
+    assert trainer(cls=trainers.MaskSAMTrainer_vit_t_5epochs).num_epochs == 5
+
+
+def test_the_config_is_derived_saved_in_the_plans_and_read_back() -> None:
+    plans = plain_plans()
+    made = trainer(plans)
+    architecture = made.plans_manager.plans["configurations"]["3d_fullres"]["architecture"]
+    assert architecture["network_class_name"] == NETWORK_CLASS
+    assert architecture["_kw_requires_import"] == [] and architecture["arch_kwargs"]["strides"] == [[1] * 3, [2] * 3]
+    again = read_config(PlansManager(json.loads(json.dumps(plans))).get_configuration("3d_fullres"))
+    assert again == made.config == trainer(plain_plans()).config
+    assert made.my_init_kwargs["plans"]["configurations"]["3d_fullres"]["architecture"] == architecture
+
+
+def test_plans_of_another_backbone_are_refused() -> None:
+    plans = plain_plans()
+    trainer(plans)
+    plans["continue_training"] = False
+    with pytest.raises(ConfigError, match="backbone = 'vit_t', but MaskSAMTrainer trains 'vit_b'"):
+        MaskSAMTrainer(plans, "3d_fullres", 0, dataset_json(), CPU)
+
+
+def test_a_cascades_second_stage_overrides_its_parents_architecture() -> None:
+    plans = plain_plans()
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    made = MaskSAMTrainer_vit_t(plans, "3d_cascade_fullres", 0, dataset_json(), CPU)
+    network = made.build_network_architecture(made.plans_manager, made.configuration_manager, 3, 3)
+    assert isinstance(network, MaskSAM)
+    assert network.in_channels == 3 and network.stem.image_channels == 1
+    assert "masksam" not in plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"]
+
+
+def test_plain_plans_cannot_be_predicted_from() -> None:
+    manager = PlansManager(plain_plans())
+    with pytest.raises(ConfigError, match="PlainConvUNet, no MaskSAM config"):
+        MaskSAMTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 2)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "3d": ({}, dataset_json()),
+    "2d": ({"patch": (32, 48)}, dataset_json()),
+    "four channels": ({"channels": 4}, dataset_json(channels=4)),
+    "one slice": ({"patch": (1, 32, 32)}, dataset_json()),
+    "small": ({"patch": (3, 8, 12)}, dataset_json()),
+    "ignore": ({}, dataset_json(ignore=True)),
+    "regions": ({}, region_dataset_json()),
+    "regions and ignore": ({}, region_dataset_json(ignore=True)),
+    "one foreground class": ({}, dataset_json(2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_of_training_and_validation(case: str) -> None:
+    kwargs, description = deepcopy(CASES[case])
+    made = trainer(plain_plans(**kwargs), description)
+    before = {n: p.detach().clone() for n, p in made.network.named_parameters()}
+    first = made.train_step(batch(made))
+    second = made.train_step(batch(made, empty=True))
+    assert all(np.isfinite(v) for outputs in (first, second) for v in outputs.values()), (first, second)
+    assert {"loss", "class", "mask_bce", "aux_dice", "box_giou"} <= set(first)
+    assert any(not torch.equal(p, before[n]) for n, p in made.network.named_parameters())
+    made.on_train_epoch_end([first, second])
+    made.on_validation_epoch_start()
+    with torch.no_grad():
+        outputs = made.validation_step(batch(made))
+    assert np.isfinite(outputs["loss"])
+    heads = made.label_manager.num_segmentation_heads
+    assert len(outputs["tp_hard"]) == (heads if made.label_manager.has_regions else heads - 1)
+
+
+def test_only_what_is_new_is_trained_and_sam_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RANDOM_INIT, "1")
+    made = trainer(plain_plans((2, 32, 32), batch_size=1), cls=MaskSAMTrainer)
+    sam = {n: p.detach().clone() for n, p in made.network.named_parameters() if ".sam." in n}
+    optimised = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in made.network.parameters() if p.requires_grad}
+    for _ in range(2):
+        made.train_step(batch(made))
+    for name, parameter in made.network.named_parameters():
+        if ".sam." in name:
+            assert not parameter.requires_grad and torch.equal(parameter, sam[name]), name
+
+
+def test_without_sam_training_stops_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(RANDOM_INIT, raising=False)
+    made = trainer(plain_plans((1, 32, 32), batch_size=1), cls=MaskSAMTrainer)
+    with pytest.raises(WeightsError, match="masksam weights vit_b"):
+        made.on_train_start()
+
+
+def test_random_weights_are_an_explicit_and_logged_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RANDOM_INIT, "1")
+    made = trainer(plain_plans((1, 32, 32), batch_size=1), cls=MaskSAMTrainer)
+    made._load_sam()
+    assert "WARNING: MASKSAM_RANDOM_INIT is set" in Path(made.log_file).read_text()
+
+
+def test_checkpoints_resume_without_sam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    made.train_step(batch(made))
+    made.current_epoch = 3
+    file = tmp_path / "checkpoint.pth"
+    made.save_checkpoint(str(file))
+    assert file.is_file() and not list(tmp_path.glob("*.part"))
+    other = trainer()
+    other.load_checkpoint(str(file))
+    assert other.current_epoch == 4 and other.masksam.sam_is_loaded
+    for a, b in zip(made.network.state_dict().values(), other.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.setattr("masksam_nnunet.weights.find", lambda backbone: pytest.fail("SAM was looked for"))
+    other._load_sam()
+
+
+def test_another_config_in_the_results_folder_is_refused() -> None:
+    made = trainer()
+    Path(made.output_folder_base, "plans.json").write_text(json.dumps(made.plans_manager.plans))
+    Path(made.output_folder, "checkpoint_final.pth").touch()
+    trainer()  # the same config may go on
+    with pytest.raises(ConfigError, match="num_queries: 4 there, 9 now"):
+        plans = plain_plans()
+        write_config(plans, "3d_fullres", type(made.config)(**{**vars(made.config), "num_queries": 9}))
+        trainer(plans)
+
+
+def test_nnunets_sliding_window_averages_log_probabilities() -> None:
+    made = trainer()
+    networks = []
+    for _ in range(2):
+        network = made.build_network_architecture(made.plans_manager, made.configuration_manager, 1, 3).eval()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        networks.append(network)
+    patch_size = made.configuration_manager.patch_size
+    x = torch.randn(1, *patch_size)
+    with torch.no_grad():
+        log_p = [n(x[None])[0] for n in networks]
+    for use_gaussian in (True, False):
+        predictor = nnUNetPredictor(
+            use_gaussian=use_gaussian,
+            use_mirroring=False,
+            device=CPU,
+            perform_everything_on_device=False,
+            allow_tqdm=False,
+        )
+        for count in (1, 2):
+            parameters = [n.state_dict() for n in networks[:count]]
+            predictor.manual_initialization(
+                deepcopy(networks[0]), made.plans_manager, made.configuration_manager, parameters,
+                dataset_json(), "MaskSAMTrainer_vit_t", None,
+            )  # fmt: skip
+            received = predictor.predict_logits_from_preprocessed_data(x).float().softmax(0)
+            expected = torch.stack(log_p[:count]).mean(0)
+            tolerance = probability_tolerance(torch.stack(log_p[:count]).abs().amax(0), patch_size, use_gaussian)
+            assert ((received - expected.softmax(0)).abs() <= tolerance).all()
+            assert tolerance.median() < 0.02, "a tolerance that lets everything pass"
+
+
+def test_torch_compile_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    made.device = torch.device("cuda")
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    assert not made._do_i_compile()
+    monkeypatch.setenv("nnUNet_compile", "1")
+    assert made._do_i_compile() == (os.name != "nt")
+
+
+def test_the_results_folder_is_named_by_class_and_plans() -> None:
+    assert trainer().output_folder.endswith(f"{DATASET}/MaskSAMTrainer_vit_t__nnUNetPlans__3d_fullres/fold_0")

@@ -1,0 +1,82 @@
+"""Plain nnU-Net plans by hand, for trainers that never see a file of data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATASET = "Dataset042_Hand"
+
+
+def plain_plans(
+    patch: tuple[int, ...] = (4, 32, 32), channels: int = 1, batch_size: int = 2, **more: Any
+) -> dict[str, Any]:
+    """Plans with one configuration, ``3d_fullres``, which hold a U-Net, as nnU-Net's own do."""
+    dims = len(patch)
+    configuration = {
+        "data_identifier": "hand_data",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": batch_size,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": list(patch),
+        "spacing": [1.0] * dims,
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {"n_stages": 2, "strides": [[1] * dims, [2] * dims]},
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        "batch_dice": False,
+        **more,
+    }
+    return {
+        "dataset_name": DATASET,
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [1.0] * 3,
+        "original_median_shape_after_transp": list(patch),
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": configuration},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {},
+        "continue_training": False,
+    }
+
+
+def dataset_json(num_classes: int = 3, channels: int = 1, ignore: bool = False) -> dict[str, Any]:
+    """Labels 0..K-1, and an ignore label K if asked for."""
+    labels: dict[str, Any] = {"background": 0, **{f"organ {i}": i for i in range(1, num_classes)}}
+    if ignore:
+        labels["ignore"] = num_classes
+    return {"labels": labels, "channel_names": {str(i): "MRI" for i in range(channels)}, "file_ending": ".nii.gz"}
+
+
+def region_dataset_json(ignore: bool = False) -> dict[str, Any]:
+    """Two nested regions of three labels."""
+    description = dataset_json(4)
+    description["labels"] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3]}
+    if ignore:
+        description["labels"]["ignore"] = 4
+    description["regions_class_order"] = [1, 2]
+    return description
+
+
+def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's folders, with what its dataset class looks for."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / name).mkdir()
+        patch.setenv(name, str(root / name))
+    data = root / "nnUNet_preprocessed" / DATASET / "hand_data"
+    data.mkdir(parents=True)
+    (data / "case.b2nd").touch()
