@@ -46,6 +46,7 @@ def nnunet_environment(raw: Path, preprocessed: Path, results: Path) -> dict[str
         EXT_TRAINER: trainers,
         "nnUNet_def_n_proc": str(PROCESSES),
         "PYTHONUNBUFFERED": "1",
+        "nnUNet_compile": "f",  # compiling would eat into the budget of the method that does it
     }
     return environment
 

@@ -134,8 +134,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the nnU-Net folders and the report go.")] = Path("masksam_demo"),
     minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Of both methods.")] = 2,
-    fold: Annotated[int, typer.Option(min=0, help="Fold of the cross-validation.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the phantoms and of both trainings.")] = 0,
+    fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the phantoms; nnU-Net's trainings have none.")] = 0,
 ) -> None:
     """Train a tiny MaskSAM and nnU-Net for the same minutes, score both on the same fold, write a report."""
     os.environ[EXT_TRAINER] = _ext_trainer()
@@ -182,8 +182,8 @@ def _ext_trainer() -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    """One red line on stderr, exit code 1."""
-    typer.secho(f"error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    """The message in red on stderr, no traceback, exit code 1."""
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     raise typer.Exit(1)
 
 

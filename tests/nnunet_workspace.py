@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
 
 from masksam_nnunet.environment import trainer_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+BOX = (24, 32, 16)  # x y z
 SHORT_TRAINERS = Path(__file__).parent / "integration" / "short_trainers"
 
 
@@ -23,17 +28,10 @@ class Workspace:
     root: Path
     extra: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def raw(self) -> Path:
-        return self.root / "nnUNet_raw"
-
-    @property
-    def preprocessed(self) -> Path:
-        return self.root / "nnUNet_preprocessed"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "nnUNet_results"
+    def __post_init__(self) -> None:
+        self.raw, self.preprocessed, self.results = (
+            self.root / f"nnUNet_{n}" for n in ("raw", "preprocessed", "results")
+        )
 
     def run(self, *command: object, fails: bool = False, **env: str) -> str:
         """Run one of the environment's commands; its output. Asserts that it works, or that it fails."""
@@ -69,12 +67,25 @@ class Workspace:
     def model(self, dataset: str, trainer: str) -> Path:
         return self.results / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
 
-    def set_plans(self, dataset: str, **changes: object) -> None:
-        """Change the 3d_fullres configuration of the plans: smaller patches for two cores."""
+    def set_batch_size(self, dataset: str, batch_size: int) -> None:
+        """nnU-Net plans large batches for images this small."""
         file = self.preprocessed / dataset / "nnUNetPlans.json"
         plans = json.loads(file.read_text())
+        plans["configurations"]["3d_fullres"]["batch_size"] = batch_size
+        file.write_text(json.dumps(plans))
+
+    @contextmanager
+    def plans(self, dataset: str, **changes: object) -> Iterator[None]:
+        """The 3d_fullres configuration with other values, for a while."""
+        file = self.preprocessed / dataset / "nnUNetPlans.json"
+        before = file.read_text()
+        plans = json.loads(before)
         plans["configurations"]["3d_fullres"].update(changes)
         file.write_text(json.dumps(plans))
+        try:
+            yield
+        finally:
+            file.write_text(before)
 
 
 @dataclass
@@ -86,13 +97,26 @@ class Dataset:
 
 
 def copy_small(source: Path, target: Path, cases: int) -> list[str]:
-    """The first cases of a raw dataset."""
+    """The first cases of a raw dataset, cut to a box around their labels that is one window."""
     names = sorted(p.name.removesuffix(".nii.gz") for p in (source / "labelsTr").glob("*.nii.gz"))[:cases]
     for folder in ("imagesTr", "labelsTr"):
         (target / folder).mkdir(parents=True)
     for name in names:
-        shutil.copyfile(source / "labelsTr" / f"{name}.nii.gz", target / "labelsTr" / f"{name}.nii.gz")
-        shutil.copyfile(source / "imagesTr" / f"{name}_0000.nii.gz", target / "imagesTr" / f"{name}_0000.nii.gz")
+        labels = sitk.ReadImage(str(source / "labelsTr" / f"{name}.nii.gz"))
+        box = _box(labels)
+        sitk.WriteImage(labels[box], str(target / "labelsTr" / f"{name}.nii.gz"))
+        image = sitk.ReadImage(str(source / "imagesTr" / f"{name}_0000.nii.gz"))
+        sitk.WriteImage(image[box], str(target / "imagesTr" / f"{name}_0000.nii.gz"))
     description = json.loads((source / "dataset.json").read_text()) | {"numTraining": len(names)}
     (target / "dataset.json").write_text(json.dumps(description))
     return names
+
+
+def _box(labels: sitk.Image) -> tuple[slice, ...]:
+    where = np.argwhere(sitk.GetArrayViewFromImage(labels))[:, ::-1]  # x y z
+    centre = (where.min(0) + where.max(0)) // 2
+    box = []
+    for middle, length, size in zip(centre, BOX, labels.GetSize(), strict=True):
+        start = max(0, min(int(middle) - length // 2, size - length))
+        box.append(slice(start, min(start + length, size)))
+    return tuple(box)

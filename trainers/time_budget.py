@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -88,9 +88,13 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         self._write_stats()
         self.on_train_end()
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def set_learning_rate(self) -> None:
+        """nnU-Net's polynomial decay, by the clock."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.initial_lr * (1 - self.progress) ** 0.9
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.set_learning_rate()
         outputs = super().train_step(batch)
         self.iterations_done += 1
         if time.monotonic() - self._reported > PROGRESS_EVERY:
@@ -134,9 +138,16 @@ class nnUNetTrainer_budget(nnUNetTrainer):
 class MaskSAMTrainer_vit_t_budget(nnUNetTrainer_budget, MaskSAMTrainer_vit_t):
     """The tiny MaskSAM, trained for ``MASKSAM_BUDGET_MINUTES``; its schedule ends with the budget."""
 
+    def set_learning_rate(self) -> None:
+        MaskSAMTrainer_vit_t.set_learning_rate(self)  # warm-up, and decay by the budget's progress
+
 
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # Unix only
+
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -57,6 +57,7 @@ class MaskSAMTrainer(nnUNetTrainer):
         self.initial_lr = self.initial_learning_rate
         self.num_epochs = self.epochs
         self.enable_deep_supervision = False
+        self.iteration = 0
         if autocast_dtype(self.device) != torch.float16:
             self.grad_scaler = None
 
@@ -132,6 +133,7 @@ class MaskSAMTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self._load_sam()
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch
         super().on_train_start()
 
     def _load_sam(self) -> None:
@@ -163,14 +165,14 @@ class MaskSAMTrainer(nnUNetTrainer):
         """Share of the training that is done, in [0, 1]."""
         return self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
 
-    def on_train_epoch_start(self) -> None:
-        self.iteration = self.current_epoch * self.num_iterations_per_epoch
-        super().on_train_epoch_start()
+    def set_learning_rate(self) -> None:
+        """Before every iteration."""
+        self.lr_scheduler.at(self.progress, self.iteration)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
-        self.lr_scheduler.at(self.progress, self.iteration)
+        self.set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             output = self.network(data)
@@ -207,5 +209,5 @@ class MaskSAMTrainer(nnUNetTrainer):
         """As nnU-Net, but a kill in the middle leaves the earlier file whole."""
         partial = f"{filename}.part"
         super().save_checkpoint(partial)
-        if os.path.isfile(partial):
+        if self.local_rank == 0 and not self.disable_checkpointing:  # the rank that writes
             os.replace(partial, filename)

@@ -27,7 +27,7 @@ def dataset(workspace: Workspace) -> Dataset:
     target = workspace.raw / "Dataset004_Small"
     names = copy_small(source, target, CASES)
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
-    workspace.set_plans(target.name, patch_size=[16, 32, 32], batch_size=2)
+    workspace.set_batch_size(target.name, 2)
     labels = json.loads((target / "dataset.json").read_text())["labels"]
     return Dataset(target.name, 4, len(labels), names)
 
@@ -44,5 +44,5 @@ def binary_dataset(workspace: Workspace, dataset: Dataset) -> Dataset:
     description["labels"] = {"background": 0, "organ": 1}
     (target / "dataset.json").write_text(json.dumps(description))
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 5, "-c", "3d_fullres", "-np", 2)
-    workspace.set_plans(target.name, patch_size=[16, 32, 32], batch_size=2)
+    workspace.set_batch_size(target.name, 2)
     return Dataset(target.name, 5, 2, names)

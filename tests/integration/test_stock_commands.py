@@ -113,7 +113,7 @@ def test_saved_probabilities_are_the_networks_own(
     crop = workspace.root / "one_window"
     crop.mkdir()
     source = sitk.ReadImage(str(next(images.iterdir())))
-    sitk.WriteImage(source[4:32, 6:36, 5:20], str(crop / "crop_0000.nii.gz"))
+    sitk.WriteImage(source, str(crop / "crop_0000.nii.gz"))
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_extTrainer", str(SHORT_TRAINERS))
@@ -196,29 +196,17 @@ def test_pretrained_weights_with_another_number_of_classes(
 def test_pretrained_weights_of_another_config_are_refused_in_words(
     workspace: Workspace, trained: Path, binary_dataset: Dataset
 ) -> None:
-    workspace.set_plans(binary_dataset.name, patch_size=[16, 32, 48])
-    try:
-        output = workspace.train(
-            binary_dataset.id,
-            1,
-            MASKSAM,
-            "-pretrained_weights",
-            trained / "fold_0" / "checkpoint_final.pth",
-            fails=True,
-        )
-    finally:
-        workspace.set_plans(binary_dataset.name, patch_size=[16, 32, 32])
-    assert "backbone=vit_t patch_size=16x32x48" in output and "not seem to be compatible" in output
+    checkpoint = trained / "fold_0" / "checkpoint_final.pth"
+    with workspace.plans(binary_dataset.name, patch_size=[16, 48, 48]):
+        output = workspace.train(binary_dataset.id, 1, MASKSAM, "-pretrained_weights", checkpoint, fails=True)
+    assert "backbone=vit_t patch_size=16x48x48" in output and "not seem to be compatible" in output
 
 
 def test_a_fold_of_another_config_is_refused(workspace: Workspace, dataset: Dataset, trained: Path) -> None:
     before = (trained / "plans.json").read_bytes()
-    workspace.set_plans(dataset.name, patch_size=[16, 48, 32])
-    try:
+    with workspace.plans(dataset.name, patch_size=[16, 48, 48]):
         output = workspace.train(dataset.id, 2, MASKSAM, fails=True)
-    finally:
-        workspace.set_plans(dataset.name, patch_size=[16, 32, 32])
-    assert "another MaskSAM config" in output and "patch_size: [16, 32, 32] there, [16, 48, 32] now" in output
+    assert "another MaskSAM config" in output and "there, [16, 48, 48] now" in output
     assert (trained / "plans.json").read_bytes() == before and not (trained / "fold_2").exists()
 
 
@@ -233,15 +221,11 @@ def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     sam = sam_model_registry["vit_b"]()
     file = tmp_path / "sam_vit_b.pth"
     torch.save(sam.state_dict(), file)
-    workspace.set_plans(dataset.name, patch_size=[4, 32, 32])
-    try:
-        output = workspace.train(
-            dataset.id, 0, "ShortMaskSAM_vit_b", MASKSAM_WEIGHTS=str(file), MASKSAM_WEIGHTS_SHA256="skip"
-        )
-        file.unlink()  # prediction never needs it
-        out = predict(workspace, images, "vit_b", "-f", 0, "--disable_tta", trainer="ShortMaskSAM_vit_b")
-    finally:
-        workspace.set_plans(dataset.name, patch_size=[16, 32, 32])
+    output = workspace.train(
+        dataset.id, 0, "ShortMaskSAM_vit_b", MASKSAM_WEIGHTS=str(file), MASKSAM_WEIGHTS_SHA256="skip"
+    )
+    file.unlink()  # prediction never needs it
+    out = predict(workspace, images, "vit_b", "-f", 0, "--disable_tta", trainer="ShortMaskSAM_vit_b")
     assert "interpolated" in output
     assert_like_the_input(out, images, dataset.num_classes)
     saved = torch.load(
