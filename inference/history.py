@@ -20,7 +20,7 @@ class TrainingStats:
     """The content of training_stats.json, written by the time-budget trainers.
 
     Attributes:
-        train_seconds: time spent training, validation after the last epoch excluded.
+        train_seconds: from the first iteration to the end of the last epoch's short validation on patches.
         iterations: optimizer steps.
         peak_memory_mb: in MiB.
         peak_memory_of: what was measured: the GPU's allocations or the process.

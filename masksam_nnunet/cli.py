@@ -160,9 +160,11 @@ def _run_nnunet(command: str, module: str, entry: str, arguments: list[str], req
     # In the environment, not only here: the worker processes that nnU-Net spawns look trainers up too.
     os.environ[EXT_TRAINER] = _ext_trainer()
     sys.argv = [f"masksam {command}", *(arguments if asks_help else _with_trainer(arguments))]
+    from masksam_nnunet.config import ConfigError
+
     try:
         getattr(import_module(module), entry)()
-    except WeightsError as error:
+    except (WeightsError, ConfigError) as error:
         _fail(str(error))
 
 

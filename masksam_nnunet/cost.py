@@ -37,6 +37,20 @@ class TrainingCost:
         return self.flops / 1e12
 
 
+# Not in every PyTorch's registry; a derived config must not depend on the version.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
+}
+
+
+def _attention_flops(*tensors: torch.Tensor) -> int:
+    """Two matrix products forward; five backward, where the gradient comes before query, key and value."""
+    query, key = tensors[-3:-1]
+    product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
+    return product * (2 if len(tensors) == 3 else 5)
+
+
 class _Meter(TorchDispatchMode):
     """Adds up operations, and the storages that are alive, whose peak it knows.
 
@@ -64,8 +78,11 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        packet = func._overloadpacket
+        if packet in _ATTENTION:
+            self.flops += _attention_flops(*args[: _ATTENTION[packet]])
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)

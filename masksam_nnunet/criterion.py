@@ -116,7 +116,7 @@ class MaskSAMCriterion(nn.Module):
 
     def _mask_losses(self, logits: Tensor, truth: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over pairs of BCE and of Dice; logits (M, H W) with truth and known voxels, both bool."""
-        points = self._uncertain_points(logits)
+        points = self._uncertain_points(logits, known)
         logits = _at(logits, points)
         target, weight = (_at(x, points).to(logits.dtype) for x in (truth, known))
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
@@ -128,22 +128,29 @@ class MaskSAMCriterion(nn.Module):
 
     def _uniform_points(self, valid: Tensor) -> Tensor | None:
         """Voxels at which all queries of a slice are compared with all its targets: (S, P), or None for all."""
-        voxels = valid.shape[-1]
-        if voxels <= self.loss.num_points:
+        if valid.shape[-1] <= self.loss.num_points:
             return None
-        return torch.randint(voxels, (len(valid), self.loss.num_points), device=valid.device)
+        return self._draw(valid, self.loss.num_points)
+
+    def _draw(self, known: Tensor, number: int) -> Tensor:
+        """Voxels drawn uniformly, with replacement, from those known of each row (M, H W): (M, number)."""
+        if self.ignore_label is None:
+            return torch.randint(known.shape[1], (len(known), number), device=known.device)
+        weight = torch.where(known.any(1, keepdim=True), known, True).float()  # a row of nothing known counts nowhere
+        return weight.multinomial(number, replacement=True)
 
     @torch.no_grad()
-    def _uncertain_points(self, logits: Tensor) -> Tensor | None:
+    def _uncertain_points(self, logits: Tensor, known: Tensor) -> Tensor | None:
         """Importance sampling (PointRend, arXiv 1912.08193), at voxels: (M, P), or None for all."""
-        pairs, voxels = logits.shape
         points = self.loss.num_points
-        if voxels <= points:
+        if logits.shape[1] <= points:
             return None
-        candidates = torch.randint(voxels, (pairs, int(points * self.loss.oversample)), device=logits.device)
+        if not len(logits):  # no pair at all
+            return torch.zeros(0, points, dtype=torch.long, device=logits.device)
+        candidates = self._draw(known, int(points * self.loss.oversample))
         chosen = int(points * self.loss.uncertain_fraction)
         nearest = logits.gather(1, candidates).abs().topk(chosen, dim=1, largest=False, sorted=False).indices
-        others = torch.randint(voxels, (pairs, points - chosen), device=logits.device)
+        others = self._draw(known, points - chosen) if chosen < points else candidates[:, :0]
         return torch.cat([candidates.gather(1, nearest), others], dim=1)
 
 

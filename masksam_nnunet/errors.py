@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class WeightsError(RuntimeError):
-    """A SAM checkpoint is missing, damaged, untrusted or does not fit. One line: what, what was seen, the remedy."""
+    """A SAM checkpoint is missing, damaged, untrusted or does not fit. What, what was seen, the remedy."""
 
 
 def unwritable(error: OSError, path: Path) -> WeightsError:

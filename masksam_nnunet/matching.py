@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import LossConfig
 from .targets import Targets
 
-IMPOSSIBLE = 1e6  # cost of what must not be chosen, and of NaN, which scipy refuses
+IMPOSSIBLE = 1e6  # in place of NaN and infinities, which scipy refuses
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def match(
     """
     cost = pairwise_cost(predictions, targets, target_points, valid_points, loss)  # (S, N, T)
     device = cost.device
-    cost = cost.nan_to_num(IMPOSSIBLE, IMPOSSIBLE, -IMPOSSIBLE)
+    cost = cost.nan_to_num(IMPOSSIBLE, IMPOSSIBLE, IMPOSSIBLE)
     classes = targets.classes
     if loss.matching == "volume":
         cost, classes = _per_volume(cost, classes, targets.num_classes, depth)

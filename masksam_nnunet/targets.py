@@ -49,7 +49,7 @@ def make_targets(
         ignore_label: the label that is ignored, if there is one.
 
     Raises:
-        ValueError: for another number of channels, or labels outside 0..K-1.
+        ValueError: for another number of channels. Labels outside 0..K-1 are nnU-Net's to find, before training.
     """
     if segmentation.ndim == 4:
         segmentation = segmentation[:, :, None]

@@ -66,10 +66,11 @@ def derive_config(
 
 
 def num_queries(num_classes: int, backbone: str) -> int:
-    """N from K: half as many again, in eights, as the paper's recipes have it (8 for ACDC's 4, 24 for 14 and 16).
+    """N from K, as plain plans do not tell how many classes one slice holds.
 
-    The tiny network, made for CPUs, has at least one query to spare, in fours. In steps, so that weights trained on one
-    dataset fit another with nearly as many classes.
+    Half as many again, in eights, as the paper's recipes have it (8 for ACDC's 4, 24 for 14 and 16). The tiny network,
+    made for CPUs, has at least one query to spare, in fours. In steps, so that weights trained on one dataset fit
+    another with nearly as many classes.
     """
     if backbone == "vit_t":
         return min(-(-(num_classes + 1) // 4) * 4, MAX_QUERIES)

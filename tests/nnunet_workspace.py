@@ -16,7 +16,8 @@ import SimpleITK as sitk
 
 from masksam_nnunet.environment import trainer_folder
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Real volumes: a folder of nnU-Net raw datasets, or one beside the checkout; phantoms where there is none.
+SHARED = Path(os.environ.get("MASKSAM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 BOX = (24, 32, 16)  # x y z
 SHORT_TRAINERS = Path(__file__).parent / "integration" / "short_trainers"
 
@@ -97,17 +98,21 @@ class Dataset:
 
 
 def copy_small(source: Path, target: Path, cases: int) -> list[str]:
-    """The first cases of a raw dataset, cut to a box around their labels that is one window."""
+    """The first cases of a raw dataset with two organs, cut to a box around their labels that is one window."""
     names = sorted(p.name.removesuffix(".nii.gz") for p in (source / "labelsTr").glob("*.nii.gz"))[:cases]
     for folder in ("imagesTr", "labelsTr"):
         (target / folder).mkdir(parents=True)
     for name in names:
         labels = sitk.ReadImage(str(source / "labelsTr" / f"{name}.nii.gz"))
-        box = _box(labels)
-        sitk.WriteImage(labels[box], str(target / "labelsTr" / f"{name}.nii.gz"))
         image = sitk.ReadImage(str(source / "imagesTr" / f"{name}_0000.nii.gz"))
-        sitk.WriteImage(image[box], str(target / "imagesTr" / f"{name}_0000.nii.gz"))
-    description = json.loads((source / "dataset.json").read_text()) | {"numTraining": len(names)}
+        box = _box(labels)
+        organs = sitk.Cast(sitk.Clamp(labels, upperBound=2), sitk.sitkUInt8)
+        for picture, file in ((organs, f"labelsTr/{name}"), (image, f"imagesTr/{name}_0000")):
+            cut = picture[box]
+            cut.SetSpacing((1.0, 1.0, 1.0))  # the phantoms' varies
+            sitk.WriteImage(cut, str(target / f"{file}.nii.gz"))
+    description = json.loads((source / "dataset.json").read_text())
+    description |= {"numTraining": len(names), "labels": {"background": 0, "first": 1, "second": 2}}
     (target / "dataset.json").write_text(json.dumps(description))
     return names
 

@@ -20,21 +20,39 @@ def resolve_config(
     """The config that plans hold, or that is derived from plain plans, which then hold it.
 
     Raises:
-        ConfigError: where plans name another backbone than the trainer.
+        ConfigError: where plans name another backbone than the trainer, or do not fit themselves or the dataset.
     """
-    config = read_config(PlansManager(plans).get_configuration(configuration))
+    manager = PlansManager(plans)
+    settings = manager.get_configuration(configuration)
+    config = read_config(settings)
     if config is None:
         config = derive_config(plans, configuration, dataset_json, backbone)
         write_config(plans, configuration, config)
-    elif config.backbone != backbone:
+        return config
+    where = f"plans {plans['plans_name']!r}, configuration {configuration!r}"
+    if config.backbone != backbone:
         raise ConfigError(
-            f"plans {plans['plans_name']!r}, configuration {configuration!r}: backbone = {config.backbone!r}, but "
-            f"{trainer_name} trains {backbone!r}. Use the trainer of that backbone, or other plans (-p)."
+            f"{where}: backbone = {config.backbone!r}, but {trainer_name} trains {backbone!r}. "
+            "Use the trainer of that backbone, or other plans (-p)."
+        )
+    patch_size = tuple(settings.patch_size)
+    if config.patch_size != patch_size:
+        raise ConfigError(
+            f"{where}: patch_size = {patch_size}, but the MaskSAM config beside it is for {config.patch_size}. "
+            "Set both, or plan again."
+        )
+    regions = manager.get_label_manager(dataset_json).has_regions
+    if config.regions != regions:
+        raise ConfigError(
+            f"{where}: the MaskSAM config says regions = {config.regions}, but the dataset's labels say {regions}. "
+            "Plans move between datasets of one kind only: plan this dataset itself."
         )
     return config
 
 
-def check_results_folder(plans: dict[str, Any], configuration: str, config: MaskSAMConfig, trainer_name: str) -> None:
+def check_results_folder(
+    plans: dict[str, Any], configuration: str, fold: int | str, config: MaskSAMConfig, trainer_name: str
+) -> None:
     """All folds of a results folder share one plans.json, so they must share the config.
 
     Raises:
@@ -45,7 +63,9 @@ def check_results_folder(plans: dict[str, Any], configuration: str, config: Mask
         return
     folder = Path(results) / plans["dataset_name"] / f"{trainer_name}__{plans['plans_name']}__{configuration}"
     file = folder / "plans.json"
-    if not file.is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
+    other_folds = any(f.name != f"fold_{fold}" for f in folder.glob("fold_*"))
+    started = other_folds or any(folder.glob("fold_*/checkpoint_*.pth"))
+    if not file.is_file() or not started:
         return
     there = read_config(PlansManager(json.loads(file.read_text())).get_configuration(configuration))
     if there != config:

@@ -52,7 +52,7 @@ class MaskSAMTrainer(nnUNetTrainer):
         # Before nnU-Net copies and caches the plans; it saves them with the model.
         name = type(self).__name__
         self.config: MaskSAMConfig = resolve_config(plans, configuration, dataset_json, self.backbone, name)
-        check_results_folder(plans, configuration, self.config, name)
+        check_results_folder(plans, configuration, fold, self.config, name)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.initial_learning_rate
         self.num_epochs = self.epochs
@@ -62,6 +62,12 @@ class MaskSAMTrainer(nnUNetTrainer):
             self.grad_scaler = None
 
     # ---- network -------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        super().initialize()
+        if isinstance(self.network, DistributedDataParallel):
+            # They are constants, equal since DDP was made; a rank without a case to validate must not be waited for.
+            self.network.broadcast_buffers = False
 
     @staticmethod
     def build_network_architecture(
@@ -113,7 +119,9 @@ class MaskSAMTrainer(nnUNetTrainer):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.initial_lr)
-        return optimizer, WarmupPolyLR(optimizer, self.initial_lr, self.num_epochs, self.warmup_iterations)
+        # A short variant must reach its learning rate too.
+        warmup = min(self.warmup_iterations, self.num_epochs * self.num_iterations_per_epoch // 10)
+        return optimizer, WarmupPolyLR(optimizer, self.initial_lr, self.num_epochs, warmup)
 
     def _build_loss(self) -> nn.Module:
         semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss
@@ -147,7 +155,7 @@ class MaskSAMTrainer(nnUNetTrainer):
                 "weights and is trained throughout."
             )
             return
-        if os.environ.get(RANDOM_INIT, "").lower() in ("1", "true", "t"):
+        if _random_init_wanted():
             self.print_to_log_file(
                 f"WARNING: {RANDOM_INIT} is set. SAM's part of this network stays at RANDOM, frozen weights. "
                 "This is for trying things out only; its results say nothing about MaskSAM."
@@ -211,3 +219,10 @@ class MaskSAMTrainer(nnUNetTrainer):
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:  # the rank that writes
             os.replace(partial, filename)
+
+
+def _random_init_wanted() -> bool:
+    text = os.environ.get(RANDOM_INIT, "0")
+    if text.lower() not in ("", "0", "1", "false", "true", "f", "t"):
+        raise ConfigError(f"{RANDOM_INIT} = {text!r} is not allowed: set it to 1 to train without SAM, else to 0.")
+    return text.lower() in ("1", "true", "t")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Block, window_partition, window_unpartition
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .adapters import DConvAdapter
 from .attention import fused_attention
 from .new import DepthEmbedding
+from .recompute import recomputed
 
 
 class BlockAdapters(nn.Module):
@@ -67,10 +67,7 @@ class AdaptedImageEncoder(nn.Module):
         x = x.unflatten(0, (b, d)) + self.depth_embedding()[:, None, None]
         levels = []
         for index, (block, adapters) in enumerate(zip(self.sam.blocks, self.adapters, strict=True)):
-            if self.checkpointing and self.training:
-                x = checkpoint(adapters, block, x, use_reentrant=False)
-            else:
-                x = adapters(block, x)
+            x = recomputed(self.checkpointing and self.training, adapters, block, x)
             if index in self.taps:
                 levels.append(x)
         neck = self.sam.neck(x.flatten(0, 1).permute(0, 3, 1, 2))  # (B D, P, g_h, g_w)

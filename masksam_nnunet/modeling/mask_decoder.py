@@ -6,13 +6,13 @@ import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .adapters import DConvAdapter, DMLPAdapter
 from .attention import fused_cross_attention
 from .new import New
+from .recompute import recomputed
 
-SLICES_PER_CHUNK = 64  # slices times queries decoded at once when activations are recomputed
+MASKS_PER_CHUNK = 64  # decoded at once where memory is short
 
 
 class ClassToken(New):
@@ -114,11 +114,11 @@ class AdaptedMaskDecoder(nn.Module):
         Returns:
             Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
         """
-        if not (self.checkpointing and self.training):
+        if not self.checkpointing:
             return self._decode(image, pe, sparse, dense, class_tokens)
-        size = max(1, SLICES_PER_CHUNK // (image.shape[0] * image.shape[1]))
+        size = max(1, MASKS_PER_CHUNK // (image.shape[0] * image.shape[1]))
         chunks = [
-            checkpoint(self._decode, image, pe, *chunk, use_reentrant=False)
+            recomputed(self.training, self._decode, image, pe, *chunk)
             for chunk in zip(*(x.split(size, dim=1) for x in (sparse, dense, class_tokens)), strict=True)
         ]
         masks, logits = zip(*chunks, strict=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import Grid, MaskSAMConfig
 from ..precision import autocast
@@ -19,6 +18,7 @@ from .mask_head import MaskHead
 from .new import freeze, freeze_all_but_new
 from .prompt_encoder import AdaptedPromptEncoder
 from .prompt_generator import PromptGenerator
+from .recompute import recomputed
 from .sam_parts import SPECS, build_image_encoder, build_mask_decoder, build_prompt_encoder
 from .stem import InputStem
 
@@ -107,10 +107,11 @@ class MaskSAM(nn.Module):
         x = self._as_volume(x)
         images, stem = self.stem(x)  # (B, D, 3, S_h, S_w), (B, w, D, H, W)
         levels, neck = self.image_encoder(images)
-        prompts = self._maybe_checkpoint(self.prompt_generator, levels, neck)
-        sparse, dense = self._maybe_checkpoint(self.prompt_encoder, prompts)
+        saving = self.config.checkpointing and self.training
+        prompts = recomputed(saving, self.prompt_generator, levels, neck)
+        sparse, dense = recomputed(saving, self.prompt_encoder, prompts)
         masks, classes = self.mask_decoder(neck, self.prompt_encoder.dense_pe(), sparse, dense, prompts.class_tokens)
-        masks = self._maybe_checkpoint(self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
+        masks = recomputed(saving, self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
         return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
 
     def forward(self, x: Tensor) -> MaskSAMOutput | Tensor:
@@ -120,11 +121,6 @@ class MaskSAM(nn.Module):
             output = self.parts(x)
         semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, self.config.regions)
         return semantic[:, :, 0] if x.ndim == 4 else semantic
-
-    def _maybe_checkpoint(self, module: nn.Module, *inputs: Any) -> Any:
-        if self.config.checkpointing and self.training:
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
 
     def _trained_precision(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         # nnU-Net predicts in float16; what was trained in bfloat16 may not fit its range.

@@ -6,7 +6,9 @@ import inspect
 import json
 import os
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +111,48 @@ def test_plans_of_another_backbone_are_refused() -> None:
         MaskSAMTrainer(plans, "3d_fullres", 0, dataset_json(), CPU)
 
 
+@pytest.mark.parametrize(("option", "value"), [("patch_size", (32, 32)), ("regions", True)])
+def test_plans_whose_config_does_not_fit_them_are_refused(option: str, value: object) -> None:
+    plans = plain_plans()
+    config = trainer(plans).config
+    plans["continue_training"] = False
+    write_config(plans, "3d_fullres", replace(config, **{option: value}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=option):
+        trainer(plans)
+
+
+@pytest.mark.parametrize("dims", [3, 2])
+def test_wrong_channels_and_a_2d_patch_are_named(dims: int) -> None:
+    made = trainer(plain_plans(channels=2), dataset_json(channels=2))
+    data = torch.zeros(1, 1, 4, 32, 32) if dims == 3 else torch.zeros(1, 2, 32, 32)
+    with pytest.raises(ValueError, match="2 channels and the patch \\(4, 32, 32\\)"):
+        made.train_step({"data": data, "target": torch.zeros_like(data[:, :1])})
+
+
+def test_short_variants_reach_their_learning_rate() -> None:
+    made = trainer(cls=trainers.MaskSAMTrainer_vit_t_1epoch)
+    assert made.lr_scheduler.warmup_iterations == 25
+    made.iteration = 30
+    made.set_learning_rate()
+    assert made.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 * (1 - 30 / 250) ** 0.9)
+
+
+def test_loss_terms_reach_other_loggers() -> None:
+    made = trainer()
+    seen: dict[str, float] = {}
+    made.logger.loggers.append(SimpleNamespace(log=lambda key, value, step: seen.update({key: value})))
+    made.on_train_epoch_end([made.train_step(batch(made))])
+    assert {"train_losses/mask_dice", "train_losses/semantic", "train_losses/class"} <= set(seen)
+    assert "loss terms" in Path(made.log_file).read_text()
+
+
+def test_an_unclear_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RANDOM_INIT, "maybe")
+    made = trainer(plain_plans((1, 32, 32), batch_size=1), cls=MaskSAMTrainer)
+    with pytest.raises(ConfigError, match="MASKSAM_RANDOM_INIT = 'maybe'"):
+        made._load_sam()
+
+
 def test_a_cascades_second_stage_overrides_its_parents_architecture() -> None:
     plans = plain_plans()
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -190,6 +234,10 @@ def test_checkpoints_resume_without_sam(tmp_path: Path, monkeypatch: pytest.Monk
     made.train_step(batch(made))
     made.current_epoch = 3
     file = tmp_path / "checkpoint.pth"
+    made.local_rank = 1
+    made.save_checkpoint(str(file))
+    assert not file.exists(), "rank 0 writes"
+    made.local_rank = 0
     made.save_checkpoint(str(file))
     assert file.is_file() and not list(tmp_path.glob("*.part"))
     other = trainer()
@@ -208,7 +256,7 @@ def test_another_config_in_the_results_folder_is_refused() -> None:
     trainer()  # the same config may go on
     with pytest.raises(ConfigError, match="num_queries: 4 there, 9 now"):
         plans = plain_plans()
-        write_config(plans, "3d_fullres", type(made.config)(**{**vars(made.config), "num_queries": 9}))
+        write_config(plans, "3d_fullres", replace(made.config, num_queries=9))
         trainer(plans)
 
 

@@ -28,15 +28,14 @@ def dataset(workspace: Workspace) -> Dataset:
     names = copy_small(source, target, CASES)
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
     workspace.set_batch_size(target.name, 2)
-    labels = json.loads((target / "dataset.json").read_text())["labels"]
-    return Dataset(target.name, 4, len(labels), names)
+    return Dataset(target.name, 4, 3, names)
 
 
 @pytest.fixture(scope="session")
 def binary_dataset(workspace: Workspace, dataset: Dataset) -> Dataset:
     """The same images with all organs merged: another number of classes."""
     source, target = workspace.raw / dataset.name, workspace.raw / "Dataset005_Binary"
-    names = copy_small(source, target, 6)
+    names = copy_small(source, target, CASES)
     for file in (target / "labelsTr").iterdir():
         image = sitk.ReadImage(str(file))
         sitk.WriteImage(sitk.Cast(image > 0, sitk.sitkUInt8), str(file))

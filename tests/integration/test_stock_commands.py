@@ -112,7 +112,7 @@ def test_saved_probabilities_are_the_networks_own(
     """One window, no mirroring: what nnU-Net saves is the softmax of the folds' mean log-probabilities."""
     crop = workspace.root / "one_window"
     crop.mkdir()
-    source = sitk.ReadImage(str(next(images.iterdir())))
+    source = sitk.ReadImage(str(sorted(images.iterdir())[0]))
     sitk.WriteImage(source, str(crop / "crop_0000.nii.gz"))
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -181,18 +181,6 @@ def test_export_and_install_elsewhere(
         np.testing.assert_array_equal(a, b)
 
 
-def test_pretrained_weights_with_another_number_of_classes(
-    workspace: Workspace, trained: Path, binary_dataset: Dataset
-) -> None:
-    checkpoint = trained / "fold_0" / "checkpoint_final.pth"
-    output = workspace.train(binary_dataset.id, 0, MASKSAM, "-pretrained_weights", checkpoint)
-    assert "Loading pretrained weights" in output
-    weights = torch.load(checkpoint, weights_only=False)["network_weights"]
-    assert weights["mask_decoder.classifier.seg_layers.0.weight"].shape[0] == 4
-    fold = workspace.model(binary_dataset.name, MASKSAM) / "fold_0"
-    assert (fold / "validation" / "summary.json").is_file()
-
-
 def test_pretrained_weights_of_another_config_are_refused_in_words(
     workspace: Workspace, trained: Path, binary_dataset: Dataset
 ) -> None:
@@ -200,6 +188,18 @@ def test_pretrained_weights_of_another_config_are_refused_in_words(
     with workspace.plans(binary_dataset.name, patch_size=[16, 48, 48]):
         output = workspace.train(binary_dataset.id, 1, MASKSAM, "-pretrained_weights", checkpoint, fails=True)
     assert "backbone=vit_t patch_size=16x48x48" in output and "not seem to be compatible" in output
+
+
+def test_pretrained_weights_with_another_number_of_classes(
+    workspace: Workspace, dataset: Dataset, trained: Path, binary_dataset: Dataset
+) -> None:
+    checkpoint = trained / "fold_0" / "checkpoint_final.pth"
+    output = workspace.train(binary_dataset.id, 0, MASKSAM, "-pretrained_weights", checkpoint)
+    assert "Loading pretrained weights" in output
+    weights = torch.load(checkpoint, weights_only=False)["network_weights"]
+    assert len(weights["mask_decoder.classifier.seg_layers.0.weight"]) == dataset.num_classes + 1
+    fold = workspace.model(binary_dataset.name, MASKSAM) / "fold_0"
+    assert (fold / "validation" / "summary.json").is_file()
 
 
 def test_a_fold_of_another_config_is_refused(workspace: Workspace, dataset: Dataset, trained: Path) -> None:

@@ -208,13 +208,14 @@ def test_prediction_needs_the_results_only(nnunet: list[Any], monkeypatch: pytes
     assert "nnUNet_results not set" in one_line_error(invoke("predict", *PREDICT.split()))
 
 
-def test_a_weights_error_of_the_trainer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_weights_and_config_come_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise weights.WeightsError("no SAM checkpoint,\nfetch it")
 
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run_training_entry=fail))
-    assert one_line_error(invoke("train", *TRAIN.split(), "-tr", "X")) == "error: no SAM checkpoint, fetch it"
+    result = invoke("train", *TRAIN.split(), "-tr", "X")
+    assert result.exit_code == 1 and result.stderr == "error: no SAM checkpoint,\nfetch it\n"
 
 
 def test_spawned_workers_find_the_trainers(tmp_path: Path) -> None:
@@ -307,6 +308,6 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         {"out": Path("masksam_demo"), "data": None, "minutes": 3.0, "batch_size": 2, "fold": 0, "seed": 0},
         {"out": Path("o"), "data": Path("raw"), "minutes": 1.5, "batch_size": 3, "fold": 1, "seed": 7},
     ]
-    assert one_line_error(invoke("demo", "--fold", "5")) == "error: no such fold"
-    for bad in (["--minutes", "0"], ["--batch-size", "0"], ["--fold", "-1"], ["--bogus"]):
+    assert one_line_error(invoke("demo", "--fold", "4")) == "error: no such fold"
+    for bad in (["--minutes", "0"], ["--batch-size", "0"], ["--fold", "-1"], ["--fold", "5"], ["--bogus"]):
         assert invoke("demo", *bad).exit_code == 2

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from configs import tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import training_cost
-from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling import MaskSAM, count_parameters
 
 
 def test_more_of_anything_costs_more() -> None:
@@ -47,6 +48,24 @@ def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
     assert output.mask_logits.grad_fn is not None
     # The peak also holds gradients, optimizer state and temporaries, of which this tiny network has few.
     assert real < estimate < 1.6 * real
+
+
+@pytest.mark.parametrize(
+    ("patch", "checkpointing", "gib", "tflop"),
+    [((4, 256, 256), False, 18.2, 36.8), ((20, 256, 224), True, 16.0, 198.3)],
+)
+def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: float, tflop: float) -> None:
+    cost = training_cost(MaskSAMConfig("vit_b", patch, 4, 8, checkpointing=checkpointing), 1, 4, 2)
+    assert (cost.peak_gib, cost.tflop) == pytest.approx((gib, tflop), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "total", "trained"), [("vit_b", 107.5, 13.7), ("vit_l", 344.6, 32.2), ("vit_h", 701.0, 59.9)]
+)
+def test_the_readmes_numbers_of_parameters(backbone: str, total: float, trained: float) -> None:
+    with FakeTensorMode():
+        *_, (_, everything, moving) = count_parameters(MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8), 1, 4))
+    assert (everything / 1e6, moving / 1e6) == pytest.approx((total, trained), abs=0.06)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -174,7 +174,7 @@ def test_sampled_points_estimate_the_whole_and_prefer_what_is_uncertain() -> Non
     assert float(means) == pytest.approx(float(exact["mask_bce"]), rel=0.05)
     judge = criterion(num_points=64)
     logits = torch.randn(7, H * W)
-    points = judge._uncertain_points(logits)
+    points = judge._uncertain_points(logits, torch.ones(7, H * W, dtype=torch.bool))
     assert points is not None and points.shape == (7, 64)
     chosen, others = logits.gather(1, points[:, :48]).abs().mean(), logits.gather(1, points[:, 48:]).abs().mean()
     assert chosen < 0.75 * others
