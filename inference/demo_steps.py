@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from rich.progress import TaskID
 
+from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
+
 from .commands import PROCESSES, run_nnunet
 from .demo_end import next_commands
 from .demo_folder import PHANTOMS, PLANS, DemoFolder
 from .demo_pictures import draw_pictures
 from .demo_progress import DemoProgress
 from .errors import DemoError
-from .history import PROGRESS_FILE, STATS_FILE, History, TrainingStats
+from .history import History, TrainingStats
 from .json_files import read_json, write_json
 from .label_maps import Classes, LabelMapError
 from .phantoms import DATASET_NAME, write_phantom_dataset
@@ -31,7 +33,6 @@ from .report import MethodResult, Report
 from .scoring import Scores, policies, score_folder
 from .splits import group_by_patient, patient_folds
 
-BUDGET_VARIABLE = "MASKSAM_BUDGET_MINUTES"
 _FULL = "3d_fullres"
 _TRAINING_SHARE = 0.95  # of a training's bar; the rest is validation
 _PACKAGES = ("masksam-nnunet", "nnunetv2", "torch", "monai", "numpy", "SimpleITK")
@@ -122,12 +123,12 @@ class DemoSteps:
         minutes, trainer = self.settings.minutes, method.trainer
         with self.progress.step(trainer, f"Training {method.name} for {minutes:g} minutes (nnUNetv2_train)"):
             fold = self._fold(dataset, configuration, method)
-            complete = (fold / "validation" / "summary.json").is_file() and (fold / STATS_FILE).is_file()
+            complete = (fold / "validation" / "summary.json").is_file() and (fold / TRAINING_STATS_FILE).is_file()
             if complete and self.folder.take(trainer):
                 self.progress.reused(f"{method.name}, trained and validated")
                 return
             shutil.rmtree(fold, ignore_errors=True)  # an unfinished training
-            environment = dict(self.environment) | {BUDGET_VARIABLE: str(minutes)}
+            environment = dict(self.environment) | {BUDGET_MINUTES: str(minutes)}
             if self.settings.device == "cpu":
                 environment["nnUNet_n_proc_DA"] = "0"  # the training itself uses every core
             bar = self.progress.add_bar(f"  {method.name}")
@@ -150,7 +151,7 @@ class DemoSteps:
             self.progress.advance(bar, trainer, _TRAINING_SHARE, f"predicting validation cases, {predicted} done")
             return
         try:
-            state = read_json(fold / PROGRESS_FILE)
+            state = read_json(fold / BUDGET_PROGRESS_FILE)
             fraction, iterations, loss = float(state["fraction"]), int(state["iterations"]), state["loss"]
         except (OSError, ValueError, KeyError, TypeError):
             return  # not there yet

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
+from masksam_nnunet.environment import TRAINING_STATS_FILE
+
 from .errors import DemoError
 from .json_files import read_json
-
-STATS_FILE = "training_stats.json"
-PROGRESS_FILE = "budget_progress.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TrainingStats:
         Raises:
             DemoError: if the file is missing or lacks a figure.
         """
-        path = fold / STATS_FILE
+        path = fold / TRAINING_STATS_FILE
         try:
             content: dict[str, Any] = read_json(path)
             values = {field.name: content[field.name] for field in fields(cls)}

@@ -1,4 +1,4 @@
-"""Where nnU-Net finds MaskSAM's trainers: the value of its variable ``nnUNet_extTrainer``. Standard library only."""
+"""How nnU-Net's processes and ours speak: variables, file names, the folder of trainers. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 EXT_TRAINER = "nnUNet_extTrainer"
+BUDGET_MINUTES = "MASKSAM_BUDGET_MINUTES"
+"""The variable that tells time-budget trainers how long to train."""
+BUDGET_PROGRESS_FILE = "budget_progress.json"
+TRAINING_STATS_FILE = "training_stats.json"
+"""What they write into the fold's folder, while they train and at the end."""
 """nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""
 
 

@@ -13,9 +13,11 @@ import psutil
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from masksam_nnunet.config import ConfigError
+from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
+
 from .variants import MaskSAMTrainer_vit_t
 
-BUDGET = "MASKSAM_BUDGET_MINUTES"
 PROGRESS_EVERY = 2.0  # seconds
 
 
@@ -23,15 +25,17 @@ def budget_seconds() -> float:
     """The budget that the environment names.
 
     Raises:
-        ValueError: if it names none, or nonsense.
+        ConfigError: if it names none, or nonsense.
     """
-    text = os.environ.get(BUDGET, "")
+    text = os.environ.get(BUDGET_MINUTES, "")
     try:
         minutes = float(text)
     except ValueError:
         minutes = 0.0
     if not 0 < minutes < 1e6:
-        raise ValueError(f"{BUDGET} = {text!r}: set it to the minutes of training, for example {BUDGET}=3")
+        raise ConfigError(
+            f"{BUDGET_MINUTES} = {text!r}: set it to the minutes of training, for example {BUDGET_MINUTES}=3"
+        )
     return 60 * minutes
 
 
@@ -100,7 +104,7 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         if time.monotonic() - self._reported > PROGRESS_EVERY:
             self._reported = time.monotonic()
             self._write(
-                "budget_progress.json",
+                BUDGET_PROGRESS_FILE,
                 {
                     "fraction": self.progress,
                     "iterations": self.iterations_done,
@@ -113,7 +117,7 @@ class nnUNetTrainer_budget(nnUNetTrainer):
     def _write_stats(self) -> None:
         parameters = list(self.network.parameters())
         self._write(
-            "training_stats.json",
+            TRAINING_STATS_FILE,
             {
                 "train_seconds": self.elapsed,
                 "iterations": self.iterations_done,
