@@ -19,6 +19,7 @@ from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRA
 from .variants import MaskSAMTrainer_vit_t
 
 PROGRESS_EVERY = 2.0  # seconds
+VALIDATION_SHARE = 0.1  # of an epoch's time, for validation on patches
 
 
 def budget_seconds() -> float:
@@ -42,7 +43,7 @@ def budget_seconds() -> float:
 class nnUNetTrainer_budget(nnUNetTrainer):
     """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``; its polynomial schedule ends with the budget.
 
-    The budget is divided into ten epochs, each of which ends with a short validation that counts too. Writes
+    The budget is divided into at most ten epochs, each of which ends with a short validation that counts too. Writes
     ``budget_progress.json`` while it trains and ``training_stats.json`` at the end, both into the fold's folder.
     """
 
@@ -72,25 +73,38 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         return min(1.0, self.elapsed / self.budget)
 
     def run_training(self) -> None:
-        """nnU-Net's own loop, with epochs that end by the clock."""
+        """nnU-Net's own loop, with epochs that end by the clock: fewer of them where an iteration is slow."""
         self.on_train_start()
-        # A training that goes on takes up the budget where its last epoch left it.
-        self._started = time.monotonic() - self.budget * self.current_epoch / self.num_epochs
-        for epoch in range(self.current_epoch, self.num_epochs):
+        self._started = time.monotonic() - self._used_before()
+        share = self.budget / self.num_epochs
+        while self.elapsed < self.budget:
+            end = min(self.budget, (self.elapsed // share + 1) * share)
             self.on_epoch_start()
             self.on_train_epoch_start()
             train_outputs = [self.train_step(next(self.dataloader_train))]
-            while self.elapsed < self.budget * (epoch + 1) / self.num_epochs:
+            while self.elapsed < end:
                 train_outputs.append(self.train_step(next(self.dataloader_train)))
             self.on_train_epoch_end(train_outputs)
-            with torch.no_grad():
-                self.on_validation_epoch_start()
-                self.on_validation_epoch_end(
-                    [self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)]
-                )
+            self._validate(end + VALIDATION_SHARE * share)
             self.on_epoch_end()
         self._write_stats()
         self.on_train_end()
+
+    def _validate(self, end: float) -> None:
+        """nnU-Net's validation on patches, of as many as fit: it counts as training time."""
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            outputs = [self.validation_step(next(self.dataloader_val))]
+            while len(outputs) < self.num_val_iterations_per_epoch and self.elapsed < end:
+                outputs.append(self.validation_step(next(self.dataloader_val)))
+            self.on_validation_epoch_end(outputs)
+
+    def _used_before(self) -> float:
+        """Seconds that a training which now goes on had used."""
+        file = Path(self.output_folder) / BUDGET_PROGRESS_FILE
+        if self.current_epoch == 0 or not file.is_file():
+            return 0.0
+        return float(json.loads(file.read_text())["seconds"])
 
     def set_learning_rate(self) -> None:
         """nnU-Net's polynomial decay, by the clock."""
@@ -121,7 +135,7 @@ class nnUNetTrainer_budget(nnUNetTrainer):
             {
                 "train_seconds": self.elapsed,
                 "iterations": self.iterations_done,
-                "epochs": self.num_epochs,
+                "epochs": self.current_epoch,
                 "peak_memory_mb": _peak_memory_mb(self.device),
                 "peak_memory_of": "GPU allocations" if self.device.type == "cuda" else "process, resident",
                 "parameters": sum(p.numel() for p in parameters),
