@@ -167,8 +167,13 @@ def test_a_signal_ends_the_command_and_its_workers(
             signal.raise_signal(number)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(error):
-        commands.run_nnunet("nnUNetv2_train", [], dict(os.environ), tmp_path / "log", poll=interrupt)
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            commands.run_nnunet("nnUNetv2_train", [], dict(os.environ), tmp_path / "log", poll=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     started = [int(number) for number in ids.read_text().split()]
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(map(_runs, started)):
