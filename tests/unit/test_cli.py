@@ -294,7 +294,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def run_demo(**options: Any) -> Path:
         calls.append(options)
-        if options["fold"] > 4:
+        if options["fold"] > 3:
             raise DemoError("no such fold")
         return tmp_path / "report.html"
 
