@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 EXT_TRAINER = "nnUNet_extTrainer"
+"""nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""
 BUDGET_MINUTES = "MASKSAM_BUDGET_MINUTES"
 """The variable that tells time-budget trainers how long to train."""
 BUDGET_PROGRESS_FILE = "budget_progress.json"
 TRAINING_STATS_FILE = "training_stats.json"
 """What they write into the fold's folder, while they train and at the end."""
-"""nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""
 
 
 def trainer_folder() -> Path:
