@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from masksam_nnunet.plans.splits import NUM_FOLDS
+
 from .commands import nnunet_environment
 from .demo_end import print_end
 from .demo_folder import PHANTOMS, DemoFolder, DemoSettings
@@ -16,7 +18,6 @@ from .demo_steps import METHODS, DemoSteps
 from .errors import DemoError
 from .raw_data import RawDataset, read_raw_dataset
 from .report import write_report
-from .splits import NUM_FOLDS
 
 __all__ = ["DemoError", "run_demo"]
 

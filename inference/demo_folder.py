@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from masksam_nnunet.json_files import read_json, write_json
+
 from .errors import DemoError
-from .json_files import read_json, write_json
 
 _STATE = "demo.json"
 PLANS = "nnUNetPlans"

@@ -17,6 +17,8 @@ import torch
 from rich.progress import TaskID
 
 from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
+from masksam_nnunet.json_files import read_json, write_json
+from masksam_nnunet.plans.splits import group_by_patient, patient_folds
 
 from .commands import PROCESSES, run_nnunet
 from .demo_end import next_commands
@@ -25,13 +27,11 @@ from .demo_pictures import draw_pictures
 from .demo_progress import DemoProgress
 from .errors import DemoError
 from .history import History, TrainingStats
-from .json_files import read_json, write_json
 from .label_maps import Classes, LabelMapError
 from .phantoms import DATASET_NAME, write_phantom_dataset
 from .raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from .report import MethodResult, Report
 from .scoring import Scores, policies, score_folder
-from .splits import group_by_patient, patient_folds
 
 _FULL = "3d_fullres"
 _TRAINING_SHARE = 0.95  # of a training's bar; the rest is validation

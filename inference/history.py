@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from masksam_nnunet.environment import TRAINING_STATS_FILE
+from masksam_nnunet.json_files import read_json
 
 from .errors import DemoError
-from .json_files import read_json
 
 
 @dataclass(frozen=True)

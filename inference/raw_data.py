@@ -12,9 +12,10 @@ from typing import Any
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from masksam_nnunet.json_files import read_json
+from masksam_nnunet.plans.splits import NUM_FOLDS
+
 from .errors import DemoError
-from .json_files import read_json
-from .splits import NUM_FOLDS
 
 _NAME = re.compile(r"Dataset(\d{3})_\w[\w.-]*")
 

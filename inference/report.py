@@ -11,8 +11,9 @@ from typing import Any
 
 import jinja2
 
+from masksam_nnunet.json_files import write_json, write_text_atomically
+
 from .history import TrainingStats
-from .json_files import write_json, write_text_atomically
 from .scoring import Scores
 
 UNDEFINED = "\u2013"

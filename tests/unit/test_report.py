@@ -18,7 +18,6 @@ from masksam_nnunet.inference.demo_pictures import choose_cases
 from masksam_nnunet.inference.figures import CaseImages, choose_slices, draw_case, draw_curves, draw_inside
 from masksam_nnunet.inference.history import History, TrainingStats
 from masksam_nnunet.inference.inside import InsideView, cut, patch_window, read_parts
-from masksam_nnunet.inference.json_files import write_json
 from masksam_nnunet.inference.label_maps import Classes
 from masksam_nnunet.inference.report import (
     MethodResult,
@@ -32,6 +31,7 @@ from masksam_nnunet.inference.report import (
     write_report,
 )
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, policies
+from masksam_nnunet.json_files import write_json
 
 NAMES = ("<b>liver & co</b>", "vessel")
 CLASSES = Classes({NAMES[0]: (1,), NAMES[1]: (2,)}, has_regions=False, ignore_label=None)

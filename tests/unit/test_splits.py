@@ -7,7 +7,7 @@ import json
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from masksam_nnunet.inference.splits import group_by_patient, patient_folds, patient_of
+from masksam_nnunet.plans.splits import group_by_patient, patient_folds, patient_of
 
 ACDC = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 21) for frame in (1, 12)]
 

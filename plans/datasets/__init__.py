@@ -1,0 +1,1 @@
+"""From each challenge's official download to nnU-Net's raw format."""
