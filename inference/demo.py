@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from masksam_nnunet.plans.raw_data import RawDataset, read_raw_dataset
 from masksam_nnunet.plans.splits import NUM_FOLDS
 
 from .commands import nnunet_environment
@@ -16,7 +17,6 @@ from .demo_folder import PHANTOMS, DemoFolder, DemoSettings
 from .demo_progress import DemoProgress
 from .demo_steps import METHODS, DemoSteps
 from .errors import DemoError
-from .raw_data import RawDataset, read_raw_dataset
 from .report import write_report
 
 __all__ = ["DemoError", "run_demo"]

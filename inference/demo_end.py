@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .raw_data import RawDataset
+from masksam_nnunet.plans.raw_data import RawDataset
+
 from .report import Report, overall_rows
 
 

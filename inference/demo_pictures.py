@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from masksam_nnunet.plans.raw_data import RawDataset
+
 from .figures import CaseImages, colour_of, draw_case, draw_curves, draw_inside
 from .history import History
 from .inside import look_inside
 from .label_maps import Classes, read_label_map, read_volume
-from .raw_data import RawDataset
 from .report import Picture
 
 

@@ -18,6 +18,7 @@ from rich.progress import TaskID
 
 from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
 from masksam_nnunet.json_files import read_json, write_json
+from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from masksam_nnunet.plans.splits import group_by_patient, patient_folds
 
 from .commands import PROCESSES, run_nnunet
@@ -29,7 +30,6 @@ from .errors import DemoError
 from .history import History, TrainingStats
 from .label_maps import Classes, LabelMapError
 from .phantoms import DATASET_NAME, write_phantom_dataset
-from .raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from .report import MethodResult, Report
 from .scoring import Scores, policies, score_folder
 

@@ -8,11 +8,13 @@ import sys
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from masksam_nnunet import __version__
+from masksam_nnunet.cli_datasets import register
+from masksam_nnunet.cli_fail import fail
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.errors import WeightsError
 
@@ -37,6 +39,24 @@ class Backbone(StrEnum):
     vit_b = "vit_b"
     vit_l = "vit_l"
     vit_h = "vit_h"
+
+
+class AnyBackbone(StrEnum):
+    """What can be planned."""
+
+    auto = "auto"
+    vit_t = "vit_t"
+    vit_b = "vit_b"
+    vit_l = "vit_l"
+    vit_h = "vit_h"
+
+
+class PresetName(StrEnum):
+    """The paper's settings."""
+
+    acdc = "acdc"
+    synapse = "synapse"
+    amos = "amos"
 
 
 class Shell(StrEnum):
@@ -107,7 +127,7 @@ def weights(
     try:
         path = fetch(backbone.value, url=url, source=source, force=force)
     except WeightsError as error:
-        _fail(str(error))
+        fail(str(error))
     typer.echo(path)
 
 
@@ -125,6 +145,39 @@ def predict(context: typer.Context) -> None:
     _run_nnunet("predict", module, "predict_entry_point", context.args, ("nnUNet_results",))
 
 
+@app.command(context_settings={"allow_extra_args": True})
+def plan(
+    context: typer.Context,
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
+    configurations: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-c",
+            "--configuration",
+            help="To plan, one or more; all that nnU-Net has if none.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AnyBackbone.auto,
+    gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Memory of the card to train on.")] = 24.0,
+    preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.", show_default=False)] = None,
+    plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
+) -> None:
+    """Plan MaskSAM for a dataset with a fingerprint: patch, batch, u, queries, backbone, under a memory target."""
+    # As with nnU-Net's commands, several may follow one -c, where click takes one.
+    if context.args and (not configurations or any(word.startswith("-") for word in context.args)):
+        raise typer.BadParameter(f"unexpected {' '.join(context.args)}")
+    wanted = [*(configurations or ()), *context.args]
+    os.environ.pop("nnUNet_n_proc_DA", None)  # 0, right for training, makes nnU-Net's planner fail
+    from masksam_nnunet.plans.errors import PlanError
+    from masksam_nnunet.plans.planning import plan_dataset
+
+    try:
+        plan_dataset(dataset, wanted, backbone.value, gpu_memory, preset and preset.value, plans_name)
+    except PlanError as error:
+        fail(str(error))
+
+
 @app.command()
 def demo(
     data: Annotated[
@@ -139,12 +192,13 @@ def demo(
 ) -> None:
     """Train a tiny MaskSAM and nnU-Net for the same minutes, score both on the same fold, write a report."""
     os.environ[EXT_TRAINER] = _ext_trainer()
-    from masksam_nnunet.inference.demo import DemoError, run_demo
+    from masksam_nnunet.inference.demo import run_demo
+    from masksam_nnunet.plans.errors import PlanError
 
     try:
         report = run_demo(out=out, data=data, minutes=minutes, batch_size=batch_size, fold=fold, seed=seed)
-    except DemoError as error:
-        _fail(str(error))
+    except PlanError as error:
+        fail(str(error))
     typer.echo(report)
 
 
@@ -153,7 +207,7 @@ def _run_nnunet(command: str, module: str, entry: str, arguments: list[str], req
     asks_help = not {"-h", "--help"}.isdisjoint(arguments)
     missing = [name for name in required if not os.environ.get(name)]
     if missing and not asks_help:
-        _fail(
+        fail(
             f"{' and '.join(missing)} not set: nnU-Net keeps its data in the folders that the environment variables "
             "nnUNet_raw, nnUNet_preprocessed and nnUNet_results name; export them first"
         )
@@ -165,7 +219,7 @@ def _run_nnunet(command: str, module: str, entry: str, arguments: list[str], req
     try:
         getattr(import_module(module), entry)()
     except (WeightsError, ConfigError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _with_trainer(arguments: list[str]) -> list[str]:
@@ -180,14 +234,10 @@ def _ext_trainer() -> str:
     try:
         return ext_trainer_value(os.environ.get(EXT_TRAINER))
     except RuntimeError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-def _fail(message: str) -> NoReturn:
-    """The message in red on stderr, no traceback, exit code 1."""
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
-
+register(app)
 
 if __name__ == "__main__":
     main()

@@ -1,22 +1,29 @@
-"""What a training step takes: the real network is run without allocating, and what is alive is added up."""
+"""What a training step takes: the real network and loss are run without allocating, and what is alive is added up."""
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .config import MaskSAMConfig
+from .criterion import MaskSAMCriterion
+from .matching import Matches, Predictions, pairwise_cost
 from .modeling import MaskSAM
-from .semantic import semantic_log_probabilities
+from .targets import Targets
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
+
+Precision = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ _ATTENTION = {
 }
 
 
-def _attention_flops(*tensors: torch.Tensor) -> int:
+def _attention_flops(*tensors: Tensor) -> int:
     """Two matrix products forward; five backward, where the gradient comes before query, key and value."""
     query, key = tensors[-3:-1]
     product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
@@ -62,7 +69,7 @@ class _Meter(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._seen:
             return
@@ -84,25 +91,98 @@ class _Meter(TorchDispatchMode):
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, Tensor):
                 self.add(leaf)
         return result
 
 
-def training_cost(config: MaskSAMConfig, in_channels: int, num_classes: int, batch_size: int) -> TrainingCost:
-    """Peak memory and operations of a training step in bfloat16, without a GPU and without allocating.
+def _norms_in_float32(network: nn.Module) -> None:
+    """As CUDA's autocast has them, and the CPU's has not. Hooks, since recomputation must meet them too."""
+
+    def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x.float() for x in inputs)
+
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm | LayerNorm2d):
+            module.register_forward_pre_hook(widen)
+
+
+class _GivenTargets(MaskSAMCriterion):
+    """The real loss on as many targets a slice as there may be: fake tensors hold no labels to find them in."""
+
+    targets_per_slice: int
+
+    def find_targets(self, segmentation: Tensor) -> Targets:
+        _, height, width = self.grid.patch
+        slices = segmentation.shape[0] * self.grid.patch[0]
+        return Targets(
+            torch.zeros(slices, self.targets_per_slice, dtype=torch.long),
+            torch.zeros(slices, self.targets_per_slice, height, width, dtype=torch.bool),
+            torch.zeros(slices, self.targets_per_slice, 4),
+            torch.ones(slices, height, width, dtype=torch.bool),
+            self.num_classes,
+        )
+
+    @torch.no_grad()
+    def assign(
+        self, predictions: Predictions, targets: Targets, target_points: Tensor, valid_points: Tensor
+    ) -> Matches:
+        pairwise_cost(predictions, targets, target_points, valid_points, self.loss)
+        slices, number = targets.classes.shape
+        column = torch.arange(number).repeat(slices)
+        return Matches(torch.arange(slices).repeat_interleave(number), column, column)
+
+
+def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """As much memory as nnU-Net's own loss of this name takes."""
+    if target.shape[1] > 1:  # regions
+        scores, truth = logits.sigmoid(), target.bool()
+        entropy = F.binary_cross_entropy_with_logits(logits, target)
+    else:
+        scores, labels = logits.softmax(1), target.long()
+        truth = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, labels, True)
+        entropy = F.cross_entropy(logits, labels[:, 0])
+    return entropy - (scores * truth).sum() / scores.sum()
+
+
+def training_cost(
+    config: MaskSAMConfig,
+    in_channels: int,
+    num_classes: int,
+    batch_size: int,
+    targets_per_slice: int | None = None,
+    precision: Precision = "bfloat16",
+) -> TrainingCost:
+    """Peak memory and operations of a training step, without a GPU and without allocating.
 
     Fake CPU tensors take the fused attention path and respect autocast, as a GPU does; the meta device does neither.
+
+    Args:
+        config: of the network.
+        in_channels: C.
+        num_classes: K.
+        batch_size: B.
+        targets_per_slice: the most targets that one slice holds; K where it is not known, but no more than N.
+        precision: bfloat16 as on a GPU, whose autocast is followed; or float32 throughout, as on a CPU.
     """
+    most = min(num_classes if targets_per_slice is None else targets_per_slice, config.num_queries)
+    low = precision == "bfloat16"
     with FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
         network = MaskSAM(config, in_channels, num_classes).train()
+        if low:
+            _norms_in_float32(network)
         for tensor in (*network.parameters(), *network.buffers()):
             meter.add(tensor)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        criterion = _GivenTargets(
+            config.loss, network.grid, num_classes, config.regions, semantic_loss=dice_and_cross_entropy
+        )
+        criterion.targets_per_slice = max(1, most)
         x = torch.zeros(batch_size, in_channels, *config.patch_size)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        channels = num_classes if config.regions else 1
+        segmentation = torch.zeros(batch_size, channels, *config.patch_size)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
             output = network(x)
-        semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, config.regions)
-        loss = semantic.square().mean() + sum(part.float().square().mean() for part in output)
+        loss, _ = criterion(output, segmentation)
         loss.backward()
     return TrainingCost(meter.peak + OPTIMIZER_BYTES * trained, meter.flops)

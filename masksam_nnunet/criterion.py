@@ -78,21 +78,29 @@ class MaskSAMCriterion(nn.Module):
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 
+    def find_targets(self, segmentation: Tensor) -> Targets:
+        """The targets of a batch, see :func:`make_targets`."""
+        return make_targets(segmentation, self.num_classes, self.grid.padded, self.regions, self.ignore_label)
+
+    def assign(
+        self, predictions: Predictions, targets: Targets, target_points: Tensor, valid_points: Tensor
+    ) -> Matches:
+        """The matched pairs, see :func:`match`."""
+        return match(predictions, targets, target_points, valid_points, self.grid.patch[0], self.loss)
+
     def _mask_classification(self, output: MaskSAMOutput, segmentation: Tensor) -> dict[str, Tensor]:
-        targets = make_targets(segmentation, self.num_classes, self.grid.padded, self.regions, self.ignore_label)
+        targets = self.find_targets(segmentation)
         classes, masks, aux_masks, boxes = (_full(x).flatten(0, 1) for x in output)  # (S, N, ...)
         aux_masks = to_patch(aux_masks, self.grid).flatten(2)  # (S, N, H W)
         masks = masks.flatten(2)
         flat, valid = targets.masks.flatten(2), targets.valid.flatten(1)  # (S, T, H W), (S, H W)
 
         points = self._uniform_points(valid)  # (S, P), or None for all
-        matches = match(
+        matches = self.assign(
             Predictions(classes, _at(masks, points), _at(aux_masks, points), boxes),
             targets,
             _at(flat, points).to(masks.dtype),
             _at(valid, points).to(masks.dtype),
-            self.grid.patch[0],
-            self.loss,
         )
         total = _mean_over_ranks(targets.present.sum().float()).clamp(min=1)
         s, q, t = matches.slices, matches.queries, matches.targets

@@ -13,19 +13,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
-from masksam_nnunet.download import download
-from masksam_nnunet.errors import WeightsError, unwritable
+from masksam_nnunet.download import cache_dir, fetch_verified
+from masksam_nnunet.errors import FetchError, WeightsError
 from masksam_nnunet.sam_state import (
     Interpolated,
     LoadReport,
@@ -69,13 +65,6 @@ SAM_RELEASES: dict[str, SamRelease] = {
     "vit_l": _meta("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
     "vit_h": _meta("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
 }
-
-
-def cache_dir() -> Path:
-    """The folder of fetched checkpoints: $MASKSAM_CACHE, else $XDG_CACHE_HOME/masksam, else ~/.cache/masksam."""
-    if folder := os.environ.get("MASKSAM_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "masksam"
 
 
 def find(backbone: str) -> Path:
@@ -142,9 +131,7 @@ def fetch(
     Args:
         backbone: a key of ``SAM_RELEASES``.
         url: another address than $MASKSAM_WEIGHTS_URL or Meta's; ending in "/", the folder that holds the file.
-        source: a local file to copy instead of downloading.
-        force: fetch from the beginning, whatever is in the cache.
-        progress: show a progress bar on stderr.
+        source, force, progress: as in ``fetch_verified``.
 
     Returns:
         The cached file.
@@ -153,27 +140,19 @@ def fetch(
         WeightsError: unknown backbone, no connection, wrong hash, or the cache cannot be written.
     """
     release = _release(backbone)
-    address = url or os.environ.get("MASKSAM_WEIGHTS_URL") or release.url
-    if address.endswith("/"):
-        address += release.file_name
-    target = cache_dir() / release.file_name
-    part = target.with_name(f"{target.name}.part")
     if source is not None and not (source.is_file() and os.access(source, os.R_OK)):
         raise WeightsError(f"cannot read {source}: --from takes a checkpoint file")
+    address = url or os.environ.get("MASKSAM_WEIGHTS_URL") or release.url
+
+    def check(path: Path, origin: str) -> None:
+        _compare(origin, _sha256(path), release)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
-            if source is not None:
-                _copy(source, target, release)
-                part.unlink(missing_ok=True)
-            elif force or not target.is_file() or _sha256(target) != release.sha256:
-                if force:
-                    part.unlink(missing_ok=True)
-                download(address, part, progress=progress)
-                _accept(part, target, release, address)
-    except OSError as error:
-        raise unwritable(error, target) from error
-    return target
+        return fetch_verified(release.file_name, address, check, source=source, force=force, progress=progress)
+    except WeightsError:
+        raise
+    except FetchError as error:
+        raise WeightsError(str(error)) from error
 
 
 def load_sam(parts: Mapping[str, nn.Module], backbone: str, path: Path, new: Sequence[str] = ()) -> LoadReport:
@@ -207,44 +186,6 @@ def _release(backbone: str) -> SamRelease:
     if backbone not in SAM_RELEASES:
         raise WeightsError(f"no SAM checkpoint was released for {backbone!r}; there are {', '.join(SAM_RELEASES)}")
     return SAM_RELEASES[backbone]
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of one cached file; the lock of a process that died is free."""
-    lock = FileLock(f"{target}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that is fetching {target.name}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _copy(source: Path, target: Path, release: SamRelease) -> None:
-    """Copy a local file to its place in the cache, under another name until it is complete and verified."""
-    if target.exists() and source.samefile(target):
-        _compare(str(source), _sha256(source), release)
-        return
-    candidate = target.with_name(f"{target.name}.copy")
-    try:
-        shutil.copyfile(source, candidate)
-        _accept(candidate, target, release, str(source))
-    finally:
-        candidate.unlink(missing_ok=True)
-
-
-def _accept(candidate: Path, target: Path, release: SamRelease, origin: str) -> None:
-    """Move a complete file to its place in the cache, or delete it if it is not the released one."""
-    try:
-        _compare(origin, _sha256(candidate), release)
-    except WeightsError:
-        candidate.unlink()
-        raise
-    os.replace(candidate, target)
 
 
 def _compare(origin: str, received: str, release: SamRelease, override: str | None = None) -> None:

@@ -9,6 +9,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 
 NETWORK_CLASS = "masksam_nnunet.modeling.MaskSAM"
+DECISIONS = "masksam"
+"""The key of plans under which ``masksam plan`` keeps what it decided; nnU-Net leaves it alone."""
 _CONFIG_KEY = "config"
 
 

@@ -6,6 +6,7 @@ must come to the same network.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -38,6 +39,11 @@ SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4,
 TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.3, upsampling=(2,))  # seconds a step on two CPU cores
 
 
+def profile_of(backbone: str) -> Profile:
+    """The tiny network's, or SAM's."""
+    return TINY_PROFILE if backbone == "vit_t" else SAM_PROFILE
+
+
 def derive_config(
     plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str
 ) -> MaskSAMConfig:
@@ -51,12 +57,13 @@ def derive_config(
     labels = manager.get_label_manager(dataset_json)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     classes = labels.num_segmentation_heads
-    profile = TINY_PROFILE if backbone == "vit_t" else SAM_PROFILE
+    profile = profile_of(backbone)
     config = MaskSAMConfig(
         backbone=backbone,
         patch_size=tuple(int(size) for size in configuration.patch_size),
         upsample=1,
-        num_queries=num_queries(classes, backbone),
+        # K is only a bound on what one slice holds: plain plans do not tell more.
+        num_queries=min(num_queries(classes, backbone), MAX_QUERIES),
         regions=labels.has_regions,
         stem_width=profile.stem_width,
         generator_widths=profile.generator_widths,
@@ -65,16 +72,20 @@ def derive_config(
     return choose_upsampling(config, channels, classes, configuration.batch_size, profile)
 
 
-def num_queries(num_classes: int, backbone: str) -> int:
-    """N from K, as plain plans do not tell how many classes one slice holds.
+def num_queries(targets: int, backbone: str) -> int:
+    """N from the most targets that a slice may hold.
 
-    Half as many again, in eights, as the paper's recipes have it (8 for ACDC's 4, 24 for 14 and 16). The tiny network,
-    made for CPUs, has at least one query to spare, in fours. In steps, so that weights trained on one dataset fit
-    another with nearly as many classes.
+    Half as many again, in eights, as the paper's recipes have it (8 for ACDC's 4, 24 for 14 and 16), but no more than
+    :data:`MAX_QUERIES` for headroom alone. The tiny network, made for CPUs, has at least one query to spare, in fours.
+    In steps, so that weights trained on one dataset fit another with nearly as many classes.
     """
     if backbone == "vit_t":
-        return min(-(-(num_classes + 1) // 4) * 4, MAX_QUERIES)
-    return min(-(-(3 * num_classes) // 16) * 8, MAX_QUERIES)
+        return _up(targets + 1, 4)
+    return max(min(_up(3 * targets / 2, 8), MAX_QUERIES), _up(targets, 8))
+
+
+def _up(number: float, step: int) -> int:
+    return math.ceil(number / step) * step
 
 
 @lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""Folds that keep a patient's images together.
+"""Folds that keep a patient's images together, and splits that do not.
 
 nnU-Net splits by case. Where one patient has several images (ACDC: ``patient001_frame01``, ``patient001_frame12``), a
 split by case validates on patients seen in training.
@@ -6,12 +6,16 @@ split by case validates on patients seen in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from masksam_nnunet.plans.errors import PlanError
+
 NUM_FOLDS = 5
-_SEED = 12345  # nnU-Net's own
+SEED = 12345
+"""nnU-Net's own."""
 
 
 def patient_of(case: str) -> str:
@@ -34,19 +38,113 @@ def group_by_patient(cases: Iterable[str]) -> dict[str, list[str]] | None:
     return groups if shared and len(numbered) >= 2 else None
 
 
-def patient_folds(groups: dict[str, list[str]], num_folds: int = NUM_FOLDS) -> list[dict[str, list[str]]]:
+def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
+    """Cases of each patient, sorted, where ``regex`` finds the patient in a case's name.
+
+    The patient is the group named ``patient``, else all groups joined by ``_``, else, without groups, the whole match.
+    The expression may match anywhere in the name.
+
+    Raises:
+        PlanError: it is no regular expression, finds nothing in some names, groups nothing or everything.
+    """
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise PlanError(f"--group {regex!r} is not a regular expression: {error}") from error
+    groups: dict[str, list[str]] = {}
+    unmatched: list[str] = []
+    for case in sorted(cases):
+        if patient := _matched_patient(pattern.search(case)):
+            groups.setdefault(patient, []).append(case)
+        else:
+            unmatched.append(case)
+    number = sum(map(len, groups.values())) + len(unmatched)
+    if unmatched:
+        raise PlanError(
+            f"--group {regex!r} finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}; "
+            "it must match the part of every name that tells the patient"
+        )
+    if len(groups) == number:
+        raise PlanError(
+            f"--group {regex!r} groups nothing: each of the {number} cases is a patient of its own, such as "
+            f"{_some(list(groups))}; capture only the part that a patient's cases share, or, if each case is another "
+            "patient, leave the split to nnU-Net"
+        )
+    if len(groups) == 1:
+        raise PlanError(
+            f"--group {regex!r} groups everything: all {number} cases belong to {next(iter(groups))!r}; capture the "
+            f"part that differs between patients, in names such as {_some(next(iter(groups.values())))}"
+        )
+    return groups
+
+
+def patient_folds(
+    groups: Mapping[str, Sequence[str]], num_folds: int = NUM_FOLDS, seed: int = SEED
+) -> list[dict[str, list[str]]]:
     """The content of splits_final.json with every patient's cases on one side.
 
-    Patients are drawn as nnU-Net draws cases, with its seed.
+    Patients are drawn as nnU-Net draws cases, by default with its seed.
 
     Raises:
         ValueError: if there are fewer patients than folds.
     """
     if len(groups) < num_folds:
         raise ValueError(f"{num_folds} folds need at least {num_folds} patients, but the case names show {len(groups)}")
-    by_patient = generate_crossval_split(sorted(groups), seed=_SEED, n_splits=num_folds)
+    by_patient = generate_crossval_split(sorted(groups), seed=seed, n_splits=num_folds)
     # nnU-Net's function returns numpy strings, which are not plain JSON in every version.
     return [
         {part: [case for p in fold[part] for case in groups[str(p)]] for part in ("train", "val")}
         for fold in by_patient
     ]
+
+
+def split_warning(
+    cases: Iterable[str], splits: Sequence[Mapping[str, Iterable[str]]] | None, dataset: int | str = "ID"
+) -> str | None:
+    """A sentence for the user if names suggest that training and validation share patients, else None.
+
+    Args:
+        cases: names of all training cases.
+        splits: the content of splits_final.json; None where there is none and nnU-Net will split by case.
+        dataset: the number to name in the command that mends it.
+    """
+    cases = list(cases)
+    groups = group_by_patient(cases)
+    if groups is None:
+        return None
+    remedy = f"write one by patient with: masksam split -d {dataset} --group '{_suggested_regex(cases)}'"
+    if splits is None:
+        example = next(members for members in groups.values() if len(members) > 1)
+        return (
+            f"case names suggest that patients have several cases ({_some(example)}), and without splits_final.json "
+            f"nnU-Net splits by case, so that it validates on patients seen in training; {remedy}"
+        )
+    for fold, split in enumerate(splits):
+        train = {patient_of(case): case for case in sorted(split["train"])}
+        for case in sorted(split["val"]):
+            if patient_of(case) in train:
+                return (
+                    f"splits_final.json seems to separate cases of one patient: in fold {fold}, "
+                    f"{train[patient_of(case)]} is for training and {case} for validation; {remedy}"
+                )
+    return None
+
+
+def _matched_patient(match: re.Match[str] | None) -> str:
+    """The patient that a match names, empty if none."""
+    if match is None:
+        return ""
+    if "patient" in match.re.groupindex:
+        return match["patient"] or ""
+    return "_".join(filter(None, match.groups())) if match.re.groups else match[0]
+
+
+def _suggested_regex(cases: Iterable[str]) -> str:
+    """An expression that finds in every name what ``patient_of`` does; the short one where that is enough."""
+    if all(patient_of(case) != case for case in cases):
+        return "(.+)[_-]"
+    return "^(.+?)(?:[_-][^_-]*)?$"
+
+
+def _some(names: Sequence[str], number: int = 3) -> str:
+    return ", ".join(names[:number]) + (", ..." if len(names) > number else "")

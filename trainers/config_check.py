@@ -10,14 +10,33 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
-from masksam_nnunet.plans.architecture import read_config, write_config
+from masksam_nnunet.plans.architecture import DECISIONS, read_config, write_config
 from masksam_nnunet.plans.derive import derive_config
+
+DEFAULT_BACKBONE = "vit_b"
+
+
+def check_preset(plans: dict[str, Any], preset: str | None, trainer_name: str) -> None:
+    """A trainer that repeats a published setting must be given the plans that hold it.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    there = plans.get(DECISIONS, {}).get("preset")
+    if preset is not None and there != preset:
+        raise ConfigError(
+            f"{trainer_name} repeats the published setting {preset!r}, but the plans {plans['plans_name']!r} hold "
+            f"{'none' if there is None else repr(there)}. Run masksam plan with --preset {preset} and train with "
+            "its plans (-p), or use MaskSAMTrainer."
+        )
 
 
 def resolve_config(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], backbone: str, trainer_name: str
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], backbone: str | None, trainer_name: str
 ) -> MaskSAMConfig:
     """The config that plans hold, or that is derived from plain plans, which then hold it.
+
+    ``backbone`` is the trainer's own; None takes the plans', or the default on plain plans.
 
     Raises:
         ConfigError: where plans name another backbone than the trainer, or do not fit themselves or the dataset.
@@ -26,14 +45,14 @@ def resolve_config(
     settings = manager.get_configuration(configuration)
     config = read_config(settings)
     if config is None:
-        config = derive_config(plans, configuration, dataset_json, backbone)
+        config = derive_config(plans, configuration, dataset_json, backbone or DEFAULT_BACKBONE)
         write_config(plans, configuration, config)
         return config
     where = f"plans {plans['plans_name']!r}, configuration {configuration!r}"
-    if config.backbone != backbone:
+    if backbone is not None and config.backbone != backbone:
         raise ConfigError(
             f"{where}: backbone = {config.backbone!r}, but {trainer_name} trains {backbone!r}. "
-            "Use the trainer of that backbone, or other plans (-p)."
+            "Use MaskSAMTrainer, which trains what plans name, or other plans (-p)."
         )
     patch_size = tuple(settings.patch_size)
     if config.patch_size != patch_size:

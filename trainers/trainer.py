@@ -22,22 +22,25 @@ from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.precision import autocast, autocast_dtype
 
-from .config_check import check_results_folder, resolve_config
+from .config_check import check_preset, check_results_folder, resolve_config
 from .schedule import WarmupPolyLR
 
 RANDOM_INIT = "MASKSAM_RANDOM_INIT"
+RATES = {True: (1e-4, 1000), False: (3e-3, 30)}
+"""Learning rate and warm-up iterations for a frozen SAM, and for the tiny network, which starts from nothing."""
 
 
 class MaskSAMTrainer(nnUNetTrainer):
-    """Trains MaskSAM with a frozen SAM ViT-B on plain plans, or with what MaskSAM plans say.
+    """Trains MaskSAM with a frozen SAM: ViT-B on plain plans, else the backbone that MaskSAM plans name.
 
     nnU-Net's schedule of 1000 epochs of 250 iterations, for a fair comparison. AdamW, as nnU-Net's maintainers advise
     for transformers, with warm-up and their polynomial decay, over the trained parameters only.
     """
 
-    backbone = "vit_b"
-    initial_learning_rate = 1e-4
-    warmup_iterations = 1000
+    backbone: str | None = None
+    """What a subclass trains, whatever the plans; None: the plans say, and vit_b where they know nothing of it."""
+    preset: str | None = None
+    """The published setting that a subclass belongs to, and that its plans must hold."""
     gradient_clip = 12.0
     epochs = 1000
 
@@ -52,9 +55,10 @@ class MaskSAMTrainer(nnUNetTrainer):
         # Before nnU-Net copies and caches the plans; it saves them with the model.
         name = type(self).__name__
         self.config: MaskSAMConfig = resolve_config(plans, configuration, dataset_json, self.backbone, name)
+        check_preset(plans, self.preset, name)
         check_results_folder(plans, configuration, fold, self.config, name)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = self.initial_learning_rate
+        self.initial_lr, self.warmup_iterations = RATES[self.config.needs_sam]
         self.num_epochs = self.epochs
         self.enable_deep_supervision = False
         self.iteration = 0
@@ -113,15 +117,18 @@ class MaskSAMTrainer(nnUNetTrainer):
     # ---- optimisation --------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolyLR]:
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr)
+        optimizer = self.make_optimizer([p for p in self.network.parameters() if p.requires_grad])
         # A short variant must reach its learning rate too.
         warmup = min(self.warmup_iterations, self.num_epochs * self.num_iterations_per_epoch // 10)
         return optimizer, WarmupPolyLR(optimizer, self.initial_lr, self.num_epochs, warmup)
+
+    def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW, without decay of biases and norms."""
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.initial_lr)
 
     def _build_loss(self) -> nn.Module:
         semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss

@@ -21,8 +21,6 @@ class MaskSAMTrainer_vit_t(MaskSAMTrainer):
     """The tiny encoder of ours, for CPUs, tests and demos. It is not SAM, and is trained from nothing."""
 
     backbone = "vit_t"
-    initial_learning_rate = 3e-3
-    warmup_iterations = 30
 
 
 class MaskSAMTrainer_1epoch(MaskSAMTrainer):

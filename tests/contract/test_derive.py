@@ -9,7 +9,7 @@ from masksam_nnunet.cost import training_cost
 from masksam_nnunet.plans.derive import MEMORY_GIB, SAM_PROFILE, derive_config, num_queries
 
 
-@pytest.mark.parametrize(("classes", "queries"), [(1, 8), (4, 8), (14, 24), (16, 24), (120, 64)])
+@pytest.mark.parametrize(("classes", "queries"), [(1, 8), (4, 8), (14, 24), (16, 24), (60, 64), (120, 120)])
 def test_queries_follow_the_papers_recipes(classes: int, queries: int) -> None:
     assert num_queries(classes, "vit_b") == queries
 
@@ -29,6 +29,11 @@ def test_vit_b_on_acdcs_plain_patch_gets_u_4() -> None:
 def test_a_cube_of_128_gets_less() -> None:
     config = derive_config(plain_plans((128, 128, 128)), "3d_fullres", dataset_json(3), "vit_b")
     assert config.upsample < 4
+
+
+def test_many_classes_on_plain_plans_get_no_more_queries_than_the_most() -> None:
+    config = derive_config(plain_plans((4, 32, 32)), "3d_fullres", dataset_json(120), "vit_t")
+    assert config.num_queries == 64
 
 
 def test_what_fits_nothing_still_gets_a_network() -> None:

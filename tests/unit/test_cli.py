@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet import __version__, cli, weights
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value, trainer_folder
+from masksam_nnunet.plans.errors import PlanError
 
 MASKSAM = Path(sys.executable).with_name("masksam")
 
@@ -289,17 +290,14 @@ def test_the_names_offered_are_those_released() -> None:
 def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = []
 
-    class DemoError(RuntimeError):
-        pass
-
     def run_demo(**options: Any) -> Path:
         calls.append(options)
         if options["fold"] > 3:
-            raise DemoError("no such fold")
+            raise PlanError("no such fold")
         return tmp_path / "report.html"
 
     stub = ModuleType("masksam_nnunet.inference.demo")
-    stub.__dict__.update(run_demo=run_demo, DemoError=DemoError)
+    stub.__dict__.update(run_demo=run_demo)
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
 
     assert invoke("demo").stdout == f"{tmp_path / 'report.html'}\n"

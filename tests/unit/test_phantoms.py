@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation
 
 from masksam_nnunet.inference.phantom_shapes import LABELS, Phantom, make_phantom
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
-from masksam_nnunet.inference.raw_data import read_raw_dataset
+from masksam_nnunet.plans.raw_data import read_raw_dataset
 
 FOREGROUND = [value for value in LABELS.values() if value]
 

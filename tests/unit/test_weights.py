@@ -9,12 +9,12 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loopback import Server, serving
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import Tensor, nn
@@ -58,64 +58,10 @@ def cached_names() -> set[str]:
     return {path.name for path in weights.cache_dir().iterdir() if not path.name.endswith(".lock")}
 
 
-# --- a server ---------------------------------------------------------------------------------------------------------
-
-
-class Server(ThreadingHTTPServer):
-    """Serves ``body``; ``answers`` holds how to behave on each request, then it behaves well."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.body = BODY
-        self.answers: list[str | int] = []
-        self.ranges: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{FILE}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.server.ranges.append(asked)
-        behaviour = self.server.answers.pop(0) if self.server.answers else "well"
-        body = self.server.body
-        if isinstance(behaviour, int):
-            self.send_error(behaviour)
-            return
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and "no-range" not in behaviour else 0
-        if start >= len(body):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(body)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        end = start + (len(body) - start) // 2 if "break" in behaviour else len(body)
-        self.wfile.write(body[start:end])
-        self.close_connection = True
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(FILE, BODY) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 fetch = partial(weights.fetch, "vit_b", progress=False)

@@ -1,0 +1,241 @@
+"""Patch, batch, u, backbone and checkpointing of a MaskSAM network under a memory target.
+
+A patch shows SAM whole slices, as SAM was trained on whole images and as the paper's recipes do (4x256x256, 26x256x256,
+9x512x512): so the slices are as large as the median image, and their number is what memory decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from masksam_nnunet.config import MaskSAMConfig
+from masksam_nnunet.cost import TrainingCost, training_cost
+
+from .derive import MAX_IMAGE, Profile, profile_of
+from .errors import PlanError
+
+USABLE = 21 / 24  # of a GPU's memory: the rest is for the driver, fragmentation and what cannot be foreseen
+FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
+MIN_IN_PLANE = 64
+MIN_BATCH = 2  # nnU-Net's
+LARGEST_FIRST = ("vit_h", "vit_l", "vit_b")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a configuration asks of the network.
+
+    Attributes:
+        median_shape: median image in voxels at the configuration's spacing, (D, H, W) or (H, W).
+        channels: C, with a cascade's one-hot channels.
+        classes: K.
+        queries: N by backbone is for the caller to say.
+        targets_per_slice: the most targets in one slice.
+        regions: whether the classes are regions.
+        largest_batch: the batch size allowed for a patch of so many voxels.
+    """
+
+    median_shape: tuple[int, ...]
+    channels: int
+    classes: int
+    queries: Callable[[str], int]
+    targets_per_slice: int
+    regions: bool
+    largest_batch: Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A network that fits, what it takes, and why each of its sizes is what it is, by name."""
+
+    config: MaskSAMConfig
+    batch_size: int
+    cost: TrainingCost
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def choose_sizes(
+    task: Task, backbones: tuple[str, ...], gpu_memory_gb: float, notify: Callable[[str], None] = lambda _: None
+) -> Sizes:
+    """The first backbone that fits, with the largest u for :data:`FEW_SLICES` slices, then as many slices as fit.
+
+    Activation checkpointing is used before a slice or u is given up. Below :data:`FEW_SLICES` slices, and then below
+    whole slices, a patch goes only where no u fits. The bound on operations grows with the memory, as cards do.
+
+    Args:
+        task: what is asked.
+        backbones: to be tried in this order.
+        gpu_memory_gb: of the card, in GiB as its maker says it.
+        notify: is told what is being tried.
+
+    Raises:
+        PlanError: if no backbone fits; it says how much memory the least of them takes.
+    """
+    least: Sizes | None = None
+    for backbone in backbones:
+        search = _Search(task, backbone, gpu_memory_gb, notify)
+        found = search.best()
+        if found is not None:
+            tried = backbones[: backbones.index(backbone)]
+            why = f"the largest SAM that fits; {', '.join(tried)} would not" if tried else "the largest SAM, fits"
+            return replace(found, reasons={"backbone": why if len(backbones) > 1 else "as asked", **found.reasons})
+        least = search.smallest()
+    assert least is not None
+    enough = least.cost.peak_gib / USABLE
+    raise PlanError(
+        f"--gpu-memory {gpu_memory_gb:g} is too small for {backbones[-1]}"
+        f"{', the smallest SAM' if backbones[-1] == 'vit_b' else ''}: the least patch, {least.config.patch_size} in "
+        f"batch {least.batch_size}, takes {enough:.1f} GB of a card (give --gpu-memory {enough + 0.1:.1f} or more"
+        + ("" if backbones[-1] == "vit_b" else ", or a smaller --backbone")
+        + "); --backbone vit_t is for trying things out, and is not SAM"
+    )
+
+
+class _Search:
+    """The search for one backbone."""
+
+    def __init__(self, task: Task, backbone: str, gpu_memory_gb: float, notify: Callable[[str], None]) -> None:
+        self.task = task
+        self.backbone = backbone
+        self.notify = notify
+        self.profile: Profile = profile_of(backbone)
+        self.memory_gib = gpu_memory_gb * USABLE
+        self.max_tflop = self.profile.max_tflop * (1 if backbone == "vit_t" else gpu_memory_gb / 24)
+        self.is_2d = len(task.median_shape) == 2
+        self.depth = 1 if self.is_2d else max(1, task.median_shape[0])
+        self.plane = tuple(min(_up(size, 16), MAX_IMAGE) for size in task.median_shape[-2:])
+
+    def best(self) -> Sizes | None:
+        few = min(self.depth, FEW_SLICES)
+        for upsample in self._upsamplings(self.plane):
+            # u = 1 is always legal, however many operations it takes.
+            start = self._sizes(few, self.plane, upsample, True)
+            if self._fits(start.cost, operations=upsample > 1):
+                reasons = {"u": self._why_u(upsample), "H x W": "the median slice, whole"}
+                if any(side == MAX_IMAGE for side in self.plane):
+                    reasons["H x W"] = f"at most {MAX_IMAGE}, SAM's own input"
+                deepest = self._largest(
+                    start, few, self.depth, lambda depth, u=upsample: self._sizes(depth, self.plane, u, True)
+                )
+                return self._polish(deepest, reasons)
+        for plane in self._planes():
+            for depth in range(few - (plane == self.plane), 0, -1):
+                sizes = self._sizes(depth, plane, 1, True)
+                if self._fits(sizes.cost, operations=False):
+                    return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
+        return None
+
+    def smallest(self) -> Sizes:
+        """The least that this backbone can be planned with."""
+        return self._sizes(1, list(self._planes())[-1], 1, True)
+
+    def _upsamplings(self, plane: tuple[int, ...]) -> list[int]:
+        return [u for u in self.profile.upsampling if u * max(plane) <= MAX_IMAGE] + [1]
+
+    def _planes(self) -> list[tuple[int, ...]]:
+        """Ever smaller slices, to the smallest."""
+        planes = [self.plane]
+        while max(planes[-1]) > MIN_IN_PLANE:
+            planes.append(tuple(min(side, max(MIN_IN_PLANE, _up(side * 3 // 4, 16))) for side in planes[-1]))
+        return planes
+
+    def _sizes(
+        self, depth: int, plane: tuple[int, ...], upsample: int, checkpointing: bool, batch: int = MIN_BATCH
+    ) -> Sizes:
+        patch = plane if self.is_2d else (depth, *plane)
+        self.notify(f"{self.backbone}, patch {'x'.join(map(str, patch))}, u = {upsample}, batch {batch}")
+        config = MaskSAMConfig(
+            backbone=self.backbone,
+            patch_size=patch,
+            upsample=upsample,
+            num_queries=self.task.queries(self.backbone),
+            regions=self.task.regions,
+            stem_width=self.profile.stem_width,
+            generator_widths=self.profile.generator_widths,
+            head_width=self.profile.head_width,
+            checkpointing=checkpointing,
+        )
+        cost = training_cost(config, self.task.channels, self.task.classes, batch, self.task.targets_per_slice)
+        return Sizes(config, batch, cost)
+
+    def _fits(self, cost: TrainingCost, operations: bool = True) -> bool:
+        return cost.peak_gib <= self.memory_gib and (not operations or cost.tflop <= self.max_tflop)
+
+    def _largest(self, start: Sizes, at: int, limit: int, make: Callable[[int], Sizes]) -> Sizes:
+        """What ``make`` gives for the largest number up to ``limit`` that fits; ``start``, for ``at``, is the least.
+
+        Both costs are nearly linear in the number: few points tell where to look.
+        """
+        if at >= limit or not self._fits(start.cost):
+            return start
+        low, high = (at, start), (limit, make(limit))
+        if self._fits(high[1].cost):
+            return high[1]
+        for _ in range(5):
+            gap = high[0] - low[0]
+            if gap <= 1:
+                break
+            share = min(
+                _share(low[1].cost.peak_gib, high[1].cost.peak_gib, self.memory_gib),
+                _share(low[1].cost.tflop, high[1].cost.tflop, self.max_tflop),
+            )
+            number = low[0] + min(gap - 1, max(1, int(share * gap)))
+            middle = (number, make(number))
+            low, high = (middle, high) if self._fits(middle[1].cost) else (low, middle)
+        return low[1]
+
+    def _polish(self, sizes: Sizes, reasons: dict[str, str]) -> Sizes:
+        """Where the patch is whole, a larger batch; then no checkpointing, if memory allows."""
+        depth = _depth(sizes)
+        if not self.is_2d:
+            reasons["D"] = (
+                f"all {self.depth} slices of the median image"
+                if depth == self.depth
+                else f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
+            )
+        plane, upsample = sizes.config.patch_size[-2:], sizes.config.upsample
+        largest = self.task.largest_batch(math.prod(sizes.config.patch_size))
+        reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"
+        if largest > MIN_BATCH and depth == self.depth:
+            sizes = self._largest(
+                sizes, MIN_BATCH, largest, lambda batch: self._sizes(depth, plane, upsample, True, batch)
+            )
+            at_most = "nnU-Net's own, or 5 % of the data"
+            reasons["batch size"] = at_most if sizes.batch_size == largest else f"fits {self._bound(sizes.cost)}"
+        plain = self._sizes(depth, plane, upsample, False, sizes.batch_size)
+        if self._fits(plain.cost, operations=False):
+            sizes = plain
+            reasons["checkpointing"] = "not needed for this memory"
+        else:
+            reasons["checkpointing"] = f"without it {plain.cost.peak_gib:.1f} GiB"
+        return replace(sizes, reasons=reasons)
+
+    def _bound(self, cost: TrainingCost) -> str:
+        """Which of the two bounds is nearer."""
+        if cost.peak_gib / self.memory_gib >= cost.tflop / self.max_tflop:
+            return f"{self.memory_gib:.1f} GiB"
+        return f"{self.max_tflop:g} TFLOP a step"
+
+    def _why_u(self, upsample: int) -> str:
+        allowed = self._upsamplings(self.plane)
+        if upsample == allowed[0] and (upsample == 4 or self.backbone == "vit_t"):
+            return "SAM sees the slice as large as it can"
+        if upsample == allowed[0]:
+            return f"more would exceed SAM's input of {MAX_IMAGE}"
+        return "more does not fit"
+
+
+def _depth(sizes: Sizes) -> int:
+    patch = sizes.config.patch_size
+    return patch[0] if len(patch) == 3 else 1
+
+
+def _share(low: float, high: float, target: float) -> float:
+    """Where the target lies between low and high, the whole way where they are one."""
+    return (target - low) / (high - low) if high > low else 1.0
+
+
+def _up(size: float, step: int) -> int:
+    return -(-int(size) // step) * step

@@ -1,0 +1,96 @@
+"""How many targets one slice of the training labels holds: what N, the number of queries, must cover."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from numpy.typing import NDArray
+
+from .errors import PlanError
+
+
+@dataclass(frozen=True)
+class SliceCount:
+    """Attributes: the most targets in one slice, the case and the slice that hold them, the number of cases read."""
+
+    most: int
+    case: str
+    slice: int
+    cases: int
+
+
+def count_targets(labels: Mapping[str, Path], dataset_json: Mapping[str, Any], slice_axis: int) -> SliceCount:
+    """Read all training labels and find the slice with the most targets.
+
+    A slice's targets are the labels in it, background included and the ignore label not; or the regions that it holds.
+
+    Args:
+        labels: file of each case's label map.
+        dataset_json: of the dataset.
+        slice_axis: the axis of the reader's (x, y, z) arrays that becomes D: the first of ``transpose_forward``.
+
+    Raises:
+        PlanError: if a label map cannot be read or holds a label that dataset.json does not name.
+    """
+    manager = LabelManager(dict(dataset_json["labels"]), dataset_json.get("regions_class_order"))
+    groups = _groups(manager)
+    example = str(next(iter(labels.values())))
+    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
+
+    def count(entry: tuple[str, Path]) -> tuple[int, str, int]:
+        case, path = entry
+        try:
+            volume, _ = reader.read_seg(str(path))
+        except Exception as error:  # each format's reader has its own
+            raise PlanError(f"case {case!r}: {path} cannot be read as a label map: {error}") from error
+        per_slice = _targets_of_slices(case, path, np.moveaxis(volume[0], slice_axis, 0), groups, manager)
+        return int(per_slice.max()), case, int(per_slice.argmax())
+
+    # Threads: decompression and NumPy leave the interpreter's lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        counts = list(pool.map(count, labels.items()))
+    most, case, index = max(counts, key=lambda found: found[0])
+    return SliceCount(most, case, index, len(counts))
+
+
+def _groups(manager: LabelManager) -> list[tuple[int, ...]]:
+    """The label values of each possible target."""
+    if manager.has_regions:
+        return [
+            tuple(region) if isinstance(region, list | tuple) else (region,) for region in manager.foreground_regions
+        ]
+    return [(int(label),) for label in manager.all_labels]
+
+
+def _targets_of_slices(
+    case: str, path: Path, volume: NDArray[Any], groups: list[tuple[int, ...]], manager: LabelManager
+) -> NDArray[np.intp]:
+    """Number of targets in each slice of a label map (D, H, W)."""
+    values = np.rint(volume).astype(np.int64).reshape(len(volume), -1)
+    named = [int(label) for label in manager.all_labels]
+    ignored = [] if manager.ignore_label is None else [int(manager.ignore_label)]
+    highest = max([*named, *ignored])
+    if values.min() < 0 or values.max() > highest:
+        worst = int(values.min()) if values.min() < 0 else int(values.max())
+        raise PlanError(_unknown(case, path, worst))
+    present = np.zeros((len(values), highest + 1), dtype=bool)
+    present[np.arange(len(values))[:, None], values] = True
+    for value in np.flatnonzero(present.any(0)):
+        if int(value) not in named and int(value) not in ignored:
+            raise PlanError(_unknown(case, path, int(value)))
+    return np.stack([present[:, list(group)].any(1) for group in groups]).sum(0)
+
+
+def _unknown(case: str, path: Path, value: int) -> str:
+    return (
+        f"case {case!r}: {path} holds the label {value}, which dataset.json does not name; "
+        "add it there or mend the label map"
+    )

@@ -1,0 +1,206 @@
+"""`masksam data hippocampus`: fetched over loopback, verified, unpacked without leaving its folder, converted."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from challenge_replicas import build_msd, nnunet_folders, same_volume, tar_of
+from loopback import Server, serving
+from typer.testing import CliRunner, Result
+
+from masksam_nnunet import cli_datasets, download
+from masksam_nnunet.errors import FetchError
+from masksam_nnunet.plans.datasets import hippocampus
+from masksam_nnunet.plans.datasets.hippocampus import get_hippocampus, unpack
+from masksam_nnunet.plans.errors import PlanError
+
+FILE = "Task04_Hippocampus.tar"
+
+
+@pytest.fixture(autouse=True)
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MASKSAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "_pause_seconds", lambda failures: 0.0)
+    return nnunet_folders(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_msd(tmp_path_factory.mktemp("msd"))
+
+
+@pytest.fixture(scope="module")
+def body(task: Path) -> bytes:
+    return tar_of(task)
+
+
+@pytest.fixture
+def server(body: bytes) -> Iterator[Server]:
+    with serving(FILE, body) as running:
+        yield running
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def cached() -> set[str]:
+    return {path.name for path in download.cache_dir().iterdir() if not path.name.endswith(".lock")}
+
+
+def test_fetch_verify_convert(server: Server, body: bytes, task: Path, raw: Path, tmp_path: Path) -> None:
+    get = partial(get_hippocampus, md5=md5(body), progress=False)
+    server.answers = ["break", 503]
+    folder = get(url=server.url)
+    assert folder == raw / "Dataset004_Hippocampus"
+    assert [path.name for path in raw.iterdir()] == [folder.name]
+    assert len(list((folder / "labelsTr").iterdir())) == 5
+    assert same_volume(folder / "labelsTr" / "hippocampus_006.nii.gz", task / "labelsTr" / "hippocampus_006.nii.gz")
+    assert len(server.ranges) == 3 and server.ranges[2] == server.ranges[1] != "bytes=0-"  # resumed
+    assert cached() == {FILE}
+
+    with pytest.raises(PlanError, match="-d 4: there is already"):
+        get(url=server.url)
+    other = get(url=server.url, dataset_id=44, out=tmp_path / "elsewhere")
+    assert other == tmp_path / "elsewhere" / "Dataset044_Hippocampus" and other.is_dir()
+    assert len(server.ranges) == 3  # from the cache
+
+
+def test_a_damaged_file_leaves_nothing(server: Server, body: bytes, raw: Path, tmp_path: Path) -> None:
+    server.body = body[:-512] + b"x" * 512
+    with pytest.raises(FetchError, match=f"wrong MD5 for {server.url}: expected {md5(body)}, received .*--url"):
+        get_hippocampus(url=server.url, md5=md5(body), progress=False)
+    assert cached() == set() and not raw.exists()
+    source = tmp_path / "mine.tar"
+    source.write_bytes(server.body)
+    with pytest.raises(FetchError, match=r"wrong MD5 for .*mine\.tar"):
+        get_hippocampus(source=source, md5=md5(body))
+    assert source.exists() and cached() == set() and not raw.exists()
+
+
+def test_a_damaged_cached_file_is_fetched_again(server: Server, body: bytes) -> None:
+    (download.cache_dir()).mkdir()
+    (download.cache_dir() / FILE).write_bytes(body[:1000])
+    assert get_hippocampus(url=server.url, md5=md5(body), progress=False).is_dir()
+    assert (download.cache_dir() / FILE).read_bytes() == body
+
+
+def test_no_connection_and_no_file(server: Server, raw: Path, tmp_path: Path) -> None:
+    server.answers = [404]
+    with pytest.raises(FetchError, match=r"404.*--url.*--from"):
+        get_hippocampus(url=server.url, progress=False)
+    with pytest.raises(FetchError, match=r"nothing\.tar: --from takes the file Task04_Hippocampus.tar"):
+        get_hippocampus(source=tmp_path / "nothing.tar")
+    assert not raw.exists()
+
+
+def test_the_target_is_looked_at_before_the_download(
+    server: Server, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (raw / "Dataset004_Other").mkdir(parents=True)
+    with pytest.raises(PlanError, match="there is already"):
+        get_hippocampus(url=server.url)
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(PlanError, match="nnUNet_raw not set"):
+        get_hippocampus(url=server.url)
+    assert server.ranges == []
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        member("Task04_Hippocampus/../../outside"),
+        member("Task04_Hippocampus/link", tarfile.SYMTYPE, "/etc/passwd"),
+        member("Task04_Hippocampus/link", tarfile.SYMTYPE, "dataset.json"),
+        member("Task04_Hippocampus/link", tarfile.LNKTYPE, "Task04_Hippocampus/dataset.json"),
+        member("Task04_Hippocampus/pipe", tarfile.FIFOTYPE),
+    ],
+)
+def test_nothing_is_unpacked_elsewhere(task: Path, raw: Path, tmp_path: Path, extra: tarfile.TarInfo) -> None:
+    content = tar_of(task, extra)
+    source = tmp_path / FILE
+    source.write_bytes(content)
+    with pytest.raises(PlanError, match=r"Task04_Hippocampus\.tar (holds|cannot be unpacked)"):
+        get_hippocampus(source=source, md5=md5(content))
+    assert not list(raw.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Task04_Hippocampus.tar", "cache", "nnUNet_raw"]
+
+
+def test_an_absolute_path_stays_inside(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    source = tmp_path / "absolute.tar"
+    with tarfile.open(source, "w") as archive:
+        info = member(str(tmp_path / "outside"))
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+    target.mkdir()
+    unpack(source, target)
+    assert not (tmp_path / "outside").exists()
+    assert [path.read_bytes() for path in target.rglob("outside")] == [b"abc"]
+
+
+def test_what_is_no_tar_or_not_the_task(raw: Path, tmp_path: Path) -> None:
+    source, empty = tmp_path / "some.tar", tmp_path / "empty"
+    empty.mkdir()
+    for content, said in ((b"<html>", "cannot be unpacked"), (tar_of(empty), "there is no such folder")):
+        source.write_bytes(content)
+        with pytest.raises(PlanError, match=said):
+            get_hippocampus(source=source, md5=md5(content))
+        assert not list(raw.iterdir())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> Result:
+    app = typer.Typer()
+    cli_datasets.register(app)
+    return CliRunner().invoke(app, ["data", "hippocampus", *arguments])
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def get(**options: Any) -> Path:
+        calls.append(options)
+        if options["dataset_id"] == 5:
+            raise FetchError("no connection")
+        return tmp_path / "Dataset004_Hippocampus"
+
+    monkeypatch.setattr(hippocampus, "get_hippocampus", get)
+    result = invoke()
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'Dataset004_Hippocampus'}\n")
+    for command in ("nnUNetv2_plan_and_preprocess -d 4", "masksam train 4", "masksam demo --data"):
+        assert command in result.stderr
+    invoke("-d", "7", "--out", "o", "--from", "f.tar")
+    invoke("--url", "http://127.0.0.1:9/")
+    assert calls == [
+        {"dataset_id": 4, "out": None, "url": None, "source": None},
+        {"dataset_id": 7, "out": Path("o"), "url": None, "source": Path("f.tar")},
+        {"dataset_id": 4, "out": None, "url": "http://127.0.0.1:9/", "source": None},
+    ]
+    failed = invoke("-d", "5")
+    assert (failed.exit_code, failed.stdout, failed.stderr) == (1, "", "error: no connection\n")
+    both = invoke("--from", "f.tar", "--url", "http://127.0.0.1:9/")
+    assert both.exit_code == 2 and "not both" in both.stderr
+
+
+def test_the_official_file_is_the_one_monai_names() -> None:
+    assert hippocampus.URL.endswith(f"/{FILE}") and hippocampus.URL.startswith("https://msd-for-monai")
+    assert re.fullmatch("[0-9a-f]{32}", hippocampus.MD5)

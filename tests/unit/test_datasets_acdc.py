@@ -1,0 +1,213 @@
+"""ACDC: converted whole, frames after Info.cfg, split by patient; and what any converter owes to its target folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from challenge_replicas import acdc_frames, build_acdc, files, nnunet_folders, same_volume, write_image, write_label
+from nnunetv2.dataset_conversion import Dataset027_ACDC
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.errors import PlanError
+
+SOME = {"training": (1, 2, 3, 5, 90), "testing": (101, 150)}
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = nnunet_folders(tmp_path, monkeypatch)
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A download with few patients."""
+    return build_acdc(tmp_path / "acdc", **SOME)
+
+
+def refused(raw: Path, source: Path, dataset_id: int = 27, partial: bool = True) -> str:
+    """The error of a conversion that fails and leaves nothing in nnUNet_raw."""
+    before = files(raw) if raw.is_dir() else {}
+    with pytest.raises(PlanError) as error:
+        convert("acdc", source, dataset_id, partial=partial)
+    assert (files(raw) if raw.is_dir() else {}) == before
+    assert not list(raw.glob(".*"))
+    return str(error.value)
+
+
+def test_the_official_structure(raw: Path, tmp_path: Path) -> None:
+    source = build_acdc(tmp_path / "acdc")
+    folder = convert("acdc", source, 27)
+    assert folder == raw / "Dataset027_ACDC"
+    assert [path.name for path in raw.iterdir()] == ["Dataset027_ACDC"]
+    counts = {path.name: len(list(path.iterdir())) for path in folder.iterdir() if path.is_dir()}
+    assert counts == {"imagesTr": 200, "labelsTr": 200, "imagesTs": 100, "labelsTs": 100}
+
+    for number, part, suffix in ((1, "training", "Tr"), (90, "training", "Tr"), (117, "testing", "Ts")):
+        for frame in acdc_frames(number):
+            case = f"patient{number:03d}_frame{frame:02d}"
+            original = source / part / f"patient{number:03d}" / case
+            assert same_volume(folder / f"images{suffix}" / f"{case}_0000.nii.gz", Path(f"{original}.nii.gz"))
+            assert same_volume(folder / f"labels{suffix}" / f"{case}.nii.gz", Path(f"{original}_gt.nii.gz"))
+
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "cineMRI"}
+    assert description["labels"] == {"background": 0, "RV": 1, "MLV": 2, "LVC": 3}
+    assert description["numTraining"] == 200
+    assert "CC BY-NC-SA" in description["licence"] and "TMI.2018.2837502" in description["reference"]
+    assert len(get_filenames_of_train_images_and_targets(str(folder))) == 200
+
+    frames = json.loads((folder / "frames.json").read_text())
+    assert len(frames) == 300
+    assert (frames["patient090_frame04"], frames["patient090_frame11"]) == ("ED", "ES")
+    assert frames["patient101_frame01"] == "ED"
+
+
+def test_the_split_is_nnunets_by_patient(raw: Path, tmp_path: Path) -> None:
+    folder = convert("acdc", build_acdc(tmp_path / "acdc", range(1, 21), (101,)), 27, partial=True)
+    splits = json.loads((folder / "splits_final.json").read_text())
+    assert splits == Dataset027_ACDC.create_ACDC_split(str(folder / "labelsTr"))
+    assert len(splits) == 5
+    for fold in splits:
+        train, val = ({case.split("_")[0] for case in fold[part]} for part in ("train", "val"))
+        assert len(train) == 16 and len(val) == 4 and not train & val
+        assert len(fold["train"]) == 32 and len(fold["val"]) == 8
+
+
+def test_older_downloads_have_no_test_labels(raw: Path, tmp_path: Path) -> None:
+    source = build_acdc(tmp_path / "acdc", **SOME, labelled_test=False)
+    folder = convert("acdc", source.parent, 27, partial=True)  # the folder above also does
+    assert not (folder / "labelsTs").exists()
+    assert len(list((folder / "imagesTs").iterdir())) == 4
+
+
+def test_fewer_patients_are_accepted_on_demand_only(raw: Path, source: Path) -> None:
+    message = refused(raw, source, partial=False)
+    assert "143 defects" in message and "training: patient004 is missing" in message
+    assert "... and 138 more" in message and "--partial" in message
+    assert convert("acdc", source, 27, partial=True).is_dir()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _cut_content(path: Path) -> None:
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-7]))
+
+
+PATIENT = "training/patient090"
+FRAME = f"{PATIENT}/patient090_frame04"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        (f"{FRAME}.nii.gz", Path.unlink, "patient090_frame04.nii.gz is missing"),
+        (f"{FRAME}_gt.nii.gz", Path.unlink, "patient090_frame04_gt.nii.gz is missing"),
+        ("testing/patient150/patient150_frame01_gt.nii.gz", Path.unlink, "patient150_frame01_gt.nii.gz is missing"),
+        (f"{PATIENT}/Info.cfg", Path.unlink, "patient090: Info.cfg is missing"),
+        (f"{PATIENT}/Info.cfg", lambda p: p.write_text("ED: 4\nGroup: DCM\n"), "does not name two frames"),
+        (f"{PATIENT}/Info.cfg", lambda p: p.write_text("ED: 4\nES: 4\n"), "does not name two frames"),
+        (f"{PATIENT}/Info.cfg", lambda p: p.write_text("ED: 1\nES: 11\n"), "patient090_frame04.nii.gz is no frame"),
+        (f"{FRAME}.nii.gz", _cut, "patient090_frame04.nii.gz is damaged"),
+        (f"{FRAME}.nii.gz", _cut_content, "its header says"),
+        (f"{FRAME}.nii.gz", lambda p: p.write_bytes(b"<html>not found</html>"), "is damaged: Not a gzipped file"),
+        (f"{FRAME}.nii.gz", lambda p: p.write_bytes(gzip.compress(b"no image" * 99)), "is damaged"),
+        (f"{FRAME}.nii.gz", lambda p: write_image(p, 1, channels=2), "expected 3 dimensions"),
+        (f"{FRAME}_gt.nii.gz", _cut, "patient090_frame04_gt.nii.gz is damaged"),
+        (f"{FRAME}_gt.nii.gz", lambda p: write_label(p, 95, 3), "has the shape (6, 8, 5), its image (5, 8, 5)"),
+        (f"{FRAME}_gt.nii.gz", lambda p: write_label(p, 94, 5), "has the labels 4, 5, expected 0 to 3"),
+        ("training/other", Path.mkdir, "training: other is not a folder of ACDC"),
+    ],
+)
+def test_defects_are_named_and_nothing_is_written(
+    raw: Path, source: Path, path: str, change: Callable[[Path], object], said: str
+) -> None:
+    change(source / path)
+    message = refused(raw, source)
+    assert said in message, message
+    assert "nothing was written" in message and "https://humanheart-project" in message
+
+
+def test_other_incomplete_downloads(raw: Path, source: Path, tmp_path: Path) -> None:
+    assert "there is no such folder" in refused(raw, tmp_path / "nothing")
+    assert "holds none of: training, database/training" in refused(raw, tmp_path)
+    (source / "testing").rename(source / "elsewhere")
+    assert "testing: the folder is missing" in refused(raw, source)
+    unlabelled = build_acdc(tmp_path / "unlabelled", **SOME)
+    for label in unlabelled.glob("training/*/patient*_gt.nii.gz"):
+        label.unlink()
+    assert "training has no labels" in refused(raw, unlabelled)
+    few = build_acdc(tmp_path / "few", (1, 2, 3, 4), (101,))
+    assert "4 training patients, 5 folds need at least 5" in refused(raw, few)
+
+
+# --- any converter and its target -------------------------------------------------------------------------------------
+
+
+def test_a_number_that_is_taken_is_refused_before_anything_is_read(raw: Path, tmp_path: Path) -> None:
+    for folder in (raw, tmp_path / "nnUNet_preprocessed", tmp_path / "nnUNet_results"):
+        other = folder / "Dataset027_Other"
+        other.mkdir(parents=True)
+        message = refused(raw, tmp_path / "nothing")
+        assert f"-d 27: there is already {other}" in message and "choose another number" in message
+        other.rmdir()
+
+
+def test_other_targets_that_cannot_be(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, 1000):
+        assert "1 to 999" in refused(raw, source, number)
+    (raw / ".Dataset027_ACDC.partial").mkdir()
+    with pytest.raises(PlanError, match=r"another conversion is running, or one was killed.*remove"):
+        convert("acdc", source, 27, partial=True)
+    with pytest.raises(PlanError, match=r"'brats'; there are acdc, synapse, amos, msd"):
+        convert("brats", source, 28)
+    monkeypatch.setenv("nnUNet_raw", str(source / "training" / "MANDATORY_CITATION.md"))
+    with pytest.raises(PlanError, match=r"cannot write into .*MANDATORY_CITATION"):
+        convert("acdc", source, 28, partial=True)
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(PlanError, match=r"nnUNet_raw not set.*export"):
+        convert("acdc", source, 28, partial=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (OSError(28, "No space left on device"), PlanError, r"cannot write .*No space left.*nothing of it was kept"),
+        (AssertionError("labels?"), PlanError, "failed: labels.*nothing of it was kept"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_failure_half_way_leaves_nothing(
+    raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type, said: str | None
+) -> None:
+    def fail(labels: str) -> list[dict[str, list[str]]]:
+        assert os.listdir(labels)  # half of it is written by now
+        raise error
+
+    monkeypatch.setattr(Dataset027_ACDC, "create_ACDC_split", fail)
+    with pytest.raises(raised, match=said):
+        convert("acdc", source, 27, partial=True)
+    assert files(raw) == {} and not list(raw.iterdir())
+    assert not isinstance(Dataset027_ACDC.nnUNet_raw, str)  # put back
+
+
+def test_a_case_that_a_converter_loses_is_noticed(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_files = Dataset027_ACDC.copy_files
+
+    def lossy(root: Path, train: Path, labels: Path, test: Path) -> int:
+        number = copy_files(root, train, labels, test)
+        (labels / "patient090_frame11.nii.gz").unlink()
+        return number
+
+    monkeypatch.setattr(Dataset027_ACDC, "copy_files", lossy)
+    message = refused(raw, source)
+    assert "labelsTr does not hold what the download holds: 1 files are missing (patient090_frame11.nii.gz)" in message

@@ -1,0 +1,120 @@
+"""AMOS22: CT alone or CT and MR; every case that dataset.json lists, or an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from challenge_replicas import AMOS_LABELS, build_amos, files, nnunet_folders, same_volume, write_label
+
+from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.errors import PlanError
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return nnunet_folders(tmp_path, monkeypatch)
+
+
+def refused(raw: Path, source: Path, modality: str = "ct") -> str:
+    with pytest.raises(PlanError) as error:
+        convert("amos", source, 218, modality=modality)
+    assert not raw.exists() or not list(raw.iterdir())
+    return str(error.value)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("modality", "name", "training", "test", "channel"),
+    [
+        ("ct", "task1", (1, 4, 8, 409, 410), (2, 411, 500), "CT"),
+        ("all", "task2", (1, 4, 8, 409, 410, 507, 540, 600), (2, 411, 500, 555), "either_CT_or_MR"),
+    ],
+)
+def test_the_official_structure(
+    raw: Path, tmp_path: Path, modality: str, name: str, training: tuple[int, ...], test: tuple[int, ...], channel: str
+) -> None:
+    source = build_amos(tmp_path / "amos")
+    folder = convert("amos", source, 218, modality=modality)
+    assert folder == raw / f"Dataset218_AMOS2022_postChallenge_{name}"
+    assert names(folder / "imagesTr") == [f"amos_{number:04d}_0000.nii.gz" for number in training]
+    assert names(folder / "labelsTr") == [f"amos_{number:04d}.nii.gz" for number in training]
+    assert names(folder / "imagesTs") == [f"amos_{number:04d}_0000.nii.gz" for number in test]
+    assert same_volume(folder / "labelsTr" / "amos_0008.nii.gz", source / "labelsVa" / "amos_0008.nii.gz")
+    assert same_volume(folder / "imagesTr" / "amos_0410_0000.nii.gz", source / "imagesTr" / "amos_0410.nii.gz")
+
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": channel}
+    assert description["labels"] == {name: value for value, name in enumerate(AMOS_LABELS)}
+    assert description["numTraining"] == len(training)
+    assert description["licence"] == "CC BY 4.0" and "zenodo" in description["release"]
+
+
+def test_ct_needs_no_mr_files(raw: Path, tmp_path: Path) -> None:
+    source = build_amos(tmp_path / "amos")
+    for path in source.rglob("amos_05*.nii.gz"):
+        if path.name != "amos_0500.nii.gz":
+            path.unlink()
+    assert "amos_0507.nii.gz is missing" in refused(raw, source, "all")
+    assert convert("amos", source.parent, 218).is_dir()  # the folder above also does
+
+
+@pytest.mark.parametrize(("training", "validation"), [((1, 450), (8,)), ((1, 2), (410,))])
+def test_a_case_that_nnunets_converter_leaves_out_is_not_lost_silently(
+    raw: Path, tmp_path: Path, training: tuple[int, ...], validation: tuple[int, ...]
+) -> None:
+    """nnunetv2 takes numbers up to 410 (training) and 409 (validation) as CT, ours are those up to 500."""
+    source = build_amos(tmp_path / "amos", training, validation)
+    lost = {*training, *validation} & {450, 410}
+    assert f"1 files are missing (amos_{lost.pop():04d}_0000.nii.gz)" in refused(raw, source)
+
+
+def _edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        description = json.loads(path.read_text())
+        change(description)
+        path.write_text(json.dumps(description))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        ("labelsVa/amos_0409.nii.gz", Path.unlink, "labelsVa/amos_0409.nii.gz is missing"),
+        ("imagesTs/amos_0500.nii.gz", Path.unlink, "imagesTs/amos_0500.nii.gz is missing"),
+        ("imagesTs/amos_0002.nii.gz", lambda p: p.write_bytes(p.read_bytes()[:99]), "imagesTs/amos_0002.nii.gz is dam"),
+        ("labelsTr/amos_0004.nii.gz", lambda p: write_label(p, 4, 18), "has the labels 16, 17, 18, expected 0 to 15"),
+        ("dataset.json", lambda p: p.write_text("{"), "dataset.json cannot be read"),
+        ("dataset.json", lambda p: p.write_text("[]"), "lacks labels, training, validation, test"),
+        ("dataset.json", _edit(lambda d: d.pop("validation")), "lacks validation"),
+        ("dataset.json", _edit(lambda d: d["labels"].pop("0")), '"labels" must be'),
+        ("dataset.json", _edit(lambda d: d["labels"].update({"3": "spleen"})), "with different names"),
+        ("dataset.json", _edit(lambda d: d["test"].append("./imagesTs/amos_0600.nii.gz")), "an entry of 'test'"),
+        ("dataset.json", _edit(lambda d: d["test"].append({"image": "./imagesTs/x.nii.gz"})), "an entry of 'test'"),
+        ("dataset.json", _edit(lambda d: d.update(training=d["training"][3:])), "no training image for --modality ct"),
+    ],
+)
+def test_defects(raw: Path, tmp_path: Path, path: str, change: Callable[[Path], object], said: str) -> None:
+    source = build_amos(tmp_path / "amos")
+    change(source / path)
+    message = refused(raw, source)
+    assert said in message, message
+    assert "zenodo.org/records/7262581" in message or path != "dataset.json" or "unpack the download again" in message
+
+
+def test_other_bad_input(raw: Path, tmp_path: Path) -> None:
+    source = build_amos(tmp_path / "amos")
+    before = files(source)
+    assert "--modality mr: there are ct, all" in refused(raw, source, "mr")
+    assert "holds none of: dataset.json, amos22/dataset.json" in refused(raw, tmp_path)
+    (source / "labelsVa").rename(source / "labelsVa.old")
+    message = refused(raw, source)
+    assert "2 defects" in message and "labelsVa" in message
+    (source / "labelsVa.old").rename(source / "labelsVa")
+    assert files(source) == before  # a download is never touched

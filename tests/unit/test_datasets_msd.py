@@ -1,0 +1,154 @@
+"""The decathlon's tasks: 4D files become a file for each channel; and the convert command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from challenge_replicas import build_msd, nnunet_folders, nnunet_reads, same_volume, volume, write_image
+from typer.testing import CliRunner, Result
+
+from masksam_nnunet import cli_datasets
+from masksam_nnunet.plans.datasets import convert as convert_module
+from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.errors import PlanError
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return nnunet_folders(tmp_path, monkeypatch)
+
+
+def test_one_channel(raw: Path, tmp_path: Path) -> None:
+    source = build_msd(tmp_path)
+    folder = convert("msd", source, 4, processes=1)
+    assert folder == raw / "Dataset004_Hippocampus"
+    assert sorted(path.name for path in folder.rglob("*.nii.gz")) == sorted(
+        [f"hippocampus_{n:03d}_0000.nii.gz" for n in range(1, 8)]
+        + [f"hippocampus_{n:03d}.nii.gz" for n in (1, 3, 4, 6, 7)]
+    )
+    for case in ("hippocampus_003", "hippocampus_007"):
+        assert same_volume(folder / "imagesTr" / f"{case}_0000.nii.gz", source / "imagesTr" / f"{case}.nii.gz")
+        assert same_volume(folder / "labelsTr" / f"{case}.nii.gz", source / "labelsTr" / f"{case}.nii.gz")
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "MRI"}
+    assert description["labels"] == {"background": 0, "Anterior": 1, "Posterior": 2}
+    assert description["licence"] == "CC-BY-SA 4.0" and description["reference"].startswith("Vanderbilt")
+    assert description["numTraining"] == 5  # the download says 6
+    nnunet_reads(folder, "hippocampus_004")
+
+
+def test_several_channels(raw: Path, tmp_path: Path) -> None:
+    source = build_msd(tmp_path, "Task05_Prostate", channels=("T2", "ADC"))
+    folder = convert("msd", Path(f"{source}/"), 5, processes=1)
+    values, affine = volume(source / "imagesTr" / "prostate_006.nii.gz")
+    for channel in range(2):
+        part, placed = volume(folder / "imagesTr" / f"prostate_006_{channel:04d}.nii.gz")
+        assert np.array_equal(part, values[..., channel]) and np.allclose(placed, affine, atol=1e-5)
+    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "T2", "1": "ADC"}
+    assert len(list((folder / "imagesTs").iterdir())) == 4
+    nnunet_reads(folder, "prostate_006")
+
+
+def _describe(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def describe(source: Path) -> None:
+        path = source / "dataset.json"
+        description = json.loads(path.read_text())
+        change(description)
+        path.write_text(json.dumps(description))
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: (s / "imagesTr" / "hippocampus_003.nii.gz").unlink(), "imagesTr/hippocampus_003.nii.gz is missing"),
+        (lambda s: (s / "labelsTr" / "hippocampus_003.nii.gz").unlink(), "labelsTr/hippocampus_003.nii.gz is missing"),
+        (lambda s: (s / "imagesTs" / "hippocampus_002.nii.gz").unlink(), "imagesTs/hippocampus_002.nii.gz is missing"),
+        (lambda s: write_image(s / "imagesTr" / "hippocampus_009.nii.gz", 9), "labelsTr/hippocampus_009.nii.gz is mis"),
+        (lambda s: write_image(s / "imagesTr" / "hippocampus_003.nii.gz", 3, 2), "expected 3 dimensions"),
+        (lambda s: (s / "imagesTs").rename(s / "images"), "the folder imagesTs is missing"),
+        (lambda s: (s / "dataset.json").unlink(), "holds none of: dataset.json"),
+        (_describe(lambda d: d.pop("modality")), "lacks modality"),
+        (_describe(lambda d: d["modality"].update({"1": "T2"})), "expected 4 dimensions, 2 in the last"),
+        (_describe(lambda d: d["labels"].pop("2")), "has the labels 2, expected 0 to 1"),
+        (_describe(lambda d: d["test"].append(3)), "lists 3, which names no image"),
+    ],
+)
+def test_defects(raw: Path, tmp_path: Path, change: Callable[[Path], object], said: str) -> None:
+    source = build_msd(tmp_path)
+    change(source)
+    with pytest.raises(PlanError) as error:
+        convert("msd", source, 4, processes=1)
+    assert said in str(error.value)
+    assert not raw.exists()
+
+
+def test_the_folder_is_named_as_the_task(raw: Path, tmp_path: Path) -> None:
+    source = build_msd(tmp_path).rename(tmp_path / "hippocampus")
+    with pytest.raises(PlanError, match="must be TaskXX_Name, not 'hippocampus'"):
+        convert("msd", source, 4)
+    empty = build_msd(tmp_path, training=(), test=())
+    with pytest.raises(PlanError, match="lists no training image"):
+        convert("msd", empty, 4)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> Result:
+    app = typer.Typer()
+    cli_datasets.register(app)
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_the_command_converts(raw: Path, tmp_path: Path) -> None:
+    source = build_msd(tmp_path)
+    result = invoke("convert", "msd", source, "-d", 44, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{raw / 'Dataset044_Hippocampus'}\n"
+    assert "nnUNetv2_plan_and_preprocess -d 44" in result.stderr
+    again = invoke("convert", "msd", source, "-d", 44)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert again.stderr.startswith("error: -d 44: there is already")
+
+
+def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def convert(kind: str, source: Path, dataset_id: int, **options: object) -> Path:
+        calls.append((kind, source, dataset_id, options))
+        return tmp_path
+
+    monkeypatch.setattr(convert_module, "convert", convert)
+    for line in (
+        "acdc a -d 1",
+        "acdc a -d 1 --partial",
+        "synapse s --dataset 2",
+        "synapse s -d 2 --organs 8 --split none --partial",
+        "amos m -d 3",
+        "amos m -d 3 --modality all",
+        "msd t -d 4",
+        "msd t -d 4 --processes 8",
+    ):
+        assert invoke("convert", *line.split()).exit_code == 0, line
+    assert calls == [
+        ("acdc", Path("a"), 1, {"partial": False}),
+        ("acdc", Path("a"), 1, {"partial": True}),
+        ("synapse", Path("s"), 2, {"organs": 13, "split": "18/12", "partial": False}),
+        ("synapse", Path("s"), 2, {"organs": 8, "split": "none", "partial": True}),
+        ("amos", Path("m"), 3, {"modality": "ct"}),
+        ("amos", Path("m"), 3, {"modality": "all"}),
+        ("msd", Path("t"), 4, {"processes": 2}),
+        ("msd", Path("t"), 4, {"processes": 8}),
+    ]
+    calls.clear()
+    for line in ("brats b -d 1", "acdc a", "acdc a -d 0", "acdc a -d x", "amos m -d 3 --modality mr", "acdc -d 1"):
+        assert invoke("convert", *line.split()).exit_code == 2, line
+    assert calls == []
+    assert all(name in invoke("convert", "--help").stdout for name in convert_module.READERS)

@@ -1,0 +1,267 @@
+"""`masksam split`: a regular expression finds patients, folds keep them together; and planning's warning."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from challenge_replicas import nnunet_folders
+from typer.testing import CliRunner, Result
+
+from masksam_nnunet import cli_datasets
+from masksam_nnunet.plans.datasets.split_file import split_dataset
+from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.plans.splits import group_by_patient, group_by_regex, patient_folds, patient_of, split_warning
+
+CASES = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 12) for frame in (1, 12)]
+GROUP = r"(patient\d+)_"
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnUNet_raw with dataset 27, whose files are empty: only their names count."""
+    folder = nnunet_folders(tmp_path, monkeypatch)
+    make_dataset(folder / "Dataset027_ACDC", CASES)
+    return folder
+
+
+def make_dataset(folder: Path, cases: list[str]) -> None:
+    for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        (folder / part).mkdir(parents=True)
+        for case in cases:
+            (folder / part / f"{case}{ending}").touch()
+    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(description))
+
+
+def split_file(raw: Path) -> Path:
+    return raw.parent / "nnUNet_preprocessed" / "Dataset027_ACDC" / "splits_final.json"
+
+
+def invoke(*arguments: str) -> Result:
+    app = typer.Typer()
+    cli_datasets.register(app)
+    return CliRunner().invoke(app, ["split", *arguments])
+
+
+# --- grouping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("regex", "patients"),
+    [
+        (r"(p\d+)_", ["p1", "p2"]),
+        (r"p\d+", ["p1", "p2"]),  # no group: the whole match
+        (r"_(?P<patient>p\d+)_(t\d)", ["p1", "p2"]),  # the named group alone
+        (r"(site\d)_(p\d)", ["site1_p1", "site1_p2", "site2_p1"]),
+        (r"^(site\d)(?:_p1)?", ["site1", "site2"]),
+        (r"(site2)?_(p\d)", ["p1", "p2", "site2_p1"]),  # groups that take no part are left out
+    ],
+)
+def test_what_tells_the_patient(regex: str, patients: list[str]) -> None:
+    cases = ["site1_p1_t0", "site1_p1_t1", "site1_p2_t0", "site1_p2_t1", "site2_p1_t0", "site2_p1_t1"]
+    groups = group_by_regex(reversed(cases), regex)
+    assert sorted(groups) == patients
+    assert sorted(case for members in groups.values() for case in members) == cases
+    assert all(members == sorted(members) for members in groups.values())
+
+
+@pytest.mark.parametrize(
+    ("regex", "said"),
+    [
+        ("(patient", r"'\(patient' is not a regular expression: missing \)"),
+        (r"(patient00\d)_", r"finds no patient in 4 of 22 cases: patient010_frame01, patient010_frame12, .*, \.\.\."),
+        (r"(\d*)", "finds no patient in 22 of 22"),  # matches the empty text before the name
+        (r"(.+)", r"groups nothing: each of the 22 cases .*patient001_frame01"),
+        (r"(patient)", "groups everything: all 22 cases belong to 'patient'"),
+    ],
+)
+def test_expressions_that_do_not_group(regex: str, said: str) -> None:
+    with pytest.raises(PlanError, match=f"--group .*{said}"):
+        group_by_regex(CASES, regex)
+
+
+def test_other_seeds_draw_other_folds() -> None:
+    groups = group_by_regex(CASES, GROUP)
+    assert patient_folds(groups, 5, 1) == patient_folds(groups, 5, 1) != patient_folds(groups, 5, 2)
+    assert patient_folds(groups) == patient_folds(groups, 5, 12345)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_split(raw: Path) -> None:
+    report = split_dataset(27, GROUP)
+    assert report.path == split_file(raw) and report.written and report.notes == ()
+    splits = json.loads(report.path.read_text())
+    assert len(splits) == 5
+    assert sorted(case for fold in splits for case in fold["val"]) == CASES
+    for fold, size in zip(splits, report.folds, strict=True):
+        assert sorted(fold["train"] + fold["val"]) == CASES
+        train, val = ({patient_of(case) for case in fold[part]} for part in ("train", "val"))
+        assert not train & val
+        assert (size.train_patients, size.val_patients) == (len(train), len(val))
+        assert (size.train_cases, size.val_cases) == (len(fold["train"]), len(fold["val"]))
+    assert splits == patient_folds(group_by_patient(CASES) or {})
+    assert [path.name for path in report.path.parent.iterdir()] == ["splits_final.json"]
+
+
+def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
+    before = split_dataset(27, GROUP).path.read_text()
+    assert not split_dataset(27, GROUP).written
+    with pytest.raises(PlanError, match=r"holds another split.*validate on each other's training cases.*--force"):
+        split_dataset(27, GROUP, seed=1)
+    assert split_file(raw).read_text() == before
+    assert split_dataset(27, GROUP, seed=1, force=True).written
+    assert split_file(raw).read_text() != before
+
+    reordered = [{part: fold[part][::-1] for part in fold} for fold in json.loads(before)]
+    split_file(raw).write_text(json.dumps(reordered))
+    assert not split_dataset(27, GROUP).written  # the order does not count
+    for damaged in ("{", "[1]", "null"):
+        split_file(raw).write_text(damaged)
+        if damaged != "null":
+            with pytest.raises(PlanError, match="holds another split"):
+                split_dataset(27, GROUP)
+        assert split_dataset(27, GROUP, force=True).written
+
+
+def test_a_split_in_the_raw_dataset_is_mentioned(raw: Path) -> None:
+    theirs = raw / "Dataset027_ACDC" / "splits_final.json"
+    theirs.write_text(split_dataset(27, GROUP).path.read_text())
+    assert split_dataset(27, GROUP).notes == ()
+    (note,) = split_dataset(27, GROUP, seed=1, force=True).notes
+    assert str(theirs) in note and "AssertionError" in note
+
+
+def test_fewer_folds(raw: Path) -> None:
+    report = split_dataset(27, GROUP, folds=3)
+    assert len(report.folds) == 3 and "folds, 0 to 2" in report.notes[0] and "random" in report.notes[0]
+    with pytest.raises(PlanError, match=r"12 folds need at least 12 patients.*show 11; lower --folds"):
+        split_dataset(27, GROUP, folds=12)
+
+
+def test_cases_of_a_preprocessed_dataset(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = split_dataset(27, GROUP).path.read_text()
+    folder = split_file(raw).parent
+    split_file(raw).unlink()
+    (raw / "Dataset027_ACDC" / "labelsTr").rename(folder / "gt_segmentations")
+    (raw / "Dataset027_ACDC" / "dataset.json").rename(folder / "dataset.json")
+    monkeypatch.delenv("nnUNet_raw")
+    assert split_dataset(27, GROUP).path.read_text() == expected
+
+
+def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlanError, match=r"-d 5: no such dataset in .*there are Dataset027_ACDC"):
+        split_dataset(5, GROUP)
+    (raw / "Dataset028_Empty").mkdir()
+    with pytest.raises(PlanError, match=r"-d .*Dataset028_Empty: dataset.json is missing"):
+        split_dataset(28, GROUP)
+    make_dataset(raw / "Dataset029_None", [])
+    with pytest.raises(PlanError, match=r"Dataset029_None: 0 training cases"):
+        split_dataset(29, GROUP)
+    (raw / "Dataset027_Other").mkdir()
+    with pytest.raises(PlanError, match="-d 27 names several datasets: Dataset027_ACDC, Dataset027_Other"):
+        split_dataset(27, GROUP)
+    (raw / "Dataset027_Other").rmdir()
+    broken = split_file(raw).parent.parent / "Dataset030_Broken"
+    (broken / "gt_segmentations").mkdir(parents=True)
+    with pytest.raises(PlanError, match=r"cases of .*Dataset030_Broken cannot be listed.*dataset.json"):
+        split_dataset(30, GROUP)
+    (broken / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
+    with pytest.raises(PlanError, match=r"gt_segmentations holds no training case \*\.nii\.gz"):
+        split_dataset(30, GROUP)
+    shutil.rmtree(broken.parent)
+    broken.parent.write_text("a file where the folder should be")
+    with pytest.raises(PlanError, match=r"(cannot write|holds another split)"):
+        split_dataset(27, GROUP)
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(PlanError, match="nnUNet_preprocessed not set"):
+        split_dataset(27, GROUP)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(raw: Path) -> None:
+    result = invoke("-d", "27", "--group", GROUP)
+    assert result.exit_code == 0 and result.stderr == ""
+    first, head, *rows = result.stdout.splitlines()
+    assert first == f"{split_file(raw)} written" and head.startswith("fold  train patients (cases)")
+    assert rows[0].split() == ["0", "8", "(16)", "3", "(6)"] and rows[4].split() == ["4", "9", "(18)", "2", "(4)"]
+    assert "has this split already" in invoke("-d", "27", "--group", GROUP).stdout
+
+    refused = invoke("-d", "27", "--group", GROUP, "--seed", "3")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: ") and "--force" in refused.stderr
+    forced = invoke("-d", "27", "--group", GROUP, "--seed", "3", "--folds", "4", "--force")
+    assert forced.exit_code == 0 and len(forced.stdout.splitlines()) == 6
+    assert forced.stderr.startswith("note: 4 folds")
+    for bad in (["--group", "x"], ["-d", "27"], ["-d", "27", "--group", GROUP, "--folds", "1"]):
+        assert invoke(*bad).exit_code == 2
+
+
+def test_help_needs_nothing_heavy() -> None:
+    script = (
+        "import sys, typer\n"
+        "from masksam_nnunet.cli_datasets import register\n"
+        "app = typer.Typer()\n"
+        "register(app)\n"
+        "for words in (['--help'], ['convert', 'amos', '--help'], ['data', 'hippocampus', '--help']):\n"
+        "    try:\n        app(words)\n    except SystemExit:\n        pass\n"
+        "heavy = {'torch', 'nnunetv2', 'numpy', 'nibabel', 'requests', 'sklearn'}\n"
+        "print('imported:', sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported: []", done
+
+
+# --- the warning ------------------------------------------------------------------------------------------------------
+
+
+def remedy_of(warning: str) -> str:
+    match = re.search(r"masksam split -d \S+ --group '(.+)'$", warning)
+    assert match is not None, warning
+    return match[1]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        CASES,
+        [f"BraTS-GLI-{patient:05d}-{visit}" for patient in range(9) for visit in (100, 101)],
+        [*CASES, "scan"],  # a name without a separator
+        [*CASES, "_1"],
+    ],
+)
+def test_the_warning_names_a_command_that_works(cases: list[str]) -> None:
+    warning = split_warning(cases, None, 27)
+    assert warning is not None and "by case" in warning and "-d 27" in warning
+    groups = group_by_regex(cases, remedy_of(warning))
+    assert groups == group_by_patient(cases)
+    assert split_warning(cases, patient_folds(groups)) is None
+
+
+def test_the_warning_gives_an_example() -> None:
+    warning = split_warning(CASES, None)
+    assert warning is not None and "patient001_frame01, patient001_frame12" in warning and "-d ID" in warning
+
+    splits = patient_folds(group_by_regex(CASES, GROUP))
+    splits[2]["val"].append(splits[2]["train"].pop())
+    warning = split_warning(CASES, splits)
+    assert warning is not None and "in fold 2" in warning
+    train, val = re.findall(r"patient\d+_frame\d+", warning)
+    assert patient_of(train) == patient_of(val) and train in splits[2]["train"] and val in splits[2]["val"]
+
+
+def test_no_warning_where_names_tell_nothing() -> None:
+    hippocampus = [f"hippocampus_{number:03d}" for number in range(20)]
+    assert split_warning(hippocampus, None) is None
+    assert split_warning(hippocampus, [{"train": hippocampus[:10], "val": hippocampus[10:]}]) is None
+    assert split_warning([], None) is None

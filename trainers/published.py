@@ -1,0 +1,60 @@
+"""The paper's trainings: optimizer and epochs of a preset; ``masksam plan --preset`` writes the plans to go with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from masksam_nnunet.plans.presets import Preset, load_preset
+
+from .trainer import MaskSAMTrainer
+
+
+class PublishedTrainer(MaskSAMTrainer):
+    """Trains as ``presets/NAME.json`` says."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
+    ) -> None:
+        assert self.preset is not None
+        self.published: Preset = load_preset(self.preset)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        settings = self.published.optimizer
+        self.num_epochs = self.published.epochs
+        self.initial_lr = settings.learning_rate
+        self.weight_decay = settings.weight_decay
+        self.warmup_iterations = settings.warmup_iterations
+        self.gradient_clip = settings.gradient_clip
+
+    def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The published one, over all trained parameters alike."""
+        settings = self.published.optimizer
+        shared: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
+        if settings.name == "SGD":
+            return torch.optim.SGD(trained, momentum=settings.momentum, nesterov=True, **shared)
+        return torch.optim.AdamW(trained, eps=settings.eps, **shared)
+
+
+class MaskSAMTrainer_acdc(PublishedTrainer):
+    """The paper's ACDC setting."""
+
+    preset = "acdc"
+
+
+class MaskSAMTrainer_synapse(PublishedTrainer):
+    """The paper's Synapse setting."""
+
+    preset = "synapse"
+
+
+class MaskSAMTrainer_amos(PublishedTrainer):
+    """The paper's AMOS setting."""
+
+    preset = "amos"
