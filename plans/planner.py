@@ -91,6 +91,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         self.gpu_memory_gb = float(gpu_memory_target_in_gb)
         self.request = request or Request()
         self.notify = notify
+        self.planned: list[str] = []
+        """Configurations of the last plans, in nnU-Net's order."""
         self.labels = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
         self.channels = len(self.dataset_json["channel_names"])
         self._shares_data = overwrite_target_spacing is None and not suppress_transpose
@@ -123,9 +125,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         count = count_targets(raw.labels, raw.dataset_json, base["transpose_forward"][0])
 
         plans = {**base, "plans_name": self.plans_identifier, "experiment_planner_used": type(self).__name__}
-        plans["configurations"] = {
-            name: base["configurations"][name] for name in base["configurations"] if name in _with_parents(names)
-        }
+        self.planned = [name for name in base["configurations"] if name in _with_parents(names)]
+        plans["configurations"] = {name: base["configurations"][name] for name in self.planned}
         decisions: dict[str, Any] = {
             "version": __version__,
             "gpu_memory_gb": self.gpu_memory_gb,
@@ -133,10 +134,10 @@ class MaskSAMPlanner(ExperimentPlanner):
             "targets_per_slice": {"most": count.most, "case": count.case, "slice": count.slice, "cases": count.cases},
             "configurations": {},
         }
-        for name in plans["configurations"]:
+        for name in self.planned:
             if name == CASCADE:
                 continue  # inherits all from 3d_fullres
-            sizes = self._sizes(base, name, count, cascade=CASCADE in plans["configurations"] and name == FULL)
+            sizes = self._sizes(base, name, count, cascade=CASCADE in self.planned and name == FULL)
             configuration = plans["configurations"][name]
             configuration["patch_size"] = list(sizes.config.patch_size)
             configuration["batch_size"] = sizes.batch_size
@@ -214,11 +215,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         median = tuple(max(1, round(size)) for size in settings.median_image_size_in_voxels)
         dims = len(settings.patch_size)
         # As nnU-Net has it: the whole volumes, for 2d too.
-        depth = (
-            base["configurations"][FULL]["median_image_size_in_voxels"][0]
-            if dims == 2 and FULL in base["configurations"]
-            else 1
-        )
+        full = base["configurations"].get(FULL)
+        depth = full["median_image_size_in_voxels"][0] if full and dims == 2 else 1
         voxels = math.prod(median) * depth * max(1, len(self.dataset))
 
         def largest_batch(patch_voxels: int) -> int:

@@ -32,10 +32,18 @@ _OWN_TRAINERS = {"vit_t": "MaskSAMTrainer_vit_t"}  # it learns at another rate
 
 @dataclass(frozen=True)
 class Planned:
-    """Attributes: the plans, their file, the configurations whose data are not preprocessed yet."""
+    """What was planned.
+
+    Attributes:
+        plans: their content.
+        file: where they are.
+        configurations: those planned now; the file may hold others, from before.
+        unprocessed: those of them whose data are not preprocessed yet.
+    """
 
     plans: dict[str, Any]
     file: Path
+    configurations: list[str]
     unprocessed: list[str]
 
 
@@ -89,9 +97,8 @@ def plan_dataset(
             notify=status.update,
         )
         plans = planner.plan_experiment()
-    planned = Planned(
-        plans, planner.folder / f"{plans_name}.json", _unprocessed(plans, planner.folder, list(raw.images))
-    )
+    unprocessed = _unprocessed(plans, planner.planned, planner.folder, list(raw.images))
+    planned = Planned(plans, planner.folder / f"{plans_name}.json", planner.planned, unprocessed)
     splits = planner.folder / "splits_final.json"
     warning = split_warning(raw.images, read_json(splits) if splits.is_file() else None, _number(name))
     _tell(console, planned, recipe, warning)
@@ -133,11 +140,11 @@ def _recipe(preset: str | None, backbone: str) -> Preset | None:
     return recipe
 
 
-def _unprocessed(plans: dict[str, Any], folder: Path, cases: list[str]) -> list[str]:
-    """Configurations of the plans whose folder of preprocessed data lacks a case."""
+def _unprocessed(plans: dict[str, Any], configurations: list[str], folder: Path, cases: list[str]) -> list[str]:
+    """Those configurations whose folder of preprocessed data lacks a case."""
     manager = PlansManager(plans)
     missing = []
-    for name in plans["configurations"]:
+    for name in configurations:
         data = folder / manager.get_configuration(name).data_identifier
         if name != CASCADE and not (data.is_dir() and set(cases) <= set(_preprocessed(data))):
             missing.append(name)
@@ -157,7 +164,7 @@ def _number(name: str) -> int:
 
 def _tell(console: Console, planned: Planned, recipe: Preset | None, warning: str | None) -> None:
     plans, number = planned.plans, _number(planned.plans["dataset_name"])
-    decisions = plans[DECISIONS]["configurations"]
+    decisions = {name: plans[DECISIONS]["configurations"][name] for name in planned.configurations if name != CASCADE}
     for name, rows in decisions.items():
         table = Table(title=f"{plans['dataset_name']}, {plans['plans_name']}, {name}", title_justify="left")
         for column in ("", "value", "why"):
@@ -165,7 +172,7 @@ def _tell(console: Console, planned: Planned, recipe: Preset | None, warning: st
         for row in rows:
             table.add_row(row["what"], str(row["value"]), row["why"])
         console.print(table)
-    if CASCADE in plans["configurations"]:
+    if CASCADE in planned.configurations:
         console.print(f"{CASCADE}: the network of 3d_fullres, with the labels of {LOW} as more channels")
     if recipe is not None:
         console.print(f"The published setting ({recipe.name}, {recipe.dice} mean Dice in the paper) means here:")
@@ -174,9 +181,9 @@ def _tell(console: Console, planned: Planned, recipe: Preset | None, warning: st
     if warning is not None:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     console.print(f"Plans: {planned.file}", soft_wrap=True, highlight=False)
-    own = [name for name in decisions if name in planned.unprocessed]
-    if own:
-        command = f"nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {' '.join(own)} -np 4"
+    if planned.unprocessed:
+        wanted = " ".join(planned.unprocessed)
+        command = f"nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {wanted} -np 4"
         console.print(f"Next: {command}", soft_wrap=True, highlight=False)
     else:
         console.print("No preprocessing is needed: the data preprocessed for nnU-Net are used.", highlight=False)

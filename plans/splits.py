@@ -50,7 +50,7 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
     try:
         pattern = re.compile(regex)
     except re.error as error:
-        raise PlanError(f"--group {regex!r} is not a regular expression: {error}") from error
+        raise PlanError(f"--group '{regex}' is not a regular expression: {error}") from error
     groups: dict[str, list[str]] = {}
     unmatched: list[str] = []
     for case in sorted(cases):
@@ -61,18 +61,18 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
     number = sum(map(len, groups.values())) + len(unmatched)
     if unmatched:
         raise PlanError(
-            f"--group {regex!r} finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}; "
+            f"--group '{regex}' finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}; "
             "it must match the part of every name that tells the patient"
         )
     if len(groups) == number:
         raise PlanError(
-            f"--group {regex!r} groups nothing: each of the {number} cases is a patient of its own, such as "
+            f"--group '{regex}' groups nothing: each of the {number} cases is a patient of its own, such as "
             f"{_some(list(groups))}; capture only the part that a patient's cases share, or, if each case is another "
             "patient, leave the split to nnU-Net"
         )
     if len(groups) == 1:
         raise PlanError(
-            f"--group {regex!r} groups everything: all {number} cases belong to {next(iter(groups))!r}; capture the "
+            f"--group '{regex}' groups everything: all {number} cases belong to {next(iter(groups))!r}; capture the "
             f"part that differs between patients, in names such as {_some(next(iter(groups.values())))}"
         )
     return groups

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +37,17 @@ class Workspace:
     def run(self, *command: object, fails: bool = False, **env: str) -> str:
         """Run one of the environment's commands; its output. Asserts that it works, or that it fails."""
         name, *arguments = map(str, command)
+        return self._run([str(Path(sys.executable).parent / name), *arguments], fails, env)
+
+    def run_all(self, *commands: Sequence[object], **env: str) -> str:
+        """Run several commands in one process, see :mod:`run_commands`; their output. Asserts that all work."""
+        listed = [[str(word) for word in command] for command in commands]
+        script = Path(__file__).parent / "run_commands.py"
+        return self._run([sys.executable, str(script), json.dumps(listed)], False, env)
+
+    def _run(self, command: list[str], fails: bool, env: dict[str, str]) -> str:
         done = subprocess.run(
-            [str(Path(sys.executable).parent / name), *arguments],
+            command,
             env={
                 **{k: v for k, v in os.environ.items() if not k.startswith(("MASKSAM_", "nnUNet_"))},
                 "nnUNet_raw": str(self.raw),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
-from torch import nn
+from torch import Tensor, nn
 
 
 class ChannelGroupNorm(nn.GroupNorm):
@@ -17,6 +18,13 @@ class ChannelGroupNorm(nn.GroupNorm):
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__(math.gcd(8, channels) if channels > 8 else 1, channels, **kwargs)
+
+
+class VoxelNorm(nn.InstanceNorm3d):
+    """Instance normalisation that also takes a patch of one voxel, which has no deviation: its bias is left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.instance_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, True)
 
 
 def conv_block(

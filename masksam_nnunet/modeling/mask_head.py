@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..config import Grid
-from .blocks import conv_block
+from .blocks import VoxelNorm, conv_block
 from .new import New, zero_
 from .resize import to_patch
 
@@ -24,7 +24,7 @@ class MaskHead(New):
         self.from_masks = nn.Conv3d(num_queries, width, kernel_size=1)
         self.from_generator = nn.Conv3d(fine_width, width, kernel_size=1)
         self.from_stem = nn.Conv3d(stem_width, width, kernel_size=1)
-        self.convs = conv_block(width, width, num_convs=2, norm=nn.InstanceNorm3d)
+        self.convs = conv_block(width, width, num_convs=2, norm=VoxelNorm)
         self.residual = nn.Conv3d(width, num_queries, kernel_size=1)
         zero_(self.residual)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Grid
-from .blocks import conv_block, double_in_plane
+from .blocks import VoxelNorm, conv_block, double_in_plane
 from .new import New, zero_
 from .resize import to_image
 
@@ -25,7 +25,7 @@ class InputStem(New):
         super().__init__()
         self.image_channels = image_channels  # a cascade's one-hot channels come after these
         self.grid = grid
-        self.features = conv_block(in_channels, width, num_convs=2, norm=nn.InstanceNorm3d)
+        self.features = conv_block(in_channels, width, num_convs=2, norm=VoxelNorm)
         layers: list[nn.Module] = []
         doublings = upsample.bit_length() - 1
         for index in range(doublings):

@@ -68,7 +68,7 @@ def split_dataset(
     try:
         splits = patient_folds(groups, folds, seed)
     except ValueError as error:
-        raise PlanError(f"--group {regex!r}: {error}; lower --folds or correct --group") from error
+        raise PlanError(f"--group '{regex}': {error}; lower --folds or correct --group") from error
 
     path = preprocessed / name / _FILE
     existing = _existing(path)

@@ -1,0 +1,250 @@
+"""MaskSAMPlanner against nnU-Net's planner, on a raw dataset and a fingerprint written by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kinds_of_data import Kind
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from plain_plans import folders
+from rich.console import Console
+
+from masksam_nnunet.plans.architecture import read_config
+from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.plans.planning import Planned, plan_dataset
+from masksam_nnunet.trainers import MaskSAMTrainer
+
+KIND = Kind(
+    id=43,
+    name="Planned",
+    sizes=[(10, 48, 40)] * 6,
+    labels={"background": 0, "first": 1, "second": 2},
+    values=(1, 2),
+    spacing=(1.0, 1.0, 4.0),
+)
+
+
+@pytest.fixture
+def preprocessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The dataset's preprocessed folder, with a fingerprint and nothing else."""
+    folders(tmp_path, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    KIND.write(tmp_path / "nnUNet_raw")
+    return KIND.write_fingerprint(tmp_path / "nnUNet_preprocessed")
+
+
+def plan(*arguments: Any, console: Console | None = None, **options: Any) -> Planned:
+    """``masksam plan -d 43 --backbone vit_t`` unless told otherwise."""
+    return plan_dataset(
+        *(arguments or ("43",)), **{"backbone": "vit_t", **options}, console=console or Console(quiet=True)
+    )
+
+
+def plan_stock(folder: Path) -> dict[str, Any]:
+    ExperimentPlanner(KIND.dataset).plan_experiment()
+    return json.loads((folder / "nnUNetPlans.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_all_but_the_network_is_nnunets(preprocessed: Path) -> None:
+    ours = plan().plans
+    theirs = plan_stock(preprocessed)
+    assert set(ours["configurations"]) == set(theirs["configurations"]) == {"2d", "3d_fullres"}
+    for name, configuration in theirs["configurations"].items():
+        changed = {k for k, v in configuration.items() if ours["configurations"][name][k] != v}
+        assert changed <= {"patch_size", "batch_size", "architecture"}
+    changed = {k for k, v in theirs.items() if ours[k] != v}
+    assert changed == {"plans_name", "experiment_planner_used", "configurations"}
+    assert ours["plans_name"] == "MaskSAMPlans"
+
+
+def test_the_base_is_nnunets_plans_where_they_are(preprocessed: Path) -> None:
+    """Spacing changed by hand, and data of another name: both methods must train on the same."""
+    theirs = plan_stock(preprocessed)
+    theirs["configurations"]["3d_fullres"] |= {"spacing": [5.0, 2.0, 2.0], "data_identifier": "by_hand"}
+    theirs["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [8, 24, 20]
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(theirs))
+    ours = plan().plans["configurations"]["3d_fullres"]
+    assert (ours["spacing"], ours["data_identifier"]) == ([5.0, 2.0, 2.0], "by_hand")
+    assert ours["patch_size"] == [8, 32, 32]
+
+
+def test_forced_spacing_has_data_of_its_own(preprocessed: Path) -> None:
+    from masksam_nnunet.plans.planner import MaskSAMPlanner, Request
+
+    plan_stock(preprocessed)
+    planner = MaskSAMPlanner(
+        KIND.dataset, overwrite_target_spacing=[4.0, 2.0, 2.0], request=Request(("vit_t",), ("3d_fullres",))
+    )
+    configuration = planner.plan_experiment()["configurations"]["3d_fullres"]
+    assert configuration["spacing"] == [4.0, 2.0, 2.0]
+    assert configuration["data_identifier"] == "MaskSAMPlans_3d_fullres"
+
+
+def test_a_trainer_builds_what_was_planned(preprocessed: Path) -> None:
+    planned = plan()
+    manager = PlansManager(str(planned.file))
+    for name in ("2d", "3d_fullres"):
+        settings = manager.get_configuration(name)
+        config = read_config(settings)
+        assert config is not None and config.patch_size == tuple(settings.patch_size)
+        network = MaskSAMTrainer.build_network_architecture(manager, settings, 1, 3, False).eval()
+        with torch.no_grad():
+            assert network(torch.zeros(1, 1, *settings.patch_size)).shape == (1, 3, *settings.patch_size)
+
+
+def test_queries_cover_the_fullest_slice(preprocessed: Path) -> None:
+    decisions = plan().plans["masksam"]
+    assert decisions["targets_per_slice"]["most"] == 3 and decisions["targets_per_slice"]["cases"] == 6
+    rows = {row["what"]: row for row in decisions["configurations"]["3d_fullres"]}
+    assert rows["N"]["value"] == 4 and decisions["targets_per_slice"]["case"] in rows["N"]["why"]
+
+
+def test_only_what_is_asked_for_and_nothing_else_is_lost(preprocessed: Path) -> None:
+    first = plan("43", ["2d"])
+    assert set(first.plans["configurations"]) == {"2d"} == set(first.plans["masksam"]["configurations"])
+    own = deepcopy(first.plans)
+    own["configurations"]["mine"] = {"inherits_from": "2d", "batch_size": 7}
+    first.file.write_text(json.dumps(own))
+    second = plan("43", ["3d_fullres"])
+    assert set(json.loads(second.file.read_text())["configurations"]) == {"2d", "mine", "3d_fullres"}
+    assert second.configurations == ["3d_fullres"]
+
+
+def test_a_cascade_brings_its_two_stages(preprocessed: Path) -> None:
+    theirs = plan_stock(preprocessed)
+    full = theirs["configurations"]["3d_fullres"]
+    theirs["configurations"]["3d_lowres"] = deepcopy(full) | {
+        "next_stage": "3d_cascade_fullres",
+        "data_identifier": "nnUNetPlans_3d_lowres",
+    }
+    theirs["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(theirs))
+    low = plan("43", ["3d_lowres"], plans_name="OnlyLow").plans["configurations"]
+    assert set(low) == {"3d_lowres"} and "next_stage" not in low["3d_lowres"]
+    planned = plan("43", ["3d_cascade_fullres"])
+    assert set(planned.configurations) == {"3d_fullres", "3d_lowres", "3d_cascade_fullres"}
+    assert planned.plans["configurations"]["3d_lowres"]["next_stage"] == "3d_cascade_fullres"
+    config = read_config(PlansManager(planned.plans).get_configuration("3d_cascade_fullres"))
+    assert config is not None and config.backbone == "vit_t"
+
+
+def test_plans_move_between_datasets(preprocessed: Path, tmp_path: Path) -> None:
+    planned = plan("43", ["3d_fullres"])
+    other = Kind(44, "Other", KIND.sizes, KIND.labels, KIND.values)
+    other.write(tmp_path / "nnUNet_raw")
+    (tmp_path / "nnUNet_preprocessed" / other.dataset).mkdir()
+    move_plans_between_datasets(43, 44, "MaskSAMPlans", "MovedPlans")
+    moved = PlansManager(str(tmp_path / "nnUNet_preprocessed" / other.dataset / "MovedPlans.json"))
+    assert read_config(moved.get_configuration("3d_fullres")) == read_config(
+        PlansManager(planned.plans).get_configuration("3d_fullres")
+    )
+
+
+def test_the_report_says_what_comes_next(preprocessed: Path) -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    plan("43", ["3d_fullres"], console=console)
+    text = console.export_text()
+    assert "nnUNetv2_preprocess -d 43 -plans_name MaskSAMPlans -c 3d_fullres" in text
+    assert "nnUNetv2_train 43 3d_fullres 0 -p MaskSAMPlans -tr MaskSAMTrainer_vit_t" in text
+    for case in KIND.cases:
+        data = preprocessed / "nnUNetPlans_3d_fullres"
+        data.mkdir(exist_ok=True)
+        (data / f"{case}.b2nd").touch()
+    console = Console(record=True, width=200, file=io.StringIO())
+    plan("43", ["3d_fullres"], console=console)
+    assert "No preprocessing is needed" in console.export_text()
+
+
+def test_it_warns_of_patients_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path, monkeypatch)
+    folder = KIND.write(tmp_path / "nnUNet_raw")
+    KIND.write_fingerprint(tmp_path / "nnUNet_preprocessed")
+    for index, case in enumerate(KIND.cases):
+        patient = f"patient{index // 2:03d}_frame{index % 2:02d}"
+        (folder / "imagesTr" / f"{case}_0000.nii.gz").rename(folder / "imagesTr" / f"{patient}_0000.nii.gz")
+        (folder / "labelsTr" / f"{case}.nii.gz").rename(folder / "labelsTr" / f"{patient}.nii.gz")
+    console = Console(record=True, width=400, file=io.StringIO())
+    plan("43", ["2d"], console=console)
+    assert "warning" in console.export_text() and "masksam split -d 43" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("99",), {}, r"-d 99: no such dataset; .* holds Dataset043_Planned"),
+        (("Dataset043_Plan",), {}, "no such dataset|holds no"),
+        (("43", ["3d_lowres"]), {}, "-c 3d_lowres: nnU-Net plans no such configuration .* choose of 2d, 3d_fullres"),
+        (("43",), {"backbone": "vit_x"}, "--backbone 'vit_x' is not known"),
+        (("43",), {"gpu_memory_gb": 0.0}, "--gpu-memory 0 must be a positive number"),
+        (("43",), {"gpu_memory_gb": float("nan")}, "--gpu-memory nan must be a positive number"),
+        (("43",), {"plans_name": "nnUNetPlans"}, "not nnU-Net's own"),
+        (("43",), {"plans_name": "a/b"}, "--plans-name 'a/b'"),
+        (("43",), {"preset": "acdc"}, "--backbone vit_t: --preset acdc was published with vit_b"),
+        (("43",), {"preset": "acdc", "backbone": "auto"}, "published for 3 foreground labels, this dataset has 2"),
+        (("43",), {"preset": "brats", "backbone": "auto"}, "--preset 'brats' is not known"),
+        (
+            ("43", ["3d_fullres"]),
+            {"gpu_memory_gb": 0.3, "backbone": "auto"},
+            r"--gpu-memory 0.3 is too small for vit_b, the smallest SAM: .* give --gpu-memory \d+\.\d or more",
+        ),
+    ],
+)
+def test_bad_requests_write_nothing(
+    preprocessed: Path, arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    before = sorted(preprocessed.iterdir())
+    with pytest.raises(PlanError, match=message):
+        plan(*arguments, **options)
+    assert sorted(preprocessed.iterdir()) == before
+
+
+def test_the_least_memory_that_it_names_is_enough(preprocessed: Path) -> None:
+    with pytest.raises(PlanError) as refusal:
+        plan("43", ["3d_fullres"], gpu_memory_gb=0.3, backbone="vit_b")
+    enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
+    planned = plan("43", ["3d_fullres"], gpu_memory_gb=enough, backbone="vit_b")
+    assert read_config(PlansManager(planned.plans).get_configuration("3d_fullres")) is not None
+
+
+def test_no_fingerprint(preprocessed: Path) -> None:
+    (preprocessed / "dataset_fingerprint.json").unlink()
+    with pytest.raises(PlanError, match=r"no fingerprint .* nnUNetv2_extract_fingerprint -d 43"):
+        plan()
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_folders_not_named(preprocessed: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv(variable)
+    with pytest.raises(PlanError, match=f"{variable} is not set"):
+        plan()
+
+
+def test_damaged_nnunet_plans(preprocessed: Path) -> None:
+    (preprocessed / "nnUNetPlans.json").write_text("{")
+    with pytest.raises(PlanError, match=r"nnUNetPlans.json is not JSON: .*nnUNetv2_plan_experiment -d 43"):
+        plan()
+
+
+def test_a_label_that_dataset_json_does_not_name(preprocessed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "nnUNet_raw" / KIND.dataset / "dataset.json"
+    description = json.loads(file.read_text())
+    description["labels"].pop("second")
+    file.write_text(json.dumps(description))
+    with pytest.raises(PlanError, match=r"case 'case_00': .* holds the label 2, which dataset.json does not name"):
+        plan()
+    assert not (preprocessed / "MaskSAMPlans.json").exists()
+
+
+def test_a_damaged_label_map(preprocessed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "nnUNet_raw" / KIND.dataset / "labelsTr" / "case_03.nii.gz"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(PlanError, match=r"case 'case_03': .* cannot be read as a label map"):
+        plan()

@@ -1,0 +1,77 @@
+"""The published settings as plans and trainers: one plan and one training command repeat them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kinds_of_data import Kind
+from plain_plans import dataset_json, folders, plain_plans
+from rich.console import Console
+from torch import nn
+
+from masksam_nnunet import trainers
+from masksam_nnunet.config import ConfigError
+from masksam_nnunet.plans.planning import plan_dataset
+from masksam_nnunet.plans.presets import load_preset
+
+CPU = torch.device("cpu")
+ORGANS = {"acdc": 3, "synapse": 13, "amos": 15}
+
+
+def planned(tmp_path: Path, preset: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(plans, dataset.json, what was printed) of ``masksam plan --preset`` on a small dataset with as many labels."""
+    number = ORGANS[preset]
+    kind = Kind(
+        id=45,
+        name="Recipe",
+        sizes=[(6, 40, 40)] * 5,
+        labels={"background": 0, **{f"organ {value}": value for value in range(1, number + 1)}},
+        values=tuple(range(1, number + 1)),
+    )
+    kind.write(tmp_path / "nnUNet_raw")
+    kind.write_fingerprint(tmp_path / "nnUNet_preprocessed")
+    console = Console(record=True, width=300, file=io.StringIO())
+    plans = plan_dataset("45", preset=preset, console=console).plans
+    return plans | {"continue_training": False}, dataset_json(number + 1), console.export_text()
+
+
+@pytest.mark.parametrize("preset", ORGANS)
+def test_plan_and_trainer_are_the_published_setting(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders(tmp_path, monkeypatch)
+    plans, description, text = planned(tmp_path, preset)
+    recipe = load_preset(preset)
+    settings = plans["configurations"]["3d_fullres"]
+    assert (settings["patch_size"], settings["batch_size"]) == (list(recipe.patch_size), 2)
+    assert f"-p MaskSAMPlans -tr {recipe.trainer}" in text and "means here" in text
+
+    trainer = getattr(trainers, recipe.trainer)(plans, "3d_fullres", 0, description, CPU)
+    config = trainer.config
+    assert (config.backbone, config.upsample, config.num_queries) == (
+        recipe.backbone,
+        recipe.upsample,
+        recipe.num_queries,
+    )
+    assert config.loss == recipe.loss and config.prompts == "soft"
+    assert (trainer.num_epochs, trainer.gradient_clip) == (recipe.epochs, 12.0)
+    trainer.network = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimizer, scheduler = trainer.configure_optimizers()
+    assert type(optimizer).__name__ == recipe.optimizer.name
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["weight_decay"]) == (1e-3, 3e-5)
+        if recipe.optimizer.name == "SGD":
+            assert group["momentum"] == 0.99 and group["nesterov"]
+        else:
+            assert group["eps"] == 1e-4
+    assert scheduler.at(0.0, 0) == 1e-3 and scheduler.at(0.5, 9) == pytest.approx(1e-3 * 0.5**0.9)
+
+
+def test_a_published_trainer_wants_its_own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"MaskSAMTrainer_acdc repeats .* 'nnUNetPlans' hold none.*--preset acdc"):
+        trainers.MaskSAMTrainer_acdc(plain_plans(), "3d_fullres", 0, dataset_json(4), CPU)

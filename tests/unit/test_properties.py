@@ -1,0 +1,109 @@
+"""Whatever a dataset asks for is built, trained for a step and predicted: shapes as promised, values finite."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from configs import TINY_WIDTHS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from masksam_nnunet.config import LossConfig, MaskSAMConfig
+from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.modeling import MaskSAM
+
+FLAGS = st.fixed_dictionaries(
+    {
+        "regions": st.booleans(),
+        "checkpointing": st.booleans(),
+        "prompts": st.sampled_from(("soft", "hard")),
+        "upsample": st.sampled_from((1, 2, 4)),
+        "adapter_ratio": st.sampled_from((0.1, 0.25, 1.0)),
+    }
+)
+LOSSES = st.builds(
+    LossConfig,
+    matching=st.sampled_from(("slice", "volume")),
+    semantic=st.sampled_from((0.0, 1.0)),
+    num_points=st.sampled_from((7, 64, 2**15)),
+)
+
+
+def dice_and_cross_entropy(regions: bool, ignore: int | None):  # type: ignore[no-untyped-def]
+    """A stand-in for nnU-Net's loss, which has another for regions and ignores what it must."""
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if regions:
+            return F.binary_cross_entropy_with_logits(logits, target[:, : logits.shape[1]].float())
+        labels = target[:, 0].long()
+        return F.cross_entropy(logits, labels, ignore_index=-100 if ignore is None else ignore)
+
+    return loss
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[MaskSAMConfig, int, int, int, int | None]:
+    """(config, B, C, K, ignore label)."""
+    plane = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
+    depth = draw(st.one_of(st.none(), st.integers(1, 5)))
+    config = MaskSAMConfig(
+        backbone="vit_t",
+        patch_size=plane if depth is None else (depth, *plane),
+        num_queries=draw(st.integers(1, 9)),
+        loss=draw(LOSSES),
+        **TINY_WIDTHS,  # type: ignore[arg-type]
+        **draw(FLAGS),
+    )
+    classes = draw(st.integers(1 if config.regions else 2, 12))
+    ignore = classes if draw(st.booleans()) else None
+    return config, draw(st.integers(1, 2)), draw(st.integers(1, 5)), classes, ignore
+
+
+def segmentation(config: MaskSAMConfig, batch: int, classes: int, ignore: int | None) -> torch.Tensor:
+    """As nnU-Net's data loader gives it: labels, or a map a region and one of what is ignored."""
+    if config.regions:
+        channels = classes + (ignore is not None)
+        return torch.randint(0, 2, (batch, channels, *config.patch_size)).short()
+    highest = classes if ignore is None else classes + 1
+    return torch.randint(0, highest, (batch, 1, *config.patch_size)).short()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cases())
+def test_one_step_and_a_prediction(case: tuple[MaskSAMConfig, int, int, int, int | None]) -> None:
+    config, batch, channels, classes, ignore = case
+    torch.manual_seed(0)
+    network = MaskSAM(config, channels, classes, image_channels=1 + channels // 2)
+    criterion = MaskSAMCriterion(
+        config.loss,
+        network.grid,
+        classes,
+        config.regions,
+        ignore,
+        dice_and_cross_entropy(config.regions, ignore),
+    )
+    x = torch.randn(batch, channels, *config.patch_size)
+    target = segmentation(config, batch, classes, ignore)
+    if not config.regions and ignore is not None:
+        target[0, 0].view(-1)[0] = 0  # cross-entropy of nothing but ignored voxels is NaN in PyTorch
+
+    output = network.train()(x)
+    depth, height, width = network.grid.patch
+    assert output.class_logits.shape == (batch, depth, config.num_queries, classes + 1)
+    assert output.mask_logits.shape == (batch, depth, config.num_queries, height, width)
+    assert output.aux_mask_logits.shape == (batch, depth, config.num_queries, *network.grid.masks)
+    assert output.aux_boxes.shape == (batch, depth, config.num_queries, 4)
+    loss, terms = criterion(output, target)
+    assert torch.isfinite(loss) and all(torch.isfinite(term) for term in terms.values())
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(g).all() for g in gradients)
+    optimizer.step()
+
+    with torch.no_grad():
+        prediction = network.eval()(x)
+    assert prediction.shape == (batch, classes, *config.patch_size)
+    assert torch.isfinite(prediction).all()
+    if not config.regions:
+        torch.testing.assert_close(prediction.exp().sum(1), torch.ones(batch, *config.patch_size), atol=1e-4, rtol=0)
