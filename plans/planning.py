@@ -27,7 +27,7 @@ from .sizing import LARGEST_FIRST
 from .splits import split_warning
 
 PLANS_NAME = "MaskSAMPlans"
-_OWN_TRAINERS = {"vit_t": "MaskSAMTrainer_vit_t"}  # it learns at another rate
+_OWN_TRAINERS = {"vit_t": "MaskSAMTrainer_vit_t"}  # results are to say that it is not SAM
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ class PublishedTrainer(MaskSAMTrainer):
     def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The published one, over all trained parameters alike."""
         settings = self.published.optimizer
-        shared: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         if settings.name == "SGD":
-            return torch.optim.SGD(trained, momentum=settings.momentum, nesterov=True, **shared)
-        return torch.optim.AdamW(trained, eps=settings.eps, **shared)
+            return torch.optim.SGD(trained, **options, momentum=settings.momentum or 0.0, nesterov=True)
+        return torch.optim.AdamW(trained, **options, eps=settings.eps or 1e-8)
 
 
 class MaskSAMTrainer_acdc(PublishedTrainer):

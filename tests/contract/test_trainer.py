@@ -86,7 +86,8 @@ def test_nnunet_finds_the_installed_class(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_backbones_and_epochs() -> None:
-    assert (MaskSAMTrainer.backbone, MaskSAMTrainer_vit_h.backbone) == ("vit_b", "vit_h")
+    assert (MaskSAMTrainer.backbone, MaskSAMTrainer_vit_h.backbone) == (None, "vit_h")
+    assert MaskSAMTrainer(plain_plans(), "3d_fullres", 0, dataset_json(), CPU).config.backbone == "vit_b"
     assert trainers.MaskSAMTrainer_vit_l.backbone == "vit_l"
     assert trainer().num_epochs == 1000 and trainer().num_iterations_per_epoch == 250
     assert trainer(cls=trainers.MaskSAMTrainer_vit_t_5epochs).num_epochs == 5
@@ -107,8 +108,17 @@ def test_plans_of_another_backbone_are_refused() -> None:
     plans = plain_plans()
     trainer(plans)
     plans["continue_training"] = False
-    with pytest.raises(ConfigError, match="backbone = 'vit_t', but MaskSAMTrainer trains 'vit_b'"):
-        MaskSAMTrainer(plans, "3d_fullres", 0, dataset_json(), CPU)
+    with pytest.raises(ConfigError, match="backbone = 'vit_t', but MaskSAMTrainer_vit_h trains 'vit_h'"):
+        MaskSAMTrainer_vit_h(plans, "3d_fullres", 0, dataset_json(), CPU)
+
+
+def test_the_plain_trainer_trains_what_plans_name_at_its_rate() -> None:
+    plans = plain_plans()
+    trainer(plans)
+    plans["continue_training"] = False
+    made = MaskSAMTrainer(plans, "3d_fullres", 0, dataset_json(), CPU)
+    assert (made.config.backbone, made.initial_lr) == ("vit_t", 3e-3)
+    assert MaskSAMTrainer(plain_plans(), "3d_fullres", 0, dataset_json(), CPU).initial_lr == 1e-4
 
 
 @pytest.mark.parametrize(("option", "value"), [("patch_size", (32, 32)), ("regions", True)])
