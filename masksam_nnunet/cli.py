@@ -168,7 +168,6 @@ def plan(
     if context.args and (not configurations or any(word.startswith("-") for word in context.args)):
         raise typer.BadParameter(f"unexpected {' '.join(context.args)}")
     wanted = [*(configurations or ()), *context.args]
-    os.environ.pop("nnUNet_n_proc_DA", None)  # 0, right for training, makes nnU-Net's planner fail
     from masksam_nnunet.plans.errors import PlanError
     from masksam_nnunet.plans.planning import plan_dataset
 

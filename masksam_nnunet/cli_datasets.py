@@ -136,7 +136,7 @@ def _done(folder: Path, dataset_id: int) -> None:
     typer.echo(folder)
     typer.echo(
         f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres --verify_dataset_integrity\n"
-        f"then: masksam train {dataset_id} 3d_fullres 0",
+        f"then: masksam plan -d {dataset_id} -c 3d_fullres",
         err=True,
     )
 

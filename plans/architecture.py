@@ -8,6 +8,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 
+BASE_PLANS = "nnUNetPlans"
+"""nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
 NETWORK_CLASS = "masksam_nnunet.modeling.MaskSAM"
 DECISIONS = "masksam"
 """The key of plans under which ``masksam plan`` keeps what it decided; nnU-Net leaves it alone."""

@@ -18,7 +18,9 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 
 MAX_IMAGE = 1024  # SAM's own input size
-MEMORY_GIB = 21.0  # of a 24 GB research card
+CARD_GB = 24.0  # a common research card
+USABLE = 7 / 8  # of a card's memory: the rest is for the driver, fragmentation and what cannot be foreseen
+MEMORY_GIB = CARD_GB * USABLE
 MAX_QUERIES = 64
 
 
@@ -44,6 +46,21 @@ def profile_of(backbone: str) -> Profile:
     return TINY_PROFILE if backbone == "vit_t" else SAM_PROFILE
 
 
+def config_for(backbone: str, patch_size: tuple[int, ...], queries: int, regions: bool, **more: Any) -> MaskSAMConfig:
+    """A config with the widths that go with the backbone, at u = 1 unless ``more`` says otherwise."""
+    profile = profile_of(backbone)
+    return MaskSAMConfig(
+        backbone=backbone,
+        patch_size=patch_size,
+        num_queries=queries,
+        regions=regions,
+        stem_width=profile.stem_width,
+        generator_widths=profile.generator_widths,
+        head_width=profile.head_width,
+        **{"upsample": 1, **more},
+    )
+
+
 def derive_config(
     plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str
 ) -> MaskSAMConfig:
@@ -57,19 +74,11 @@ def derive_config(
     labels = manager.get_label_manager(dataset_json)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     classes = labels.num_segmentation_heads
-    profile = profile_of(backbone)
-    config = MaskSAMConfig(
-        backbone=backbone,
-        patch_size=tuple(int(size) for size in configuration.patch_size),
-        upsample=1,
-        # K is only a bound on what one slice holds: plain plans do not tell more.
-        num_queries=min(num_queries(classes, backbone), MAX_QUERIES),
-        regions=labels.has_regions,
-        stem_width=profile.stem_width,
-        generator_widths=profile.generator_widths,
-        head_width=profile.head_width,
-    )
-    return choose_upsampling(config, channels, classes, configuration.batch_size, profile)
+    patch_size = tuple(int(size) for size in configuration.patch_size)
+    # K is only a bound on what one slice holds: plain plans do not tell more.
+    queries = min(num_queries(classes, backbone), MAX_QUERIES)
+    config = config_for(backbone, patch_size, queries, labels.has_regions)
+    return choose_upsampling(config, channels, classes, configuration.batch_size, profile_of(backbone))
 
 
 def num_queries(targets: int, backbone: str) -> int:
@@ -80,11 +89,12 @@ def num_queries(targets: int, backbone: str) -> int:
     In steps, so that weights trained on one dataset fit another with nearly as many classes.
     """
     if backbone == "vit_t":
-        return _up(targets + 1, 4)
-    return max(min(_up(3 * targets / 2, 8), MAX_QUERIES), _up(targets, 8))
+        return round_up(targets + 1, 4)
+    return max(8, min(round_up(3 * targets / 2, 8), MAX_QUERIES), round_up(targets, 8))
 
 
-def _up(number: float, step: int) -> int:
+def round_up(number: float, step: int) -> int:
+    """The next multiple of ``step``."""
     return math.ceil(number / step) * step
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,16 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet import __version__
-from masksam_nnunet.config import MaskSAMConfig
-from masksam_nnunet.cost import training_cost
-from masksam_nnunet.json_files import read_json, write_json
+from masksam_nnunet.json_files import read_json, write_text_atomically
 
-from .architecture import DECISIONS, write_config
-from .derive import SAM_PROFILE, num_queries
+from .architecture import BASE_PLANS, DECISIONS, write_config
+from .derive import num_queries
 from .errors import PlanError
 from .presets import Preset
 from .raw_data import read_raw_dataset
-from .sizing import LARGEST_FIRST, USABLE, Sizes, Task, choose_sizes
+from .sizing import LARGEST_FIRST, Sizes, Task, choose_sizes, preset_sizes
 from .slices import SliceCount, count_targets
 
-BASE_PLANS = "nnUNetPlans"
 CASCADE, FULL, LOW = "3d_cascade_fullres", "3d_fullres", "3d_lowres"
 
 
@@ -102,6 +101,11 @@ class MaskSAMPlanner(ExperimentPlanner):
         """The dataset's preprocessed folder."""
         return Path(nnUNet_preprocessed) / self.dataset_name
 
+    @property
+    def file(self) -> Path:
+        """The plans to write."""
+        return self.folder / f"{self.plans_identifier}.json"
+
     def generate_data_identifier(self, configuration_name: str) -> str:
         """nnU-Net's own: its data is ours, unless another spacing is forced."""
         return f"{BASE_PLANS if self._shares_data else self.plans_identifier}_{configuration_name}"
@@ -111,70 +115,79 @@ class MaskSAMPlanner(ExperimentPlanner):
 
         Raises:
             PlanError: for a configuration that nnU-Net does not have, labels that cannot be read or do not fit a
-                preset, or too little memory.
+                preset, a plans file of that name that is not this planner's, or too little memory.
         """
-        if self.request.preset is not None:
-            foreground = len(
-                self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
-            )
-            self.request.preset.check_labels(foreground, self.labels.has_regions, self.channels)
+        preset = self.request.preset
+        if preset is not None:
+            classes = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
+            preset.check_labels(len(classes), self.labels.has_regions, self.channels)
+        earlier = self._earlier_plans()
         base = self._base_plans()
         names = self._configurations(base)
         self.notify("reading the training labels")
         raw = read_raw_dataset(Path(self.raw_dataset_folder), "-d", min_cases=1)
         count = count_targets(raw.labels, raw.dataset_json, base["transpose_forward"][0])
 
-        plans = {**base, "plans_name": self.plans_identifier, "experiment_planner_used": type(self).__name__}
         self.planned = [name for name in base["configurations"] if name in _with_parents(names)]
-        plans["configurations"] = {name: base["configurations"][name] for name in self.planned}
-        decisions: dict[str, Any] = {
-            "version": __version__,
-            "gpu_memory_gb": self.gpu_memory_gb,
-            "preset": self.request.preset.name if self.request.preset else None,
-            "targets_per_slice": {"most": count.most, "case": count.case, "slice": count.slice, "cases": count.cases},
-            "configurations": {},
+        kept = {k: v for k, v in earlier.get("configurations", {}).items() if k not in self.planned}
+        configurations = kept | {name: base["configurations"][name] for name in self.planned}
+        decisions = {k: v for k, v in earlier.get(DECISIONS, {}).items() if k in kept}
+        plans = {
+            **base,
+            "plans_name": self.plans_identifier,
+            "experiment_planner_used": type(self).__name__,
+            "configurations": configurations,
+            DECISIONS: decisions,
         }
         for name in self.planned:
             if name == CASCADE:
                 continue  # inherits all from 3d_fullres
-            sizes = self._sizes(base, name, count, cascade=CASCADE in self.planned and name == FULL)
-            configuration = plans["configurations"][name]
-            configuration["patch_size"] = list(sizes.config.patch_size)
-            configuration["batch_size"] = sizes.batch_size
+            sizes = self._sizes(base, name, count, cascade=CASCADE in configurations and name == FULL)
+            configurations[name]["patch_size"] = list(sizes.config.patch_size)
+            configurations[name]["batch_size"] = sizes.batch_size
             write_config(plans, name, sizes.config)
-            decisions["configurations"][name] = _decisions(sizes, count)
-        if self.request.preset is None:
-            plans[DECISIONS] = decisions
-        else:
-            notes = {"notes": list(self.request.preset.notes), "sources": self.request.preset.sources}
-            plans[DECISIONS] = decisions | notes
+            decisions[name] = {
+                "version": __version__,
+                "gpu_memory_gb": self.gpu_memory_gb,
+                "preset": preset and preset.name,
+                "targets_per_slice": asdict(count),
+                "decided": sizes.table(preset.epochs if preset else 1000),
+            }
+            if preset is not None:
+                decisions[name] |= {"notes": list(preset.notes), "sources": preset.sources}
+        if CASCADE not in configurations:  # nnU-Net would look for it after a validation of 3d_lowres
+            configurations.get(LOW, {}).pop("next_stage", None)
         self.plans = plans
         self.save_plans(plans)
         return plans
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Write the plans atomically, keeping configurations of other names that the file holds."""
+        """Write the plans atomically."""
         recursive_fix_for_json_export(plans)
-        file = self.folder / f"{self.plans_identifier}.json"
-        if file.is_file():
-            before = read_json(file)
-            for holder, earlier in ((plans, before), (plans[DECISIONS], before.get(DECISIONS, {}))):
-                holder["configurations"] = earlier.get("configurations", {}) | holder["configurations"]
-        if CASCADE not in plans["configurations"]:  # nnU-Net would look for it after a validation of 3d_lowres
-            plans["configurations"].get(LOW, {}).pop("next_stage", None)
-        write_json(file, plans)
-        # nnU-Net's planner copies it too: training and preprocessing read it there.
-        write_json(self.folder / "dataset.json", self.dataset_json)
+        # NaN is what nnU-Net writes where no case has foreground.
+        text = json.dumps(plans, indent=4) + "\n"
+        # As nnU-Net's planner has it: preprocessing and training read dataset.json there.
+        description = (Path(self.raw_dataset_folder) / "dataset.json").read_text(encoding="utf-8")
+        write_text_atomically(self.folder / "dataset.json", description)
+        write_text_atomically(self.file, text)
+
+    def _earlier_plans(self) -> dict[str, Any]:
+        """What the file holds, of which other configurations are kept; empty where there is none."""
+        if not self.file.is_file():
+            return {}
+        earlier = _read_plans(self.file, "remove it and plan again")
+        if DECISIONS not in earlier:
+            raise PlanError(
+                f"--plans-name {self.plans_identifier}: {self.file} holds plans that masksam did not make; "
+                "choose another name"
+            )
+        return earlier
 
     def _base_plans(self) -> dict[str, Any]:
         file = self.folder / f"{BASE_PLANS}.json"
         if self._shares_data and file.is_file():
-            try:
-                return deepcopy(read_json(file))
-            except ValueError as error:
-                raise PlanError(
-                    f"{file} is not JSON: {error}; remove it and run nnUNetv2_plan_experiment -d {self._id}"
-                ) from error
+            remedy = f"remove it and run nnUNetv2_plan_experiment -d {int(self.dataset_name[7:10])}"
+            return deepcopy(_read_plans(file, remedy))
         stock = _InMemory(
             self.dataset_name,
             preprocessor_name=self.preprocessor_name,
@@ -182,38 +195,37 @@ class MaskSAMPlanner(ExperimentPlanner):
             overwrite_target_spacing=self.overwrite_target_spacing,
             suppress_transpose=self.suppress_transpose,
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells of U-Nets
+        with (
+            contextlib.redirect_stdout(io.StringIO()),  # it tells of U-Nets
+            _left_as_it_was(self.folder / "dataset.json"),  # which it copies, while we may still refuse
+            _without_variable("nnUNet_n_proc_DA"),  # 0, right for training, makes it fail
+        ):
             return stock.plan_experiment()
-
-    @property
-    def _id(self) -> int:
-        return int(self.dataset_name[len("Dataset") : len("Dataset000")])
 
     def _configurations(self, base: dict[str, Any]) -> Sequence[str]:
         available = [n for n in ("2d", FULL, LOW, CASCADE) if n in base["configurations"]]
-        wanted = self.request.configurations
+        wanted, asked = self.request.configurations, "-c {}"
         if self.request.preset is not None:
             if set(wanted) - {FULL}:
                 raise PlanError(
                     f"-c {' '.join(wanted)}: --preset {self.request.preset.name} is a setting of {FULL}; "
                     f"leave -c out or give -c {FULL}"
                 )
-            wanted = (FULL,)
+            wanted, asked = (FULL,), f"--preset {self.request.preset.name} is a setting of {{}}"
         for name in wanted:
             if name not in available:
                 raise PlanError(
-                    f"-c {name}: nnU-Net plans no such configuration for {self.dataset_name}; "
+                    f"{asked.format(name)}: nnU-Net plans no such configuration for {self.dataset_name}; "
                     f"choose of {', '.join(available)}"
                 )
         return wanted or available
 
     def _sizes(self, base: dict[str, Any], name: str, count: SliceCount, cascade: bool) -> Sizes:
         settings = PlansManager(base).get_configuration(name)
-        classes = self.labels.num_segmentation_heads
         # A cascade's one-hot maps of the previous stage; its network is planned with 3d_fullres, whose it is.
         channels = self.channels + (len(self.labels.foreground_labels) if cascade else 0)
-        median = tuple(max(1, round(size)) for size in settings.median_image_size_in_voxels)
         dims = len(settings.patch_size)
+        median = tuple(max(1, round(size)) for size in settings.median_image_size_in_voxels[-dims:])
         # As nnU-Net has it: the whole volumes, for 2d too.
         full = base["configurations"].get(FULL)
         depth = full["median_image_size_in_voxels"][0] if full and dims == 2 else 1
@@ -224,16 +236,17 @@ class MaskSAMPlanner(ExperimentPlanner):
             return max(self.UNet_min_batch_size, min(share, settings.batch_size))
 
         task = Task(
-            median_shape=median[-dims:],
+            median_shape=median,
             channels=channels,
-            classes=classes,
+            classes=self.labels.num_segmentation_heads,
             queries=lambda backbone: num_queries(count.most, backbone),
             targets_per_slice=count.most,
+            where=f"{count.case}, slice {count.slice}",
             regions=self.labels.has_regions,
             largest_batch=largest_batch,
         )
         if self.request.preset is not None:
-            return _preset_sizes(self.request.preset, task, self.gpu_memory_gb)
+            return preset_sizes(self.request.preset, task, self.gpu_memory_gb)
         return choose_sizes(task, self.request.backbones, self.gpu_memory_gb, self.notify)
 
 
@@ -249,56 +262,35 @@ def _with_parents(names: Sequence[str]) -> set[str]:
     return {*names, FULL, LOW} if CASCADE in names else set(names)
 
 
-def _preset_sizes(preset: Preset, task: Task, gpu_memory_gb: float) -> Sizes:
-    """The published setting, whatever memory it takes; only checkpointing, which changes no number, is chosen."""
-    config = MaskSAMConfig(
-        preset.backbone,
-        preset.patch_size,
-        preset.upsample,
-        preset.num_queries,
-        regions=False,
-        stem_width=SAM_PROFILE.stem_width,
-        generator_widths=SAM_PROFILE.generator_widths,
-        head_width=SAM_PROFILE.head_width,
-        loss=preset.loss,
-    )
-    inputs = (task.channels, task.classes, preset.batch_size, task.targets_per_slice)
-    cost = training_cost(config, *inputs)
-    without = cost.peak_gib
-    if without > gpu_memory_gb * USABLE:
-        config = replace(config, checkpointing=True)
-        cost = training_cost(config, *inputs)
-    source = f"--preset {preset.name}: {{}}"
-    reasons = {
-        "backbone": source.format(preset.sources["backbone"]),
-        "D": source.format(preset.sources["patch_size"]),
-        "H x W": source.format(preset.sources["patch_size"]),
-        "u": source.format(preset.sources["upsample"]),
-        "N": source.format(preset.sources["num_queries"]),
-        "batch size": source.format(preset.sources["batch_size"]),
-        "checkpointing": f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory",
-    }
-    if cost.peak_gib > gpu_memory_gb * USABLE:
-        reasons["memory"] = f"more than --gpu-memory {gpu_memory_gb:g} leaves; the published setting was kept"
-    return Sizes(config, preset.batch_size, cost, reasons)
+def _read_plans(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        plans = read_json(file)
+        if not isinstance(plans["configurations"], dict):
+            raise TypeError("configurations is no object")
+    except ValueError as error:
+        raise PlanError(f"{file} is not JSON: {error}; {remedy}") from error
+    except (TypeError, LookupError) as error:
+        raise PlanError(f"{file} holds no plans ({error}); {remedy}") from error
+    return plans  # type: ignore[no-any-return]
 
 
-def _decisions(sizes: Sizes, count: SliceCount) -> list[dict[str, Any]]:
-    """Rows of what was decided and why, as plain JSON."""
-    config, cost, why = sizes.config, sizes.cost, sizes.reasons
-    *depth, height, width = config.patch_size
-    queries = f"up to {count.most} targets in a slice ({count.case}, slice {count.slice}), and headroom"
-    hours = 250_000 * cost.tflop / 100 / 3600
-    rows: list[tuple[str, Any, str]] = [("backbone", config.backbone, why["backbone"])]
-    if depth:
-        rows.append(("D", depth[0], why["D"]))
-    rows += [
-        ("H x W", f"{height} x {width}", why["H x W"]),
-        ("u", config.upsample, f"{why['u']}: {config.upsample * height} x {config.upsample * width}"),
-        ("N", config.num_queries, why.get("N", queries)),
-        ("batch size", sizes.batch_size, why["batch size"]),
-        ("checkpointing", "on" if config.checkpointing else "off", why["checkpointing"]),
-        ("memory", f"{cost.peak_gib:.1f} GiB", why.get("memory", "estimated, bfloat16, for a training step")),
-        ("operations", f"{cost.tflop:.3g} TFLOP", f"a step; 250 000 at 100 TFLOP/s take {hours:.3g} hours"),
-    ]
-    return [{"what": what, "value": value, "why": reason} for what, value, reason in rows]
+@contextlib.contextmanager
+def _left_as_it_was(file: Path) -> Iterator[None]:
+    before = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    finally:
+        if before is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.write_bytes(before)
+
+
+@contextlib.contextmanager
+def _without_variable(name: str) -> Iterator[None]:
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,20 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
-from rich.table import Table
 
 from masksam_nnunet.config import BACKBONES
 from masksam_nnunet.json_files import read_json
 
-from .architecture import DECISIONS
+from .architecture import BASE_PLANS
 from .errors import PlanError
-from .planner import BASE_PLANS, CASCADE, LOW, MaskSAMPlanner, Request
+from .planner import CASCADE, MaskSAMPlanner, Request
 from .presets import Preset, load_preset
 from .raw_data import read_raw_dataset
 from .sizing import LARGEST_FIRST
 from .splits import split_warning
+from .summary import Planned, number_of, tell
 
 PLANS_NAME = "MaskSAMPlans"
-_OWN_TRAINERS = {"vit_t": "MaskSAMTrainer_vit_t"}  # results are to say that it is not SAM
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What was planned.
-
-    Attributes:
-        plans: their content.
-        file: where they are.
-        configurations: those planned now; the file may hold others, from before.
-        unprocessed: those of them whose data are not preprocessed yet.
-    """
-
-    plans: dict[str, Any]
-    file: Path
-    configurations: list[str]
-    unprocessed: list[str]
 
 
 def plan_dataset(
@@ -75,20 +58,24 @@ def plan_dataset(
         raise PlanError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(BACKBONES)}")
     if not gpu_memory_gb > 0:
         raise PlanError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
-    if plans_name == BASE_PLANS or not plans_name or Path(plans_name).name != plans_name:
-        raise PlanError(f"--plans-name {plans_name!r}: give a file name that is not nnU-Net's own {BASE_PLANS!r}")
+    if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:
+        raise PlanError(
+            f"--plans-name {plans_name!r}: give letters, digits, - and single _, and not nnU-Net's own {BASE_PLANS!r}"
+        )
     recipe = _recipe(preset, backbone)
     name = find_dataset(dataset)
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
     if not (preprocessed / "dataset_fingerprint.json").is_file():
         raise PlanError(
             f"-d {dataset}: {name} has no fingerprint in {preprocessed}; run first: "
-            f"nnUNetv2_extract_fingerprint -d {_number(name)} --verify_dataset_integrity"
+            f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity"
         )
     raw = read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1)
 
+    splits = _splits(raw.folder, preprocessed)
+
     backbones = LARGEST_FIRST if backbone == "auto" else (backbone,)
-    with console.status("planning") as status:
+    with console.status("planning") as status, _in_words(name, preprocessed):
         planner = MaskSAMPlanner(
             name,
             gpu_memory_gb,
@@ -98,11 +85,42 @@ def plan_dataset(
         )
         plans = planner.plan_experiment()
     unprocessed = _unprocessed(plans, planner.planned, planner.folder, list(raw.images))
-    planned = Planned(plans, planner.folder / f"{plans_name}.json", planner.planned, unprocessed)
-    splits = planner.folder / "splits_final.json"
-    warning = split_warning(raw.images, read_json(splits) if splits.is_file() else None, _number(name))
-    _tell(console, planned, recipe, warning)
+    planned = Planned(plans, planner.file, planner.planned, unprocessed)
+    tell(console, planned, recipe, split_warning(raw.images, splits, number_of(name)))
     return planned
+
+
+def _splits(raw: Path, preprocessed: Path) -> Any:
+    """The folds that training will use, or None. nnU-Net's planner stops without a word where the two files differ."""
+    ours, theirs = (
+        read_json(folder / "splits_final.json") if (folder / "splits_final.json").is_file() else None
+        for folder in (preprocessed, raw)
+    )
+    if ours is None or theirs is None:
+        return ours or theirs
+    for one, other in zip(theirs, ours, strict=False):
+        if any(set(one[part]) != set(other[part]) for part in ("train", "val")):
+            raise PlanError(
+                f"{raw / 'splits_final.json'} and {preprocessed / 'splits_final.json'} hold different folds, which "
+                "nnU-Net's planner refuses; remove the one that is not wanted (masksam split --force writes both)"
+            )
+    return ours
+
+
+@contextlib.contextmanager
+def _in_words(name: str, preprocessed: Path) -> Iterator[None]:
+    """What nnU-Net's planner and the file system raise, as an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise PlanError(
+            f"cannot write the plans into {preprocessed}: {error}; make room or make it writable"
+        ) from error
+    except (AssertionError, LookupError, ValueError, TypeError) as error:
+        raise PlanError(
+            f"{name}: planning failed with {type(error).__name__}: {error}; check dataset.json and the fingerprint: "
+            f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
+        ) from error
 
 
 def find_dataset(dataset: str) -> str:
@@ -113,7 +131,10 @@ def find_dataset(dataset: str) -> str:
     """
     for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
         if not os.environ.get(variable):
-            raise PlanError(f"{variable} is not set: export nnU-Net's folders nnUNet_raw and nnUNet_preprocessed first")
+            raise PlanError(
+                f"{variable} is not set: export nnU-Net's folders nnUNet_raw and nnUNet_preprocessed first (where the "
+                "raw data are not at hand, plan where they are and copy the plans file)"
+            )
     raw = Path(os.environ["nnUNet_raw"])
     if not raw.is_dir():
         raise PlanError(f"nnUNet_raw = {raw}: there is no such folder")
@@ -156,41 +177,3 @@ def _preprocessed(folder: Path) -> list[str]:
         return list(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
     except (AssertionError, KeyError):  # an empty folder, or one of several kinds of files
         return []
-
-
-def _number(name: str) -> int:
-    return int(name[len("Dataset") : len("Dataset000")])
-
-
-def _tell(console: Console, planned: Planned, recipe: Preset | None, warning: str | None) -> None:
-    plans, number = planned.plans, _number(planned.plans["dataset_name"])
-    decisions = {name: plans[DECISIONS]["configurations"][name] for name in planned.configurations if name != CASCADE}
-    for name, rows in decisions.items():
-        table = Table(title=f"{plans['dataset_name']}, {plans['plans_name']}, {name}", title_justify="left")
-        for column in ("", "value", "why"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(row["what"], str(row["value"]), row["why"])
-        console.print(table)
-    if CASCADE in planned.configurations:
-        console.print(f"{CASCADE}: the network of 3d_fullres, with the labels of {LOW} as more channels")
-    if recipe is not None:
-        console.print(f"The published setting ({recipe.name}, {recipe.dice} mean Dice in the paper) means here:")
-        for note in recipe.notes:
-            console.print(f"  - {note}", highlight=False)
-    if warning is not None:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    console.print(f"Plans: {planned.file}", soft_wrap=True, highlight=False)
-    if planned.unprocessed:
-        wanted = " ".join(planned.unprocessed)
-        command = f"nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {wanted} -np 4"
-        console.print(f"Next: {command}", soft_wrap=True, highlight=False)
-    else:
-        console.print("No preprocessing is needed: the data preprocessed for nnU-Net are used.", highlight=False)
-    first = "3d_fullres" if "3d_fullres" in decisions else next(iter(decisions))
-    backbone = next(row["value"] for row in decisions[first] if row["what"] == "backbone")
-    trainer = recipe.trainer if recipe else _OWN_TRAINERS.get(backbone, "MaskSAMTrainer")
-    if backbone != "vit_t":
-        console.print(f"Once: masksam weights {backbone}", highlight=False)
-    command = f"nnUNetv2_train {number} {first} 0 -p {plans['plans_name']} -tr {trainer}"
-    console.print(f"Then: {command}", soft_wrap=True, highlight=False)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 
-from .derive import MAX_IMAGE, Profile, profile_of
+from .derive import CARD_GB, MAX_IMAGE, USABLE, Profile, config_for, profile_of, round_up
 from .errors import PlanError
+from .presets import Preset
 
-USABLE = 21 / 24  # of a GPU's memory: the rest is for the driver, fragmentation and what cannot be foreseen
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
 MIN_IN_PLANE = 64
 MIN_BATCH = 2  # nnU-Net's
@@ -33,6 +34,7 @@ class Task:
         classes: K.
         queries: N by backbone is for the caller to say.
         targets_per_slice: the most targets in one slice.
+        where: which slice that is.
         regions: whether the classes are regions.
         largest_batch: the batch size allowed for a patch of so many voxels.
     """
@@ -42,6 +44,7 @@ class Task:
     classes: int
     queries: Callable[[str], int]
     targets_per_slice: int
+    where: str
     regions: bool
     largest_batch: Callable[[int], int]
 
@@ -54,6 +57,26 @@ class Sizes:
     batch_size: int
     cost: TrainingCost
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def table(self, epochs: int) -> list[dict[str, Any]]:
+        """Rows of what, value and why, as plain JSON; ``epochs`` of 250 iterations are reckoned."""
+        config, cost, why = self.config, self.cost, self.reasons
+        *depth, height, width = config.patch_size
+        hours = 250 * epochs * cost.tflop / 100 / 3600
+        seen = f"{config.upsample * height} x {config.upsample * width}"
+        rows: list[tuple[str, Any, str]] = [("backbone", config.backbone, why["backbone"])]
+        if depth:
+            rows.append(("D", depth[0], why["D"]))
+        rows += [
+            ("H x W", f"{height} x {width}", why["H x W"]),
+            ("u", config.upsample, f"{why['u']}; the encoder sees {seen}"),
+            ("N", config.num_queries, why["N"]),
+            ("batch size", self.batch_size, why["batch size"]),
+            ("checkpointing", "on" if config.checkpointing else "off", why["checkpointing"]),
+            ("memory", f"{cost.peak_gib:.1f} GiB", why.get("memory", "estimated, for a training step in bfloat16")),
+            ("operations", f"{cost.tflop:.3g} TFLOP", f"a step; {epochs} epochs at 100 TFLOP/s: {hours:.3g} hours"),
+        ]
+        return [{"what": what, "value": value, "why": reason} for what, value, reason in rows]
 
 
 def choose_sizes(
@@ -80,7 +103,9 @@ def choose_sizes(
         if found is not None:
             tried = backbones[: backbones.index(backbone)]
             why = f"the largest SAM that fits; {', '.join(tried)} would not" if tried else "the largest SAM, fits"
-            return replace(found, reasons={"backbone": why if len(backbones) > 1 else "as asked", **found.reasons})
+            queries = f"up to {task.targets_per_slice} targets in a slice ({task.where}), and headroom"
+            reasons = {"backbone": why if len(backbones) > 1 else "as asked", "N": queries, **found.reasons}
+            return replace(found, reasons=reasons)
         least = search.smallest()
     assert least is not None
     enough = least.cost.peak_gib / USABLE
@@ -93,6 +118,32 @@ def choose_sizes(
     )
 
 
+def preset_sizes(preset: Preset, task: Task, gpu_memory_gb: float) -> Sizes:
+    """The published setting, whatever memory it takes; only checkpointing, which changes no number, is chosen."""
+    config = config_for(
+        preset.backbone, preset.patch_size, preset.num_queries, False, upsample=preset.upsample, loss=preset.loss
+    )
+    inputs = (task.channels, task.classes, preset.batch_size, task.targets_per_slice)
+    cost = training_cost(config, *inputs)
+    without = cost.peak_gib
+    if without > gpu_memory_gb * USABLE:
+        config = replace(config, checkpointing=True)
+        cost = training_cost(config, *inputs)
+    keys = {
+        "backbone": "backbone",
+        "D": "patch_size",
+        "H x W": "patch_size",
+        "u": "upsample",
+        "N": "num_queries",
+        "batch size": "batch_size",
+    }
+    reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
+    reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
+    if cost.peak_gib > gpu_memory_gb * USABLE:
+        reasons["memory"] = f"more than --gpu-memory {gpu_memory_gb:g} leaves; the published setting was kept"
+    return Sizes(config, preset.batch_size, cost, reasons)
+
+
 class _Search:
     """The search for one backbone."""
 
@@ -102,10 +153,10 @@ class _Search:
         self.notify = notify
         self.profile: Profile = profile_of(backbone)
         self.memory_gib = gpu_memory_gb * USABLE
-        self.max_tflop = self.profile.max_tflop * (1 if backbone == "vit_t" else gpu_memory_gb / 24)
+        self.max_tflop = self.profile.max_tflop * (1 if backbone == "vit_t" else gpu_memory_gb / CARD_GB)
         self.is_2d = len(task.median_shape) == 2
         self.depth = 1 if self.is_2d else max(1, task.median_shape[0])
-        self.plane = tuple(min(_up(size, 16), MAX_IMAGE) for size in task.median_shape[-2:])
+        self.plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in task.median_shape[-2:])
 
     def best(self) -> Sizes | None:
         few = min(self.depth, FEW_SLICES)
@@ -138,7 +189,7 @@ class _Search:
         """Ever smaller slices, to the smallest."""
         planes = [self.plane]
         while max(planes[-1]) > MIN_IN_PLANE:
-            planes.append(tuple(min(side, max(MIN_IN_PLANE, _up(side * 3 // 4, 16))) for side in planes[-1]))
+            planes.append(tuple(min(side, max(MIN_IN_PLANE, round_up(side * 3 // 4, 16))) for side in planes[-1]))
         return planes
 
     def _sizes(
@@ -146,15 +197,12 @@ class _Search:
     ) -> Sizes:
         patch = plane if self.is_2d else (depth, *plane)
         self.notify(f"{self.backbone}, patch {'x'.join(map(str, patch))}, u = {upsample}, batch {batch}")
-        config = MaskSAMConfig(
-            backbone=self.backbone,
-            patch_size=patch,
+        config = config_for(
+            self.backbone,
+            patch,
+            self.task.queries(self.backbone),
+            self.task.regions,
             upsample=upsample,
-            num_queries=self.task.queries(self.backbone),
-            regions=self.task.regions,
-            stem_width=self.profile.stem_width,
-            generator_widths=self.profile.generator_widths,
-            head_width=self.profile.head_width,
             checkpointing=checkpointing,
         )
         cost = training_cost(config, self.task.channels, self.task.classes, batch, self.task.targets_per_slice)
@@ -221,7 +269,7 @@ class _Search:
     def _why_u(self, upsample: int) -> str:
         allowed = self._upsamplings(self.plane)
         if upsample == allowed[0] and (upsample == 4 or self.backbone == "vit_t"):
-            return "SAM sees the slice as large as it can"
+            return "the largest there is" if self.backbone != "vit_t" else "the largest for vit_t"
         if upsample == allowed[0]:
             return f"more would exceed SAM's input of {MAX_IMAGE}"
         return "more does not fit"
@@ -235,7 +283,3 @@ def _depth(sizes: Sizes) -> int:
 def _share(low: float, high: float, target: float) -> float:
     """Where the target lies between low and high, the whole way where they are one."""
     return (target - low) / (high - low) if high > low else 1.0
-
-
-def _up(size: float, step: int) -> int:
-    return -(-int(size) // step) * step

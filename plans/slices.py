@@ -35,13 +35,16 @@ def count_targets(labels: Mapping[str, Path], dataset_json: Mapping[str, Any], s
     Args:
         labels: file of each case's label map.
         dataset_json: of the dataset.
-        slice_axis: the axis of the reader's (x, y, z) arrays that becomes D: the first of ``transpose_forward``.
+        slice_axis: the axis of the reader's (z, y, x) arrays that becomes D: the first of ``transpose_forward``.
 
     Raises:
         PlanError: if a label map cannot be read or holds a label that dataset.json does not name.
     """
     manager = LabelManager(dict(dataset_json["labels"]), dataset_json.get("regions_class_order"))
     groups = _groups(manager)
+    named = {int(label) for label in manager.all_labels}
+    if manager.ignore_label is not None:
+        named.add(int(manager.ignore_label))
     example = str(next(iter(labels.values())))
     reader = determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
 
@@ -51,11 +54,11 @@ def count_targets(labels: Mapping[str, Path], dataset_json: Mapping[str, Any], s
             volume, _ = reader.read_seg(str(path))
         except Exception as error:  # each format's reader has its own
             raise PlanError(f"case {case!r}: {path} cannot be read as a label map: {error}") from error
-        per_slice = _targets_of_slices(case, path, np.moveaxis(volume[0], slice_axis, 0), groups, manager)
+        per_slice = _targets_of_slices(case, path, np.moveaxis(volume[0], slice_axis, 0), groups, named)
         return int(per_slice.max()), case, int(per_slice.argmax())
 
-    # Threads: decompression and NumPy leave the interpreter's lock.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # Threads: decompression and NumPy leave the interpreter's lock. Few: each holds a volume in float32.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         counts = list(pool.map(count, labels.items()))
     most, case, index = max(counts, key=lambda found: found[0])
     return SliceCount(most, case, index, len(counts))
@@ -71,21 +74,19 @@ def _groups(manager: LabelManager) -> list[tuple[int, ...]]:
 
 
 def _targets_of_slices(
-    case: str, path: Path, volume: NDArray[Any], groups: list[tuple[int, ...]], manager: LabelManager
+    case: str, path: Path, volume: NDArray[Any], groups: list[tuple[int, ...]], named: set[int]
 ) -> NDArray[np.intp]:
-    """Number of targets in each slice of a label map (D, H, W)."""
-    values = np.rint(volume).astype(np.int64).reshape(len(volume), -1)
-    named = [int(label) for label in manager.all_labels]
-    ignored = [] if manager.ignore_label is None else [int(manager.ignore_label)]
-    highest = max([*named, *ignored])
-    if values.min() < 0 or values.max() > highest:
-        worst = int(values.min()) if values.min() < 0 else int(values.max())
-        raise PlanError(_unknown(case, path, worst))
-    present = np.zeros((len(values), highest + 1), dtype=bool)
-    present[np.arange(len(values))[:, None], values] = True
-    for value in np.flatnonzero(present.any(0)):
-        if int(value) not in named and int(value) not in ignored:
-            raise PlanError(_unknown(case, path, int(value)))
+    """Number of targets in each slice of a label map (D, H, W); one slice is converted at a time."""
+    highest = max(named)
+    present = np.zeros((len(volume), highest + 1), dtype=bool)
+    for index, plane in enumerate(volume):
+        values = np.rint(plane).astype(np.int64).ravel()
+        if len(values) and (values.min() < 0 or values.max() > highest):
+            raise PlanError(_unknown(case, path, int(values.min() if values.min() < 0 else values.max())))
+        present[index] = np.bincount(values, minlength=highest + 1) > 0
+    for value in np.flatnonzero(present.any(0)).tolist():
+        if value not in named:
+            raise PlanError(_unknown(case, path, value))
     return np.stack([present[:, list(group)].any(1) for group in groups]).sum(0)
 
 

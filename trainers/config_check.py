@@ -10,24 +10,26 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
-from masksam_nnunet.plans.architecture import DECISIONS, read_config, write_config
+from masksam_nnunet.plans.architecture import BASE_PLANS, DECISIONS, read_config, write_config
 from masksam_nnunet.plans.derive import derive_config
 
 DEFAULT_BACKBONE = "vit_b"
+_DATA_SETTINGS = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "preprocessor_name")
 
 
-def check_preset(plans: dict[str, Any], preset: str | None, trainer_name: str) -> None:
+def check_preset(plans: dict[str, Any], configuration: str, preset: str | None, trainer_name: str) -> None:
     """A trainer that repeats a published setting must be given the plans that hold it.
 
     Raises:
         ConfigError: otherwise.
     """
-    there = plans.get(DECISIONS, {}).get("preset")
+    there = plans.get(DECISIONS, {}).get(configuration, {}).get("preset")
     if preset is not None and there != preset:
+        held = "none" if there is None else repr(there)
         raise ConfigError(
-            f"{trainer_name} repeats the published setting {preset!r}, but the plans {plans['plans_name']!r} hold "
-            f"{'none' if there is None else repr(there)}. Run masksam plan with --preset {preset} and train with "
-            "its plans (-p), or use MaskSAMTrainer."
+            f"{trainer_name} repeats the published setting {preset!r}, but {configuration} of the plans "
+            f"{plans['plans_name']!r} holds {held}. Run masksam plan with --preset {preset} and train with its plans "
+            "(-p), or use MaskSAMTrainer."
         )
 
 
@@ -67,6 +69,46 @@ def resolve_config(
             "Plans move between datasets of one kind only: plan this dataset itself."
         )
     return config
+
+
+def check_shared_data(plans: dict[str, Any], configuration: str) -> None:
+    """MaskSAM's plans point at the data preprocessed for nnU-Net: what made these must still be what the plans say.
+
+    It is not after ``nnUNetv2_move_plans_between_datasets`` without ``-tp``, or where nnU-Net was planned anew.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    manager = PlansManager(plans)
+    settings = manager.get_configuration(configuration)
+    preprocessed = os.environ.get("nnUNet_preprocessed")
+    if plans["plans_name"] == BASE_PLANS or not preprocessed:
+        return
+    file = Path(preprocessed) / plans["dataset_name"] / f"{BASE_PLANS}.json"
+    if not settings.data_identifier.startswith(f"{BASE_PLANS}_") or not file.is_file():
+        return
+    base = PlansManager(str(file))
+    owner = next(
+        (
+            c
+            for c in base.available_configurations
+            if base.get_configuration(c).data_identifier == settings.data_identifier
+        ),
+        None,
+    )
+    if owner is None:
+        return
+    theirs, ours = base.get_configuration(owner).configuration, settings.configuration
+    different = [name for name in _DATA_SETTINGS if theirs.get(name) != ours.get(name)]
+    shared = ("transpose_forward", "foreground_intensity_properties_per_channel")
+    # As text: NaN, where no case has foreground, equals itself there.
+    different += [name for name in shared if json.dumps(base.plans.get(name)) != json.dumps(plans.get(name))]
+    if different:
+        raise ConfigError(
+            f"plans {plans['plans_name']!r}, configuration {configuration!r}: {', '.join(different)} differ from those "
+            f"of {file}, whose data ({settings.data_identifier}) would be used. Run masksam plan again; or "
+            "move plans between datasets with a name of their own (-tp) and preprocess with them."
+        )
 
 
 def check_results_folder(

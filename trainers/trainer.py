@@ -22,7 +22,7 @@ from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.precision import autocast, autocast_dtype
 
-from .config_check import check_preset, check_results_folder, resolve_config
+from .config_check import check_preset, check_results_folder, check_shared_data, resolve_config
 from .schedule import WarmupPolyLR
 
 RANDOM_INIT = "MASKSAM_RANDOM_INIT"
@@ -55,7 +55,8 @@ class MaskSAMTrainer(nnUNetTrainer):
         # Before nnU-Net copies and caches the plans; it saves them with the model.
         name = type(self).__name__
         self.config: MaskSAMConfig = resolve_config(plans, configuration, dataset_json, self.backbone, name)
-        check_preset(plans, self.preset, name)
+        check_preset(plans, configuration, self.preset, name)
+        check_shared_data(plans, configuration)
         check_results_folder(plans, configuration, fold, self.config, name)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr, self.warmup_iterations = RATES[self.config.needs_sam]

@@ -79,11 +79,16 @@ def split_dataset(
             "would validate on each other's training cases; replace it with --force if nothing is trained yet or all "
             "folds will be trained anew"
         )
-    if not same:
+    own = raw / name / _FILE if raw is not None else None
+    # nnU-Net's planner stops where the raw dataset's file differs.
+    wanted = [] if same else [path]
+    if own is not None and own.is_file() and force and _canonical(_existing(own)) != _canonical(splits):
+        wanted.append(own)
+    for file in wanted:
         try:
-            write_json(path, splits)
+            write_json(file, splits)
         except OSError as error:
-            raise PlanError(f"cannot write {path}: {error.strerror or error}") from error
+            raise PlanError(f"cannot write {file}: {error.strerror or error}") from error
     return SplitReport(path, not same, tuple(_sizes(groups, splits)), tuple(_notes(raw, name, splits)))
 
 
@@ -166,6 +171,6 @@ def _notes(raw: Path | None, name: str, splits: list[dict[str, list[str]]]) -> l
     if raw is not None and theirs is not None and _canonical(theirs) != _canonical(splits):
         notes.append(
             f"{raw / name / _FILE} holds another split, on which nnU-Net's planning stops with an AssertionError; "
-            "replace it with the new file or remove it"
+            "--force replaces it too"
         )
     return notes

@@ -16,7 +16,10 @@ from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datas
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import folders
 from rich.console import Console
+from typer.testing import CliRunner
 
+from masksam_nnunet.cli import app
+from masksam_nnunet.config import ConfigError
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.planning import Planned, plan_dataset
@@ -101,20 +104,23 @@ def test_a_trainer_builds_what_was_planned(preprocessed: Path) -> None:
 
 
 def test_queries_cover_the_fullest_slice(preprocessed: Path) -> None:
-    decisions = plan().plans["masksam"]
-    assert decisions["targets_per_slice"]["most"] == 3 and decisions["targets_per_slice"]["cases"] == 6
-    rows = {row["what"]: row for row in decisions["configurations"]["3d_fullres"]}
-    assert rows["N"]["value"] == 4 and decisions["targets_per_slice"]["case"] in rows["N"]["why"]
+    decisions = plan().plans["masksam"]["3d_fullres"]
+    count = decisions["targets_per_slice"]
+    assert (count["most"], count["cases"]) == (3, 6)
+    rows = {row["what"]: row for row in decisions["decided"]}
+    assert rows["N"]["value"] == 4 and count["case"] in rows["N"]["why"]
 
 
 def test_only_what_is_asked_for_and_nothing_else_is_lost(preprocessed: Path) -> None:
     first = plan("43", ["2d"])
-    assert set(first.plans["configurations"]) == {"2d"} == set(first.plans["masksam"]["configurations"])
+    assert set(first.plans["configurations"]) == {"2d"} == set(first.plans["masksam"])
     own = deepcopy(first.plans)
     own["configurations"]["mine"] = {"inherits_from": "2d", "batch_size": 7}
     first.file.write_text(json.dumps(own))
     second = plan("43", ["3d_fullres"])
-    assert set(json.loads(second.file.read_text())["configurations"]) == {"2d", "mine", "3d_fullres"}
+    content = json.loads(second.file.read_text())
+    assert set(content["configurations"]) == {"2d", "mine", "3d_fullres"}
+    assert content["masksam"]["2d"] == first.plans["masksam"]["2d"]
     assert second.configurations == ["3d_fullres"]
 
 
@@ -176,6 +182,58 @@ def test_it_warns_of_patients_on_both_sides(tmp_path: Path, monkeypatch: pytest.
     assert "warning" in console.export_text() and "masksam split -d 43" in console.export_text()
 
 
+def test_moved_plans_do_not_train_on_the_other_datasets_own_data(preprocessed: Path, tmp_path: Path) -> None:
+    """Without -tp nnU-Net keeps the data identifier, and the target's own data have another spacing."""
+    plan("43", ["3d_fullres"])
+    other = Kind(44, "Other", KIND.sizes, KIND.labels, KIND.values, spacing=(2.0, 2.0, 2.0))
+    other.write(tmp_path / "nnUNet_raw")
+    folder = other.write_fingerprint(tmp_path / "nnUNet_preprocessed")
+    ExperimentPlanner(other.dataset).plan_experiment()
+    move_plans_between_datasets(43, 44, "MaskSAMPlans")
+    plans = json.loads((folder / "MaskSAMPlans.json").read_text()) | {"continue_training": False}
+    description = json.loads((tmp_path / "nnUNet_raw" / other.dataset / "dataset.json").read_text())
+    with pytest.raises(ConfigError, match=r"spacing.* differ from those .*-tp"):
+        MaskSAMTrainer(plans, "3d_fullres", 0, description, torch.device("cpu"))
+
+
+def test_plans_that_are_not_masksams_are_never_overwritten(preprocessed: Path) -> None:
+    stock = plan_stock(preprocessed)
+    (preprocessed / "Mine.json").write_text(json.dumps(stock | {"plans_name": "Mine"}))
+    with pytest.raises(PlanError, match=r"--plans-name Mine: .* masksam did not make"):
+        plan(plans_name="Mine")
+    (preprocessed / "MaskSAMPlans.json").write_text("{")
+    with pytest.raises(PlanError, match=r"MaskSAMPlans.json is not JSON"):
+        plan()
+
+
+def test_different_folds_in_raw_and_preprocessed(preprocessed: Path, tmp_path: Path) -> None:
+    folds = [{"train": KIND.cases[:3], "val": KIND.cases[3:]}]
+    (preprocessed / "splits_final.json").write_text(json.dumps(folds))
+    folds[0]["val"] = KIND.cases[4:]
+    (tmp_path / "nnUNet_raw" / KIND.dataset / "splits_final.json").write_text(json.dumps(folds))
+    with pytest.raises(PlanError, match="hold different folds"):
+        plan()
+
+
+def test_a_disk_that_cannot_be_written(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("masksam_nnunet.plans.planner.write_text_atomically", full)
+    with pytest.raises(PlanError, match=r"cannot write plans into .* No space left on device.*make room"):
+        plan("43", ["2d"])
+    assert [path.name for path in preprocessed.iterdir()] == ["dataset_fingerprint.json"]
+
+
+def test_the_command(preprocessed: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", "-d", "43", "-c", "2d", "3d_fullres", "--backbone", "vit_t"])
+    assert done.exit_code == 0, done.output
+    assert "Dataset043_Planned, MaskSAMPlans, 2d" in done.output and "masksam env" in done.output
+    wrong = CliRunner().invoke(app, ["plan", "-d", "43", "-c", "3d_lowres", "--backbone", "vit_t"])
+    assert wrong.exit_code == 1 and "error: -c 3d_lowres" in wrong.stderr
+    assert CliRunner().invoke(app, ["plan", "-d", "43", "2d"]).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -193,7 +251,7 @@ def test_it_warns_of_patients_on_both_sides(tmp_path: Path, monkeypatch: pytest.
         (
             ("43", ["3d_fullres"]),
             {"gpu_memory_gb": 0.3, "backbone": "auto"},
-            r"--gpu-memory 0.3 is too small for vit_b, the smallest SAM: .* give --gpu-memory \d+\.\d or more",
+            r"--gpu-memory 0.3 is too small for vit_b, the smallest SAM: .*give --gpu-memory \d+\.\d or more",
         ),
     ],
 )

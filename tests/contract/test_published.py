@@ -73,5 +73,5 @@ def test_plan_and_trainer_are_the_published_setting(
 
 def test_a_published_trainer_wants_its_own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match=r"MaskSAMTrainer_acdc repeats .* 'nnUNetPlans' hold none.*--preset acdc"):
+    with pytest.raises(ConfigError, match=r"MaskSAMTrainer_acdc repeats .* 'nnUNetPlans' holds none.*--preset acdc"):
         trainers.MaskSAMTrainer_acdc(plain_plans(), "3d_fullres", 0, dataset_json(4), CPU)

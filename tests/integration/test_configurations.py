@@ -19,7 +19,7 @@ KIND = Kind(
     values=(1, 2),
 )
 DEVICE = ("-device", "cpu")
-LITTLE = ("-gpu_memory_target", "0.12")  # GB: nnU-Net then plans a patch so small that it wants a cascade
+LITTLE = ("-gpu_memory_target", "0.05")  # GB: nnU-Net then plans a patch so small that it wants a cascade
 RESENC = "nnUNetResEncUNetMPlans"
 
 
@@ -33,7 +33,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (workspace.raw / KIND.dataset / "splits_final.json").write_text(json.dumps(splits))
     d = ("-d", str(KIND.id))
     output = workspace.run_all(
-        ["nnUNetv2_plan_and_preprocess", *d, *LITTLE, "-np", 1],
+        ["nnUNetv2_plan_and_preprocess", *d, *LITTLE, "-np", 1, "-npfp", 1],
         ["nnUNetv2_plan_experiment", *d, *LITTLE, "-pl", "nnUNetPlannerResEncM"],
         ["nnUNetv2_preprocess", *d, "-plans_name", RESENC, "-c", "3d_lowres", "-np", 1],
         ["masksam", "plan", *d, "--backbone", "vit_t"],
@@ -76,6 +76,7 @@ def test_all_configurations(planned: Workspace, plans: str, tmp_path: Path) -> N
         ["nnUNetv2_train", d, "3d_cascade_fullres", 0, *model],
         [*predict, "-c", "3d_lowres", "-o", low],
         [*predict, "-c", "3d_cascade_fullres", "-o", cascade, "-prev_stage_predictions", low],
+        TEST_MIRRORING="0",
     )
     for folder in (low, cascade):
         assert_like_the_input(images, folder, KIND)
