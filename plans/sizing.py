@@ -171,16 +171,19 @@ class _Search:
                     start, few, self.depth, lambda depth, u=upsample: self._sizes(depth, self.plane, u, True)
                 )
                 return self._polish(deepest, reasons)
-        for plane in self._planes():
-            for depth in range(few - (plane == self.plane), 0, -1):
-                sizes = self._sizes(depth, plane, 1, True)
-                if self._fits(sizes.cost, operations=False):
-                    return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
-        return None
+        if not self._fits(self.smallest().cost, operations=False):
+            return None
+        plane = next(p for p in self._planes() if self._fits(self._sizes(1, p, 1, True).cost, operations=False))
+        sizes = next(
+            s
+            for s in (self._sizes(depth, plane, 1, True) for depth in range(few, 0, -1))
+            if self._fits(s.cost, operations=False)
+        )
+        return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
 
     def smallest(self) -> Sizes:
         """The least that this backbone can be planned with."""
-        return self._sizes(1, list(self._planes())[-1], 1, True)
+        return self._sizes(1, self._planes()[-1], 1, True)
 
     def _upsamplings(self, plane: tuple[int, ...]) -> list[int]:
         return [u for u in self.profile.upsampling if u * max(plane) <= MAX_IMAGE] + [1]

@@ -179,7 +179,8 @@ def test_it_warns_of_patients_on_both_sides(tmp_path: Path, monkeypatch: pytest.
         (folder / "labelsTr" / f"{case}.nii.gz").rename(folder / "labelsTr" / f"{patient}.nii.gz")
     console = Console(record=True, width=400, file=io.StringIO())
     plan("43", ["2d"], console=console)
-    assert "warning" in console.export_text() and "masksam split -d 43" in console.export_text()
+    text = console.export_text()
+    assert "warning: case names suggest" in text and "masksam split -d 43" in text
 
 
 def test_moved_plans_do_not_train_on_the_other_datasets_own_data(preprocessed: Path, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_disk_that_cannot_be_written(preprocessed: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("masksam_nnunet.plans.planner.write_text_atomically", full)
-    with pytest.raises(PlanError, match=r"cannot write plans into .* No space left on device.*make room"):
+    with pytest.raises(PlanError, match=r"cannot write the plans into .* No space left on device.*make room"):
         plan("43", ["2d"])
     assert [path.name for path in preprocessed.iterdir()] == ["dataset_fingerprint.json"]
 
@@ -250,7 +251,7 @@ def test_the_command(preprocessed: Path) -> None:
         (("43",), {"preset": "brats", "backbone": "auto"}, "--preset 'brats' is not known"),
         (
             ("43", ["3d_fullres"]),
-            {"gpu_memory_gb": 0.3, "backbone": "auto"},
+            {"gpu_memory_gb": 0.3, "backbone": "vit_b"},
             r"--gpu-memory 0.3 is too small for vit_b, the smallest SAM: .*give --gpu-memory \d+\.\d or more",
         ),
     ],
