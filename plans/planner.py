@@ -271,7 +271,8 @@ def _read_plans(file: Path, remedy: str) -> dict[str, Any]:
         raise PlanError(f"{file} is not JSON: {error}; {remedy}") from error
     except (TypeError, LookupError) as error:
         raise PlanError(f"{file} holds no plans ({error}); {remedy}") from error
-    return plans  # type: ignore[no-any-return]
+    result: dict[str, Any] = plans
+    return result
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from masksam_nnunet.config import MaskSAMConfig
@@ -162,14 +163,12 @@ class _Search:
         few = min(self.depth, FEW_SLICES)
         for upsample in self._upsamplings(self.plane):
             # u = 1 is always legal, however many operations it takes.
-            start = self._sizes(few, self.plane, upsample, True)
+            start = self._whole_slices(upsample, few)
             if self._fits(start.cost, operations=upsample > 1):
                 reasons = {"u": self._why_u(upsample), "H x W": "the median slice, whole"}
                 if any(side == MAX_IMAGE for side in self.plane):
                     reasons["H x W"] = f"at most {MAX_IMAGE}, SAM's own input"
-                deepest = self._largest(
-                    start, few, self.depth, lambda depth, u=upsample: self._sizes(depth, self.plane, u, True)
-                )
+                deepest = self._largest(start, few, self.depth, partial(self._whole_slices, upsample))
                 return self._polish(deepest, reasons)
         if not self._fits(self.smallest().cost, operations=False):
             return None
@@ -210,6 +209,9 @@ class _Search:
         )
         cost = training_cost(config, self.task.channels, self.task.classes, batch, self.task.targets_per_slice)
         return Sizes(config, batch, cost)
+
+    def _whole_slices(self, upsample: int, depth: int) -> Sizes:
+        return self._sizes(depth, self.plane, upsample, True)
 
     def _fits(self, cost: TrainingCost, operations: bool = True) -> bool:
         return cost.peak_gib <= self.memory_gib and (not operations or cost.tflop <= self.max_tflop)
