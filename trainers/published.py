@@ -15,23 +15,19 @@ from .trainer import MaskSAMTrainer
 class PublishedTrainer(MaskSAMTrainer):
     """Trains as ``presets/NAME.json`` says."""
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
-    ) -> None:
-        assert self.preset is not None
-        self.published: Preset = load_preset(self.preset)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def set_recipe(self) -> None:
         settings = self.published.optimizer
         self.num_epochs = self.published.epochs
         self.initial_lr = settings.learning_rate
         self.weight_decay = settings.weight_decay
         self.warmup_iterations = settings.warmup_iterations
         self.gradient_clip = settings.gradient_clip
+
+    @property
+    def published(self) -> Preset:
+        """The setting."""
+        assert self.preset is not None
+        return load_preset(self.preset)
 
     def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The published one, over all trained parameters alike."""

@@ -26,7 +26,7 @@ from .config_check import check_preset, check_results_folder, check_shared_data,
 from .schedule import WarmupPolyLR
 
 RANDOM_INIT = "MASKSAM_RANDOM_INIT"
-RATES = {True: (1e-4, 1000), False: (3e-3, 30)}
+SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
 """Learning rate and warm-up iterations for a frozen SAM, and for the tiny network, which starts from nothing."""
 
 
@@ -59,12 +59,16 @@ class MaskSAMTrainer(nnUNetTrainer):
         check_shared_data(plans, configuration)
         check_results_folder(plans, configuration, fold, self.config, name)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr, self.warmup_iterations = RATES[self.config.needs_sam]
-        self.num_epochs = self.epochs
+        self.set_recipe()
         self.enable_deep_supervision = False
         self.iteration = 0
         if autocast_dtype(self.device) != torch.float16:
             self.grad_scaler = None
+
+    def set_recipe(self) -> None:
+        """Rates and number of epochs; nnU-Net's constructor has set its own."""
+        self.initial_lr, self.warmup_iterations = SAM_RATE if self.config.needs_sam else TINY_RATE
+        self.num_epochs = self.epochs
 
     # ---- network -------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def split_dataset(
             write_json(file, splits)
         except OSError as error:
             raise PlanError(f"cannot write {file}: {error.strerror or error}") from error
-    return SplitReport(path, not same, tuple(_sizes(groups, splits)), tuple(_notes(raw, name, splits)))
+    return SplitReport(path, bool(wanted), tuple(_sizes(groups, splits)), tuple(_notes(raw, name, splits)))
 
 
 def _folder(variable: str) -> Path | None:

@@ -73,7 +73,7 @@ def test_signatures_are_nnunets() -> None:
 
 
 def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
-    own = {"masksam", "progress", "set_learning_rate", "_load_sam"}
+    own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "_load_sam"}
     for name, value in vars(MaskSAMTrainer).items():
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"

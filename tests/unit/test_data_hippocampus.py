@@ -186,7 +186,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hippocampus, "get_hippocampus", get)
     result = invoke()
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'Dataset004_Hippocampus'}\n")
-    for command in ("nnUNetv2_plan_and_preprocess -d 4", "masksam train 4", "masksam demo --data"):
+    for command in ("nnUNetv2_plan_and_preprocess -d 4", "masksam plan -d 4", "masksam demo --data"):
         assert command in result.stderr
     invoke("-d", "7", "--out", "o", "--from", "f.tar")
     invoke("--url", "http://127.0.0.1:9/")

@@ -132,12 +132,17 @@ def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
         assert split_dataset(27, GROUP, force=True).written
 
 
-def test_a_split_in_the_raw_dataset_is_mentioned(raw: Path) -> None:
+def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: Path) -> None:
     theirs = raw / "Dataset027_ACDC" / "splits_final.json"
     theirs.write_text(split_dataset(27, GROUP).path.read_text())
     assert split_dataset(27, GROUP).notes == ()
-    (note,) = split_dataset(27, GROUP, seed=1, force=True).notes
-    assert str(theirs) in note and "AssertionError" in note
+    other = json.loads(theirs.read_text())[::-1]
+    theirs.write_text(json.dumps(other))
+    (note,) = split_dataset(27, GROUP).notes
+    assert str(theirs) in note and "AssertionError" in note and "--force" in note
+    assert json.loads(theirs.read_text()) == other
+    report = split_dataset(27, GROUP, force=True)
+    assert report.written and report.notes == () and json.loads(theirs.read_text()) == other[::-1]
 
 
 def test_fewer_folds(raw: Path) -> None:
