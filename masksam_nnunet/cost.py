@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -145,6 +146,7 @@ def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return entropy - (scores * truth).sum() / scores.sum()
 
 
+@lru_cache(maxsize=1024)
 def training_cost(
     config: MaskSAMConfig,
     in_channels: int,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -98,7 +97,6 @@ def round_up(number: float, step: int) -> int:
     return math.ceil(number / step) * step
 
 
-@lru_cache(maxsize=32)
 def choose_upsampling(
     config: MaskSAMConfig, channels: int, classes: int, batch_size: int, profile: Profile
 ) -> MaskSAMConfig:

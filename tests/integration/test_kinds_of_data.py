@@ -66,16 +66,30 @@ def test_plan_train_validate_predict(kind: Kind, tmp_path: Path) -> None:
     out = tmp_path / "out"
     d = str(kind.id)
     planned = ("-p", "MaskSAMPlans", "-tr", TRAINER, "-device", "cpu")
+    plan = ["masksam", "plan", "-d", d, "-c", configuration, "--backbone", "vit_t"]
+    if kind.name == "Pictures":  # without nnU-Net's plans: MaskSAM's are preprocessed for by themselves
+        prepare = [
+            ["nnUNetv2_extract_fingerprint", "-d", d, "-np", 1, "--verify_dataset_integrity"],
+            plan,
+            ["nnUNetv2_preprocess", "-d", d, "-plans_name", "MaskSAMPlans", "-c", configuration, "-np", 1],
+        ]
+        said = f"nnUNetv2_preprocess -d {d} -plans_name MaskSAMPlans -c {configuration}"
+    else:
+        prepare = [
+            ["nnUNetv2_plan_and_preprocess", "-d", d, "-c", configuration, "-np", 1, "-npfp", 1,
+             "--verify_dataset_integrity"],
+            plan,
+        ]  # fmt: skip
+        said = "No preprocessing is needed"
     output = workspace.run_all(
-        ["nnUNetv2_plan_and_preprocess", "-d", d, "-c", configuration, "-np", 1, "-npfp", 1,
-         "--verify_dataset_integrity"],
-        ["masksam", "plan", "-d", d, "-c", configuration, "--backbone", "vit_t"],
+        *prepare,
         ["nnUNetv2_train", d, configuration, 0, *planned],
         ["nnUNetv2_predict", "-i", raw / "imagesTr", "-o", out, "-d", d, "-c", configuration, "-f", 0, *planned,
          "-npp", 1, "-nps", 1, "--disable_tta"],
         TEST_MIRRORING="0",
     )  # fmt: skip
-    assert "No preprocessing is needed" in output
+    assert said in output
+    assert (workspace.preprocessed / kind.dataset / "nnUNetPlans.json").is_file() == (kind.name != "Pictures")
     model = workspace.results / kind.dataset / f"{TRAINER}__MaskSAMPlans__{configuration}"
     summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 1 + (len(kind.sizes) > 5)
