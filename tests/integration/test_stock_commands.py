@@ -22,9 +22,13 @@ MASKSAM, STOCK = "ShortMaskSAM", "ShortNNUNet"
 @pytest.fixture(scope="module")
 def trained(workspace: Workspace, dataset: Dataset) -> Path:
     """Folds 0 and 1 of MaskSAM and of stock nnU-Net, validated with probabilities."""
-    for trainer in (MASKSAM, STOCK):
-        for fold in (0, 1):
-            workspace.train(dataset.id, fold, trainer, "--npz")
+    workspace.run_all(
+        *(
+            ["nnUNetv2_train", dataset.id, "3d_fullres", fold, "-tr", trainer, "-device", "cpu", "--npz"]
+            for trainer in (MASKSAM, STOCK)
+            for fold in (0, 1)
+        )
+    )
     return workspace.model(dataset.name, MASKSAM)
 
 
@@ -222,7 +226,12 @@ def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     file = tmp_path / "sam_vit_b.pth"
     torch.save(sam.state_dict(), file)
     output = workspace.train(
-        dataset.id, 0, "ShortMaskSAM_vit_b", MASKSAM_WEIGHTS=str(file), MASKSAM_WEIGHTS_SHA256="skip"
+        dataset.id,
+        0,
+        "ShortMaskSAM_vit_b",
+        MASKSAM_WEIGHTS=str(file),
+        MASKSAM_WEIGHTS_SHA256="skip",
+        TEST_MIRRORING="0",
     )
     file.unlink()  # prediction never needs it
     out = predict(workspace, images, "vit_b", "-f", 0, "--disable_tta", trainer="ShortMaskSAM_vit_b")

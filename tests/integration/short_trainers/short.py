@@ -13,7 +13,7 @@ def shorten(trainer):
     trainer.num_epochs = int(os.environ.get("TEST_EPOCHS", 1))
 
 
-class ShortMaskSAM(MaskSAMTrainer_vit_t):
+class Short:
     def initialize(self):
         shorten(self)
         super().initialize()
@@ -25,13 +25,13 @@ class ShortMaskSAM(MaskSAMTrainer_vit_t):
         return settings
 
 
-class ShortMaskSAM_vit_b(MaskSAMTrainer):
-    def initialize(self):
-        shorten(self)
-        super().initialize()
+class ShortMaskSAM(Short, MaskSAMTrainer_vit_t):
+    pass
 
 
-class ShortNNUNet(nnUNetTrainer):
-    def initialize(self):
-        shorten(self)
-        super().initialize()
+class ShortMaskSAM_vit_b(Short, MaskSAMTrainer):
+    pass
+
+
+class ShortNNUNet(Short, nnUNetTrainer):
+    pass
