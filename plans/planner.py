@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from .architecture import BASE_PLANS, DECISIONS, write_config
 from .derive import num_queries
 from .errors import PlanError
 from .presets import Preset
-from .raw_data import read_raw_dataset
+from .raw_data import RawDataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST, Sizes, Task, choose_sizes, preset_sizes
 from .slices import SliceCount, count_targets
 
@@ -66,6 +65,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         suppress_transpose: nnU-Net's.
         request: what to plan.
         notify: is told what is being tried.
+        raw: the raw dataset, if it is read already.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         suppress_transpose: bool = False,
         request: Request | None = None,
         notify: Callable[[str], None] = lambda _: None,
+        raw: RawDataset | None = None,
     ) -> None:
         # The U-Net that nnU-Net plans first must be the one of nnUNetPlans: lowres spacing depends on it.
         super().__init__(
@@ -90,6 +91,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         self.gpu_memory_gb = float(gpu_memory_target_in_gb)
         self.request = request or Request()
         self.notify = notify
+        self.raw = raw or read_raw_dataset(Path(self.raw_dataset_folder), "-d", min_cases=1)
         self.planned: list[str] = []
         """Configurations of the last plans, in nnU-Net's order."""
         self.labels = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
@@ -125,8 +127,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         base = self._base_plans()
         names = self._configurations(base)
         self.notify("reading the training labels")
-        raw = read_raw_dataset(Path(self.raw_dataset_folder), "-d", min_cases=1)
-        count = count_targets(raw.labels, raw.dataset_json, base["transpose_forward"][0])
+        count = count_targets(self.raw.labels, self.raw.dataset_json, base["transpose_forward"][0])
 
         self.planned = [name for name in base["configurations"] if name in _with_parents(names)]
         kept = {k: v for k, v in earlier.get("configurations", {}).items() if k not in self.planned}
@@ -186,8 +187,8 @@ class MaskSAMPlanner(ExperimentPlanner):
     def _base_plans(self) -> dict[str, Any]:
         file = self.folder / f"{BASE_PLANS}.json"
         if self._shares_data and file.is_file():
-            remedy = f"remove it and run nnUNetv2_plan_experiment -d {int(self.dataset_name[7:10])}"
-            return deepcopy(_read_plans(file, remedy))
+            remedy = f"remove it and run nnUNetv2_plan_experiment -d {number_of(self.dataset_name)}"
+            return _read_plans(file, remedy)
         stock = _InMemory(
             self.dataset_name,
             preprocessor_name=self.preprocessor_name,
@@ -229,7 +230,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         # As nnU-Net has it: the whole volumes, for 2d too.
         full = base["configurations"].get(FULL)
         depth = full["median_image_size_in_voxels"][0] if full and dims == 2 else 1
-        voxels = math.prod(median) * depth * max(1, len(self.dataset))
+        voxels = math.prod(median) * depth * len(self.dataset)
 
         def largest_batch(patch_voxels: int) -> int:
             share = round(voxels * self.max_dataset_covered / patch_voxels)

@@ -22,10 +22,10 @@ from .architecture import BASE_PLANS
 from .errors import PlanError
 from .planner import CASCADE, MaskSAMPlanner, Request
 from .presets import Preset, load_preset
-from .raw_data import read_raw_dataset
+from .raw_data import number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST
 from .splits import split_warning
-from .summary import Planned, number_of, tell
+from .summary import Planned, tell
 
 PLANS_NAME = "MaskSAMPlans"
 
@@ -82,6 +82,7 @@ def plan_dataset(
             plans_name=plans_name,
             request=Request(backbones, tuple(configurations), recipe),
             notify=status.update,
+            raw=raw,
         )
         plans = planner.plan_experiment()
     unprocessed = _unprocessed(plans, planner.planned, planner.folder, list(raw.images))

@@ -17,7 +17,7 @@ PRESETS = ("acdc", "synapse", "amos")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What a published training was optimised with: AdamW where ``momentum`` is None, else SGD with Nesterov's."""
+    """What a published training was optimised with: ``SGD`` with Nesterov's momentum, or ``AdamW`` with ``eps``."""
 
     name: str
     learning_rate: float

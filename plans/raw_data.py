@@ -13,9 +13,9 @@ from typing import Any
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from masksam_nnunet.json_files import read_json
-from masksam_nnunet.plans.splits import NUM_FOLDS
 
 from .errors import PlanError
+from .splits import NUM_FOLDS
 
 _NAME = re.compile(r"Dataset(\d{3})_\w[\w.-]*")
 
@@ -44,13 +44,18 @@ class RawDataset:
     @property
     def number(self) -> str:
         """The dataset's number as nnU-Net's option -d takes it."""
-        return str(int(self.name[len("Dataset") : len("Dataset000")]))
+        return str(number_of(self.name))
 
     @property
     def test_images(self) -> Path:
         """Folder of images to predict: imagesTs where it holds any, else imagesTr."""
         tests = self.folder / "imagesTs"
         return tests if tests.is_dir() and any(tests.iterdir()) else self.folder / "imagesTr"
+
+
+def number_of(name: str) -> int:
+    """The number of ``DatasetXXX_Name``."""
+    return int(name[len("Dataset") : len("Dataset000")])
 
 
 def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_FOLDS) -> RawDataset:

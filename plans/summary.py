@@ -15,6 +15,7 @@ from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from .architecture import DECISIONS
 from .planner import CASCADE, LOW
 from .presets import Preset
+from .raw_data import number_of
 
 _OWN_TRAINERS = {"vit_t": "MaskSAMTrainer_vit_t"}  # results are to say that it is not SAM
 
@@ -34,11 +35,6 @@ class Planned:
     file: Path
     configurations: list[str]
     unprocessed: list[str]
-
-
-def number_of(name: str) -> int:
-    """The number of ``DatasetXXX_Name``."""
-    return int(name[len("Dataset") : len("Dataset000")])
 
 
 def tell(console: Console, planned: Planned, recipe: Preset | None, warning: str | None) -> None:
