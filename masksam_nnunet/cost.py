@@ -18,8 +18,9 @@ from torch.utils.flop_counter import flop_registry
 
 from .config import MaskSAMConfig
 from .criterion import MaskSAMCriterion
-from .matching import Matches, Predictions, pairwise_cost
+from .matching import Matches
 from .modeling import MaskSAM
+from .pair_losses import CPU_PIECE, GPU_PIECE
 from .targets import Targets
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
@@ -112,26 +113,26 @@ class _GivenTargets(MaskSAMCriterion):
     """The real loss on as many targets a slice as there may be: fake tensors hold no labels to find them in."""
 
     targets_per_slice: int
+    piece: int
 
-    def find_targets(self, segmentation: Tensor) -> Targets:
+    def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
         _, height, width = self.grid.patch
         slices = segmentation.shape[0] * self.grid.patch[0]
         return Targets(
             torch.zeros(slices, self.targets_per_slice, dtype=torch.long),
             torch.zeros(slices, self.targets_per_slice, height, width, dtype=torch.bool),
             torch.zeros(slices, self.targets_per_slice, 4),
-            torch.ones(slices, height, width, dtype=torch.bool),
+            None,
             self.num_classes,
         )
 
-    @torch.no_grad()
-    def assign(
-        self, predictions: Predictions, targets: Targets, target_points: Tensor, valid_points: Tensor
-    ) -> Matches:
-        pairwise_cost(predictions, targets, target_points, valid_points, self.loss)
+    def assign(self, cost: Tensor, targets: Targets) -> Matches:
         slices, number = targets.classes.shape
         column = torch.arange(number).repeat(slices)
         return Matches(torch.arange(slices).repeat_interleave(number), column, column)
+
+    def piece_size(self, device: torch.device) -> int:
+        return self.piece
 
 
 def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -180,6 +181,7 @@ def training_cost(
             config.loss, network.grid, num_classes, config.regions, semantic_loss=dice_and_cross_entropy
         )
         criterion.targets_per_slice = max(1, most)
+        criterion.piece = GPU_PIECE if low else CPU_PIECE
         x = torch.zeros(batch_size, in_channels, *config.patch_size)
         channels = num_classes if config.regions else 1
         segmentation = torch.zeros(batch_size, channels, *config.patch_size)

@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Grid, LossConfig
-from .matching import Matches, Predictions, generalised_iou, match
+from .matching import Matches, generalised_iou, match, pairwise_cost
 from .modeling.network import MaskSAMOutput
 from .modeling.resize import to_patch
+from .pair_losses import PairSums, full_precision, matched_mask_losses, pairwise_sums, piece_size
+from .sampling import draw, uncertain_points
 from .semantic import semantic_log_probabilities
 from .targets import Targets, make_targets
 
 SemanticLoss = Callable[[Tensor, Tensor], Tensor]
+
+FEW_CLASSES = 32  # room for so many targets in every slice costs little
 
 
 class MaskSAMCriterion(nn.Module):
@@ -78,36 +82,41 @@ class MaskSAMCriterion(nn.Module):
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 
-    def find_targets(self, segmentation: Tensor) -> Targets:
-        """The targets of a batch, see :func:`make_targets`."""
-        return make_targets(segmentation, self.num_classes, self.grid.padded, self.regions, self.ignore_label)
+    def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
+        """The targets of a batch, see :func:`make_targets`; ``on_host``: whether its device is the CPU."""
+        on_host = segmentation.device.type == "cpu" if on_host is None else on_host
+        # An accelerator would be waited for to learn how many targets a slice holds: it makes room for all instead.
+        most = self.num_classes if self.num_classes <= FEW_CLASSES and not on_host else None
+        return make_targets(segmentation, self.num_classes, self.grid.padded, self.regions, self.ignore_label, most)
 
-    def assign(
-        self, predictions: Predictions, targets: Targets, target_points: Tensor, valid_points: Tensor
-    ) -> Matches:
+    def assign(self, cost: Tensor, targets: Targets) -> Matches:
         """The matched pairs, see :func:`match`."""
-        return match(predictions, targets, target_points, valid_points, self.grid.patch[0], self.loss)
+        return match(cost, targets, self.grid.patch[0], self.loss.matching)
+
+    def piece_size(self, device: torch.device) -> int:
+        """Elements of masks that are worked on at once."""
+        return piece_size(device)
 
     def _mask_classification(self, output: MaskSAMOutput, segmentation: Tensor) -> dict[str, Tensor]:
         targets = self.find_targets(segmentation)
-        classes, masks, aux_masks, boxes = (_full(x).flatten(0, 1) for x in output)  # (S, N, ...)
-        aux_masks = to_patch(aux_masks, self.grid).flatten(2)  # (S, N, H W)
-        masks = masks.flatten(2)
-        flat, valid = targets.masks.flatten(2), targets.valid.flatten(1)  # (S, T, H W), (S, H W)
+        classes, boxes = (full_precision(x).flatten(0, 1) for x in (output.class_logits, output.aux_boxes))
+        masks = output.mask_logits.flatten(3)  # (B, D, N, V), V = H W
+        aux_masks = to_patch(output.aux_mask_logits, self.grid).flatten(3)
+        truth = targets.masks.flatten(2)  # (S, T, V)
+        valid = None if targets.valid is None else targets.valid.flatten(1)  # (S, V)
 
-        points = self._uniform_points(valid)  # (S, P), or None for all
-        matches = self.assign(
-            Predictions(classes, _at(masks, points), _at(aux_masks, points), boxes),
-            targets,
-            _at(flat, points).to(masks.dtype),
-            _at(valid, points).to(masks.dtype),
-        )
+        size, number, piece = masks.shape[-1], self.loss.num_points, self.piece_size(masks.device)
+        points = draw(len(classes), size, number, valid, masks.device) if size > number else None  # (S, P)
+        sums = pairwise_sums([masks, aux_masks], truth, valid, points, piece)  # (S, N, T)
+        matches = self.assign(pairwise_cost(classes, boxes, *sums, targets, self.loss), targets)
         total = _mean_over_ranks(targets.present.sum().float()).clamp(min=1)
         s, q, t = matches.slices, matches.queries, matches.targets
-        truth, known = flat[s, t], valid[s]  # (M, H W)
         terms = {"class": self._class_loss(classes, targets, matches)}
-        for name, logits in (("mask", masks[s, q]), ("aux", aux_masks[s, q])):
-            bce, dice = self._mask_losses(logits, truth, known)
+        for name, logits, of_all in (("mask", masks, sums[0]), ("aux", aux_masks, sums[1])):
+            uncertain = self._uncertain_points(logits, (s, q), valid)  # (M, P)
+            # All voxels have been compared already, or these have not.
+            of_pairs = PairSums(*(x[s, q, t] for x in of_all)) if uncertain is None else None
+            bce, dice = matched_mask_losses(logits, truth, valid, (s, q, t), uncertain, of_pairs, piece)
             terms[f"{name}_bce"], terms[f"{name}_dice"] = bce / total, dice / total
         wanted, found = targets.boxes[s, t], boxes[s, q]
         terms["box_l1"] = (found - wanted).abs().sum() / total
@@ -118,62 +127,18 @@ class MaskSAMCriterion(nn.Module):
         wanted = torch.full(logits.shape[:2], self.num_classes, device=logits.device)  # (S, N): "no object"
         wanted[matches.slices, matches.queries] = targets.classes[matches.slices, matches.targets]
         weight = torch.where(wanted == self.num_classes, self.loss.no_object, 1.0)
-        weight = weight * targets.valid.flatten(1).any(1)[:, None]  # of a slice wholly ignored nothing is known
+        if targets.valid is not None:
+            weight = weight * targets.valid.flatten(1).any(1)[:, None]  # of a slice wholly ignored nothing is known
         losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         return (losses * weight).sum() / _mean_over_ranks(weight.sum()).clamp(min=1e-6)
 
-    def _mask_losses(self, logits: Tensor, truth: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over pairs of BCE and of Dice; logits (M, H W) with truth and known voxels, both bool."""
-        points = self._uncertain_points(logits, known)
-        logits = _at(logits, points)
-        target, weight = (_at(x, points).to(logits.dtype) for x in (truth, known))
-        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
-        bce = (entropy.sum(-1) / weight.sum(-1).clamp(min=1)).sum()
-        scores = logits.sigmoid() * weight
-        overlap = 2 * (scores * target).sum(-1) + 1
-        dice = (1 - overlap / (scores.sum(-1) + target.sum(-1) + 1)).sum()
-        return bce, dice
-
-    def _uniform_points(self, valid: Tensor) -> Tensor | None:
-        """Voxels at which all queries of a slice are compared with all its targets: (S, P), or None for all."""
-        if valid.shape[-1] <= self.loss.num_points:
+    def _uncertain_points(self, logits: Tensor, pairs: tuple[Tensor, Tensor], valid: Tensor | None) -> Tensor | None:
+        """Voxels (M, P) at which matched masks are compared; None for all."""
+        loss = self.loss
+        if logits.shape[-1] <= loss.num_points:
             return None
-        return self._draw(valid, self.loss.num_points)
-
-    def _draw(self, known: Tensor, number: int) -> Tensor:
-        """Voxels drawn uniformly, with replacement, from those known of each row (M, H W): (M, number)."""
-        if self.ignore_label is None:
-            return torch.randint(known.shape[1], (len(known), number), device=known.device)
-        weight = torch.where(known.any(1, keepdim=True), known, True).float()  # a row of nothing known counts nowhere
-        return weight.multinomial(number, replacement=True)
-
-    @torch.no_grad()
-    def _uncertain_points(self, logits: Tensor, known: Tensor) -> Tensor | None:
-        """Importance sampling (PointRend, arXiv 1912.08193), at voxels: (M, P), or None for all."""
-        points = self.loss.num_points
-        if logits.shape[1] <= points:
-            return None
-        if not len(logits):  # no pair at all
-            return torch.zeros(0, points, dtype=torch.long, device=logits.device)
-        candidates = self._draw(known, int(points * self.loss.oversample))
-        chosen = int(points * self.loss.uncertain_fraction)
-        nearest = logits.gather(1, candidates).abs().topk(chosen, dim=1, largest=False, sorted=False).indices
-        others = self._draw(known, points - chosen) if chosen < points else candidates[:, :0]
-        return torch.cat([candidates.gather(1, nearest), others], dim=1)
-
-
-def _at(x: Tensor, points: Tensor | None) -> Tensor:
-    """Values of (S, ..., H W) at the points (S, P) of each slice."""
-    if points is None:
-        return x
-    while points.ndim < x.ndim:
-        points = points.unsqueeze(1)
-    return x.gather(-1, points.expand(*x.shape[:-1], -1))
-
-
-def _full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        known = None if valid is None else valid[pairs[0]]
+        return uncertain_points(logits, pairs, known, loss.num_points, loss.oversample, loss.uncertain_fraction)
 
 
 def _mean_over_ranks(count: Tensor) -> Tensor:

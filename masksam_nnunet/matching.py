@@ -6,28 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .config import LossConfig
+from .pair_losses import PairSums
 from .targets import Targets
 
 IMPOSSIBLE = 1e6  # in place of NaN and infinities, which scipy refuses
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What is compared with the targets, in float32, for S = B·D slices. Masks at P points of a slice."""
-
-    class_logits: Tensor
-    """(S, N, K + 1)"""
-    masks: Tensor
-    """Mask logits (S, N, P)."""
-    aux_masks: Tensor
-    """Auxiliary mask logits (S, N, P)."""
-    boxes: Tensor
-    """(S, N, 4)"""
 
 
 @dataclass(frozen=True)
@@ -40,72 +26,74 @@ class Matches:
 
 
 @torch.no_grad()
-def match(
-    predictions: Predictions,
-    targets: Targets,
-    target_points: Tensor,
-    valid_points: Tensor,
-    depth: int,
-    loss: LossConfig,
-) -> Matches:
-    """The assignment of least cost, for each slice or, with ``loss.matching == "volume"``, for each volume.
+def match(cost: Tensor, targets: Targets, depth: int, matching: str) -> Matches:
+    """The assignment of least cost, for each slice or, with ``matching`` "volume", for each volume.
+
+    Costs and classes go to the host in one copy, pairs come back in one.
 
     Args:
-        predictions: see :class:`Predictions`.
+        cost: of every query for every target of its slice, (S, N, T).
         targets: the targets of the same slices.
-        target_points: the targets' masks at the same points, (S, T, P), 0 or 1.
-        valid_points: (S, P), 1 where a point is not ignored.
         depth: D, slices of a volume.
+        matching: as in :class:`LossConfig`.
+    """
+    cost = cost.nan_to_num(IMPOSSIBLE, IMPOSSIBLE, IMPOSSIBLE)
+    shapes = cost.shape, targets.classes.shape
+    table = torch.cat([cost.flatten(), targets.classes.flatten().to(cost.dtype)]).cpu().numpy()
+    costs, classes = (part.reshape(shape) for part, shape in zip(np.split(table, [cost.numel()]), shapes, strict=True))
+    assign = _by_volume if matching == "volume" else _by_slice
+    pairs = assign(costs, classes.astype(np.int64), targets.num_classes, depth)
+    return Matches(*torch.from_numpy(pairs).to(cost.device))
+
+
+def _by_slice(costs: np.ndarray, classes: np.ndarray, num_classes: int, _: int) -> np.ndarray:
+    """Slices, queries and targets of the pairs, (3, M), from costs (S, N, T) and classes (S, T)."""
+    pairs = [np.zeros((3, 0), np.int64)]
+    for index, cost in enumerate(costs):
+        columns = np.flatnonzero(classes[index] < num_classes)
+        query, column = linear_sum_assignment(cost[:, columns])
+        pairs.append(np.stack([np.full_like(query, index), query, columns[column]]))
+    return np.concatenate(pairs, axis=1)
+
+
+def _by_volume(costs: np.ndarray, classes: np.ndarray, num_classes: int, depth: int) -> np.ndarray:
+    """As :func:`_by_slice`, but a query has one class in all slices of a volume: costs are summed over them."""
+    pairs = [np.zeros((3, 0), np.int64)]
+    for first in range(0, len(costs), depth):
+        held = classes[first : first + depth]  # (D, T)
+        d, t = np.nonzero(held < num_classes)
+        total = np.zeros((num_classes, costs.shape[1]))
+        np.add.at(total, held[d, t], costs[first + d, :, t])
+        present = np.unique(held[d, t])
+        row, query = linear_sum_assignment(total[present])
+        query_of = np.full(num_classes, -1)
+        query_of[present[row]] = query
+        found = query_of[held[d, t]]
+        kept = found >= 0
+        pairs.append(np.stack([first + d, found, t])[:, kept])
+    return np.concatenate(pairs, axis=1)
+
+
+@torch.no_grad()
+def pairwise_cost(
+    class_logits: Tensor, boxes: Tensor, masks: PairSums, aux_masks: PairSums, targets: Targets, loss: LossConfig
+) -> Tensor:
+    """Cost of every query for every target of its slice, (S, N, T).
+
+    Args:
+        class_logits: (S, N, K + 1).
+        boxes: (S, N, 4).
+        masks, aux_masks: comparisons of all pairs, (S, N, T).
+        targets: of the same slices.
         loss: the weights.
     """
-    cost = pairwise_cost(predictions, targets, target_points, valid_points, loss)  # (S, N, T)
-    device = cost.device
-    cost = cost.nan_to_num(IMPOSSIBLE, IMPOSSIBLE, IMPOSSIBLE)
-    classes = targets.classes
-    if loss.matching == "volume":
-        cost, classes = _per_volume(cost, classes, targets.num_classes, depth)
-    # One copy to the host; classes travel with the costs.
-    table = torch.cat([cost, classes[:, None].to(cost.dtype)], dim=1).cpu().numpy()
-    rows: list[np.ndarray] = []
-    for index, block in enumerate(table):
-        columns = np.flatnonzero(block[-1] < targets.num_classes)
-        query, column = linear_sum_assignment(block[:-1, columns])
-        rows.append(np.stack([np.full_like(query, index), query, columns[column]]))
-    pairs = torch.from_numpy(np.concatenate(rows, axis=1)).to(device)
-    if loss.matching == "volume":
-        return _per_slice(pairs, targets, depth)
-    return Matches(*pairs)
-
-
-def pairwise_cost(
-    predictions: Predictions, targets: Targets, target_points: Tensor, valid_points: Tensor, loss: LossConfig
-) -> Tensor:
-    """Cost of every query for every target of its slice, (S, N, T)."""
-    with torch.autocast(target_points.device.type, enabled=False):
-        probabilities = predictions.class_logits.softmax(-1)  # (S, N, K + 1)
-        columns = targets.classes[:, None].expand(-1, probabilities.shape[1], -1)
-        cost = -loss.class_weight * probabilities.gather(2, columns)
-        pairs = (
-            (predictions.masks, loss.mask_bce, loss.mask_dice),
-            (predictions.aux_masks, loss.aux_bce, loss.aux_dice),
-        )
-        for logits, bce, dice in pairs:
-            if bce or dice:
-                cost = cost + _mask_cost(logits, target_points, valid_points, bce, dice)
-        a, b = predictions.boxes[:, :, None], targets.boxes[:, None]  # (S, N, 1, 4), (S, 1, T, 4)
-        return cost + loss.box_l1 * (a - b).abs().sum(-1) + loss.box_giou * (1 - generalised_iou(a, b))
-
-
-def _mask_cost(logits: Tensor, target: Tensor, valid: Tensor, bce: float, dice: float) -> Tensor:
-    """BCE and Dice of all pairs by two matrix products: softplus(x) - x t is the cross-entropy of x and t."""
-    weight = valid[:, None]  # (S, 1, P)
-    count = weight.sum(-1, keepdim=True).clamp(min=1)  # (S, 1, 1)
-    target = target.transpose(1, 2)  # (S, P, T)
-    all_negative = (F.softplus(logits) * weight).sum(-1, keepdim=True)  # (S, N, 1)
-    entropy = (all_negative - (logits * weight) @ target) / count
-    scores = logits.sigmoid() * weight
-    total = scores.sum(-1, keepdim=True) + target.sum(1, keepdim=True)  # (S, N, T)
-    return bce * entropy + dice * (1 - (2 * (scores @ target) + 1) / (total + 1))
+    probabilities = class_logits.softmax(-1)
+    columns = targets.classes[:, None].expand(-1, probabilities.shape[1], -1)
+    cost = -loss.class_weight * probabilities.gather(2, columns)
+    cost = cost + loss.mask_bce * masks.entropy + loss.mask_dice * masks.dice_loss
+    cost = cost + loss.aux_bce * aux_masks.entropy + loss.aux_dice * aux_masks.dice_loss
+    a, b = boxes[:, :, None], targets.boxes[:, None]  # (S, N, 1, 4), (S, 1, T, 4)
+    return cost + loss.box_l1 * (a - b).abs().sum(-1) + loss.box_giou * (1 - generalised_iou(a, b))
 
 
 def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -117,24 +105,3 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     tiny = torch.finfo(a.dtype).tiny
     union = area - inter
     return inter / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
-
-
-def _per_volume(cost: Tensor, classes: Tensor, num_classes: int, depth: int) -> tuple[Tensor, Tensor]:
-    """Sum costs over the slices that hold a class: (S, N, T) to (B, N, K)."""
-    queries = cost.shape[1]
-    columns = classes[:, None].expand(-1, queries, -1)
-    by_class = cost.new_zeros(len(cost), queries, num_classes + 1).scatter_add(2, columns, cost)[..., :num_classes]
-    held = torch.zeros(len(cost), num_classes + 1, device=cost.device).scatter(1, classes, 1.0)[:, :num_classes] > 0
-    held = held.unflatten(0, (-1, depth)).any(1)  # (B, K)
-    every = torch.arange(num_classes, device=cost.device)
-    return by_class.unflatten(0, (-1, depth)).sum(1), torch.where(held, every, num_classes)
-
-
-def _per_slice(pairs: Tensor, targets: Targets, depth: int) -> Matches:
-    """Hand the volume's assignment of queries to classes down to its slices."""
-    num_slices = len(targets.classes)
-    query_of = torch.full((num_slices // depth, targets.num_classes + 1), -1, device=pairs.device)
-    query_of[pairs[0], pairs[2]] = pairs[1]
-    queries = query_of.repeat_interleave(depth, 0).gather(1, targets.classes)  # (S, T)
-    slices, columns = (queries >= 0).nonzero(as_tuple=True)
-    return Matches(slices, queries[slices, columns], columns)

@@ -20,8 +20,8 @@ class Targets:
     """(S, T, H, W) bool; nowhere true at ignored voxels."""
     boxes: Tensor
     """(S, T, 4) float32: x0 y0 x1 y1 as shares of the padded patch."""
-    valid: Tensor
-    """(S, H, W) bool: voxels that are not ignored."""
+    valid: Tensor | None
+    """(S, H, W) bool: voxels that are not ignored; None if the dataset ignores none."""
     num_classes: int
     """K"""
 
@@ -37,6 +37,7 @@ def make_targets(
     padded: tuple[int, int],
     regions: bool = False,
     ignore_label: int | None = None,
+    most: int | None = None,
 ) -> Targets:
     """Build the targets of a batch for all slices at once.
 
@@ -47,6 +48,7 @@ def make_targets(
         padded: in-plane size to which boxes relate, :attr:`Grid.padded`.
         regions: whether the classes are regions; each is then a target of its own.
         ignore_label: the label that is ignored, if there is one.
+        most: T, if it is known that no slice holds more; else it is looked up, which an accelerator waits for.
 
     Raises:
         ValueError: for another number of channels. Labels outside 0..K-1 are nnU-Net's to find, before training.
@@ -60,31 +62,33 @@ def make_targets(
             f"for {num_classes} {'regions' if regions else 'classes'} and ignore label {ignore_label}"
         )
     slices = segmentation.transpose(1, 2).flatten(0, 1)  # (S, channels, H, W)
+    valid = None
     if regions:
-        valid = slices[:, -1] == 0 if ignore_label is not None else torch.ones_like(slices[:, 0], dtype=torch.bool)
-        maps = (slices[:, :num_classes] > 0) & valid[:, None]  # (S, K, H, W)
-        present = maps.flatten(2).any(-1)  # (S, K)
-        classes = _padded_classes(present)
+        maps = slices[:, :num_classes] > 0  # (S, K, H, W)
+        if ignore_label is not None:
+            valid = slices[:, -1] == 0
+            maps &= valid[:, None]
+        classes = _padded_classes(maps.view(torch.uint8).flatten(2).amax(-1) > 0, most)
         index = classes.clamp(max=num_classes - 1)[:, :, None, None].expand(-1, -1, *maps.shape[2:])
         masks = maps.gather(1, index) & (classes < num_classes)[:, :, None, None]
     else:
         labels = slices[:, 0].long()  # (S, H, W)
-        valid = torch.ones_like(labels, dtype=torch.bool) if ignore_label is None else labels != ignore_label
-        labels = torch.where(valid, labels, num_classes)
-        counts = torch.zeros(len(labels), num_classes + 1, device=labels.device)
-        counts.scatter_add_(
-            1, labels.flatten(1), torch.ones((), device=labels.device).expand(len(labels), labels[0].numel())
-        )
-        classes = _padded_classes(counts[:, :num_classes] > 0)
-        masks = (labels[:, None] == classes[:, :, None, None]) & valid[:, None]
+        if ignore_label is not None:
+            valid = labels != ignore_label
+            labels = torch.where(valid, labels, num_classes)
+        found = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
+        classes = _padded_classes(found.scatter_(1, labels.flatten(1), True)[:, :num_classes], most)
+        wanted = torch.where(classes < num_classes, classes, -1)  # ignored voxels are K here
+        masks = labels[:, None] == wanted[:, :, None, None]
     return Targets(classes, masks, _boxes(masks, padded), valid, num_classes)
 
 
-def _padded_classes(present: Tensor) -> Tensor:
+def _padded_classes(present: Tensor, most: int | None) -> Tensor:
     """(S, K) bool to (S, T): the indices that are true, ascending, then K."""
     num_classes = present.shape[1]
     index = torch.where(present, torch.arange(num_classes, device=present.device), num_classes)
-    most = max(1, int(present.sum(1).max()))
+    if most is None:
+        most = max(1, int(present.sum(1).max()))
     return index.sort(dim=1).values[:, :most]
 
 

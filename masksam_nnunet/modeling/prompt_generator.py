@@ -97,12 +97,13 @@ def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:
         x0 y0 x1 y1 (..., 4) in [0, 1], zero where the mask is empty; and whether it is not empty (...).
     """
     ends = []
-    for any_line in (masks.any(-2), masks.any(-1)):  # columns (..., w), rows (..., h)
+    bytes_ = masks.view(torch.uint8)  # any() is several times slower on a CPU
+    for any_line in (bytes_.amax(-2) > 0, bytes_.amax(-1) > 0):  # columns (..., w), rows (..., h)
         size = any_line.shape[-1]
         index = torch.arange(size, device=masks.device)
         low = torch.where(any_line, index, size).amin(-1)
         high = torch.where(any_line, index + 1, 0).amax(-1)
         ends.append((low / size, high / size))
     (x0, x1), (y0, y1) = ends
-    found = masks.flatten(-2).any(-1)
+    found = any_line.any(-1)
     return torch.stack([x0, y0, x1, y1], dim=-1) * found[..., None], found

@@ -11,6 +11,7 @@ from torch import Tensor
 from masksam_nnunet.config import Grid
 from masksam_nnunet.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAMOutput
+from masksam_nnunet.sampling import uncertain_points
 from masksam_nnunet.targets import make_targets
 
 K, N, D, H, W = 3, 5, 2, 16, 24
@@ -172,12 +173,12 @@ def test_sampled_points_estimate_the_whole_and_prefer_what_is_uncertain() -> Non
     sampled = criterion(num_points=300, uncertain_fraction=0.0)
     means = torch.stack([sampled(output, seg)[1]["mask_bce"] for _ in range(30)]).mean()
     assert float(means) == pytest.approx(float(exact["mask_bce"]), rel=0.05)
-    judge = criterion(num_points=64)
-    logits = torch.randn(7, H * W)
-    points = judge._uncertain_points(logits, torch.ones(7, H * W, dtype=torch.bool))
-    assert points is not None and points.shape == (7, 64)
-    chosen, others = logits.gather(1, points[:, :48]).abs().mean(), logits.gather(1, points[:, 48:]).abs().mean()
-    assert chosen < 0.75 * others
+    logits = output.mask_logits.detach().flatten(3)
+    pairs = torch.tensor([0, 1, 3]), torch.tensor([2, 0, 4])
+    points = uncertain_points(logits, pairs, None, 64, oversample=2.0, fraction=0.75)
+    assert points.shape == (3, 64)
+    values = logits.flatten(0, 1)[pairs].gather(1, points).abs()
+    assert values[:, :48].mean() < 0.75 * values[:, 48:].mean()
 
 
 def test_the_semantic_loss_is_added_with_its_weight() -> None:

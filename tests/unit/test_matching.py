@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from configs import loss_config
+from torch import Tensor
 
 from masksam_nnunet.config import LossConfig
-from masksam_nnunet.matching import Matches, Predictions, generalised_iou, match, pairwise_cost
+from masksam_nnunet.matching import Matches, generalised_iou, match, pairwise_cost
+from masksam_nnunet.pair_losses import pairwise_sums
 from masksam_nnunet.targets import Targets, make_targets
 
 CLASSES = 3
+
+
+@dataclass
+class Predictions:
+    class_logits: Tensor
+    masks: Tensor
+    aux_masks: Tensor
+    boxes: Tensor
 
 
 def problem(queries: int, slices: int = 4, depth: int = 2) -> tuple[Predictions, Targets]:
@@ -23,17 +34,27 @@ def problem(queries: int, slices: int = 4, depth: int = 2) -> tuple[Predictions,
     corner = torch.rand(slices, queries, 2)
     boxes = torch.cat([corner, corner + (1 - corner) * torch.rand(slices, queries, 2)], -1)
     logits = torch.randn(slices, queries, CLASSES + 1)
-    return Predictions(logits, *torch.randn(2, slices, queries, 20), boxes), targets
+    masks, aux_masks = torch.randn(2, slices // depth, depth, queries, 20)
+    return Predictions(logits, masks, aux_masks, boxes), targets
 
 
-def solve(predictions: Predictions, targets: Targets, loss: LossConfig, depth: int = 2) -> Matches:
-    return match(predictions, targets, targets.masks.flatten(2).float(), targets.valid.flatten(1).float(), depth, loss)
+def all_costs(p: Predictions, targets: Targets, loss: LossConfig) -> Tensor:
+    valid = None if targets.valid is None else targets.valid.flatten(1)
+    sums = pairwise_sums([p.masks, p.aux_masks], targets.masks.flatten(2), valid, None, piece=100)
+    return pairwise_cost(p.class_logits, p.boxes, *sums, targets, loss)
+
+
+def solve(p: Predictions, targets: Targets, loss: LossConfig) -> Matches:
+    return match(all_costs(p, targets, loss), targets, p.masks.shape[1], loss.matching)
 
 
 def cost_by_loops(p: Predictions, t: Targets, s: int, n: int, k: int, loss: LossConfig) -> float:
     target = t.masks[s, k].flatten().float()
     total = -loss.class_weight * F.softmax(p.class_logits[s, n], -1)[t.classes[s, k]]
-    for x, bce, dice in ((p.masks, loss.mask_bce, loss.mask_dice), (p.aux_masks, loss.aux_bce, loss.aux_dice)):
+    for x, bce, dice in (
+        (p.masks.flatten(0, 1), loss.mask_bce, loss.mask_dice),
+        (p.aux_masks.flatten(0, 1), loss.aux_bce, loss.aux_dice),
+    ):
         score = x[s, n].sigmoid()
         total = total + bce * F.binary_cross_entropy(score, target)
         total = total + dice * (1 - (2 * (score * target).sum() + 1) / (score.sum() + target.sum() + 1))
@@ -44,7 +65,7 @@ def cost_by_loops(p: Predictions, t: Targets, s: int, n: int, k: int, loss: Loss
 def test_costs_equal_a_loop_over_pairs() -> None:
     predictions, targets = problem(queries=3)
     loss = loss_config()
-    cost = pairwise_cost(predictions, targets, targets.masks.flatten(2).float(), targets.valid.flatten(1).float(), loss)
+    cost = all_costs(predictions, targets, loss)
     for s, n, k in itertools.product(*map(range, cost.shape)):
         if targets.present[s, k]:
             assert float(cost[s, n, k]) == pytest.approx(cost_by_loops(predictions, targets, s, n, k, loss), abs=1e-5)
@@ -76,7 +97,10 @@ def test_permuting_queries_permutes_the_assignment(matching: str) -> None:
     predictions, targets = problem(queries=5)
     order = torch.randperm(5)
     shuffled = Predictions(
-        *(getattr(predictions, f)[:, order] for f in ("class_logits", "masks", "aux_masks", "boxes"))
+        predictions.class_logits[:, order],
+        predictions.masks[:, :, order],
+        predictions.aux_masks[:, :, order],
+        predictions.boxes[:, order],
     )
     loss = loss_config(matching=matching)
 
@@ -89,7 +113,7 @@ def test_permuting_queries_permutes_the_assignment(matching: str) -> None:
 def test_in_a_volume_a_query_keeps_its_class_and_the_sum_is_least() -> None:
     predictions, targets = problem(queries=4, slices=6, depth=3)
     loss = loss_config(matching="volume")
-    matches = solve(predictions, targets, loss, depth=3)
+    matches = solve(predictions, targets, loss)
     assert len(matches.slices) == int(targets.present.sum())
     for volume in range(2):
         slices = range(3 * volume, 3 * volume + 3)
@@ -116,7 +140,7 @@ def test_in_a_volume_a_query_keeps_its_class_and_the_sum_is_least() -> None:
 
 def test_nan_predictions_still_match() -> None:
     predictions, targets = problem(queries=3)
-    predictions.masks[0, 1] = torch.nan
+    predictions.masks[0, 0, 1] = torch.nan
     assert len(solve(predictions, targets, loss_config()).slices) > 0
 
 

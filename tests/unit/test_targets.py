@@ -32,7 +32,15 @@ def test_labels(ignore: int | None) -> None:
             rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
             box_by_hand = [columns.min() / 12, rows.min() / 8, (columns.max() + 1) / 12, (rows.max() + 1) / 8]
             torch.testing.assert_close(box, torch.tensor(box_by_hand))
-    assert torch.equal(targets.valid, (labels != (4 if ignore else -1))[:, 0].flatten(0, 1))
+    if ignore is None:
+        assert targets.valid is None
+    else:
+        assert targets.valid is not None and torch.equal(targets.valid, (labels != 4)[:, 0].flatten(0, 1))
+    roomy = make_targets(labels, 4, (8, 12), ignore_label=ignore, most=4)  # as on an accelerator
+    found = targets.classes.shape[1]
+    assert torch.equal(roomy.masks[:, :found], targets.masks) and not roomy.masks[:, found:].any()
+    assert torch.equal(roomy.classes[:, :found], targets.classes) and (roomy.classes[:, found:] == 4).all()
+    assert torch.equal(roomy.boxes[:, :found], targets.boxes)
 
 
 def test_regions_are_targets_of_their_own_and_may_overlap() -> None:

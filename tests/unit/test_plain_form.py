@@ -1,0 +1,89 @@
+"""Every fast path against its plain form, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from configs import loss_config, tiny_config
+from plain_form import PlainCriterion
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from masksam_nnunet.config import Grid
+from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.modeling import MaskSAMOutput
+
+K = 4
+
+
+def outputs(grid: Grid, batch: int, queries: int) -> MaskSAMOutput:
+    depth, height, width = grid.patch
+    corner = torch.rand(batch, queries, depth, 2) * 0.5
+    fields = (
+        torch.randn(batch, queries, depth, K + 1),
+        3 * torch.randn(batch, queries, depth, height, width),
+        3 * torch.randn(batch, queries, depth, *grid.masks),
+        torch.cat([corner, corner + 0.1 + torch.rand_like(corner) * 0.4], -1),
+    )
+    return MaskSAMOutput(*(x.transpose(1, 2).requires_grad_() for x in fields))
+
+
+def labels(grid: Grid, batch: int) -> Tensor:
+    depth, height, width = grid.patch
+    coarse = torch.randint(0, K, (batch, 1, depth, 3, 4))
+    coarse[0, 0, 0] = 0  # a slice of background
+    return coarse.repeat_interleave(-(-height // 3), 3).repeat_interleave(-(-width // 4), 4)[..., :height, :width]
+
+
+@pytest.mark.parametrize("upsample", [1, 4])
+def test_targets_matching_and_loss_equal_loops_over_slices(upsample: int) -> None:
+    grid = Grid.of(tiny_config(patch_size=(3, 20, 24), upsample=upsample))
+    output, truth = outputs(grid, batch=2, queries=6), labels(grid, batch=2)
+    results = []
+    for judge in (MaskSAMCriterion(loss_config(), grid, K), PlainCriterion(loss_config(), grid, K)):
+        total, terms = judge(output, truth)
+        gradients = torch.autograd.grad(total, output)
+        results.append((total, {name: term.detach() for name, term in terms.items()}, gradients))
+    torch.testing.assert_close(*results)
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts what makes a host wait for an accelerator: values read, sizes that depend on values, moves to the CPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func._overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool
+            for x in (args[1] if isinstance(args[1], list | tuple) else ())
+        )
+        if name in self.WAITING or by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("matching", ["slice", "volume"])
+@pytest.mark.parametrize("num_points", [64, 10**6])
+def test_an_accelerator_is_waited_for_once_a_step(
+    num_points: int, matching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid.of(tiny_config(patch_size=(3, 20, 24)))
+    judge = MaskSAMCriterion(loss_config(num_points=num_points, matching=matching), grid, K)
+    find, copies = judge.find_targets, []
+    monkeypatch.setattr(judge, "find_targets", lambda seg: find(seg, on_host=False))
+    to_host = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda x: copies.append(x.shape) or to_host(x))
+    output, truth = outputs(grid, batch=2, queries=6), labels(grid, batch=2)
+    with HostCopies() as counter:
+        total, _ = judge(output, truth)
+        total.backward()
+    assert counter.found == []
+    assert len(copies) == 1
+    with HostCopies() as counter:
+        find(truth, on_host=True)
+    assert counter.found == ["_local_scalar_dense"]
