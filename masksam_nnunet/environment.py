@@ -1,4 +1,4 @@
-"""How nnU-Net's processes and ours speak: variables, file names, the folder of trainers. Standard library only."""
+"""How nnU-Net's processes and ours speak: variables, file names, the folder of trainers. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from masksam_nnunet.config import ConfigError
+
 EXT_TRAINER = "nnUNet_extTrainer"
 """nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""
+RANDOM_INIT = "MASKSAM_RANDOM_INIT"
+"""The switch for training without SAM's weights."""
+LEAN_CHECKPOINTS = "MASKSAM_LEAN_CHECKPOINTS"
+"""The switch for checkpoints without SAM's frozen weights."""
 BUDGET_MINUTES = "MASKSAM_BUDGET_MINUTES"
 """The variable that tells time-budget trainers how long to train."""
 BUDGET_PROGRESS_FILE = "budget_progress.json"
 TRAINING_STATS_FILE = "training_stats.json"
 """What they write into the fold's folder, while they train and at the end."""
+
+_ON, _OFF = ("1", "true", "t"), ("", "0", "false", "f")
+
+
+def switched_on(name: str) -> bool:
+    """Whether the variable ``name`` is set to 1, true or t, in any case.
+
+    Raises:
+        ConfigError: it says neither that nor 0, false or f.
+    """
+    text = os.environ.get(name, "")
+    if text.lower() not in (*_ON, *_OFF):
+        raise ConfigError(f"{name} = {text!r} is not allowed: set it to 1 to switch it on, to 0 or not at all for off.")
+    return text.lower() in _ON
 
 
 def trainer_folder() -> Path:

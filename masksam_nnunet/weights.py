@@ -39,6 +39,7 @@ __all__ = [
     "cache_dir",
     "fetch",
     "find",
+    "find_exact",
     "identify_backbone",
     "load_sam",
     "read_checkpoint",
@@ -75,25 +76,36 @@ def find(backbone: str) -> Path:
     Raises:
         WeightsError: there is none, or the variable names nothing.
     """
-    release = _release(backbone)
-    looked_at: list[str] = []
-    if named := os.environ.get("MASKSAM_WEIGHTS"):
-        path = Path(named).expanduser()
-        if path.is_file():
-            return path
-        if not path.is_dir():
-            raise WeightsError(f"MASKSAM_WEIGHTS={named} is neither a file nor a folder; correct it or unset it")
-        if (path / release.file_name).is_file():
-            return path / release.file_name
-        looked_at.append(str(path / release.file_name))
-    cached = cache_dir() / release.file_name
-    if cached.is_file():
-        return cached
-    looked_at.append(str(cached))
+    path, looked_at = _look_for(backbone)
+    if path is not None:
+        return path
     raise WeightsError(
-        f"no SAM checkpoint for {backbone}: looked for {' and '.join(looked_at)}; fetch it with: masksam weights "
+        f"no SAM checkpoint for {backbone}: looked for {looked_at}; fetch it with: masksam weights "
         f"{backbone}; or set MASKSAM_WEIGHTS to a file that you have; or, to train without SAM's weights, "
         "set MASKSAM_RANDOM_INIT=1"
+    )
+
+
+def find_exact(backbone: str, sha256: str) -> Path:
+    """The checkpoint for ``backbone`` that a lean checkpoint was trained with, known by its hash in hex.
+
+    The places are those of ``find``; MASKSAM_WEIGHTS_SHA256 has no say.
+
+    Raises:
+        WeightsError: there is none, or it is another file.
+    """
+    path, looked_at = _look_for(backbone)
+    received = "" if path is None else _sha256(path)
+    if path is not None and received == sha256:
+        return path
+    seen = f"looked for {looked_at}" if path is None else f"found {path} with {received}{_known(received)}"
+    fetched = f"fetch it with: masksam weights {backbone}; or " if _release(backbone).sha256 == sha256 else ""
+    if fetched and os.environ.get("MASKSAM_WEIGHTS"):
+        fetched = f"unset MASKSAM_WEIGHTS and {fetched}"
+    raise WeightsError(
+        f"this is a lean checkpoint: it needs the SAM {backbone} file with SHA-256 {sha256}{_known(sha256)}, but "
+        f"{seen}; {fetched}set MASKSAM_WEIGHTS to that file; or ask for a model made with masksam export, which needs "
+        "no SAM file"
     )
 
 
@@ -182,6 +194,22 @@ def load_sam(parts: Mapping[str, nn.Module], backbone: str, path: Path, new: Seq
     return replace(report, new=tuple(new), file=str(path), sha256=sha256)
 
 
+def _look_for(backbone: str) -> tuple[Path | None, str]:
+    """The file that MASKSAM_WEIGHTS or the cache holds, None if neither does, and where it was looked for."""
+    release = _release(backbone)
+    looked_at: list[str] = []
+    if named := os.environ.get("MASKSAM_WEIGHTS"):
+        path = Path(named).expanduser()
+        if path.is_file():
+            return path, named
+        if not path.is_dir():
+            raise WeightsError(f"MASKSAM_WEIGHTS={named} is neither a file nor a folder; correct it or unset it")
+        looked_at.append(str(path / release.file_name))
+    looked_at.append(str(cache_dir() / release.file_name))
+    found = next((Path(file) for file in looked_at if Path(file).is_file()), None)
+    return found, " and ".join(looked_at)
+
+
 def _release(backbone: str) -> SamRelease:
     if backbone not in SAM_RELEASES:
         raise WeightsError(f"no SAM checkpoint was released for {backbone!r}; there are {', '.join(SAM_RELEASES)}")
@@ -194,13 +222,17 @@ def _compare(origin: str, received: str, release: SamRelease, override: str | No
     if received == expected:
         return
     by = "MASKSAM_WEIGHTS_SHA256" if override else f"the released {release.file_name}"
-    known = next((name for name, other in SAM_RELEASES.items() if other.sha256 == received), None)
     raise WeightsError(
-        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}"
-        + (f", which is SAM's {known}" if known else "")
-        + "; fetch the file again with: masksam weights; or, for a fine-tuned checkpoint in SAM's format that you "
+        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}{_known(received)}"
+        "; fetch the file again with: masksam weights; or, for a fine-tuned checkpoint in SAM's format that you "
         "trust, point MASKSAM_WEIGHTS at it and set MASKSAM_WEIGHTS_SHA256 to the received value"
     )
+
+
+def _known(sha256: str) -> str:
+    """Words for the hash of a release."""
+    name = next((name for name, release in SAM_RELEASES.items() if release.sha256 == sha256), None)
+    return f", which is SAM's {name}" if name else ""
 
 
 def _sha256(path: Path) -> str:

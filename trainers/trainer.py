@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from masksam_nnunet import weights
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.environment import LEAN_CHECKPOINTS, RANDOM_INIT, switched_on
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.lean import lean_state_dicts, sam_sha256, set_sam_sha256
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.precision import autocast, autocast_dtype
 
 from .config_check import check_preset, check_results_folder, check_shared_data, resolve_config
 from .schedule import WarmupPolyLR
 
-RANDOM_INIT = "MASKSAM_RANDOM_INIT"
 SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
 """Learning rate and warm-up iterations for a frozen SAM, and for the tiny network, which starts from nothing."""
 
@@ -157,17 +159,44 @@ class MaskSAMTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def _load_sam(self) -> None:
-        """SAM's weights are opened by a training from its start only; checkpoints of ours hold them."""
-        network = self.masksam
-        if network.sam_is_loaded:
-            return
+        """SAM's weights are opened by a training from its start only; checkpoints of ours hold or restore them.
+
+        Raises:
+            ConfigError: lean checkpoints are asked for, and what they leave out would not come from a file.
+            WeightsError: SAM's file is missing, damaged, untrusted or does not fit.
+        """
+        lean = switched_on(LEAN_CHECKPOINTS)
         if not self.config.needs_sam:
+            self._tell_it_is_not_sam(lean)
+            return
+        if not self.masksam.sam_is_loaded:
+            self._read_sam()
+        sha256 = sam_sha256(self.masksam)
+        if lean and sha256 is None:
+            raise ConfigError(
+                f"{LEAN_CHECKPOINTS} is set, but SAM's part of this network holds random weights ({RANDOM_INIT}), "
+                f"which no file could restore. Unset {LEAN_CHECKPOINTS}, or start with SAM's weights."
+            )
+        if lean:
+            self.print_to_log_file(
+                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and need SAM's "
+                f"{self.config.backbone} file (SHA-256 {sha256}) to be loaded. masksam export makes a full model."
+            )
+
+    def _tell_it_is_not_sam(self, lean: bool) -> None:
+        if not self.masksam.sam_is_loaded:
             self.print_to_log_file(
                 f"{self.config.backbone} is a tiny encoder of this project's own. It is not SAM: it starts from random "
                 "weights and is trained throughout."
             )
-            return
-        if _random_init_wanted():
+        if lean:
+            self.print_to_log_file(
+                f"{LEAN_CHECKPOINTS} is set, but {self.config.backbone} has nothing from SAM: checkpoints are full."
+            )
+
+    def _read_sam(self) -> None:
+        network = self.masksam
+        if switched_on(RANDOM_INIT):
             self.print_to_log_file(
                 f"WARNING: {RANDOM_INIT} is set. SAM's part of this network stays at RANDOM, frozen weights. "
                 "This is for trying things out only; its results say nothing about MaskSAM."
@@ -177,6 +206,7 @@ class MaskSAMTrainer(nnUNetTrainer):
         new = [name for name, p in network.named_parameters() if p.requires_grad]
         report = weights.load_sam(network.sam_parts(), self.config.backbone, path, new)
         network.sam_is_loaded = True
+        set_sam_sha256(network, report.sha256)
         for line in report.lines():
             self.print_to_log_file(line)
 
@@ -209,10 +239,11 @@ class MaskSAMTrainer(nnUNetTrainer):
             nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
             self.optimizer.step()
         self.iteration += 1
-        values = torch.stack([loss.detach(), *terms.values()]).cpu().numpy()  # one copy for all
-        return dict(zip(["loss", *terms], values, strict=True))
+        return {"loss": loss.detach(), **terms}  # on the device: waiting for them would idle it
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        table = torch.stack([torch.stack(list(outputs.values())) for outputs in train_outputs]).cpu().numpy()
+        train_outputs = [dict(zip(train_outputs[0], values, strict=True)) for values in table]
         super().on_train_epoch_end(train_outputs)
         means = {name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}
         if self.is_ddp:
@@ -226,15 +257,9 @@ class MaskSAMTrainer(nnUNetTrainer):
                 logger.log(f"train_losses/{name}", value, self.current_epoch)
 
     def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net, but a kill in the middle leaves the earlier file whole."""
+        """As nnU-Net, but a kill in the middle leaves the earlier file whole; without SAM's weights where asked."""
         partial = f"{filename}.part"
-        super().save_checkpoint(partial)
+        with lean_state_dicts(self.masksam) if switched_on(LEAN_CHECKPOINTS) else nullcontext():
+            super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:  # the rank that writes
             os.replace(partial, filename)
-
-
-def _random_init_wanted() -> bool:
-    text = os.environ.get(RANDOM_INIT, "0")
-    if text.lower() not in ("", "0", "1", "false", "true", "f", "t"):
-        raise ConfigError(f"{RANDOM_INIT} = {text!r} is not allowed: set it to 1 to train without SAM, else to 0.")
-    return text.lower() in ("1", "true", "t")

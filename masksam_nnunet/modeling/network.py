@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import Grid, MaskSAMConfig
 from ..precision import autocast
 from ..semantic import semantic_log_probabilities
+from . import lean
 from .image_encoder import AdaptedImageEncoder
 from .mask_decoder import AdaptedMaskDecoder
 from .mask_head import MaskHead
@@ -86,6 +87,7 @@ class MaskSAM(nn.Module):
         # nnU-Net's loaders of foreign weights compare keys, and name those that are missing: so this key names the
         # config, and a checkpoint of another one is refused in words.
         self.register_buffer(config_key(config), torch.zeros(0))
+        lean.prepare(self)
 
         if config.needs_sam:
             freeze_all_but_new(self)

@@ -23,12 +23,11 @@ from plain_plans import DATASET, dataset_json, folders, plain_plans, region_data
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import ConfigError
-from masksam_nnunet.environment import trainer_folder
+from masksam_nnunet.environment import RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans.architecture import NETWORK_CLASS, read_config, write_config
 from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_vit_h, MaskSAMTrainer_vit_t
-from masksam_nnunet.trainers.trainer import RANDOM_INIT
 
 CPU = torch.device("cpu")
 
@@ -73,7 +72,8 @@ def test_signatures_are_nnunets() -> None:
 
 
 def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
-    own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "_load_sam"}
+    own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer"}
+    own |= {"_load_sam", "_read_sam", "_tell_it_is_not_sam"}
     for name, value in vars(MaskSAMTrainer).items():
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
@@ -199,7 +199,7 @@ def test_a_step_of_training_and_validation(case: str) -> None:
     before = {n: p.detach().clone() for n, p in made.network.named_parameters()}
     first = made.train_step(batch(made))
     second = made.train_step(batch(made, empty=True))
-    assert all(np.isfinite(v) for outputs in (first, second) for v in outputs.values()), (first, second)
+    assert all(torch.isfinite(v) for outputs in (first, second) for v in outputs.values()), (first, second)
     assert {"loss", "class", "mask_bce", "aux_dice", "box_giou"} <= set(first)
     assert any(not torch.equal(p, before[n]) for n, p in made.network.named_parameters())
     made.on_train_epoch_end([first, second])

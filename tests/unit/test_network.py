@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from configs import tiny_config
+from small_sam import SMALL_SAM
 from torch import Tensor
 
 from masksam_nnunet.config import Grid
@@ -106,8 +107,7 @@ def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:
 @pytest.fixture()
 def small_sam(monkeypatch: pytest.MonkeyPatch) -> str:
     """A frozen backbone of SAM's kind, windows included, small enough to train here."""
-    spec = BackboneSpec(32, 4, 2, (0, 1, 2, 3), prompt_width=16, decoder_mlp=32, decoder_heads=2, mask_channels=4)
-    monkeypatch.setitem(SPECS, "vit_b", spec)
+    monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
     return "vit_b"
 
 

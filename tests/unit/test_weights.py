@@ -17,6 +17,7 @@ import torch
 from loopback import Server, serving
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.image_encoder import get_rel_pos
+from small_sam import expect_release
 from torch import Tensor, nn
 
 from masksam_nnunet import download, weights
@@ -39,14 +40,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MASKSAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(download, "_pause_seconds", lambda failures: 0.0)
-    expect(monkeypatch, "vit_b", BODY)
-
-
-def expect(monkeypatch: pytest.MonkeyPatch, backbone: str, content: bytes) -> None:
-    """Let ``content`` be the released checkpoint."""
-    release = weights.SAM_RELEASES[backbone]
-    changed = weights.SamRelease(release.file_name, release.url, sha256(content))
-    monkeypatch.setitem(weights.SAM_RELEASES, backbone, changed)
+    expect_release(monkeypatch, "vit_b", BODY)
 
 
 def part_file() -> Path:
@@ -508,7 +502,7 @@ def test_only_grids_and_lengths_are_interpolated() -> None:
 
 def save(path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, backbone: str = "vit_b") -> Path:
     torch.save(state, path)
-    expect(monkeypatch, backbone, path.read_bytes())
+    expect_release(monkeypatch, backbone, path.read_bytes())
     return path
 
 
@@ -547,7 +541,7 @@ def test_nothing_is_half_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     if fault in ("hash", "truncated"):
         path.write_bytes(path.read_bytes()[:-100])
     if fault == "truncated":
-        expect(monkeypatch, "vit_b", path.read_bytes())
+        expect_release(monkeypatch, "vit_b", path.read_bytes())
     with pytest.raises(WeightsError):
         weights.load_sam(parts, "vit_b", path)
     after = flat_state(parts)

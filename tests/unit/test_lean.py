@@ -1,0 +1,212 @@
+"""Lean checkpoints: without SAM's frozen weights, which come back bit by bit, or are refused in words."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from configs import tiny_config
+from small_sam import install_small_sam, write_small_sam
+from torch import Tensor, nn
+
+from masksam_nnunet import weights
+from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.lean import FULL, is_lean, lean_state_dicts, sam_sha256, set_sam_sha256
+
+SAM_KEYS = ("image_encoder.sam.", "prompt_encoder.sam.", "mask_decoder.sam.")
+
+
+@pytest.fixture(autouse=True)
+def sam_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return install_small_sam(tmp_path / "cache", monkeypatch)
+
+
+def fresh(**changes: Any) -> MaskSAM:
+    """A network of random weights; every seed gives another one."""
+    network = MaskSAM(tiny_config(**{"backbone": "vit_b", **changes}), 1, 3).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
+def trained() -> MaskSAM:
+    """As after a training: SAM from its file, all else something of its own."""
+    network = fresh()
+    new = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    report = weights.load_sam(network.sam_parts(), "vit_b", weights.find("vit_b"), new)
+    set_sam_sha256(network, report.sha256)
+    return network
+
+
+def lean_state(network: MaskSAM) -> dict[str, Tensor]:
+    with lean_state_dicts(network):
+        return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_a_lean_state_dict_leaves_out_what_is_frozen_and_nothing_else() -> None:
+    network = trained()
+    full, lean = copy_of(network), lean_state(network)
+    left_out = full.keys() - lean.keys() - {FULL}
+    assert left_out == {name for name in full if name.startswith(SAM_KEYS)}
+    assert {name for name, p in network.named_parameters() if not p.requires_grad} <= left_out
+    assert is_lean(lean) and not is_lean(full)
+    assert_same(full, copy_of(network))
+
+
+def test_a_tensor_of_sam_that_is_trained_stays() -> None:
+    network = trained()
+    name = "image_encoder.sam.blocks.1.norm1.weight"
+    network.get_parameter(name).requires_grad_(True).data.add_(1.0)
+    lean = lean_state(network)
+    assert name in lean
+    other = fresh()
+    other.load_state_dict(lean)
+    assert_same(copy_of(network), copy_of(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_comes_back_is_identical_interpolated_positions_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("MASKSAM_WEIGHTS", str(write_small_sam(tmp_path / "tuned.pth", dtype)))
+    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
+    network = trained()
+    torch.save(lean_state(network), tmp_path / "lean.pth")
+    torch.save(network.state_dict(), tmp_path / "full.pth")
+    assert (tmp_path / "lean.pth").stat().st_size < (tmp_path / "full.pth").stat().st_size
+    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "0" * 64)  # has no say: the checkpoint names its file
+    other = fresh()
+    assert other.image_encoder.sam.pos_embed.shape[1:3] == (2, 3), "the file's is 4 by 4"
+    other.load_state_dict(torch.load(tmp_path / "lean.pth"))
+    assert other.sam_is_loaded and sam_sha256(other) == sam_sha256(network) is not None
+    assert_same(copy_of(network), copy_of(other))
+    x = torch.randn(1, 1, 3, 32, 48)
+    with torch.no_grad():
+        assert torch.equal(network(x), other(x))
+
+
+def test_full_state_dicts_need_no_file_and_bring_the_hash(sam_file: Path) -> None:
+    network, other = trained(), fresh()
+    sam_file.unlink()
+    other.load_state_dict(network.state_dict())
+    assert_same(copy_of(network), copy_of(other))
+    assert sam_sha256(other) == sam_sha256(network)
+
+
+def test_a_network_that_holds_the_right_sam_reads_no_file(sam_file: Path) -> None:
+    folds = [trained(), trained()]
+    network = fresh()
+    network.load_state_dict(lean_state(folds[0]))
+    sam_file.unlink()
+    for other in (network, deepcopy(network)):
+        other.load_state_dict(lean_state(folds[1]))
+        assert_same(copy_of(folds[1]), copy_of(other))
+
+
+def test_wrappers_change_nothing() -> None:
+    class Wrapper(nn.Module):  # as DistributedDataParallel, with the same prefix
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    source = trained()
+    for wrap in (Wrapper, torch.compile, lambda network: Wrapper(torch.compile(network))):
+        wrapped, target = wrap(source), wrap(fresh())
+        with lean_state_dicts(source):
+            lean = copy_of(wrapped)
+        assert not any(".sam." in name for name in lean)
+        target.load_state_dict(lean)
+        assert_same(copy_of(wrapped), copy_of(target))
+
+
+def test_networks_without_memory_are_completed_by_assignment() -> None:
+    source = trained()
+    with torch.device("meta"):
+        target = MaskSAM(source.config, 1, 3)
+    target.load_state_dict(lean_state(source), assign=True)
+    assert_same(copy_of(source), copy_of(target))
+
+
+def test_random_weights_are_never_left_out() -> None:
+    network = fresh()
+    assert sam_sha256(network) is None
+    assert_same(lean_state(network), copy_of(network))
+    tiny = MaskSAM(tiny_config(), 1, 3)
+    assert_same(lean_state(tiny), copy_of(tiny))
+
+
+def refused(network: MaskSAM, state: dict[str, Tensor]) -> str:
+    """The error of loading ``state``, which changes nothing."""
+    before = copy_of(network)
+    with pytest.raises(WeightsError) as error:
+        network.load_state_dict(state)
+    assert_same(before, copy_of(network))
+    assert not network.sam_is_loaded
+    return str(error.value)
+
+
+def test_a_missing_file_is_named(sam_file: Path) -> None:
+    source = trained()
+    sam_file.unlink()
+    message = refused(fresh(), lean_state(source))
+    expected = ("lean checkpoint", "vit_b", str(sam_sha256(source)), str(sam_file))
+    for said in (*expected, "masksam weights vit_b", "MASKSAM_WEIGHTS", "masksam export"):
+        assert said in message, said
+    assert "RANDOM_INIT" not in message
+
+
+@pytest.mark.parametrize("trusted", ["skip", "its own"])
+def test_another_file_is_refused_whatever_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: str
+) -> None:
+    source = trained()
+    other = write_small_sam(tmp_path / "other.pth")
+    monkeypatch.setenv("MASKSAM_WEIGHTS", str(other))
+    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
+    found = weights.verify(other, "vit_b")
+    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", trusted.replace("its own", found))
+    message = refused(fresh(), lean_state(source))
+    for said in (f"{sam_sha256(source)}, which is SAM's vit_b", f"found {other} with {found}", "unset MASKSAM_WEIGHTS"):
+        assert said in message, said
+
+
+def test_a_fine_tuned_file_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_WEIGHTS", str(write_small_sam(tmp_path / "tuned.pth")))
+    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
+    source = trained()
+    monkeypatch.delenv("MASKSAM_WEIGHTS")
+    message = refused(fresh(), lean_state(source))
+    assert "set MASKSAM_WEIGHTS to that file" in message and "masksam weights" not in message
+
+
+def test_another_config_is_refused_in_words() -> None:
+    message = refused(fresh(num_queries=5), lean_state(trained()))
+    assert "num_queries=4" in message and "num_queries=5" in message
+
+
+def test_loading_stays_strict(sam_file: Path) -> None:
+    source = trained()
+    lean, full = lean_state(source), copy_of(source)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
+        fresh().load_state_dict(lean | {"more": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stem'):
+        fresh().load_state_dict({name: value for name, value in lean.items() if not name.startswith("stem.")})
+    sam_file.unlink()
+    name = "image_encoder.sam.pos_embed"
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{name}"'):
+        fresh().load_state_dict({key: value for key, value in full.items() if key != name})
