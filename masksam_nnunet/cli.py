@@ -12,8 +12,7 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet import __version__
-from masksam_nnunet.cli_datasets import register
+from masksam_nnunet import __version__, cli_datasets, cli_export
 from masksam_nnunet.cli_fail import fail
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.errors import WeightsError
@@ -236,7 +235,8 @@ def _ext_trainer() -> str:
         fail(str(error))
 
 
-register(app)
+cli_datasets.register(app)
+cli_export.register(app)
 
 if __name__ == "__main__":
     main()

@@ -222,23 +222,36 @@ def test_vit_b_needs_sam_and_says_how_to_get_it(workspace: Workspace, dataset: D
 def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     workspace: Workspace, dataset: Dataset, images: Path, tmp_path: Path
 ) -> None:
+    """Trained with lean checkpoints, exported, installed elsewhere, and used there without the SAM file."""
     sam = sam_model_registry["vit_b"]()
     file = tmp_path / "sam_vit_b.pth"
     torch.save(sam.state_dict(), file)
-    output = workspace.train(
-        dataset.id,
-        0,
-        "ShortMaskSAM_vit_b",
+    trainer, archive = "ShortMaskSAM_vit_b", tmp_path / "model.zip"
+    output = workspace.run_all(
+        ["nnUNetv2_train", dataset.id, "3d_fullres", 0, "-tr", trainer, "-device", "cpu"],
+        ["masksam", "export", "-d", dataset.id, "-tr", trainer, "-f", 0, "-o", archive],
         MASKSAM_WEIGHTS=str(file),
         MASKSAM_WEIGHTS_SHA256="skip",
+        MASKSAM_LEAN_CHECKPOINTS="1",
         TEST_MIRRORING="0",
     )
-    file.unlink()  # prediction never needs it
-    out = predict(workspace, images, "vit_b", "-f", 0, "--disable_tta", trainer="ShortMaskSAM_vit_b")
-    assert "interpolated" in output
+    assert "interpolated" in output and "1 checkpoints, of which 1 were lean" in output
+    file.unlink()
+    lean = workspace.model(dataset.name, trainer) / "fold_0" / "checkpoint_final.pth"
+    assert archive.stat().st_size > 1.5 * lean.stat().st_size
+
+    elsewhere = Workspace(tmp_path / "elsewhere")
+    elsewhere.results.mkdir(parents=True)
+    out = elsewhere.root / "predicted"
+    elsewhere.run_all(
+        ["nnUNetv2_install_pretrained_model_from_zip", archive],
+        [
+            "nnUNetv2_predict", "-i", images, "-o", out, "-d", dataset.id, "-c", "3d_fullres", "-tr", trainer,
+            "-f", 0, "--disable_tta", "-device", "cpu", "-npp", 1, "-nps", 1,
+        ],
+    )  # fmt: skip
     assert_like_the_input(out, images, dataset.num_classes)
-    saved = torch.load(
-        workspace.model(dataset.name, "ShortMaskSAM_vit_b") / "fold_0" / "checkpoint_final.pth", weights_only=False
-    )["network_weights"]
+    full = elsewhere.model(dataset.name, trainer) / "fold_0" / "checkpoint_final.pth"
+    saved = torch.load(full, weights_only=False)["network_weights"]
     name = "image_encoder.sam.blocks.3.mlp.lin1.weight"
     assert torch.equal(saved[name], sam.state_dict()["image_encoder.blocks.3.mlp.lin1.weight"])

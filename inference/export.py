@@ -1,0 +1,174 @@
+"""A trained model as a zip file that nnU-Net installs anywhere, whose checkpoints need no SAM file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from nnunetv2.model_sharing.model_export import export_pretrained_model
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from masksam_nnunet.modeling.lean import is_lean
+
+from .errors import ExportError
+
+CHECKPOINT = "checkpoint_final.pth"
+_MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
+_FOLD_FILES = ("progress.png", "validation/summary.json")  # nnU-Net's export needs them
+
+
+class Export(NamedTuple):
+    """What was written."""
+
+    file: Path
+    checkpoints: int
+    completed: int
+    """How many of the checkpoints were lean."""
+
+
+def export_model(
+    dataset: str,
+    output: Path,
+    trainer: str,
+    plans: str,
+    configurations: Sequence[str] | None = None,
+    folds: Sequence[str] = ("0", "1", "2", "3", "4"),
+) -> Export:
+    """Write what ``nnUNetv2_install_pretrained_model_from_zip`` installs; lean checkpoints are completed.
+
+    All but the checkpoints is put there by nnU-Net's own export. The results folder is only read, and ``output``
+    appears once it is complete; until then there is ``<output>.part``.
+
+    Args:
+        dataset: number or name.
+        output: the zip file; an earlier one is replaced.
+        trainer: the trainer's class.
+        plans: name of the plans.
+        configurations: all that were trained if not given.
+        folds: numbers, or "all".
+
+    Raises:
+        ExportError: a model, a fold or a file of it is missing or damaged, or the output cannot be written.
+        WeightsError: a checkpoint is lean, and SAM's file for it is missing or another one.
+    """
+    results, models = _find_models(dataset, trainer, plans, configurations)
+    files = [_fold_checkpoint(model, fold) for model in models for fold in folds]
+    completed = {file: checkpoint for model in models for file, checkpoint in _completed(model, files).items()}
+    part = output.with_name(f"{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        names = tuple(model.name.split("__")[2] for model in models)
+        export_pretrained_model(
+            models[0].parent.name, str(part), names, trainer, plans, tuple(folds), save_checkpoints=()
+        )
+        with zipfile.ZipFile(part, "a") as archive:
+            for file in files:
+                _add(archive, file, str(file.relative_to(results)), completed.get(file))
+        os.replace(part, output)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {output}: {error.strerror or error}; make room or name another file (-o)"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return Export(output, len(files), len(completed))
+
+
+def _find_models(
+    dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None
+) -> tuple[Path, list[Path]]:
+    """nnU-Net's results folder, and in it the folders of the models, each with the files they need."""
+    if not os.environ.get("nnUNet_results"):
+        raise ExportError("nnUNet_results not set: trained models are looked for there; export it first")
+    results = Path(os.environ["nnUNet_results"])
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"-d {dataset}: {' '.join(str(error).split())}") from error
+    trained = {folder.name.split("__")[2]: folder for folder in (results / name).glob(f"{trainer}__{plans}__*")}
+    missing = [wanted for wanted in configurations or () if wanted not in trained]
+    if missing or not trained:
+        others = sorted(folder.name for folder in (results / name).glob("*__*__*"))
+        raise ExportError(
+            f"{results / name} holds no model {' or '.join(f'{trainer}__{plans}__{c}' for c in missing or '*')}; there "
+            f"are: {', '.join(others) or 'none'}. Name another one (-tr, -p, -c), or train it"
+        )
+    models = [trained[wanted] for wanted in configurations or sorted(trained)]
+    for file in (model / name for model in models for name in _MODEL_FILES):
+        if not file.is_file():
+            raise ExportError(f"{file} is missing: without it the model cannot be used elsewhere")
+    return results, models
+
+
+def _fold_checkpoint(model: Path, fold: str) -> Path:
+    """A fold's final checkpoint, once all its files are there."""
+    folder = model / f"fold_{fold}"
+    if not (folder / CHECKPOINT).is_file():
+        finished = sorted(file.parent.name.removeprefix("fold_") for file in model.glob(f"fold_*/{CHECKPOINT}"))
+        raise ExportError(
+            f"{folder / CHECKPOINT} is missing: fold {fold} has not been trained to its end. Finish it, or name the "
+            f"folds to export: -f {' '.join(finished) or '(none is finished)'}"
+        )
+    missing = [name for name in _FOLD_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ExportError(
+            f"{folder} lacks {' and '.join(missing)}: finish its validation with nnUNetv2_train ... {fold} --val"
+        )
+    return folder / CHECKPOINT
+
+
+def _completed(model: Path, files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Those of the ``files`` below ``model`` that hold lean checkpoints, as full ones; files stay memory-mapped."""
+    result = {}
+    network: nn.Module | None = None
+    for file in (file for file in files if model in file.parents):
+        checkpoint = _load(file)
+        if not is_lean(checkpoint["network_weights"]):
+            continue
+        network = _network(model, checkpoint) if network is None else network
+        network.load_state_dict(checkpoint["network_weights"], assign=True)
+        result[file] = checkpoint | {"network_weights": network.state_dict()}
+    return result
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        # Not weights_only: nnU-Net's checkpoints hold more than tensors.
+        return torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ExportError(f"{file} cannot be read as a checkpoint ({error}); train this fold again") from error
+
+
+def _network(model: Path, checkpoint: dict[str, Any]) -> nn.Module:
+    """The network that nnU-Net builds to predict, without memory."""
+    plans_manager = PlansManager(str(model / "plans.json"))
+    configuration = plans_manager.get_configuration(checkpoint["init_args"]["configuration"])
+    description = json.loads((model / "dataset.json").read_text())
+    trainer = recursive_find_trainer_class_by_name(checkpoint["trainer_name"])
+    with torch.device("meta"):
+        return trainer.build_network_architecture(
+            plans_manager,
+            configuration,
+            determine_num_input_channels(plans_manager, configuration, description),
+            plans_manager.get_label_manager(description).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+
+
+def _add(archive: zipfile.ZipFile, file: Path, name: str, completed: dict[str, Any] | None) -> None:
+    """Put a checkpoint into the archive, uncompressed: weights are noise."""
+    if completed is None:
+        archive.write(file, name, zipfile.ZIP_STORED)
+        return
+    with archive.open(zipfile.ZipInfo.from_file(file, name), "w", force_zip64=True) as stream:
+        torch.save(completed, stream)

@@ -1,0 +1,79 @@
+"""``masksam export``. Heavy imports inside the command, as in ``cli``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from masksam_nnunet.cli_fail import fail
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.errors import WeightsError
+
+
+class SeveralValues(TyperCommand):
+    """Options that may be repeated take several values at once too, as nnU-Net's do: ``-f 0 1``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        return super().parse_args(ctx, repeat_options(args, repeatable))
+
+
+def repeat_options(arguments: list[str], repeatable: set[str]) -> list[str]:
+    """``-f 0 1`` as ``-f 0 -f 1``, for the options in ``repeatable``."""
+    result: list[str] = []
+    option, taken = "", False
+    for word in arguments:
+        if word.startswith("-"):
+            option, taken = word, False
+        elif option in repeatable and taken:
+            result.append(option)
+        else:
+            taken = True
+        result.append(word)
+    return result
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command(cls=SeveralValues)(export)
+
+
+def export(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The zip file to write.", show_default=False)],
+    configurations: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--configuration", help="One or more; all that were trained if none.", show_default=False),
+    ] = None,
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")] = "MaskSAMTrainer",
+    plans: Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")] = "nnUNetPlans",
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--folds", help="One or more, or all.", show_default="0 1 2 3 4")
+    ] = None,
+) -> None:
+    """Export a trained model as a zip that nnU-Net installs anywhere; lean checkpoints are made full."""
+    try:
+        os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
+    except RuntimeError as error:
+        fail(str(error))
+    from masksam_nnunet.inference.export import export_model
+    from masksam_nnunet.plans.errors import PlanError
+
+    chosen = {"folds": folds} if folds else {}
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net talks; the path alone is for pipes
+            done = export_model(dataset, output, trainer, plans, configurations, **chosen)
+    except (PlanError, WeightsError) as error:
+        fail(str(error))
+    typer.echo(done.file)
+    typer.echo(
+        f"{done.checkpoints} checkpoints, of which {done.completed} were lean and were completed\n"
+        f"install it with: nnUNetv2_install_pretrained_model_from_zip {done.file.name}",
+        err=True,
+    )
