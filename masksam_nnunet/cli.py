@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
 from masksam_nnunet import __version__, cli_datasets, cli_export
 from masksam_nnunet.cli_fail import fail
+from masksam_nnunet.cli_predict import masksam_predictor, take_batch_size
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.errors import WeightsError
 
@@ -139,9 +144,11 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def predict(context: typer.Context) -> None:
-    """nnUNetv2_predict with MaskSAM's trainers; all arguments are nnU-Net's, -tr defaults to MaskSAMTrainer."""
+    """nnUNetv2_predict in batches, frozen weights held once; its arguments and --batch-size, -tr as in train."""
     module = "nnunetv2.inference.predict_from_raw_data"
-    _run_nnunet("predict", module, "predict_entry_point", context.args, ("nnUNet_results",))
+    arguments, batch_size = take_batch_size(context.args)
+    within = partial(masksam_predictor, batch_size=batch_size, show_help=_asks_help(arguments))
+    _run_nnunet("predict", module, "predict_entry_point", arguments, ("nnUNet_results",), within)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -200,9 +207,23 @@ def demo(
     typer.echo(report)
 
 
-def _run_nnunet(command: str, module: str, entry: str, arguments: list[str], required: tuple[str, ...]) -> None:
-    """Run one of nnU-Net's own commands in this process, as if it had been called with ``arguments``."""
-    asks_help = not {"-h", "--help"}.isdisjoint(arguments)
+def _asks_help(arguments: list[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def _run_nnunet(
+    command: str,
+    module: str,
+    entry: str,
+    arguments: list[str],
+    required: tuple[str, ...],
+    within: Callable[[ModuleType], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Run one of nnU-Net's own commands in this process, as if it had been called with ``arguments``.
+
+    ``within`` makes a context, of the command's module, to run it in.
+    """
+    asks_help = _asks_help(arguments)
     missing = [name for name in required if not os.environ.get(name)]
     if missing and not asks_help:
         fail(
@@ -214,8 +235,10 @@ def _run_nnunet(command: str, module: str, entry: str, arguments: list[str], req
     sys.argv = [f"masksam {command}", *(arguments if asks_help else _with_trainer(arguments))]
     from masksam_nnunet.config import ConfigError
 
+    nnunet = import_module(module)
     try:
-        getattr(import_module(module), entry)()
+        with within(nnunet):
+            getattr(nnunet, entry)()
     except (WeightsError, ConfigError) as error:
         fail(str(error))
 

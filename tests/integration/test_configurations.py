@@ -61,7 +61,8 @@ def test_all_configurations(planned: Workspace, plans: str, tmp_path: Path) -> N
     images = planned.raw / KIND.dataset / "imagesTr"
     low, cascade = tmp_path / "low", tmp_path / "cascade"
     model = ("-p", plans, "-tr", TRAINER, *DEVICE)
-    predict = ("nnUNetv2_predict", "-i", images, "-d", d, *model, "-npp", 1, "-nps", 1, "--disable_tta", "-f", 0)
+    command = ("masksam", "predict", "--batch-size", 3) if plans == "MaskSAMPlans" else ("nnUNetv2_predict",)
+    predict = (*command, "-i", images, "-d", d, *model, "-npp", 1, "-nps", 1, "--disable_tta")
     for configuration in ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"):
         # nnU-Net plans batches for 2d that take a CPU minutes a step.
         file = planned.preprocessed / KIND.dataset / f"{plans}.json"
@@ -74,8 +75,8 @@ def test_all_configurations(planned: Workspace, plans: str, tmp_path: Path) -> N
         ["nnUNetv2_train", d, "3d_lowres", 0, *model],
         ["nnUNetv2_train", d, "3d_lowres", 1, *model],
         ["nnUNetv2_train", d, "3d_cascade_fullres", 0, *model],
-        [*predict, "-c", "3d_lowres", "-o", low],
-        [*predict, "-c", "3d_cascade_fullres", "-o", cascade, "-prev_stage_predictions", low],
+        [*predict, "-c", "3d_lowres", "-o", low, "-f", *((0, 1) if plans == "MaskSAMPlans" else (0,))],
+        [*predict, "-c", "3d_cascade_fullres", "-o", cascade, "-f", 0, "-prev_stage_predictions", low],
         TEST_MIRRORING="0",
     )
     for folder in (low, cascade):

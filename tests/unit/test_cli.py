@@ -154,7 +154,6 @@ PREDICT = "-i in -o out -d 4 -c 3d_fullres"
         f"predict {PREDICT} -f 0 1 2 -tr X --disable_tta --save_probabilities -chk checkpoint_best.pth -npp 0",
         f"predict {PREDICT} -f all -step_size 0.75 -tr X --verbose --unknown=3 -xyz",
         "train --help",
-        "predict -h",
     ],
 )
 def test_everything_is_passed_on(nnunet: list[tuple[str, list[str], str]], arguments: str) -> None:
@@ -207,6 +206,55 @@ def test_prediction_needs_the_results_only(nnunet: list[Any], monkeypatch: pytes
     assert invoke("predict", *PREDICT.split()).exit_code == 0
     monkeypatch.delenv("nnUNet_results")
     assert "nnUNet_results not set" in one_line_error(invoke("predict", *PREDICT.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [("", None), ("--batch-size 4", 4), ("--batch-size=12", 12), ("--batch-size 3 --batch-size=5", 5)],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_prediction_is_by_our_predictor_for_the_time_of_the_call(
+    monkeypatch: pytest.MonkeyPatch, words: str, size: int | None, fails: bool
+) -> None:
+    made: list[Any] = []
+
+    def entry() -> None:
+        made.append(module.nnUNetPredictor(device=SimpleNamespace(type="cpu"), verbose=True))
+        assert sys.argv[1:] == [*PREDICT.split(), "-tr", "X"]
+        if fails:
+            raise weights.WeightsError("no SAM")
+
+    theirs = object()
+    module = SimpleNamespace(predict_entry_point=entry, nnUNetPredictor=theirs)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    result = invoke("predict", *words.split(), *PREDICT.split(), "-tr", "X")
+    assert result.exit_code == fails, result.output
+    from masksam_nnunet.inference.predictor import MaskSAMPredictor
+
+    (predictor,) = made
+    assert isinstance(predictor, MaskSAMPredictor) and predictor.verbose
+    assert (predictor.batches and predictor.batches.size) == size
+    assert module.nnUNetPredictor is theirs
+
+
+@pytest.mark.parametrize("words", ["--batch-size 0", "--batch-size=-2", "--batch-size two", "--batch-size=1.5"])
+def test_batch_sizes_that_are_none_are_refused(nnunet: list[Any], words: str) -> None:
+    message = one_line_error(invoke("predict", *PREDICT.split(), *words.split()))
+    value = words.replace("=", " ").split()[1]
+    assert message.startswith(f"error: --batch-size = '{value}' must be a positive whole number")
+    assert "leave the option out" in message and nnunet == []
+    assert "--batch-size = ''" in one_line_error(invoke("predict", *PREDICT.split(), "--batch-size"))
+
+
+def test_the_help_of_predict_has_nnunets_options_and_ours(
+    nnunet: list[tuple[str, list[str], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("nnUNet_results")
+    result = invoke("predict", "-h")
+    ((_, argv, _),) = nnunet
+    assert argv == ["masksam predict", "-h"] and result.exit_code == 0
+    assert "--batch-size N" in result.stdout
 
 
 def test_errors_of_weights_and_config_come_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
