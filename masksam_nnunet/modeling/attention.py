@@ -1,7 +1,8 @@
 """SAM's attention with decomposed relative positions, computed exactly but without its matrix.
 
 q.k scale + q.Rh[h_q, h_k] + q.Rw[w_q, w_k] is one dot product of longer vectors: queries are extended by their products
-with Rh and Rw, keys by one-hot codes of their row and column. So PyTorch's fused attention applies.
+with Rh and Rw, keys by one-hot codes of their row and column. So PyTorch's fused attention applies. On a CPU, where
+longer vectors are dearer than steps, blocks of scores take its place.
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import Tensor
 
+from .blocked_attention import blocked_attention
 
-def fused_attention(attention: Attention, x: Tensor) -> Tensor:
+
+def self_attention(attention: Attention, x: Tensor) -> Tensor:
     """What ``attention(x)`` of segment-anything gives, for x (B, h, w, E)."""
     b, h, w, _ = x.shape
-    heads = attention.num_heads
-    qkv = attention.qkv(x).reshape(b, h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)  # (B, heads, h w, E/heads)
-    size = q.shape[-1]
+    qkv = attention.qkv(x).reshape(b, h * w, 3, attention.num_heads, -1)  # (B, h w, 3, heads, E/heads)
+    rows = get_rel_pos(h, h, attention.rel_pos_h).to(qkv.dtype)  # (h, h, E/heads)
+    columns = get_rel_pos(w, w, attention.rel_pos_w).to(qkv.dtype)
+    in_blocks = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+    # A compiler would unroll the blocks.
+    compute = blocked_attention if in_blocks and not torch.compiler.is_compiling() else fused_attention
+    out = compute(qkv, rows, columns, attention.scale)  # (B, h w, heads, E/heads)
+    return attention.proj(out.reshape(b, h, w, -1))
 
-    rows = get_rel_pos(h, h, attention.rel_pos_h).to(q.dtype)  # (h, h, E/heads)
-    columns = get_rel_pos(w, w, attention.rel_pos_w).to(q.dtype)
+
+def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """As :func:`blocked_attention`, by PyTorch's fused attention."""
+    b, n, _, heads, size = qkv.shape
+    h, w = len(rows), len(columns)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, h w, c)
     grid = q.reshape(b, heads, h, w, size)
-    to_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).reshape(b, heads, h * w, h)
-    to_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns).reshape(b, heads, h * w, w)
+    to_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).reshape(b, heads, n, h)
+    to_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns).reshape(b, heads, n, w)
 
     codes = torch.cat(
         [
@@ -36,11 +47,11 @@ def fused_attention(attention: Attention, x: Tensor) -> Tensor:
     )  # (h w, h + w)
     # A multiple of 8, and values as long as queries and keys: else PyTorch leaves the fused path.
     pad = -(size + h + w) % 8
-    q = F.pad(torch.cat([q * attention.scale, to_rows, to_columns], dim=-1), (0, pad))
+    q = F.pad(torch.cat([q * scale, to_rows, to_columns], dim=-1), (0, pad))
     k = F.pad(torch.cat([k, codes.expand(b, heads, -1, -1)], dim=-1), (0, pad))
     v = F.pad(v, (0, h + w + pad))
-    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :size]  # (B, heads, h w, E/heads)
-    return attention.proj(out.transpose(1, 2).reshape(b, h, w, -1))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :size]  # (B, heads, h w, c)
+    return out.transpose(1, 2)
 
 
 def fused_cross_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from segment_anything.modeling.image_encoder import Block, window_partition, win
 from torch import Tensor, nn
 
 from .adapters import DConvAdapter
-from .attention import fused_attention
+from .attention import self_attention
 from .new import DepthEmbedding
+from .patchwise import norm, shrink
 from .recompute import recomputed
 
 
@@ -29,9 +30,9 @@ class BlockAdapters(nn.Module):
         y = block.norm1(x).flatten(0, 1)  # (B D, g_h, g_w, E)
         if block.window_size > 0:
             y, padded = window_partition(y, block.window_size)
-            y = window_unpartition(fused_attention(block.attn, y), block.window_size, padded, (h, w))
+            y = window_unpartition(self_attention(block.attn, y), block.window_size, padded, (h, w))
         else:
-            y = fused_attention(block.attn, y)
+            y = self_attention(block.attn, y)
         y = y.unflatten(0, (b, d))  # (B, D, g_h, g_w, E)
         x = x + y + self.attention(y)
         y = block.norm2(x)
@@ -63,12 +64,15 @@ class AdaptedImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         b, d = images.shape[:2]
-        x = self.sam.patch_embed(images.flatten(0, 1)) + self.sam.pos_embed  # (B D, g_h, g_w, E)
+        x = shrink(self.sam.patch_embed.proj, images.flatten(0, 1)) + self.sam.pos_embed  # (B D, g_h, g_w, E)
         x = x.unflatten(0, (b, d)) + self.depth_embedding()[:, None, None]
         levels = []
         for index, (block, adapters) in enumerate(zip(self.sam.blocks, self.adapters, strict=True)):
             x = recomputed(self.checkpointing and self.training, adapters, block, x)
             if index in self.taps:
                 levels.append(x)
-        neck = self.sam.neck(x.flatten(0, 1).permute(0, 3, 1, 2))  # (B D, P, g_h, g_w)
+        project, norm_1, convolution, norm_2 = self.sam.neck
+        neck = norm(norm_1, shrink(project, x.flatten(0, 1).permute(0, 3, 1, 2)))  # (B D, g_h, g_w, P)
+        neck = convolution(neck.permute(0, 3, 1, 2))
+        neck = norm(norm_2, neck.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B D, P, g_h, g_w)
         return levels, neck.unflatten(0, (b, d))

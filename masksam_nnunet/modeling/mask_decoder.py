@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from .adapters import DConvAdapter, DMLPAdapter
 from .attention import fused_cross_attention
+from .mask_embedding import dense_embedding
 from .new import New
+from .patchwise import grow, norm
 from .recompute import recomputed
+from .token_attention import image_to_token, token_to_image
 
 MASKS_PER_CHUNK = 64  # decoded at once where memory is short
 
@@ -57,7 +60,7 @@ class TwoWayAdapters(nn.Module):
         key_pe: Tensor,
         grid: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """One adapted block; queries (M, D, T, P), keys (M, D, g_h g_w, P)."""
+        """One adapted block; queries (M, D, T, P), keys (M, D, g_h g_w, P), positions of keys (D, g_h g_w, P)."""
         if layer.skip_first_layer_pe:
             out = _attend(layer.self_attn, queries, queries, queries)
             queries = out + self.self_attention(out)
@@ -67,12 +70,12 @@ class TwoWayAdapters(nn.Module):
             queries = queries + out + self.self_attention(out)
         queries = layer.norm1(queries)
 
-        out = _attend(layer.cross_attn_token_to_image, queries + query_pe, keys + key_pe, keys)
+        out = token_to_image(layer.cross_attn_token_to_image, queries + query_pe, keys, key_pe)
         queries = layer.norm2(queries + out + self.token_to_image(out))
 
         queries = layer.norm3(queries + layer.mlp(queries) + 0.5 * self.mlp(queries))
 
-        out = _attend(layer.cross_attn_image_to_token, keys + key_pe, queries + query_pe, queries)
+        out = image_to_token(layer.cross_attn_image_to_token, keys, key_pe, queries + query_pe, queries)
         along_grid = self.image_to_token(out.unflatten(2, grid)).flatten(2, 3)
         return queries, layer.norm4(keys + out + along_grid)
 
@@ -100,7 +103,13 @@ class AdaptedMaskDecoder(nn.Module):
         return [self.sam.iou_prediction_head, *self.sam.output_hypernetworks_mlps[1:]]
 
     def forward(
-        self, image: Tensor, pe: Tensor, sparse: Tensor, dense: Tensor, class_tokens: Tensor
+        self,
+        image: Tensor,
+        pe: Tensor,
+        sparse: Tensor,
+        features: Tensor,
+        downscaling: nn.Sequential,
+        class_tokens: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Decode all queries.
 
@@ -108,46 +117,61 @@ class AdaptedMaskDecoder(nn.Module):
             image: the neck's output (B, D, P, g_h, g_w).
             pe: dense positional encoding (D, P, g_h, g_w).
             sparse: box tokens (B, N, D, 2, P).
-            dense: mask embeddings (B, N, D, P, g_h, g_w).
+            features: of mask prompts, (B, N, D, g_h, g_w, 16).
+            downscaling: SAM's, whose last layer makes dense embeddings of these features.
             class_tokens: (B, N, D, P).
 
         Returns:
             Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
         """
-        if not self.checkpointing:
-            return self._decode(image, pe, sparse, dense, class_tokens)
+        if self.training and not self.checkpointing:
+            return self._decode(image, pe, downscaling, sparse, features, class_tokens)
         size = max(1, MASKS_PER_CHUNK // (image.shape[0] * image.shape[1]))
         chunks = [
-            recomputed(self.training, self._decode, image, pe, *chunk)
-            for chunk in zip(*(x.split(size, dim=1) for x in (sparse, dense, class_tokens)), strict=True)
+            recomputed(self.training, self._decode, image, pe, downscaling, *chunk)
+            for chunk in zip(*(x.split(size, dim=1) for x in (sparse, features, class_tokens)), strict=True)
         ]
         masks, logits = zip(*chunks, strict=True)
         return torch.cat(masks, dim=1), torch.cat(logits, dim=1)
 
     def _decode(
-        self, image: Tensor, pe: Tensor, sparse: Tensor, dense: Tensor, class_tokens: Tensor
+        self,
+        image: Tensor,
+        pe: Tensor,
+        downscaling: nn.Sequential,
+        sparse: Tensor,
+        features: Tensor,
+        class_tokens: Tensor,
     ) -> tuple[Tensor, Tensor]:
         b, n, d = sparse.shape[:3]
-        h, w = image.shape[-2:]
+        grid = h, w = image.shape[-2:]
         output_tokens = torch.cat([self.sam.iou_token.weight, self.sam.mask_tokens.weight])  # (1 + 4, P)
         class_tokens = class_tokens + self.class_token.weight
         tokens = torch.cat(
             [output_tokens.to(sparse.dtype).expand(b, n, d, -1, -1), sparse, class_tokens[..., None, :]], dim=-2
         ).flatten(0, 1)  # (B N, D, T, P), T = 5 + 2 + 1
-        keys = (image[:, None] + dense).flatten(-2).transpose(-1, -2).flatten(0, 1)  # (B N, D, g_h g_w, P)
+        pixels = image.flatten(-2).transpose(-1, -2)[:, None]  # (B, 1, D, g_h g_w, P)
+        keys = (pixels + dense_embedding(downscaling, features.flatten(3, 4))).flatten(0, 1)  # (B N, D, g_h g_w, P)
         key_pe = pe.flatten(-2).transpose(-1, -2)  # (D, g_h g_w, P)
 
         queries = tokens
         transformer = self.sam.transformer
         for layer, adapters in zip(transformer.layers, self.adapters, strict=True):
-            queries, keys = adapters(layer, queries, keys, tokens, key_pe, (h, w))
-        out = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + key_pe, keys)
+            queries, keys = adapters(layer, queries, keys, tokens, key_pe, grid)
+        out = token_to_image(transformer.final_attn_token_to_image, queries + tokens, keys, key_pe)
         queries = transformer.norm_final_attn(queries + out + self.final_adapter(out))
 
-        upscaled = self.sam.output_upscaling(keys.flatten(0, 1).transpose(1, 2).unflatten(2, (h, w)))
-        hyper = self.sam.output_hypernetworks_mlps[0](queries[:, :, 1])  # (B N, D, P/8): the single-mask token
-        masks = torch.einsum("mc,mchw->mhw", hyper.flatten(0, 1), upscaled)  # (B N D, 4 g_h, 4 g_w)
-        return masks.unflatten(0, (b, n, d)), self.classifier(queries[:, :, -1]).unflatten(0, (b, n))
+        masks = self._masks(keys, queries[:, :, 1])  # (B N, D, g_h g_w, 2, 2, 2, 2)
+        masks = masks.unflatten(2, grid).permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(b, n, d, 4 * h, 4 * w)
+        return masks, self.classifier(queries[:, :, -1]).unflatten(0, (b, n))
+
+    def _masks(self, keys: Tensor, token: Tensor) -> Tensor:
+        """SAM's upscaling and its product with the single-mask token (M, D, P): rows, columns, rows, columns last."""
+        first, norm_1, act_1, second, act_2 = self.sam.output_upscaling
+        fine = act_1(norm(norm_1, grow(first, keys)))  # (M, D, n, 2, 2, P/4)
+        fine = act_2(grow(second, fine))  # (M, D, n, 2, 2, 2, 2, P/8)
+        hyper = self.sam.output_hypernetworks_mlps[0](token)  # (M, D, P/8)
+        return (fine.flatten(2, -2) @ hyper[..., None]).reshape(fine.shape[:-1])
 
 
 def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -111,8 +111,15 @@ class MaskSAM(nn.Module):
         levels, neck = self.image_encoder(images)
         saving = self.config.checkpointing and self.training
         prompts = recomputed(saving, self.prompt_generator, levels, neck)
-        sparse, dense = recomputed(saving, self.prompt_encoder, prompts)
-        masks, classes = self.mask_decoder(neck, self.prompt_encoder.dense_pe(), sparse, dense, prompts.class_tokens)
+        sparse, features = recomputed(saving, self.prompt_encoder, prompts)
+        masks, classes = self.mask_decoder(
+            neck,
+            self.prompt_encoder.dense_pe(),
+            sparse,
+            features,
+            self.prompt_encoder.sam.mask_downscaling,
+            prompts.class_tokens,
+        )
         masks = recomputed(saving, self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
         return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
 

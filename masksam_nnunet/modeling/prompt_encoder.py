@@ -7,6 +7,7 @@ from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 
 from ..config import Grid
+from .mask_embedding import mask_features
 from .new import DepthEmbedding
 from .prompt_generator import Prompts
 
@@ -26,7 +27,7 @@ class AdaptedPromptEncoder(nn.Module):
         self.depth_embedding = DepthEmbedding(grid.patch[0], sam.embed_dim)
 
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Returns sparse embeddings (B, N, D, 2, P) and dense embeddings (B, N, D, P, g_h, g_w)."""
+        """Returns embeddings of boxes (B, N, D, 2, P) and features of masks (B, N, D, g_h, g_w, 16)."""
         height, width = self.grid.image
         scale = prompts.boxes.new_tensor([width, height, width, height])
         boxes, masks = prompts.boxes * scale, prompts.mask_logits
@@ -35,8 +36,8 @@ class AdaptedPromptEncoder(nn.Module):
         lead = masks.shape[:3]
         with torch.autocast(masks.device.type, enabled=False):  # sines of large angles need float32
             sparse, _ = self.sam(points=None, boxes=boxes.float().flatten(0, 2), masks=None)
-        _, dense = self.sam(points=None, boxes=None, masks=masks.flatten(0, 2)[:, None])
-        return sparse.unflatten(0, lead), dense.unflatten(0, lead)
+        features = mask_features(self.sam.mask_downscaling, masks.flatten(0, 2))
+        return sparse.unflatten(0, lead), features.unflatten(0, lead)
 
     def dense_pe(self) -> Tensor:
         """The positional encoding of the token grid, (D, P, g_h, g_w)."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from masksam_nnunet import weights
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.mask_embedding import dense_embedding
 from masksam_nnunet.modeling.prompt_generator import Prompts
 
 pytestmark = pytest.mark.parity
@@ -112,10 +113,11 @@ def theirs_prompted(pair: Pair, given: Prompts) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_prompt_encoder(pair: Pair) -> None:
     given = prompts(pair)
-    sparse, dense = pair.ours.prompt_encoder(given)
+    sparse, features = pair.ours.prompt_encoder(given)
+    dense = dense_embedding(pair.ours.prompt_encoder.sam.mask_downscaling, features)  # channels last
     expected = theirs_prompted(pair, given)
     torch.testing.assert_close(sparse[0, :, 0], expected[0], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(dense[0, :, 0], expected[1], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(dense[0, :, 0].permute(0, 3, 1, 2), expected[1], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(
         pair.ours.prompt_encoder.dense_pe(), pair.theirs.prompt_encoder.get_dense_pe(), atol=TOLERANCE, rtol=0
     )
@@ -127,8 +129,9 @@ def test_mask_decoder_given_our_classifier_token_as_one_more_prompt(pair: Pair) 
     grid = pair.size // 16
     image = torch.randn(1, 1, 256, grid, grid)
     decoder = pair.ours.mask_decoder
-    sparse, dense = pair.ours.prompt_encoder(given)
-    masks, _ = decoder(image, pair.ours.prompt_encoder.dense_pe(), sparse, dense, given.class_tokens)
+    encoder = pair.ours.prompt_encoder
+    sparse, features = encoder(given)
+    masks, _ = decoder(image, encoder.dense_pe(), sparse, features, encoder.sam.mask_downscaling, given.class_tokens)
     their_sparse, their_dense = theirs_prompted(pair, given)
     token = given.class_tokens[0] + decoder.class_token.weight  # (N, 1, P)
     expected, _ = pair.theirs.mask_decoder(

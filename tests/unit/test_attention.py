@@ -8,24 +8,42 @@ from segment_anything.modeling.image_encoder import Attention
 from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import nn
 
-from masksam_nnunet.modeling.attention import fused_attention, fused_cross_attention
+from masksam_nnunet.modeling import blocked_attention
+from masksam_nnunet.modeling.attention import fused_cross_attention, self_attention
 
 
+# Blocks that hold part of a head, a few heads or images, all of them; or PyTorch's fused attention.
+@pytest.mark.parametrize("block", [200, 2**12, 2**19, None])
 @pytest.mark.parametrize("grid", [(14, 14), (5, 9), (1, 1), (12, 3)])
-def test_self_attention_with_relative_positions(grid: tuple[int, int]) -> None:
+def test_self_attention_with_relative_positions(
+    grid: tuple[int, int], block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if block is None:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    else:
+        monkeypatch.setattr(blocked_attention, "BLOCK", block)
     attention = Attention(48, num_heads=4, use_rel_pos=True, input_size=grid)
     for parameter in (attention.rel_pos_h, attention.rel_pos_w):
         nn.init.normal_(parameter)
-    x = torch.randn(2, *grid, 48)
+    x = torch.randn(3, *grid, 48)
     results = []
-    for compute in (attention, lambda x: fused_attention(attention, x)):
+    for compute in (attention, lambda x: self_attention(attention, x)):
         attention.zero_grad()
         leaf = x.clone().requires_grad_()
         out = compute(leaf)
-        out.square().sum().backward()
-        results.append((out, leaf.grad, attention.qkv.weight.grad.clone(), attention.rel_pos_h.grad.clone()))
+        (out + out.square()).sum().backward()
+        results.append((out, leaf.grad, *(p.grad.clone() for p in attention.parameters())))
     for expected, received in zip(*results, strict=True):
         torch.testing.assert_close(received, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_attention_gets_no_gradient_and_large_scores_no_overflow() -> None:
+    attention = Attention(32, num_heads=2, use_rel_pos=True, input_size=(6, 6)).requires_grad_(False)
+    x = (300 * torch.randn(1, 6, 6, 32)).requires_grad_()
+    out = self_attention(attention, x)
+    torch.testing.assert_close(out, attention(x), atol=1e-2, rtol=1e-4)
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all() and attention.rel_pos_h.grad is None
 
 
 def test_cross_attention() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from configs import loss_config, tiny_config
-from plain_form import PlainCriterion
+from plain_form import PlainCriterion, plain_parts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masksam_nnunet.config import Grid
 from masksam_nnunet.criterion import MaskSAMCriterion
-from masksam_nnunet.modeling import MaskSAMOutput
+from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
+from masksam_nnunet.modeling.sam_parts import SPECS, BackboneSpec
 
 K = 4
 
@@ -45,6 +46,37 @@ def test_targets_matching_and_loss_equal_loops_over_slices(upsample: int) -> Non
         gradients = torch.autograd.grad(total, output)
         results.append((total, {name: term.detach() for name, term in terms.items()}, gradients))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"prompts": "hard", "num_queries": 1}])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_network_equals_its_plain_form(
+    frozen: bool, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrow SAM with windows, on a grid that is not square and that windows do not divide."""
+    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
+    monkeypatch.setitem(SPECS, "vit_l", spec)
+    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, **changes)
+    network = MaskSAM(config, 2, K).train()
+    if not frozen:
+        network.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in network.parameters():  # nothing stays at zero
+            parameter += 0.05 * torch.randn_like(parameter)
+    x = torch.randn(2, 2, 3, 20, 28)
+    results = []
+    for compute in (network, lambda x: plain_parts(network, x)):
+        network.zero_grad()
+        output = compute(x)
+        sum(field.float().square().mean() for field in output).backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        results.append((dict(output._asdict()), gradients))
+    (ours, our_gradients), (plain, plain_gradients) = results
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+    assert our_gradients.keys() == plain_gradients.keys()
+    for name, expected in plain_gradients.items():
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(our_gradients[name], expected, atol=1e-4 * largest + 1e-7, rtol=1e-3, msg=name)
 
 
 class HostCopies(TorchDispatchMode):
