@@ -19,8 +19,9 @@ class BlockAdapters(nn.Module):
     Adapters see the whole grid, after windows are merged: so their depth axis is neighbouring slices.
     """
 
-    def __init__(self, width: int, ratio: float) -> None:
+    def __init__(self, width: int, ratio: float, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute  # a twentieth of a block's work, a third of what it would keep
         self.attention = DConvAdapter(width, ratio)
         self.mlp = DConvAdapter(width, ratio)
 
@@ -34,9 +35,10 @@ class BlockAdapters(nn.Module):
         else:
             y = self_attention(block.attn, y)
         y = y.unflatten(0, (b, d))  # (B, D, g_h, g_w, E)
-        x = x + y + self.attention(y)
+        again = self.recompute and self.training
+        x = x + y + recomputed(again, self.attention, y)
         y = block.norm2(x)
-        return x + block.mlp(y) + 0.5 * self.mlp(y)
+        return x + block.mlp(y) + 0.5 * recomputed(again, self.mlp, y)
 
 
 class AdaptedImageEncoder(nn.Module):
@@ -44,6 +46,14 @@ class AdaptedImageEncoder(nn.Module):
 
     ``forward`` takes images (B, D, 3, S_h, S_w) and returns the outputs of the global-attention blocks, shallow to
     deep, each (B, D, g_h, g_w, E), and the neck's output (B, D, P, g_h, g_w).
+
+    Args:
+        sam: the ViT.
+        taps: blocks whose outputs are returned.
+        depth: D.
+        adapter_ratio: width of the adapters' bottleneck.
+        checkpointing: compute blocks again in the backward pass, and keep their inputs only.
+        recompute_adapters: where blocks are not, compute adapters again.
     """
 
     def __init__(
@@ -53,14 +63,16 @@ class AdaptedImageEncoder(nn.Module):
         depth: int,
         adapter_ratio: float = 0.25,
         checkpointing: bool = False,
+        recompute_adapters: bool = False,
     ) -> None:
         super().__init__()
         width = sam.pos_embed.shape[-1]
+        recompute = recompute_adapters and not checkpointing  # of whole blocks, else of adapters
         self.sam = sam
         self.taps = taps
         self.checkpointing = checkpointing
         self.depth_embedding = DepthEmbedding(depth, width)
-        self.adapters = nn.ModuleList(BlockAdapters(width, adapter_ratio) for _ in sam.blocks)
+        self.adapters = nn.ModuleList(BlockAdapters(width, adapter_ratio, recompute) for _ in sam.blocks)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         b, d = images.shape[:2]

@@ -15,7 +15,7 @@ from .patchwise import grow, norm
 from .recompute import recomputed
 from .token_attention import image_to_token, token_to_image
 
-MASKS_PER_CHUNK = 64  # decoded at once where memory is short
+TOKENS_PER_CHUNK = 2**15  # of the image, over all masks decoded at once: 8 masks of a 64x64 grid
 
 
 class ClassToken(New):
@@ -83,16 +83,17 @@ class TwoWayAdapters(nn.Module):
 class AdaptedMaskDecoder(nn.Module):
     """One mask and one class for each query and slice.
 
-    Queries do not see each other: they are a batch axis, as different prompts are in SAM.
+    Queries do not see each other: they are a batch axis, as different prompts are in SAM. With ``recompute`` they are
+    decoded a few at a time, and again in the backward pass; outside training always a few at a time.
     """
 
     def __init__(
-        self, sam: MaskDecoder, depth: int, num_classes: int, adapter_ratio: float = 0.25, checkpointing: bool = False
+        self, sam: MaskDecoder, depth: int, num_classes: int, adapter_ratio: float = 0.25, recompute: bool = False
     ) -> None:
         super().__init__()
         width = sam.transformer_dim
         self.sam = sam
-        self.checkpointing = checkpointing
+        self.recompute = recompute
         self.class_token = ClassToken(width)
         self.adapters = nn.ModuleList(TwoWayAdapters(width, depth, adapter_ratio) for _ in sam.transformer.layers)
         self.final_adapter = DMLPAdapter(width, depth, adapter_ratio)
@@ -124,9 +125,9 @@ class AdaptedMaskDecoder(nn.Module):
         Returns:
             Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
         """
-        if self.training and not self.checkpointing:
+        if self.training and not self.recompute:
             return self._decode(image, pe, downscaling, sparse, features, class_tokens)
-        size = max(1, MASKS_PER_CHUNK // (image.shape[0] * image.shape[1]))
+        size = max(1, TOKENS_PER_CHUNK // (image.numel() // image.shape[2]))
         chunks = [
             recomputed(self.training, self._decode, image, pe, downscaling, *chunk)
             for chunk in zip(*(x.split(size, dim=1) for x in (sparse, features, class_tokens)), strict=True)

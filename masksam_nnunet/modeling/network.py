@@ -72,7 +72,7 @@ class MaskSAM(nn.Module):
 
         self.stem = InputStem(in_channels, image_channels, config.stem_width, config.upsample, grid)
         self.image_encoder = AdaptedImageEncoder(
-            build_image_encoder(spec, grid), spec.global_blocks, depth, ratio, keep_less
+            build_image_encoder(spec, grid), spec.global_blocks, depth, ratio, keep_less, config.needs_sam
         )
         self.prompt_generator = PromptGenerator(
             spec.width, spec.prompt_width, config.generator_widths, depth, config.num_queries
@@ -80,7 +80,9 @@ class MaskSAM(nn.Module):
         self.prompt_encoder = AdaptedPromptEncoder(
             build_prompt_encoder(spec, grid), grid, hard=config.prompts == "hard"
         )
-        self.mask_decoder = AdaptedMaskDecoder(build_mask_decoder(spec), depth, num_classes, ratio, keep_less)
+        self.mask_decoder = AdaptedMaskDecoder(
+            build_mask_decoder(spec), depth, num_classes, ratio, keep_less or config.needs_sam
+        )
         self.mask_head = MaskHead(
             config.num_queries, config.generator_widths[-1], config.stem_width, config.head_width, grid
         )

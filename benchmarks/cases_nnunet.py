@@ -1,0 +1,261 @@
+"""What ``make bench`` compares with nnU-Net itself: a training step, a sliding-window case, an export."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Builder, Case, Step
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from segment_anything import sam_model_registry
+from torch import nn
+
+from masksam_nnunet import weights
+from masksam_nnunet.config import MaskSAMConfig
+from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.inference.predictor import MaskSAMPredictor
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.lean import SHA256, lean_state_dicts
+from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
+from masksam_nnunet.precision import autocast
+
+PATCH, VOLUME, CLASSES = (8, 128, 128), (8, 192, 192), 4
+UNETS = "dynamic_network_architectures.architectures.unet"
+
+
+def _unet(residual: bool, patch: tuple[int, ...] = PATCH) -> nn.Module:
+    """nnU-Net's own network for a patch: PlainConvUNet, or ResEnc-L's ResidualEncoderUNet."""
+    _, strides, kernels, _, _ = get_pool_and_conv_props((5.0, 1.0, 1.0), patch, 4, 999999)
+    stages = len(strides)
+    features = [min(32 * 2**stage, 320) for stage in range(stages)]
+    kwargs: dict[str, Any] = {
+        "n_stages": stages,
+        "features_per_stage": features,
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": kernels,
+        "strides": strides,
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+        "n_conv_per_stage_decoder": [1 if residual else 2] * (stages - 1),
+    }
+    if residual:
+        kwargs["n_blocks_per_stage"] = (1, 3, 4, 6, 6, 6, 6)[:stages]
+    else:
+        kwargs["n_conv_per_stage"] = [2] * stages
+    name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
+    needs_import = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    return get_network_from_plans(f"{UNETS}.{name}", kwargs, needs_import, 1, CLASSES, deep_supervision=True)
+
+
+def _unet_step(residual: bool) -> Builder:
+    def build(device: torch.device) -> Step:
+        network = _unet(residual).to(device).train()
+        x = torch.randn(2, 1, *PATCH, device=device)
+        truth = torch.randint(CLASSES, (2, *PATCH), device=device)
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            with autocast(device):
+                outputs = network(x)
+            nn.functional.cross_entropy(outputs[0].float(), truth).backward()
+
+        return step
+
+    return build
+
+
+def _masksam_step(backbone: str, upsample: int) -> Builder:
+    def build(device: torch.device) -> Step:
+        config = MaskSAMConfig(backbone, PATCH, upsample, 6)
+        network = MaskSAM(config, 1, CLASSES).to(device).train()
+
+        def semantic(log_p: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+            return nn.functional.nll_loss(log_p, truth[:, 0].long())
+
+        judge = MaskSAMCriterion(config.loss, network.grid, CLASSES, semantic_loss=semantic)
+        x = torch.randn(2, 1, *PATCH, device=device)
+        truth = torch.randint(CLASSES, (2, 1, *PATCH), device=device)
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            with autocast(device):
+                output = network(x)
+            judge(output, truth)[0].backward()
+
+        return step
+
+    return build
+
+
+def _plans(config: MaskSAMConfig | None) -> dict[str, Any]:
+    configuration = {
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(PATCH),
+        "spacing": [5.0, 1.0, 1.0],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "architecture": {
+            "network_class_name": f"{UNETS}.PlainConvUNet",
+            "arch_kwargs": {"strides": [[1, 1, 1], [1, 2, 2]]},
+            "_kw_requires_import": [],
+        },
+    }
+    plans = {
+        "dataset_name": "Dataset999_Bench",
+        "plans_name": BASE_PLANS,
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": configuration},
+    }
+    if config is not None:
+        write_config(plans, "3d_fullres", config)
+    return plans
+
+
+def _prediction(network_of: Any, ours: bool) -> Builder:
+    def build(device: torch.device) -> Step:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        network, config = network_of()
+        manager = PlansManager(_plans(config))
+        labels = {"background": 0} | {f"class{i}": i for i in range(1, CLASSES)}
+        dataset = {"labels": labels, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
+        predictor = (MaskSAMPredictor if ours else nnUNetPredictor)(
+            device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
+        )
+        predictor.manual_initialization(
+            network,
+            manager,
+            manager.get_configuration("3d_fullres"),
+            [network.state_dict()],
+            dataset,
+            "bench",
+            (0, 1, 2),
+        )
+        volume = torch.randn(1, *VOLUME)
+        return lambda: predictor.predict_logits_from_preprocessed_data(volume)
+
+    return build
+
+
+def _tiny() -> tuple[nn.Module, MaskSAMConfig]:
+    config = MaskSAMConfig("vit_t", PATCH, 1, 6)
+    return MaskSAM(config, 1, CLASSES).eval(), config
+
+
+def _stock() -> tuple[nn.Module, None]:
+    network = _unet(residual=False)
+    network.decoder.deep_supervision = False
+    return network.eval(), None
+
+
+def _export(lean: bool) -> Builder:
+    """One fold of ViT-B: lean by ``masksam export``, full by nnU-Net's own export."""
+
+    def build(device: torch.device) -> Step:
+        folder = tempfile.TemporaryDirectory()
+        root = Path(folder.name)
+        os.environ["nnUNet_results"] = os.environ["nnUNet_raw"] = os.environ["nnUNet_preprocessed"] = str(root)
+        sam = root / "sam_vit_b.pth"
+        torch.save(sam_model_registry["vit_b"]().state_dict(), sam)
+        os.environ |= {"MASKSAM_WEIGHTS": str(sam), "MASKSAM_WEIGHTS_SHA256": "skip"}
+        config = MaskSAMConfig("vit_b", (4, 64, 64), 4, 8)
+        network = MaskSAM(config, 1, CLASSES)
+        report = weights.load_sam(network.sam_parts(), "vit_b", sam)
+        getattr(network, SHA256).copy_(torch.tensor(list(bytes.fromhex(report.sha256)), dtype=torch.uint8))
+        model = root / "Dataset999_Bench" / f"MaskSAMTrainer__{BASE_PLANS}__3d_fullres"
+        (model / "fold_0" / "validation").mkdir(parents=True)
+        labels = {"background": 0} | {f"class{i}": i for i in range(1, CLASSES)}
+        dataset = {"labels": labels, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
+        for name, content in (("plans", _plans(config)), ("dataset", dataset), ("dataset_fingerprint", {})):
+            (model / f"{name}.json").write_text(json.dumps(content))
+        (model / "fold_0" / "progress.png").touch()
+        (model / "fold_0" / "validation" / "summary.json").write_text("{}")
+        import contextlib
+
+        with lean_state_dicts(network) if lean else contextlib.nullcontext():
+            state = network.state_dict()
+        checkpoint = {
+            "network_weights": state,
+            "trainer_name": "MaskSAMTrainer",
+            "init_args": {"configuration": "3d_fullres"},
+            "inference_allowed_mirroring_axes": (0, 1, 2),
+        }
+        torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+        output = root / "model.zip"
+
+        def step() -> object:
+            if lean:
+                from masksam_nnunet.inference.export import export_model
+
+                return export_model("Dataset999_Bench", output, "MaskSAMTrainer", BASE_PLANS, folds=("0",)), folder
+            from nnunetv2.model_sharing.model_export import export_pretrained_model
+
+            export_pretrained_model(
+                "Dataset999_Bench", str(output), ("3d_fullres",), "MaskSAMTrainer", BASE_PLANS, folds=(0,)
+            )
+            return folder
+
+        return step
+
+    return build
+
+
+def cases() -> list[Case]:
+    patch, volume = ("x".join(map(str, size)) for size in (PATCH, VOLUME))
+    return [
+        Case(
+            "training step beside nnU-Net",
+            f"patch {patch}, batch 2; network and loss",
+            {
+                "vit_t": _masksam_step("vit_t", 1),
+                "vit_b, u = 1": _masksam_step("vit_b", 1),
+                "nnU-Net": _unet_step(False),
+            },
+            repeats=3,
+            needs_nnunet=True,
+        ),
+        Case(
+            "training step beside ResEnc-L",
+            f"patch {patch}, batch 2; network and loss",
+            {"vit_t": _masksam_step("vit_t", 1), "ResEnc-L": _unet_step(True)},
+            repeats=3,
+            needs_nnunet=True,
+        ),
+        Case(
+            "sliding-window case, masksam predict",
+            f"vit_t, volume {volume}, patch {patch}, eight mirrors",
+            {"ours": _prediction(_tiny, True), "nnUNetv2_predict, same network": _prediction(_tiny, False)},
+            repeats=3,
+            needs_nnunet=True,
+        ),
+        Case(
+            "sliding-window case beside nnU-Net",
+            f"volume {volume}, patch {patch}, eight mirrors",
+            {
+                "vit_t, masksam predict": _prediction(_tiny, True),
+                "nnU-Net, nnUNetv2_predict": _prediction(_stock, False),
+            },
+            repeats=3,
+            needs_nnunet=True,
+        ),
+        Case(
+            "export",
+            "ViT-B, one fold",
+            {"masksam export, lean": _export(True), "nnU-Net's export, full": _export(False)},
+            repeats=2,
+            warm_up=False,
+            needs_nnunet=True,
+        ),
+    ]

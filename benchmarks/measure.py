@@ -1,0 +1,94 @@
+"""Time and peak memory of steps, ours and references side by side in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+Step = Callable[[], object]
+Builder = Callable[[torch.device], Step]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared. The last variant is the reference of all others."""
+
+    name: str
+    shapes: str
+    variants: dict[str, Builder]
+    repeats: int = 5
+    warm_up: bool = True
+    memory: bool = True
+    needs_nnunet: bool = False
+
+    @property
+    def reference(self) -> str:
+        return list(self.variants)[-1]
+
+
+def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median time of each variant; they take turns, so that a noisy moment meets all."""
+    steps = {name: build(device) for name, build in case.variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(repeats + case.warm_up):
+        for name, step in steps.items():
+            took = _timed(step, device)
+            if round_ >= case.warm_up:
+                times[name].append(took)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mib(build: Builder, device: torch.device, steps: int = 1) -> float:
+    """Peak memory from before the variant is built, weights included; a process of its own is best.
+
+    On a CPU the process's resident peak, for which glibc should give memory back at once
+    (``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` of 65536); on a GPU what was allocated.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = psutil.Process().memory_info().rss
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts anew
+    step = build(device)
+    for _ in range(steps):
+        step()
+    after = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_peak()
+    return (after - before) / 2**20
+
+
+def _resident_peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status tells no peak: memory is measured on Linux only")
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the precision that networks run in."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    _timed(lambda: a @ a, device)
+    return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(9))
