@@ -14,6 +14,8 @@ RANDOM_INIT = "MASKSAM_RANDOM_INIT"
 """The switch for training without SAM's weights."""
 LEAN_CHECKPOINTS = "MASKSAM_LEAN_CHECKPOINTS"
 """The switch for checkpoints without SAM's frozen weights."""
+SLICES_AT_ONCE = "MASKSAM_SLICES_AT_ONCE"
+"""How many slices SAM's frozen layers take at a time, where memory is short."""
 BUDGET_MINUTES = "MASKSAM_BUDGET_MINUTES"
 """The variable that tells time-budget trainers how long to train."""
 BUDGET_PROGRESS_FILE = "budget_progress.json"
@@ -33,6 +35,20 @@ def switched_on(name: str) -> bool:
     if text.lower() not in (*_ON, *_OFF):
         raise ConfigError(f"{name} = {text!r} is not allowed: set it to 1 to switch it on, to 0 or not at all for off.")
     return text.lower() in _ON
+
+
+def number_in(name: str) -> int | None:
+    """The number that the variable ``name`` holds; None if it is not set.
+
+    Raises:
+        ConfigError: it holds no integer of at least 1.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{name} = {text!r} is not allowed: give an integer of at least 1, or unset it.")
+    return int(text)
 
 
 def trainer_folder() -> Path:

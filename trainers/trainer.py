@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from masksam_nnunet import weights
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.criterion import MaskSAMCriterion
-from masksam_nnunet.environment import LEAN_CHECKPOINTS, RANDOM_INIT, switched_on
+from masksam_nnunet.environment import LEAN_CHECKPOINTS, RANDOM_INIT, SLICES_AT_ONCE, number_in, switched_on
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.lean import lean_state_dicts, sam_sha256, set_sam_sha256
 from masksam_nnunet.plans.architecture import read_config
@@ -96,7 +96,10 @@ class MaskSAMTrainer(nnUNetTrainer):
                 "MaskSAM config. A trained MaskSAM's own plans.json, in its results folder, holds one: use that folder."
             )
         image_channels = min(len(configuration_manager.normalization_schemes), num_input_channels)
-        return MaskSAM(config, num_input_channels, num_output_channels, image_channels)
+        network = MaskSAM(config, num_input_channels, num_output_channels, image_channels)
+        # Of this machine, not of the model: the same folds may train and predict with other values.
+        network.image_encoder.slices_at_once = number_in(SLICES_AT_ONCE)
+        return network
 
     @property
     def masksam(self) -> MaskSAM:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Block, window_partition, window_unpartition
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from .adapters import DConvAdapter
 from .attention import self_attention
 from .new import DepthEmbedding
 from .patchwise import norm, shrink
-from .recompute import recomputed
+from .recompute import in_pieces, recomputed
 
 
 class BlockAdapters(nn.Module):
@@ -25,20 +27,24 @@ class BlockAdapters(nn.Module):
         self.attention = DConvAdapter(width, ratio)
         self.mlp = DConvAdapter(width, ratio)
 
-    def forward(self, block: Block, x: Tensor) -> Tensor:
+    def forward(self, block: Block, x: Tensor, slices_at_once: int | None = None) -> Tensor:
         """One SAM block, adapted; x and the result are (B, D, g_h, g_w, E)."""
-        b, d, h, w, _ = x.shape
-        y = block.norm1(x).flatten(0, 1)  # (B D, g_h, g_w, E)
-        if block.window_size > 0:
-            y, padded = window_partition(y, block.window_size)
-            y = window_unpartition(self_attention(block.attn, y), block.window_size, padded, (h, w))
-        else:
-            y = self_attention(block.attn, y)
-        y = y.unflatten(0, (b, d))  # (B, D, g_h, g_w, E)
+        lead = x.shape[:2]
+        pieces = partial(in_pieces, slices_at_once, self.training)
+        y = pieces(partial(_attended, block), block.norm1(x).flatten(0, 1))  # (B D, g_h, g_w, E)
+        y = y.unflatten(0, lead)
         again = self.recompute and self.training
         x = x + y + recomputed(again, self.attention, y)
         y = block.norm2(x)
-        return x + block.mlp(y) + 0.5 * recomputed(again, self.mlp, y)
+        return x + pieces(block.mlp, y.flatten(0, 1)).unflatten(0, lead) + 0.5 * recomputed(again, self.mlp, y)
+
+
+def _attended(block: Block, x: Tensor) -> Tensor:
+    """A block's attention, (M, g_h, g_w, E)."""
+    if block.window_size == 0:
+        return self_attention(block.attn, x)
+    windows, padded = window_partition(x, block.window_size)
+    return window_unpartition(self_attention(block.attn, windows), block.window_size, padded, x.shape[1:3])
 
 
 class AdaptedImageEncoder(nn.Module):
@@ -71,6 +77,11 @@ class AdaptedImageEncoder(nn.Module):
         self.sam = sam
         self.taps = taps
         self.checkpointing = checkpointing
+        self.slices_at_once: int | None = None
+        """Of a batch's B·D slices, how many SAM's frozen layers take at a time; None for all.
+
+        What they would keep is then computed once more, beside what ``checkpointing`` does.
+        """
         self.depth_embedding = DepthEmbedding(depth, width)
         self.adapters = nn.ModuleList(BlockAdapters(width, adapter_ratio, recompute) for _ in sam.blocks)
 
@@ -80,7 +91,7 @@ class AdaptedImageEncoder(nn.Module):
         x = x.unflatten(0, (b, d)) + self.depth_embedding()[:, None, None]
         levels = []
         for index, (block, adapters) in enumerate(zip(self.sam.blocks, self.adapters, strict=True)):
-            x = recomputed(self.checkpointing and self.training, adapters, block, x)
+            x = recomputed(self.checkpointing and self.training, adapters, block, x, self.slices_at_once)
             if index in self.taps:
                 levels.append(x)
         project, norm_1, convolution, norm_2 = self.sam.neck

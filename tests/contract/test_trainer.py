@@ -315,3 +315,13 @@ def test_torch_compile_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_results_folder_is_named_by_class_and_plans() -> None:
     assert trainer().output_folder.endswith(f"{DATASET}/MaskSAMTrainer_vit_t__nnUNetPlans__3d_fullres/fold_0")
+
+
+def test_slices_at_once_are_a_matter_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_SLICES_AT_ONCE", "2")
+    made = trainer()
+    assert made.masksam.image_encoder.slices_at_once == 2
+    made.train_step(batch(made))
+    monkeypatch.setenv("MASKSAM_SLICES_AT_ONCE", "0")
+    with pytest.raises(ConfigError, match="MASKSAM_SLICES_AT_ONCE = '0'"):
+        trainer()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from masksam_nnunet.config import Grid
 from masksam_nnunet.criterion import MaskSAMCriterion
-from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
+from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, mask_decoder
 from masksam_nnunet.modeling.sam_parts import SPECS, BackboneSpec
 
 K = 4
@@ -48,16 +48,26 @@ def test_targets_matching_and_loss_equal_loops_over_slices(upsample: int) -> Non
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"prompts": "hard", "num_queries": 1}])
+@pytest.mark.parametrize(
+    ("changes", "slices_at_once"),
+    [
+        ({}, None),
+        ({"checkpointing": True}, None),
+        ({"prompts": "hard", "num_queries": 1}, 4),
+        ({"checkpointing": True}, 1),
+    ],
+)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_network_equals_its_plain_form(
-    frozen: bool, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    frozen: bool, changes: dict[str, object], slices_at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A narrow SAM with windows, on a grid that is not square and that windows do not divide."""
     spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
     monkeypatch.setitem(SPECS, "vit_l", spec)
     config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, **changes)
     network = MaskSAM(config, 2, K).train()
+    network.image_encoder.slices_at_once = slices_at_once
+    monkeypatch.setattr(mask_decoder, "TOKENS_PER_CHUNK", 2 * 6 * 5 * 7)  # two queries
     if not frozen:
         network.requires_grad_(True)
     with torch.no_grad():
@@ -77,6 +87,20 @@ def test_the_network_equals_its_plain_form(
     for name, expected in plain_gradients.items():
         largest = float(expected.abs().max())
         torch.testing.assert_close(our_gradients[name], expected, atol=1e-4 * largest + 1e-7, rtol=1e-3, msg=name)
+
+
+def test_torch_compile_finds_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
+    monkeypatch.setitem(SPECS, "vit_l", spec)
+    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, checkpointing=True)
+    network = MaskSAM(config, 1, K)
+    x = torch.randn(2, 1, *network.config.patch_size)
+    for training in (True, False):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(training):
+            found = torch._dynamo.explain(network.train(training))(x)
+        assert found.graph_break_count == 0 and found.graph_count == 1, found.break_reasons
+    torch._dynamo.reset()
 
 
 class HostCopies(TorchDispatchMode):
