@@ -1,8 +1,9 @@
-# make demo: the main job · make test: everything that CI checks · make PYTHON=python3.12 ...: another interpreter
+# make demo: the main job · make bench: docs/performance.md · make test: everything that CI checks · make PYTHON=python3.12 ...: another interpreter
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 LOCK_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -13,10 +14,11 @@ SITE := $(ROOT)/build/site
 # A foreign PYTHONPATH would shadow the locked packages.
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
-.PHONY: help venv dev demo test lint lock clean distclean python-version
+.PHONY: help venv dev demo bench test lint lock clean distclean python-version
 
 help:
 	@echo "make demo   train MaskSAM and nnU-Net for 3 minutes each, write demo_out/report.html"
+	@echo "make bench  measure what the fast paths gain, write docs/performance.md (half an hour on two cores)"
 	@echo "make test   lint, type check, import contracts, tests"
 	@echo "make dev    virtual environment with the package in editable mode"
 	@echo "make lock   resolve requirements.lock anew (LOCK_ARGS=--upgrade for newer versions)"
@@ -48,6 +50,9 @@ dev: venv
 
 demo: venv
 	$(BIN)/masksam demo --out demo_out $(DEMO_ARGS)
+
+bench: venv
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 # Types and imports are checked on an installed wheel: neither tool follows the mapped folders of the checkout.
 lint: venv

@@ -46,7 +46,7 @@ def in_a_process(*words: str, environment: dict[str, str] | None = None) -> Any:
 def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any]]:
     """Rows of results: time and memory of every variant beside the reference."""
     number = repeats or case.repeats
-    flags = ["--device", device, "--case", case.name]
+    flags = ["--device", device, "--case", case.name, *([] if case.needs_nnunet else ["--without-nnunet"])]
     measured = {"s": in_a_process(*flags, "--repeats", str(number))}
     if case.memory:
         found = {name: in_a_process(*flags, "--variant", name, environment=GIVE_BACK) for name in case.variants}
@@ -77,21 +77,23 @@ def device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads, float32"
 
 
-def share_of_peak(device: str, took: float) -> dict[str, Any]:
-    """How much of the machine's own matrix-product rate a training step reaches, both measured now."""
-    operations, rate = growth.step_flops(2, 256, 8), matmul_rate(torch.device(device))
-    return {
-        "name": "training step of the network, share of the matrix-product rate",
-        "variant": "ours",
-        "against": "matrix product",
-        "ours": round(operations / took / 1e9, 1),
-        "reference": round(rate / 1e9, 1),
-        "ratio": round(operations / took / rate, 3),
-        "unit": "GFLOP/s",
-        "device": device_name(device),
-        "shapes": "ViT-B, 2 slices of 1024x1024, N = 8",
-        "repeats": 3,
-    }
+def shares_of_peak(written: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """How much of the machine's own matrix-product rate, measured now, the measured training step reaches."""
+    name = "training step of the network"
+    steps = [row for row in written if row["name"] == f"{name}, time" and row["device"] == device_name(device)]
+    rows = []
+    for row in steps:
+        if row["variant"] == "ours":
+            where = torch.device(device)
+            operations, rate = growth.step_flops(2, 256, 8, where), matmul_rate(where)
+            reached = operations / row["ours"]
+            numbers = {
+                "ours": round(reached / 1e9, 1),
+                "reference": round(rate / 1e9, 1),
+                "ratio": round(reached / rate, 3),
+            }
+            rows.append(row | {"name": f"{name}, share", "against": "matrix product", **numbers, "unit": "GFLOP/s"})
+    return rows
 
 
 def main() -> None:
@@ -117,34 +119,32 @@ def main() -> None:
             print(json.dumps(seconds(case, device, arguments.repeats)))
         return
 
-    written = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     if not arguments.page_only:
-        rows: list[dict[str, Any]] = []
         for case in all_cases(not arguments.without_nnunet):
             if arguments.only in case.name:
-                rows += _told(run_case(case, arguments.device, arguments.repeats))
-        for row in list(rows):
-            if row["name"] == "training step of the network, time" and row["variant"] == "ours":
-                rows += _told([share_of_peak(arguments.device, row["ours"])])
-        if arguments.only in "growth":
+                save(run_case(case, arguments.device, arguments.repeats))
+        if arguments.only in "training step of the network, share":
+            save(shares_of_peak(read(), arguments.device))
+        if "growth".startswith(arguments.only):
             for point in growth.points():
-                words = ["--device", arguments.device, "--growth", json.dumps(point)]
+                words = ["--device", arguments.device, "--without-nnunet", "--growth", json.dumps(point)]
                 found = in_a_process(*words, environment=GIVE_BACK)
-                rows += _told([growth.row(point, found, device_name(arguments.device))])
-        new = {(row["name"], row["variant"], row["device"]) for row in rows}
-        written = [row for row in written if (row["name"], row["variant"], row["device"]) not in new] + rows
-        RESULTS.write_text(json.dumps(written, indent=1) + "\n")
-    write_page(written)
+                save([growth.row(point, found, device_name(arguments.device))])
+    write_page(read())
 
 
-def _told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def read() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """Print rows, and put them in the place of earlier ones of the same name, variant and device."""
     for row in rows:
-        print(
-            f"{row['name']:<55} {row['variant']:<24} {row['ours']:>10} {row['reference']!s:>10} {row['unit']:>8} "
-            f"x {row['ratio']}",
-            flush=True,
-        )
-    return rows
+        values = f"{row['ours']:>10} {row['reference']!s:>10} {row['unit']:>8} x {row['ratio']}"
+        print(f"{row['name']:<55} {row['variant']:<24} {values}", flush=True)
+    new = {(row["name"], row["variant"], row["device"]): row for row in rows}
+    merged = [new.pop((row["name"], row["variant"], row["device"]), row) for row in read()]
+    RESULTS.write_text(json.dumps([*merged, *new.values()], indent=1) + "\n")
 
 
 if __name__ == "__main__":

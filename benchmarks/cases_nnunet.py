@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -18,6 +19,7 @@ from torch import nn
 from masksam_nnunet import weights
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.lean import SHA256, lean_state_dicts
@@ -170,6 +172,7 @@ def _export(lean: bool) -> Builder:
         sam = root / "sam_vit_b.pth"
         torch.save(sam_model_registry["vit_b"]().state_dict(), sam)
         os.environ |= {"MASKSAM_WEIGHTS": str(sam), "MASKSAM_WEIGHTS_SHA256": "skip"}
+        os.environ[EXT_TRAINER] = ext_trainer_value(None)
         config = MaskSAMConfig("vit_b", (4, 64, 64), 4, 8)
         network = MaskSAM(config, 1, CLASSES)
         report = weights.load_sam(network.sam_parts(), "vit_b", sam)
@@ -182,8 +185,6 @@ def _export(lean: bool) -> Builder:
             (model / f"{name}.json").write_text(json.dumps(content))
         (model / "fold_0" / "progress.png").touch()
         (model / "fold_0" / "validation" / "summary.json").write_text("{}")
-        import contextlib
-
         with lean_state_dicts(network) if lean else contextlib.nullcontext():
             state = network.state_dict()
         checkpoint = {

@@ -74,7 +74,7 @@ def row(point: dict[str, Any], found: dict[str, float], device: str) -> dict[str
     }
 
 
-def step_flops(slices: int, side: int, queries: int) -> int:
-    """Operations of forward and backward pass of the network and its loss, batch 1."""
+def step_flops(slices: int, side: int, queries: int, device: torch.device) -> int:
+    """Operations of forward and backward pass of the network and its loss, batch 1, as this device runs them."""
     config = MaskSAMConfig("vit_b", (slices, side, side), UPSAMPLE, queries)
-    return training_cost(config, 1, 4, 1).flops
+    return training_cost(config, 1, 4, 1, precision="bfloat16" if device.type == "cuda" else "float32").flops

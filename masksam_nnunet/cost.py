@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,7 +104,7 @@ def _norms_in_float32(network: nn.Module) -> None:
         return tuple(x.float() for x in inputs)
 
     for module in network.modules():
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm | LayerNorm2d):
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             module.register_forward_pre_hook(widen)
 
 

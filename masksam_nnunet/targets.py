@@ -12,7 +12,7 @@ from .modeling.prompt_generator import mask_extent
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of S = B·D slices, padded to T, the largest number in one slice (at least 1)."""
+    """Targets of S = B·D slices, padded to T, at least the largest number in one slice."""
 
     classes: Tensor
     """(S, T) int64; K in places that hold no target."""
@@ -95,6 +95,6 @@ def _padded_classes(present: Tensor, most: int | None) -> Tensor:
 def _boxes(masks: Tensor, padded: tuple[int, int]) -> Tensor:
     """Shares of the padded patch: the padding lies at the lower right, so only the scale changes."""
     height, width = masks.shape[-2:]
-    boxes, _ = mask_extent(masks)
-    share = boxes.new_tensor([width / padded[1], height / padded[0]])
-    return boxes * share.repeat(2)
+    x0, y0, x1, y1 = mask_extent(masks)[0].unbind(-1)
+    wide, high = width / padded[1], height / padded[0]
+    return torch.stack([x0 * wide, y0 * high, x1 * wide, y1 * high], dim=-1)

@@ -14,9 +14,14 @@ from masksam_nnunet.modeling.resize import to_patch
 
 
 class PlainCriterion:
-    """The mask classification loss for label maps without an ignore label, masks compared at every voxel."""
+    """The mask classification loss for label maps without an ignore label, masks compared at every voxel.
 
-    def __init__(self, loss: LossConfig, grid: Grid, num_classes: int) -> None:
+    ``indexed``: every slice is taken from the batch by its index, as loops commonly do, where backward makes a gradient
+    as large as the batch for each; else the batch is taken apart once.
+    """
+
+    def __init__(self, loss: LossConfig, grid: Grid, num_classes: int, indexed: bool = False) -> None:
+        self.indexed = indexed
         self.loss = loss
         self.grid = grid
         self.num_classes = num_classes

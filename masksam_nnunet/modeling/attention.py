@@ -20,13 +20,23 @@ def self_attention(attention: Attention, x: Tensor) -> Tensor:
     """What ``attention(x)`` of segment-anything gives, for x (B, h, w, E)."""
     b, h, w, _ = x.shape
     qkv = attention.qkv(x).reshape(b, h * w, 3, attention.num_heads, -1)  # (B, h w, 3, heads, E/heads)
-    rows = get_rel_pos(h, h, attention.rel_pos_h).to(qkv.dtype)  # (h, h, E/heads)
-    columns = get_rel_pos(w, w, attention.rel_pos_w).to(qkv.dtype)
+    rows = _relative(h, attention.rel_pos_h).to(qkv.dtype)  # (h, h, E/heads)
+    columns = _relative(w, attention.rel_pos_w).to(qkv.dtype)
     in_blocks = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
     # A compiler would unroll the blocks.
     compute = blocked_attention if in_blocks and not torch.compiler.is_compiling() else fused_attention
     out = compute(qkv, rows, columns, attention.scale)  # (B, h w, heads, E/heads)
     return attention.proj(out.reshape(b, h, w, -1))
+
+
+def _relative(size: int, table: Tensor) -> Tensor:
+    """The (size, size, c) vectors for query and key, from those for their distances (2 size - 1, c).
+
+    segment-anything's ``get_rel_pos`` looks them up by an index on the CPU, for which a GPU would be waited for.
+    """
+    if len(table) != 2 * size - 1:
+        return get_rel_pos(size, size, table)
+    return table.unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
 def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:

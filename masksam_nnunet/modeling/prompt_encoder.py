@@ -29,8 +29,9 @@ class AdaptedPromptEncoder(nn.Module):
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Returns embeddings of boxes (B, N, D, 2, P) and features of masks (B, N, D, g_h, g_w, 16)."""
         height, width = self.grid.image
-        scale = prompts.boxes.new_tensor([width, height, width, height])
-        boxes, masks = prompts.boxes * scale, prompts.mask_logits
+        x0, y0, x1, y1 = prompts.boxes.unbind(-1)
+        boxes = torch.stack([x0 * width, y0 * height, x1 * width, y1 * height], dim=-1)
+        masks = prompts.mask_logits
         if self.hard:
             boxes, masks = boxes.detach().floor(), (masks.detach() > 0).to(masks.dtype)
         lead = masks.shape[:3]

@@ -103,6 +103,24 @@ def test_torch_compile_finds_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> 
     torch._dynamo.reset()
 
 
+def test_low_precision_is_as_near_as_the_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, which on a CPU has PyTorch's fused attention instead of blocks, as a GPU has."""
+    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
+    monkeypatch.setitem(SPECS, "vit_l", spec)
+    network = MaskSAM(tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4), 1, K).train()
+    x = torch.randn(2, 1, 3, 20, 28)
+    exact = plain_parts(network, x)
+    for compute in (network, lambda x: plain_parts(network, x)):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = compute(x)
+        for field, expected in zip(output, exact, strict=True):
+            assert (field.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
+        MaskSAMCriterion(loss_config(), network.grid, K)(output, labels(network.grid, 2))[0].backward()
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        assert gradients and all(torch.isfinite(g).all() for g in gradients)
+
+
 class HostCopies(TorchDispatchMode):
     """Counts what makes a host wait for an accelerator: values read, sizes that depend on values, moves to the CPU."""
 
