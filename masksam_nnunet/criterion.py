@@ -111,7 +111,7 @@ class MaskSAMCriterion(nn.Module):
         size, number, piece = masks.shape[-1], self.loss.num_points, self.piece_size(masks.device)
         points = draw(len(classes), size, number, valid, masks.device) if size > number else None  # (S, P)
         sums = pairwise_sums([masks, aux_masks], truth, valid, points, piece)  # (S, N, T)
-        matches = self.assign(pairwise_cost(classes, boxes, *sums, targets, self.loss), targets)
+        matches = self.assign(pairwise_cost(classes, boxes, sums[0], sums[1], targets, self.loss), targets)
         total = _mean_over_ranks(targets.present.sum().float()).clamp(min=1)
         s, q, t = matches.slices, matches.queries, matches.targets
         terms = {"class": self._class_loss(classes, targets, matches)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ def mask_features(downscaling: nn.Sequential, masks: Tensor) -> Tensor:
 
     Few channels hold all of a mask prompt, so they are what each query keeps.
     """
-    first, norm_1, act_1, second, norm_2, act_2, _ = downscaling
+    layers: list[Any] = list(downscaling)
+    first, norm_1, act_1, second, norm_2, act_2, _ = layers
     x = masks.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4))  # (M, g_h, 4, g_w, 4)
     m, h, _, w, _ = x.shape
     x = x.permute(0, 1, 3, 2, 4).reshape(-1, 1, 4, 4)  # (M g_h g_w, 1, 4, 4)
@@ -25,5 +28,5 @@ def mask_features(downscaling: nn.Sequential, masks: Tensor) -> Tensor:
 
 def dense_embedding(downscaling: nn.Sequential, features: Tensor) -> Tensor:
     """The last layer: (..., 16) to (..., P)."""
-    last = downscaling[-1]
+    last: Any = downscaling[-1]
     return F.linear(features, last.weight.flatten(1), last.bias)
