@@ -121,7 +121,7 @@ def main() -> None:
 
     if not arguments.page_only:
         for case in all_cases(not arguments.without_nnunet):
-            if arguments.only in case.name:
+            if arguments.only in case.name and not (case.gpu_only and arguments.device == "cpu"):
                 save(run_case(case, arguments.device, arguments.repeats))
         if arguments.only in "training step of the network, share":
             save(shares_of_peak(read(), arguments.device))

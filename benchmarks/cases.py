@@ -148,6 +148,36 @@ def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int
     return build
 
 
+def _large(checkpointing: bool) -> Builder:
+    """The paper's AMOS setting: network, loss and optimizer."""
+
+    def build(device: torch.device) -> Step:
+        config = MaskSAMConfig(
+            "vit_h",
+            (9, 512, 512),
+            1,
+            24,
+            checkpointing=checkpointing,
+            loss=LossConfig(semantic=0.0, num_points=2 * 256**2),
+        )
+        network = MaskSAM(config, 1, 16).to(device).train()
+        judge = MaskSAMCriterion(config.loss, network.grid, 16)
+        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+        x = torch.randn(2, 1, 9, 512, 512, device=device)
+        truth = blobs(2, 9, 512, 16).to(device)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device):
+                output = network(x)
+            judge(output, truth)[0].backward()
+            optimizer.step()
+
+        return step
+
+    return build
+
+
 def cases() -> list[Case]:
     return [
         Case(
@@ -200,5 +230,11 @@ def cases() -> list[Case]:
             },
             repeats=3,
             warm_up=False,
+        ),
+        Case(
+            "training step of ViT-H",
+            "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW",
+            {"checkpointing": _large(True), "without checkpointing": _large(False)},
+            gpu_only=True,
         ),
     ]

@@ -22,7 +22,7 @@ from masksam_nnunet.criterion import MaskSAMCriterion
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import SHA256, lean_state_dicts
+from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
 from masksam_nnunet.precision import autocast
 
@@ -176,7 +176,7 @@ def _export(lean: bool) -> Builder:
         config = MaskSAMConfig("vit_b", (4, 64, 64), 4, 8)
         network = MaskSAM(config, 1, CLASSES)
         report = weights.load_sam(network.sam_parts(), "vit_b", sam)
-        getattr(network, SHA256).copy_(torch.tensor(list(bytes.fromhex(report.sha256)), dtype=torch.uint8))
+        set_sam_sha256(network, report.sha256)
         model = root / "Dataset999_Bench" / f"MaskSAMTrainer__{BASE_PLANS}__3d_fullres"
         (model / "fold_0" / "validation").mkdir(parents=True)
         labels = {"background": 0} | {f"class{i}": i for i in range(1, CLASSES)}

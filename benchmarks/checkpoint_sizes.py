@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import SHA256, lean_state_dicts
+from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 
 PATCH, UPSAMPLE, QUERIES, CHANNELS, CLASSES = (4, 256, 256), 4, 8, 1, 4
 MEASURED = "vit_b"
@@ -29,7 +29,7 @@ def build(backbone: str, device: str) -> MaskSAM:
     """As after a training that read SAM's file."""
     with torch.device(device):
         network = MaskSAM(MaskSAMConfig(backbone, PATCH, UPSAMPLE, QUERIES), CHANNELS, CLASSES)
-    setattr(network, SHA256, torch.ones(32, dtype=torch.uint8))
+    set_sam_sha256(network, "01" * 32)
     return network
 
 

@@ -27,6 +27,7 @@ class Case:
     warm_up: bool = True
     memory: bool = True
     needs_nnunet: bool = False
+    gpu_only: bool = False
 
     @property
     def reference(self) -> str:
