@@ -148,34 +148,36 @@ def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int
     return build
 
 
-def _large(checkpointing: bool) -> Builder:
-    """The paper's AMOS setting: network, loss and optimizer."""
+def training(config: MaskSAMConfig, truth: Tensor, classes: int, with_optimizer: bool = False) -> Builder:
+    """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
+
+    def semantic(log_p: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.nll_loss(log_p, labels[:, 0].long())
 
     def build(device: torch.device) -> Step:
-        config = MaskSAMConfig(
-            "vit_h",
-            (9, 512, 512),
-            1,
-            24,
-            checkpointing=checkpointing,
-            loss=LossConfig(semantic=0.0, num_points=2 * 256**2),
-        )
-        network = MaskSAM(config, 1, 16).to(device).train()
-        judge = MaskSAMCriterion(config.loss, network.grid, 16)
+        network = MaskSAM(config, 1, classes).to(device).train()
+        judge = MaskSAMCriterion(config.loss, network.grid, classes, semantic_loss=semantic)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
-        x = torch.randn(2, 1, 9, 512, 512, device=device)
-        truth = blobs(2, 9, 512, 16).to(device)
+        x, labels = torch.randn(truth.shape, device=device), truth.to(device)
 
         def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
             with autocast(device):
                 output = network(x)
-            judge(output, truth)[0].backward()
-            optimizer.step()
+            judge(output, labels)[0].backward()
+            if with_optimizer:
+                optimizer.step()
 
         return step
 
     return build
+
+
+def _large(checkpointing: bool) -> Builder:
+    """The paper's AMOS setting: network, loss and optimizer."""
+    loss = LossConfig(semantic=0.0, num_points=2 * 256**2)
+    config = MaskSAMConfig("vit_h", (9, 512, 512), 1, 24, checkpointing=checkpointing, loss=loss)
+    return lambda device: training(config, blobs(2, 9, 512, 16), 16, with_optimizer=True)(device)
 
 
 def cases() -> list[Case]:

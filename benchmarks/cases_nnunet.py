@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import training
 from measure import Builder, Case, Step
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -18,7 +19,6 @@ from torch import nn
 
 from masksam_nnunet import weights
 from masksam_nnunet.config import MaskSAMConfig
-from masksam_nnunet.criterion import MaskSAMCriterion
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 from masksam_nnunet.modeling import MaskSAM
@@ -77,26 +77,7 @@ def _unet_step(residual: bool) -> Builder:
 
 
 def _masksam_step(backbone: str, upsample: int) -> Builder:
-    def build(device: torch.device) -> Step:
-        config = MaskSAMConfig(backbone, PATCH, upsample, 6)
-        network = MaskSAM(config, 1, CLASSES).to(device).train()
-
-        def semantic(log_p: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-            return nn.functional.nll_loss(log_p, truth[:, 0].long())
-
-        judge = MaskSAMCriterion(config.loss, network.grid, CLASSES, semantic_loss=semantic)
-        x = torch.randn(2, 1, *PATCH, device=device)
-        truth = torch.randint(CLASSES, (2, 1, *PATCH), device=device)
-
-        def step() -> None:
-            network.zero_grad(set_to_none=True)
-            with autocast(device):
-                output = network(x)
-            judge(output, truth)[0].backward()
-
-        return step
-
-    return build
+    return training(MaskSAMConfig(backbone, PATCH, upsample, 6), torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES)
 
 
 def _plans(config: MaskSAMConfig | None) -> dict[str, Any]:

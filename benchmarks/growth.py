@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
-from cases import blobs
-from measure import peak_mib
-from torch import Tensor, nn
+from cases import blobs, training
+from measure import Step, peak_mib, timed
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import training_cost
-from masksam_nnunet.criterion import MaskSAMCriterion
-from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.precision import autocast
 
 BASE = {"slices": 2, "side": 64, "queries": 8, "classes": 4}
 AXES = {"slices": (1, 2, 4, 8), "side": (64, 96, 128, 160), "queries": (4, 8, 16, 32), "classes": (2, 8, 32)}
@@ -31,27 +26,10 @@ def measure(point: dict[str, Any], device: torch.device) -> dict[str, float]:
     config = MaskSAMConfig("vit_b", (point["slices"], point["side"], point["side"]), UPSAMPLE, point["queries"])
     took: list[float] = []
 
-    def build(device: torch.device) -> Any:
-        network = MaskSAM(config, 1, point["classes"]).to(device).train()
-
-        def semantic(log_p: Tensor, truth: Tensor) -> Tensor:
-            return nn.functional.nll_loss(log_p, truth[:, 0].long())
-
-        judge = MaskSAMCriterion(config.loss, network.grid, point["classes"], semantic_loss=semantic)
-        x = torch.randn(2, 1, *config.patch_size, device=device)
-        truth = blobs(2, point["slices"], point["side"], point["classes"]).to(device)
-
-        def step() -> None:
-            start = time.perf_counter()
-            network.zero_grad(set_to_none=True)
-            with autocast(device):
-                output = network(x)
-            judge(output, truth)[0].backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-
-        return step
+    def build(device: torch.device) -> Step:
+        truth = blobs(2, point["slices"], point["side"], point["classes"])
+        step = training(config, truth, point["classes"])(device)
+        return lambda: took.append(timed(step, device))
 
     mib = peak_mib(build, device, steps=3)
     return {"seconds": sorted(took[1:])[0], "mib": mib}

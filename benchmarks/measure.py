@@ -40,13 +40,13 @@ def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats + case.warm_up):
         for name, step in steps.items():
-            took = _timed(step, device)
+            took = timed(step, device)
             if round_ >= case.warm_up:
                 times[name].append(took)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _timed(step: Step, device: torch.device) -> float:
+def timed(step: Step, device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()
     step()
@@ -91,5 +91,5 @@ def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large matrix product in the precision that networks run in."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    _timed(lambda: a @ a, device)
-    return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(9))
+    timed(lambda: a @ a, device)
+    return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(9))

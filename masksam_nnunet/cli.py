@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from masksam_nnunet import __version__, cli_datasets, cli_export
-from masksam_nnunet.cli_fail import fail
+from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
 from masksam_nnunet.cli_predict import masksam_predictor, take_batch_size
-from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import WeightsError
 
 DEFAULT_TRAINER = "MaskSAMTrainer"
@@ -96,7 +96,7 @@ def env(
     shell: Annotated[Shell, typer.Option(help="Whose syntax to print.")] = Shell.sh,
 ) -> None:
     """Print the line that shows MaskSAM's trainers to nnU-Net: eval "$(masksam env)"."""
-    typer.echo(_assignment(shell, _ext_trainer()))
+    typer.echo(_assignment(shell, ext_trainer_or_fail()))
 
 
 def _assignment(shell: Shell, value: str) -> str:
@@ -196,7 +196,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the phantoms; nnU-Net's trainings have none.")] = 0,
 ) -> None:
     """Train a tiny MaskSAM and nnU-Net for the same minutes, score both on the same fold, write a report."""
-    os.environ[EXT_TRAINER] = _ext_trainer()
+    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     from masksam_nnunet.inference.demo import run_demo
     from masksam_nnunet.plans.errors import PlanError
 
@@ -231,7 +231,7 @@ def _run_nnunet(
             "nnUNet_raw, nnUNet_preprocessed and nnUNet_results name; export them first"
         )
     # In the environment, not only here: the worker processes that nnU-Net spawns look trainers up too.
-    os.environ[EXT_TRAINER] = _ext_trainer()
+    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     sys.argv = [f"masksam {command}", *(arguments if asks_help else _with_trainer(arguments))]
     from masksam_nnunet.config import ConfigError
 
@@ -249,13 +249,6 @@ def _with_trainer(arguments: list[str]) -> list[str]:
         return arguments
     typer.echo(f"no -tr given: using -tr {DEFAULT_TRAINER}", err=True)
     return [*arguments, "-tr", DEFAULT_TRAINER]
-
-
-def _ext_trainer() -> str:
-    try:
-        return ext_trainer_value(os.environ.get(EXT_TRAINER))
-    except RuntimeError as error:
-        fail(str(error))
 
 
 cli_datasets.register(app)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from masksam_nnunet.cli_fail import fail
-from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
+from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import WeightsError
 
 
@@ -58,10 +58,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a trained model as a zip that nnU-Net installs anywhere; lean checkpoints are made full."""
-    try:
-        os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
-    except RuntimeError as error:
-        fail(str(error))
+    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     from masksam_nnunet.inference.export import export_model
     from masksam_nnunet.plans.errors import PlanError
 

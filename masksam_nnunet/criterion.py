@@ -13,7 +13,8 @@ from .config import Grid, LossConfig
 from .matching import Matches, generalised_iou, match, pairwise_cost
 from .modeling.network import MaskSAMOutput
 from .modeling.resize import to_patch
-from .pair_losses import PairSums, full_precision, matched_mask_losses, pairwise_sums, piece_size
+from .pair_losses import PairSums, matched_mask_losses, pairwise_sums, piece_size
+from .precision import full_precision
 from .sampling import draw, uncertain_points
 from .semantic import semantic_log_probabilities
 from .targets import Targets, make_targets

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import full_precision
+
 CPU_PIECE = 2**19
 """Elements worked on at once: what a cache holds, and what the allocator keeps instead of asking for pages anew."""
 GPU_PIECE = 2**24
@@ -18,11 +20,6 @@ GPU_PIECE = 2**24
 def piece_size(device: torch.device) -> int:
     """Elements to work on at once."""
     return CPU_PIECE if device.type == "cpu" else GPU_PIECE
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def at_points(x: Tensor, points: Tensor | None) -> Tensor:

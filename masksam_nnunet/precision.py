@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
@@ -20,3 +21,8 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pair_losses import full_precision
+from .precision import full_precision
 
 
 def draw(rows: int, size: int, number: int, known: Tensor | None, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .modeling.prompt_generator import mask_extent
+from .modeling.prompt_generator import mask_extent, scaled_boxes
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,4 @@ def _padded_classes(present: Tensor, most: int | None) -> Tensor:
 def _boxes(masks: Tensor, padded: tuple[int, int]) -> Tensor:
     """Shares of the padded patch: the padding lies at the lower right, so only the scale changes."""
     height, width = masks.shape[-2:]
-    x0, y0, x1, y1 = mask_extent(masks)[0].unbind(-1)
-    wide, high = width / padded[1], height / padded[0]
-    return torch.stack([x0 * wide, y0 * high, x1 * wide, y1 * high], dim=-1)
+    return scaled_boxes(mask_extent(masks)[0], width / padded[1], height / padded[0])

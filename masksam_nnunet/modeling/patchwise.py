@@ -5,10 +5,11 @@ Autograd keeps a convolution's input even where its weight is frozen; a linear m
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
+
+from ..precision import full_precision
 
 
 def shrink(convolution: nn.Conv2d, x: Tensor) -> Tensor:
@@ -29,5 +30,4 @@ def grow(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
 def norm(layer: LayerNorm2d, x: Tensor) -> Tensor:
     """segment-anything's norm over channels, for (..., C); at least float32, as autocast has it on CUDA."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return F.layer_norm(x, layer.weight.shape, layer.weight, layer.bias, layer.eps)
+    return F.layer_norm(full_precision(x), layer.weight.shape, layer.weight, layer.bias, layer.eps)

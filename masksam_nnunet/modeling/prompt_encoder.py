@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import Grid
 from .mask_embedding import mask_features
 from .new import DepthEmbedding
-from .prompt_generator import Prompts
+from .prompt_generator import Prompts, scaled_boxes
 
 
 class AdaptedPromptEncoder(nn.Module):
@@ -29,9 +29,7 @@ class AdaptedPromptEncoder(nn.Module):
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Returns embeddings of boxes (B, N, D, 2, P) and features of masks (B, N, D, g_h, g_w, 16)."""
         height, width = self.grid.image
-        x0, y0, x1, y1 = prompts.boxes.unbind(-1)
-        boxes = torch.stack([x0 * width, y0 * height, x1 * width, y1 * height], dim=-1)
-        masks = prompts.mask_logits
+        boxes, masks = scaled_boxes(prompts.boxes, width, height), prompts.mask_logits
         if self.hard:
             boxes, masks = boxes.detach().floor(), (masks.detach() > 0).to(masks.dtype)
         lead = masks.shape[:3]

@@ -107,3 +107,9 @@ def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:
     (x0, x1), (y0, y1) = ends
     found = any_line.any(-1)
     return torch.stack([x0, y0, x1, y1], dim=-1) * found[..., None], found
+
+
+def scaled_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
+    """x0 y0 x1 y1 (..., 4), times width and height. Numbers, as a tensor of them would be copied to a GPU."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([x0 * width, y0 * height, x1 * width, y1 * height], dim=-1)

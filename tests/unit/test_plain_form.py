@@ -17,6 +17,13 @@ from masksam_nnunet.modeling.sam_parts import SPECS, BackboneSpec
 K = 4
 
 
+@pytest.fixture(autouse=True)
+def _narrow_sam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``vit_l`` is narrow, with windows and global blocks."""
+    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
+    monkeypatch.setitem(SPECS, "vit_l", spec)
+
+
 def outputs(grid: Grid, batch: int, queries: int) -> MaskSAMOutput:
     depth, height, width = grid.patch
     corner = torch.rand(batch, queries, depth, 2) * 0.5
@@ -62,8 +69,6 @@ def test_the_network_equals_its_plain_form(
     frozen: bool, changes: dict[str, object], slices_at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A narrow SAM with windows, on a grid that is not square and that windows do not divide."""
-    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
-    monkeypatch.setitem(SPECS, "vit_l", spec)
     config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, **changes)
     network = MaskSAM(config, 2, K).train()
     network.image_encoder.slices_at_once = slices_at_once
@@ -89,9 +94,7 @@ def test_the_network_equals_its_plain_form(
         torch.testing.assert_close(our_gradients[name], expected, atol=1e-4 * largest + 1e-7, rtol=1e-3, msg=name)
 
 
-def test_torch_compile_finds_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
-    monkeypatch.setitem(SPECS, "vit_l", spec)
+def test_torch_compile_finds_no_graph_break() -> None:
     config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, checkpointing=True)
     network = MaskSAM(config, 1, K)
     x = torch.randn(2, 1, *network.config.patch_size)
@@ -103,10 +106,8 @@ def test_torch_compile_finds_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> 
     torch._dynamo.reset()
 
 
-def test_low_precision_is_as_near_as_the_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_precision_is_as_near_as_the_plain_forms() -> None:
     """Under autocast, which on a CPU has PyTorch's fused attention instead of blocks, as a GPU has."""
-    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
-    monkeypatch.setitem(SPECS, "vit_l", spec)
     network = MaskSAM(tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4), 1, K).train()
     x = torch.randn(2, 1, 3, 20, 28)
     exact = plain_parts(network, x)
