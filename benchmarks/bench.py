@@ -22,6 +22,7 @@ from cases import cases
 from measure import Case, matmul_rate, peak_mib, seconds
 from performance_page import write_page
 
+SHARE = "training step of the network, share of the machine's rate"
 RESULTS = Path(__file__).with_name("results.json")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -79,7 +80,7 @@ def device_name(device: str) -> str:
 
 def shares_of_peak(written: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """How much of the machine's own matrix-product rate, measured now, the measured training step reaches."""
-    name = "training step of the network"
+    name = SHARE.split(",")[0]
     steps = [row for row in written if row["name"] == f"{name}, time" and row["device"] == device_name(device)]
     rows = []
     for row in steps:
@@ -92,7 +93,7 @@ def shares_of_peak(written: list[dict[str, Any]], device: str) -> list[dict[str,
                 "reference": round(rate / 1e9, 1),
                 "ratio": round(reached / rate, 3),
             }
-            rows.append(row | {"name": f"{name}, share", "against": "matrix product", **numbers, "unit": "GFLOP/s"})
+            rows.append(row | {"name": SHARE, "against": "matrix product", **numbers, "unit": "GFLOP/s"})
     return rows
 
 
@@ -123,13 +124,16 @@ def main() -> None:
         for case in all_cases(not arguments.without_nnunet):
             if arguments.only in case.name and not (case.gpu_only and arguments.device == "cpu"):
                 save(run_case(case, arguments.device, arguments.repeats))
-        if arguments.only in "training step of the network, share":
+        if arguments.only in SHARE:
             save(shares_of_peak(read(), arguments.device))
-        if "growth".startswith(arguments.only):
-            for point in growth.points():
+        found: dict[str, dict[int, dict[str, float]]] = {}
+        for point in growth.points(not arguments.without_nnunet):
+            axis = point["axis"]
+            if arguments.only in f"growth with {axis}":
                 words = ["--device", arguments.device, "--without-nnunet", "--growth", json.dumps(point)]
-                found = in_a_process(*words, environment=GIVE_BACK)
-                save([growth.row(point, found, device_name(arguments.device))])
+                measured = in_a_process(*words, environment=GIVE_BACK)
+                found.setdefault(axis, {})[point[axis]] = measured
+                save(growth.rows(found[axis], axis, device_name(arguments.device)))
     write_page(read())
 
 

@@ -12,7 +12,7 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
 from masksam_nnunet.config import Grid, LossConfig, MaskSAMConfig
-from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.criterion import MaskSAMCriterion, SemanticLoss
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
 from masksam_nnunet.modeling.attention import self_attention
 from masksam_nnunet.precision import autocast
@@ -148,11 +148,14 @@ def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int
     return build
 
 
-def training(config: MaskSAMConfig, truth: Tensor, classes: int, with_optimizer: bool = False) -> Builder:
-    """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
+def nll(log_p: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.nll_loss(log_p, labels[:, 0].long())
 
-    def semantic(log_p: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.nll_loss(log_p, labels[:, 0].long())
+
+def training(
+    config: MaskSAMConfig, truth: Tensor, classes: int, semantic: SemanticLoss = nll, with_optimizer: bool = False
+) -> Builder:
+    """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
 
     def build(device: torch.device) -> Step:
         network = MaskSAM(config, 1, classes).to(device).train()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from cases import training
 from measure import Builder, Case, Step
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from segment_anything import sam_model_registry
 from torch import nn
 
@@ -27,6 +33,7 @@ from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
 from masksam_nnunet.precision import autocast
 
 PATCH, VOLUME, CLASSES = (8, 128, 128), (8, 192, 192), 4
+FOLDS_PATCH = (4, 64, 64)
 UNETS = "dynamic_network_architectures.architectures.unet"
 
 
@@ -59,17 +66,28 @@ def _unet(residual: bool, patch: tuple[int, ...] = PATCH) -> nn.Module:
     return get_network_from_plans(f"{UNETS}.{name}", kwargs, needs_import, 1, CLASSES, deep_supervision=True)
 
 
+def _loss() -> nn.Module:
+    """nnU-Net's own, as its trainer makes it."""
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    return DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
+
+
 def _unet_step(residual: bool) -> Builder:
     def build(device: torch.device) -> Step:
         network = _unet(residual).to(device).train()
         x = torch.randn(2, 1, *PATCH, device=device)
-        truth = torch.randint(CLASSES, (2, *PATCH), device=device)
+        truth = torch.randint(CLASSES, (2, 1, *PATCH), device=device)
+        with torch.no_grad():
+            sizes = [output.shape[2:] for output in network(x)]
+        truths = [nn.functional.interpolate(truth.float(), size) for size in sizes]
+        weights = [2.0**-level for level in range(len(sizes) - 1)] + [0.0]
+        loss = DeepSupervisionWrapper(_loss(), [weight / sum(weights) for weight in weights])
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
             with autocast(device):
                 outputs = network(x)
-            nn.functional.cross_entropy(outputs[0].float(), truth).backward()
+            loss([output.float() for output in outputs], truths).backward()
 
         return step
 
@@ -77,14 +95,15 @@ def _unet_step(residual: bool) -> Builder:
 
 
 def _masksam_step(backbone: str, upsample: int) -> Builder:
-    return training(MaskSAMConfig(backbone, PATCH, upsample, 6), torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES)
+    config = MaskSAMConfig(backbone, PATCH, upsample, 6)
+    return training(config, torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES, _loss())
 
 
 def _plans(config: MaskSAMConfig | None) -> dict[str, Any]:
     configuration = {
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 2,
-        "patch_size": list(PATCH),
+        "patch_size": list(config.patch_size if config else PATCH),
         "spacing": [5.0, 1.0, 1.0],
         "normalization_schemes": ["ZScoreNormalization"],
         "architecture": {
@@ -105,34 +124,57 @@ def _plans(config: MaskSAMConfig | None) -> dict[str, Any]:
     return plans
 
 
-def _prediction(network_of: Any, ours: bool) -> Builder:
-    def build(device: torch.device) -> Step:
-        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+def _dataset() -> dict[str, Any]:
+    labels = {"background": 0} | {f"class{i}": i for i in range(1, CLASSES)}
+    return {"labels": labels, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
 
+
+def _predictor(ours: bool, device: torch.device, mirroring: bool = True) -> nnUNetPredictor:
+    return (MaskSAMPredictor if ours else nnUNetPredictor)(
+        device=device,
+        perform_everything_on_device=device.type == "cuda",
+        use_mirroring=mirroring,
+        allow_tqdm=False,
+    )
+
+
+def prediction(network_of: Any, ours: bool, size: tuple[int, ...] = VOLUME) -> Builder:
+    """A volume of this size, by a network that ``network_of`` makes."""
+
+    def build(device: torch.device) -> Step:
         network, config = network_of()
         manager = PlansManager(_plans(config))
-        labels = {"background": 0} | {f"class{i}": i for i in range(1, CLASSES)}
-        dataset = {"labels": labels, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
-        predictor = (MaskSAMPredictor if ours else nnUNetPredictor)(
-            device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
-        )
+        configuration = manager.get_configuration("3d_fullres")
+        predictor = _predictor(ours, device)
         predictor.manual_initialization(
-            network,
-            manager,
-            manager.get_configuration("3d_fullres"),
-            [network.state_dict()],
-            dataset,
-            "bench",
-            (0, 1, 2),
+            network, manager, configuration, [network.state_dict()], _dataset(), "bench", (0, 1, 2)
         )
-        volume = torch.randn(1, *VOLUME)
+        volume = torch.randn(1, *size)
         return lambda: predictor.predict_logits_from_preprocessed_data(volume)
 
     return build
 
 
-def _tiny() -> tuple[nn.Module, MaskSAMConfig]:
+def _folds(ours: bool, number: int) -> Builder:
+    """Folds of a ViT-B with the same frozen SAM, read from their checkpoints; one window."""
+
+    def build(device: torch.device) -> Step:
+        folder = tempfile.TemporaryDirectory()
+        # In another process: what writing takes is no part of what is measured.
+        writer = get_context("spawn").Process(target=_write_model, args=(Path(folder.name), number, False))
+        writer.start()
+        writer.join()
+        _set_folders(Path(folder.name))
+        predictor = _predictor(ours, device, mirroring=False)
+        model = _model_folder(Path(folder.name))
+        predictor.initialize_from_trained_model_folder(str(model), tuple(range(number)), "checkpoint_final.pth")
+        volume = torch.randn(1, *FOLDS_PATCH)
+        return lambda: (predictor.predict_logits_from_preprocessed_data(volume), folder)
+
+    return build
+
+
+def tiny() -> tuple[nn.Module, MaskSAMConfig]:
     config = MaskSAMConfig("vit_t", PATCH, 1, 6)
     return MaskSAM(config, 1, CLASSES).eval(), config
 
@@ -143,29 +185,32 @@ def _stock() -> tuple[nn.Module, None]:
     return network.eval(), None
 
 
-def _export(lean: bool) -> Builder:
-    """One fold of ViT-B: lean by ``masksam export``, full by nnU-Net's own export."""
+def _set_folders(root: Path) -> None:
+    os.environ["nnUNet_results"] = os.environ["nnUNet_raw"] = os.environ["nnUNet_preprocessed"] = str(root)
+    os.environ |= {"MASKSAM_WEIGHTS": str(root / "sam_vit_b.pth"), "MASKSAM_WEIGHTS_SHA256": "skip"}
+    os.environ[EXT_TRAINER] = ext_trainer_value(None)
 
-    def build(device: torch.device) -> Step:
-        folder = tempfile.TemporaryDirectory()
-        root = Path(folder.name)
-        os.environ["nnUNet_results"] = os.environ["nnUNet_raw"] = os.environ["nnUNet_preprocessed"] = str(root)
-        sam = root / "sam_vit_b.pth"
-        torch.save(sam_model_registry["vit_b"]().state_dict(), sam)
-        os.environ |= {"MASKSAM_WEIGHTS": str(sam), "MASKSAM_WEIGHTS_SHA256": "skip"}
-        os.environ[EXT_TRAINER] = ext_trainer_value(None)
-        config = MaskSAMConfig("vit_b", (4, 64, 64), 4, 8)
-        network = MaskSAM(config, 1, CLASSES)
-        report = weights.load_sam(network.sam_parts(), "vit_b", sam)
-        set_sam_sha256(network, report.sha256)
-        model = root / "Dataset999_Bench" / f"MaskSAMTrainer__{BASE_PLANS}__3d_fullres"
-        (model / "fold_0" / "validation").mkdir(parents=True)
-        labels = {"background": 0} | {f"class{i}": i for i in range(1, CLASSES)}
-        dataset = {"labels": labels, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
-        for name, content in (("plans", _plans(config)), ("dataset", dataset), ("dataset_fingerprint", {})):
-            (model / f"{name}.json").write_text(json.dumps(content))
-        (model / "fold_0" / "progress.png").touch()
-        (model / "fold_0" / "validation" / "summary.json").write_text("{}")
+
+def _model_folder(root: Path) -> Path:
+    return root / "Dataset999_Bench" / f"MaskSAMTrainer__{BASE_PLANS}__3d_fullres"
+
+
+def _write_model(root: Path, folds: int, lean: bool) -> None:
+    """A trained model of ViT-B in ``root``, folds of different trained weights, and the SAM file it came from."""
+    _set_folders(root)
+    torch.save(sam_model_registry["vit_b"]().state_dict(), root / "sam_vit_b.pth")
+    config = MaskSAMConfig("vit_b", FOLDS_PATCH, 4, 8)
+    network = MaskSAM(config, 1, CLASSES)
+    report = weights.load_sam(network.sam_parts(), "vit_b", root / "sam_vit_b.pth")
+    set_sam_sha256(network, report.sha256)
+    model = _model_folder(root)
+    for fold in (model / f"fold_{number}" for number in range(folds)):
+        (fold / "validation").mkdir(parents=True)
+        (fold / "progress.png").touch()
+        (fold / "validation" / "summary.json").write_text("{}")
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data += 1e-3 * torch.randn_like(parameter)
         with lean_state_dicts(network) if lean else contextlib.nullcontext():
             state = network.state_dict()
         checkpoint = {
@@ -174,8 +219,18 @@ def _export(lean: bool) -> Builder:
             "init_args": {"configuration": "3d_fullres"},
             "inference_allowed_mirroring_axes": (0, 1, 2),
         }
-        torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
-        output = root / "model.zip"
+        torch.save(checkpoint, fold / "checkpoint_final.pth")
+    for name, content in (("plans", _plans(config)), ("dataset", _dataset()), ("dataset_fingerprint", {})):
+        (model / f"{name}.json").write_text(json.dumps(content))
+
+
+def _export(lean: bool) -> Builder:
+    """One fold of ViT-B: lean by ``masksam export``, full by nnU-Net's own export."""
+
+    def build(device: torch.device) -> Step:
+        folder = tempfile.TemporaryDirectory()
+        _write_model(Path(folder.name), 1, lean)
+        output = Path(folder.name) / "model.zip"
 
         def step() -> object:
             if lean:
@@ -218,7 +273,7 @@ def cases() -> list[Case]:
         Case(
             "sliding-window case, masksam predict",
             f"vit_t, volume {volume}, patch {patch}, eight mirrors",
-            {"ours": _prediction(_tiny, True), "nnUNetv2_predict, same network": _prediction(_tiny, False)},
+            {"ours": prediction(tiny, True), "nnUNetv2_predict, same network": prediction(tiny, False)},
             repeats=3,
             needs_nnunet=True,
         ),
@@ -226,10 +281,18 @@ def cases() -> list[Case]:
             "sliding-window case beside nnU-Net",
             f"volume {volume}, patch {patch}, eight mirrors",
             {
-                "vit_t, masksam predict": _prediction(_tiny, True),
-                "nnU-Net, nnUNetv2_predict": _prediction(_stock, False),
+                "vit_t, masksam predict": prediction(tiny, True),
+                "nnU-Net, nnUNetv2_predict": prediction(_stock, False),
             },
             repeats=3,
+            needs_nnunet=True,
+        ),
+        Case(
+            "five folds, masksam predict",
+            f"ViT-B, u = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}",
+            {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)},
+            repeats=1,
+            warm_up=False,
             needs_nnunet=True,
         ),
         Case(

@@ -17,6 +17,7 @@ AXES = {
     "side": "patch side (SAM input is 4 times that)",
     "queries": "queries N",
     "classes": "classes K",
+    "windows": "windows of a prediction",
 }
 
 
@@ -30,13 +31,16 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     parts = []
     for device in dict.fromkeys(row["device"] for row in rows):
         of_device = [row for row in rows if row["device"] == device]
-        parts.append(f"## {device}\n\n{_table([row for row in of_device if row['ratio'] is not None])}")
-        grown = [row for row in of_device if row["ratio"] is None]
+        grown = [row for row in of_device if row["name"].startswith("growth")]
+        parts.append(f"## {device}\n\n{_table([row for row in of_device if row not in grown])}")
         if grown:
             name = f"growth_{device.split(',')[0].replace(' ', '_').lower()}.png"
             _plot(grown, DOCS / name)
             shapes = "ViT-B, u = 4, batch 2; else 2 slices of 64x64, N = 8, K = 4"
-            parts.append(f"Time and peak memory of a training step with its loss ({shapes}):\n\n![growth]({name})\n")
+            parts.append(
+                f"Time and peak memory of a training step with its loss ({shapes}), and of `masksam predict` "
+                f"(vit_t, windows of 8x128x128, eight mirrors):\n\n![growth]({name})\n"
+            )
     page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
 
 
@@ -59,22 +63,19 @@ def _number(value: float, unit: str) -> str:
 
 
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:
-    figure, panels = plt.subplots(1, len(AXES), figsize=(14, 3.2), layout="constrained")
+    figure, panels = plt.subplots(1, len(AXES), figsize=(17, 3.2), layout="constrained")
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        points = sorted(
-            (int(row["variant"]), row["ours"], row["reference"] / 1024)
-            for row in rows
-            if row["name"] == f"growth with {axis}"
-        )
-        if not points:
-            continue
-        x, time, memory = zip(*points, strict=True)
-        panel.plot(x, time, "o-", color="tab:blue")
+        time, memory = (_points(rows, f"growth with {axis}, {what}") for what in ("time", "peak memory"))
+        panel.plot(time.keys(), time.values(), "o-", color="tab:blue")
         panel.set(xlabel=label, ylim=(0, None), xlim=(0, None))
         panel.set_ylabel("seconds", color="tab:blue")
         other = panel.twinx()
-        other.plot(x, memory, "s--", color="tab:red")
+        other.plot(memory.keys(), [mib / 1024 for mib in memory.values()], "s--", color="tab:red")
         other.set_ylim(0, None)
         other.set_ylabel("peak GiB", color="tab:red")
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> dict[int, float]:
+    return dict(sorted((int(row["variant"]), row["ours"]) for row in rows if row["name"] == name))

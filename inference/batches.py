@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 # Voxels in a batch of windows, and windows. On CUDA about one of nnU-Net's large 3D patches. Elsewhere two small
-# windows: with one, PyTorch convolves small volumes on a path that takes up to five times as long; more gain nothing.
+# windows: PyTorch convolves one small volume on a path that takes up to five times as long (nnU-Net's own networks;
+# ours avoid it); more gain nothing.
 CUDA, OTHER = (2**21, 16), (2**18, 2)
 
 

@@ -29,27 +29,25 @@ def own_tensors(network: nn.Module, others: Iterable[Mapping[str, Any]]) -> list
         For each fold, the first included, its tensors that not all folds agree on; empty for a single fold.
     """
     held = network_tensors(network)
-    first: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}  # the first fold's, where a later one differs
     folds: list[dict[str, Tensor]] = [{}]
     for state in others:
-        first = first or _bytes_in_one_block(held)
+        doubtful = [n for n, t in held.items() if n not in first and not (n in state and _same(state[n], t))]
+        before = {name: held[name].clone() for name in doubtful}  # all else is what the first fold has
         network.load_state_dict(state)
         del state  # or it would stay while the next one is read
-        folds.append({name: t.clone() for name, t in held.items() if not torch.equal(_bytes(t), first[name])})
-    varying = [name for name in held if any(name in own for own in folds)]
-    folds[0] = {name: first[name].clone().view(held[name].dtype).view(held[name].shape) for name in varying}
-    load_own_tensors(network, folds[0])
-    return [folds[0] | own for own in folds]
+        first |= {name: t for name, t in before.items() if not _same(held[name], t)}
+        folds.append({name: held[name].clone() for name, t in first.items() if not _same(held[name], t)})
+    load_own_tensors(network, first)
+    return [first | own for own in folds]
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _bytes_in_one_block(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors' bytes. One large block goes back to the system when freed; many small ones may not."""
-    block = torch.cat([_bytes(tensor) for tensor in tensors.values()])
-    return dict(zip(tensors, block.split([tensor.nbytes for tensor in tensors.values()]), strict=True))
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit by bit."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    a, b = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a.to(b.device), b)
 
 
 @torch.no_grad()

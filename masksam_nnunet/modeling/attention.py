@@ -64,7 +64,7 @@ def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) ->
     return out.transpose(1, 2)
 
 
-def fused_cross_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def decoder_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What ``attention(q, k, v)`` of segment-anything's decoder gives; q (B, n, P), k and v (B, m, P)."""
 
     def heads(x: Tensor) -> Tensor:

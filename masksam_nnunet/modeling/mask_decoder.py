@@ -8,7 +8,7 @@ from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
 
 from .adapters import DConvAdapter, DMLPAdapter
-from .attention import fused_cross_attention
+from .attention import decoder_attention
 from .mask_embedding import dense_embedding
 from .new import New
 from .patchwise import grow, norm
@@ -176,5 +176,5 @@ class AdaptedMaskDecoder(nn.Module):
 
 
 def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = fused_cross_attention(attention, *(x.flatten(0, 1) for x in (q, k, v)))
+    out = decoder_attention(attention, *(x.flatten(0, 1) for x in (q, k, v)))
     return out.unflatten(0, q.shape[:2])

@@ -28,7 +28,7 @@ def token_to_image(attention: Attention, tokens: Tensor, image: Tensor, position
     q = q * q.shape[-1] ** -0.5
     scores = torch.einsum("mdthc,dnhc->mdhtn", q, _heads(attention, attention.k_proj(positions))).flatten(2, 3)
     wanted = torch.einsum("mdthc,hcp->mdhtp", q, _weight(attention, attention.k_proj)).flatten(2, 3)  # (M, D, H T, P)
-    shares = (scores + wanted @ image.transpose(-1, -2)).softmax(-1)  # (M, D, H T, n)
+    shares = _softmax(scores + wanted @ image.transpose(-1, -2))  # (M, D, H T, n)
     mixed = (shares @ image).unflatten(2, (attention.num_heads, -1))  # (M, D, H, T, P)
     out = torch.einsum("mdhtp,hcp->mdthc", mixed, _weight(attention, attention.v_proj)).flatten(-2)
     return attention.out_proj(out + attention.v_proj.bias)
@@ -52,10 +52,15 @@ def image_to_token(attention: Attention, image: Tensor, positions: Tensor, keys:
     scores = torch.einsum("dnhc,mdthc->mdnht", _heads(attention, attention.q_proj(positions)), k)
     wanted = torch.einsum("mdthc,hcp->mdhtp", k, _weight(attention, attention.q_proj)).flatten(2, 3)  # (M, D, H T, P)
     scores = scores + (image @ wanted.transpose(-1, -2)).unflatten(-1, scores.shape[-2:])
-    shares = scores.softmax(-1).flatten(-2)  # (M, D, n, H T)
+    shares = _softmax(scores).flatten(-2)  # (M, D, n, H T)
     v = _heads(attention, attention.v_proj(values))
     offered = torch.einsum("mdthc,phc->mdhtp", v, attention.out_proj.weight.unflatten(1, (attention.num_heads, -1)))
     return shares @ offered.flatten(2, 3) + attention.out_proj.bias
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In the precision of its input: a GPU's autocast would keep a float32 copy, to be rounded for the next product."""
+    return scores.softmax(-1, dtype=scores.dtype)
 
 
 def _heads(attention: Attention, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import nn
 
 from masksam_nnunet.modeling import blocked_attention
-from masksam_nnunet.modeling.attention import fused_cross_attention, self_attention
+from masksam_nnunet.modeling.attention import decoder_attention, self_attention
 
 
 # Blocks that hold part of a head, a few heads or images, all of them; or PyTorch's fused attention.
@@ -46,7 +46,7 @@ def test_frozen_attention_gets_no_gradient_and_large_scores_no_overflow() -> Non
     assert torch.isfinite(x.grad).all() and attention.rel_pos_h.grad is None
 
 
-def test_cross_attention() -> None:
+def test_the_decoders_attention() -> None:
     attention = CrossAttention(32, num_heads=4, downsample_rate=2)
     q, k, v = torch.randn(3, 5, 32), torch.randn(3, 7, 32), torch.randn(3, 7, 32)
-    torch.testing.assert_close(fused_cross_attention(attention, q, k, v), attention(q, k, v))
+    torch.testing.assert_close(decoder_attention(attention, q, k, v), attention(q, k, v))

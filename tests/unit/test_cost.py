@@ -52,7 +52,12 @@ def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
 
 @pytest.mark.parametrize(
     ("patch", "checkpointing", "gib", "tflop"),
-    [((4, 256, 256), False, 14.2, 37.2), ((20, 256, 224), True, 15.9, 198.1)],
+    [
+        ((4, 256, 256), False, 14.2, 37.2),
+        ((4, 256, 256), True, 4.07, 49.4),
+        ((10, 256, 224), True, 8.2, 99.0),
+        ((20, 256, 224), True, 15.9, 198.1),
+    ],
 )
 def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: float, tflop: float) -> None:
     cost = training_cost(MaskSAMConfig("vit_b", patch, 4, 8, checkpointing=checkpointing), 1, 4, 2)

@@ -94,8 +94,9 @@ def test_the_network_equals_its_plain_form(
         torch.testing.assert_close(our_gradients[name], expected, atol=1e-4 * largest + 1e-7, rtol=1e-3, msg=name)
 
 
-def test_torch_compile_finds_no_graph_break() -> None:
-    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, checkpointing=True)
+@pytest.mark.parametrize("changes", [{"checkpointing": True}, {}, {"patch_size": (20, 28)}], ids=str)
+def test_torch_compile_finds_no_graph_break(changes: dict[str, object]) -> None:
+    config = tiny_config(**({"backbone": "vit_l", "patch_size": (3, 20, 28), "upsample": 4} | changes))
     network = MaskSAM(config, 1, K)
     x = torch.randn(2, 1, *network.config.patch_size)
     for training in (True, False):
