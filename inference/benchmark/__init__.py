@@ -1,0 +1,1 @@
+"""The five-fold benchmark: trainings, fairness, scores, statistics, report."""
