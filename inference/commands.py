@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -24,6 +24,18 @@ PROCESSES = min(2, os.cpu_count() or 1)
 
 _POLL_SECONDS = 0.5
 _TAIL_LINES = 20
+
+
+class CommandError(DemoError):
+    """A command failed; its message ends with the end of its log.
+
+    Attributes:
+        code: its exit status; minus the signal's number where a signal ended it.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def nnunet_environment(raw: Path, preprocessed: Path, results: Path) -> dict[str, str]:
@@ -70,30 +82,78 @@ def run_nnunet(
     Raises:
         DemoError: if the command is unknown or fails, with the log's path and last lines.
     """
-    line = shlex.join([command, *arguments])
+    words = [sys.executable, "-c", _launcher(command), *arguments]
+    log.unlink(missing_ok=True)
+    run_logged(shlex.join([command, *arguments]), words, environment, log, poll)
+
+
+def run_logged(
+    line: str,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    poll: Callable[[], None] | None = None,
+    shielded_from: Collection[signal.Signals] = (),
+    catch_sigterm: bool = True,
+) -> None:
+    """Run a program to its end, with its output at the end of a log.
+
+    Args:
+        line: the command as people would type it.
+        words: what is run.
+        environment: the whole environment of the program.
+        log: where its output goes, after what is there.
+        poll: called about twice a second while it runs.
+        shielded_from: signals that the program and what it starts shall not get; they are for this process alone.
+        catch_sigterm: end the program when this process gets SIGTERM; else leave that signal to who handles it.
+
+    Raises:
+        CommandError: if the program fails.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as stream:
+    with log.open("a", encoding="utf-8") as stream:
         stream.write(f"$ {line}\n")
         stream.flush()
-        with _termination_as_exit():
-            process = subprocess.Popen(
-                [sys.executable, "-c", _launcher(command), *arguments],
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            )
+        with termination_as_exit() if catch_sigterm else contextlib.nullcontext():
+            with _blocked(shielded_from):  # a blocked signal stays blocked in the child
+                process = subprocess.Popen(
+                    list(words),
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                )
             try:
                 code = _wait(process, poll)
             finally:
                 if process.poll() is None:
                     _end(process)
     if code != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        raise DemoError(
+        raise CommandError(
             f"{line}\nended with exit status {code}. The end of its log, {log}:\n"
-            + "\n".join(f"    {x}" for x in lines)
+            + "\n".join(f"    {x}" for x in last_lines(log)),
+            code,
         )
+
+
+def last_lines(log: Path, number: int = _TAIL_LINES) -> list[str]:
+    """The end of a log; nothing where there is none."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").splitlines()[-number:]
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+    if not signals:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(process: subprocess.Popen[bytes], poll: Callable[[], None] | None) -> int:
@@ -106,7 +166,7 @@ def _wait(process: subprocess.Popen[bytes], poll: Callable[[], None] | None) -> 
 
 
 @contextlib.contextmanager
-def _termination_as_exit() -> Iterator[None]:
+def termination_as_exit() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that a command is not left running without us."""
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield

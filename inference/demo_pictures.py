@@ -9,11 +9,12 @@ from pathlib import Path
 
 from masksam_nnunet.plans.raw_data import RawDataset
 
+from .case_choice import choose_cases
 from .figures import CaseImages, colour_of, draw_case, draw_curves, draw_inside
 from .history import History
 from .inside import look_inside
 from .label_maps import Classes, read_label_map, read_volume
-from .report import Picture
+from .page import Picture
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,6 @@ def draw_pictures(
         draw_curves(histories),
     )
     return Pictures(colour_of(classes), curves, cases, inside)
-
-
-def choose_cases(ranking: Mapping[str, float]) -> dict[str, str]:
-    """Worst, median and best case, with these words; fewer where there are fewer."""
-    defined = {case: value for case, value in ranking.items() if not math.isnan(value)} or dict(ranking)
-    ordered = sorted(defined, key=lambda case: (defined[case], case))
-    chosen = {ordered[0]: "Worst case"}
-    if len(ordered) > 2:
-        chosen[ordered[len(ordered) // 2]] = "Median case"
-    if len(ordered) > 1:
-        chosen[ordered[-1]] = "Best case"
-    return chosen if len(ordered) > 1 else {ordered[0]: "Only case"}
 
 
 def _read_case(dataset: RawDataset, folds: Mapping[str, Path], preprocessed: Path, case: str) -> CaseImages:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,10 @@ from .label_maps import Classes, LabelMapError
 from .phantoms import DATASET_NAME, write_phantom_dataset
 from .report import MethodResult, Report
 from .scoring import Scores, policies, score_folder
+from .versions import versions
 
 _FULL = "3d_fullres"
 _TRAINING_SHARE = 0.95  # of a training's bar; the rest is validation
-_PACKAGES = ("masksam-nnunet", "nnunetv2", "torch", "monai", "numpy", "SimpleITK")
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ class DemoSteps:
             batch_size=self.settings.batch_size,
             minutes=self.settings.minutes,
             device=_device_name(self.settings.device),
-            versions=_versions(),
+            versions=versions(),
             scoring=policies(methods[0].scores, classes.ignore_label is not None),
             notes=self.notes,
             methods=methods,
@@ -243,13 +241,3 @@ def _device_name(device: str) -> str:
     if device == "cuda":
         return str(torch.cuda.get_device_name())
     return f"{os.cpu_count()} CPU cores"
-
-
-def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

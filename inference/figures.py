@@ -1,10 +1,10 @@
-"""The report's pictures, as PNG files in memory. Drawn without pyplot: no global state, no window."""
+"""Pictures of cases and of the demo's trainings, as PNG files in memory."""
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from .drawing import CLASS_COLOURS, LINE_STYLES, METHOD_COLOURS, literal, png, tidy, wrapped
 from .history import History
 from .inside import InsideView
 from .label_maps import Classes, class_mask
 
-CLASS_COLOURS = ("#e69f00", "#56b4e9", "#2ecc71", "#d55e9b", "#f0e442", "#c0392b", "#9b7fe6", "#1abc9c")
-"""Distinct on grey and for most colour-blind readers; repeated after the eighth class."""
-
-METHOD_COLOURS = ("#555555", "#0b6e99", "#b5531c", "#3b7d3b")
-_DPI = 110
 _NOTE: dict[str, Any] = {
     "color": "white",
     "fontsize": 8,
     "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0},
 }
+_PANELS_IN_LINE = 5
 _MARGIN = 12  # pixels around the structures in a cropped view
 
 
@@ -40,6 +37,8 @@ class CaseImages:
         spacing: millimetres along (D, H, W).
         truth: label values.
         predictions: label values by method.
+        judged: the method whose errors choose a slice; by default the last.
+        notes: what to write above a method's column besides its name.
     """
 
     case: str
@@ -47,6 +46,8 @@ class CaseImages:
     spacing: tuple[float, float, float]
     truth: NDArray[np.integer[Any]]
     predictions: Mapping[str, NDArray[np.integer[Any]]]
+    judged: str | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def colour_of(classes: Classes) -> dict[str, str]:
@@ -54,46 +55,50 @@ def colour_of(classes: Classes) -> dict[str, str]:
     return {name: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, name in enumerate(classes.foreground)}
 
 
+def style_of(classes: Classes) -> dict[str, str]:
+    """The contour of each class in pictures of cases: another where the colours repeat."""
+    return {name: LINE_STYLES[i // len(CLASS_COLOURS) % len(LINE_STYLES)] for i, name in enumerate(classes.foreground)}
+
+
 def draw_curves(histories: Mapping[str, History]) -> bytes:
     """Pseudo Dice of all methods over training time, and each method's losses in a panel of its own."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 1 + len(histories), squeeze=False)[0]
     for (name, history), colour in zip(histories.items(), METHOD_COLOURS, strict=False):
-        axes[0].plot(history.seconds, history.pseudo_dice, "o-", color=colour, label=name, ms=3, lw=1.5)
+        axes[0].plot(history.seconds, history.pseudo_dice, "o-", color=colour, label=literal(name), ms=3, lw=1.5)
     axes[0].set(title="Dice on validation patches", xlabel="seconds", ylim=(0, 1))
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     for ax, (name, history), colour in zip(axes[1:], histories.items(), METHOD_COLOURS, strict=False):
         ax.plot(history.seconds, history.train_loss, "o-", color=colour, label="training", ms=3, lw=1.5)
         ax.plot(history.seconds, history.val_loss, "s--", color=colour, alpha=0.6, label="validation", ms=3, lw=1.2)
-        ax.set(title=f"Losses of {name}", xlabel="seconds")
+        ax.set(title=literal(f"Losses of {name}"), xlabel="seconds")
         ax.legend(frameon=False, fontsize=8)
-    for ax in axes:
-        ax.title.set_fontsize(10)
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, lw=0.5)
-    return _png(figure)
+    tidy(axes)
+    return png(figure)
 
 
 def draw_case(images: CaseImages, classes: Classes) -> bytes:
     """Two slices of a case: the image alone, with the truth, and with each method's prediction."""
-    rows = choose_slices(images, classes)
+    slices = choose_slices(images, classes)
     view = _crop(images.image.shape[1:], [images.truth, *images.predictions.values()])
     low, high = np.percentile(images.image, (0.5, 99.8))
-    columns: list[tuple[str, NDArray[np.integer[Any]] | None]] = [("image", None), ("truth", images.truth)]
-    columns += list(images.predictions.items())
-    figure, axes = _grid(len(rows), len(columns), images.image[0][view].shape, images.spacing[1] / images.spacing[2])
-    for row, (index, reason) in enumerate(rows):
-        for column, (title, labels) in enumerate(columns):
-            ax = axes[row, column]
-            aspect = images.spacing[1] / images.spacing[2]
+    panels: list[tuple[str, NDArray[np.integer[Any]] | None]] = [("image", None), ("truth", images.truth)]
+    panels += list(images.predictions.items())
+    lines = math.ceil(len(panels) / _PANELS_IN_LINE)
+    columns = math.ceil(len(panels) / lines)
+    aspect = images.spacing[1] / images.spacing[2]
+    figure, axes = _grid(len(slices) * lines, columns, images.image[0][view].shape, aspect)
+    for row, (index, reason) in enumerate(slices):
+        grid = axes[row * lines : (row + 1) * lines]
+        for ax, (title, labels) in zip(grid.flat, panels, strict=False):
             ax.imshow(images.image[index][view], cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if labels is not None:
                 _overlay(ax, labels[index][view], classes)
-            if row == 0:
-                ax.set_title(title, fontsize=10)
-        axes[row, 0].set_ylabel(f"slice {index}\n{reason}", fontsize=8)
-    return _png(figure)
+            if row == 0 or lines > 1:
+                note = images.notes.get(title)
+                ax.set_title(wrapped(title, 26) + (f"\n{literal(note)}" if note else ""), fontsize=9)
+        grid[0, 0].set_ylabel(f"slice {index}\n{wrapped(reason, 26)}", fontsize=8)
+    return png(figure)
 
 
 def draw_inside(view: InsideView, classes: Classes) -> bytes:
@@ -113,7 +118,8 @@ def draw_inside(view: InsideView, classes: Classes) -> bytes:
         queries = [q for q in np.flatnonzero(view.kept[index]) if heads[view.classes[index, q]] in colours]
         for query in queries:
             name = heads[view.classes[index, query]]
-            _box(axes[row, 1], view.boxes[index, query], colours[name], f"{name} {view.confidence[index, query]:.2f}")
+            label = f"{literal(name)} {view.confidence[index, query]:.2f}"
+            _box(axes[row, 1], view.boxes[index, query], colours[name], label)
             _fill(axes[row, 2], view.masks[index, query], colours[name])
         if not queries:
             for ax in axes[row, 1:]:
@@ -124,22 +130,23 @@ def draw_inside(view: InsideView, classes: Classes) -> bytes:
             ax.set_ylim(view.image.shape[1] - 0.5, -0.5)
     for ax, title in zip(axes[0], ("truth", "auxiliary boxes", "auxiliary masks"), strict=True):
         ax.set_title(title, fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
 def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]:
-    """The slice with most labelled voxels, and the one where the last method errs most; one if they are the same."""
+    """The slice with most labelled voxels, and the one where the judged method errs most; one if they are the same."""
     foreground = [class_mask(images.truth, values) for values in classes.foreground.values()]
     size = np.sum([mask.sum(axis=(1, 2)) for mask in foreground], axis=0)
-    last = list(images.predictions.values())[-1]
+    judged = images.judged or list(images.predictions)[-1]
+    labels = images.predictions[judged]
     wrong = np.sum(
-        [(class_mask(last, v) ^ class_mask(images.truth, v)).sum((1, 2)) for v in classes.foreground.values()], 0
+        [(class_mask(labels, v) ^ class_mask(images.truth, v)).sum((1, 2)) for v in classes.foreground.values()], 0
     )
     largest = int(np.argmax(size))
     wrong[largest] = 0
     chosen = [(largest, "most labelled voxels")]
     if wrong.any():
-        chosen.append((int(np.argmax(wrong)), f"most errors of {list(images.predictions)[-1]}"))
+        chosen.append((int(np.argmax(wrong)), f"most errors of {judged}"))
     return chosen
 
 
@@ -177,27 +184,22 @@ def _grid(rows: int, columns: int, shape: Sequence[int], aspect: float) -> tuple
 
 
 def _overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> None:
+    styles = style_of(classes)
     for name, colour in colour_of(classes).items():
-        _fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour)
+        _fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour, styles[name])
 
 
-def _fill(ax: Axes, mask: NDArray[Any], colour: str) -> None:
+def _fill(ax: Axes, mask: NDArray[Any], colour: str, style: str = "solid") -> None:
     """A tinted area with its contour, where ``mask`` (H, W) exceeds a half."""
     if not (mask > 0.5).any():
         return
     framed = np.pad(mask, 1)  # so that the contour closes at the picture's border
     x, y = np.arange(framed.shape[1]) - 1, np.arange(framed.shape[0]) - 1
     ax.contourf(x, y, framed, levels=[0.5, np.inf], colors=[colour], alpha=0.25)
-    ax.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=1.3)
+    ax.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=1.3, linestyles=style)
 
 
 def _box(ax: Axes, box: NDArray[np.float32], colour: str, text: str) -> None:
     x0, y0, x1, y1 = (float(v) - 0.5 for v in box)  # matplotlib's pixels are centred on whole numbers
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
     ax.text(x0, y0, text, **_NOTE | {"color": colour, "fontsize": 6}, va="bottom", ha="left", clip_on=True)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=_DPI)
-    return stream.getvalue()

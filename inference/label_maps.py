@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -14,7 +19,7 @@ from numpy.typing import NDArray
 
 
 class LabelMapError(ValueError):
-    """A label map is missing, or does not lie on the same grid as another."""
+    """A label map is missing, damaged or not of this dataset, or does not lie on the same grid as another."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class Classes:
         """Name of each channel of the network's output."""
         return list(self.foreground) if self.has_regions else ["background", *self.foreground]
 
+    @property
+    def values(self) -> list[int]:
+        """All label values that may occur, background and the ignore label among them."""
+        found = {0, *(value for values in self.foreground.values() for value in values)}
+        return sorted(found | ({self.ignore_label} if self.ignore_label is not None else set()))
+
 
 @dataclass(frozen=True)
 class LabelMap:
@@ -78,15 +89,32 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
     """Read ``CASE`` + file_ending from a folder.
 
     Raises:
-        LabelMapError: if the file is not there.
+        LabelMapError: if the file is not there, cannot be read, or holds NaN or numbers that are not whole.
     """
     path = Path(folder) / (case + dataset_json["file_ending"])
     if not path.is_file():
         raise LabelMapError(f"case {case!r} has no label map: {path} does not exist")
-    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(path), verbose=False)()
-    array, properties = reader.read_seg(str(path))
+    array, properties = _read_seg(path, case, dataset_json)
     depth, height, width = (float(step) for step in properties["spacing"])
+    _check_labels(path, case, array[0])
+    _check_labels(path, case, _stored_floats(path))
     return LabelMap(np.rint(array[0]).astype(np.int32), (depth, height, width), _placement(properties))
+
+
+def check_values(path: Path, case: str, label_map: LabelMap, classes: Classes) -> None:
+    """Refuse label values that are not in dataset.json.
+
+    Raises:
+        LabelMapError: naming the case, the file, the values and those allowed.
+    """
+    known = np.isin(label_map.labels, classes.values)
+    if not known.all():
+        unknown = ", ".join(str(value) for value in np.unique(label_map.labels[~known])[:10])
+        allowed = ", ".join(map(str, classes.values))
+        raise LabelMapError(
+            f"case {case!r}: {path} holds the label values {unknown}, but dataset.json has only {allowed}; use "
+            "predictions of a model of this dataset, or the dataset.json that belongs to them"
+        )
 
 
 def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> None:
@@ -111,6 +139,73 @@ def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> Non
 def class_mask(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:
     """Where a label map holds one of ``values``; same shape."""
     return np.isin(labels, list(values))
+
+
+def _check_labels(path: Path, case: str, values: NDArray[np.floating[Any]]) -> None:
+    """Refuse what no label map holds; scaling in a header leaves 0.9999, but 0.5 is a probability."""
+    with np.errstate(invalid="ignore"):  # inf - inf
+        odd = values[~(np.abs(values - np.rint(values)) < 0.01)]
+    if odd.size:
+        raise LabelMapError(
+            f"case {case!r}: {path} is no label map: {odd.size} voxels are NaN, infinite or no whole numbers, such as "
+            f"{odd[0]}; predict this case again, and give label maps, not probabilities"
+        )
+
+
+def _stored_floats(path: Path) -> NDArray[np.floating[Any]]:
+    """What a NIfTI file of floating point numbers holds, else nothing: ITK reads NaN and infinity as 0."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return np.empty(0)
+    try:
+        stored = nibabel.load(path).dataobj
+    except (nibabel.filebasedimages.ImageFileError, OSError):  # ITK reads more than nibabel does
+        return np.empty(0)
+    return np.asanyarray(stored) if np.issubdtype(stored.dtype, np.floating) else np.empty(0)
+
+
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+def _read_seg(
+    path: Path, case: str, dataset_json: Mapping[str, Any]
+) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
+    """The label map (1, D, H, W) and nnU-Net's properties, by the first of its readers that can read the file."""
+    try:
+        _check_gzip(path)
+        # Without the file as an example: nnU-Net would read it once more only to try.
+        return _reader(dataset_json).read_seg(str(path))
+    except MemoryError:
+        raise
+    except _DAMAGED as error:
+        raise _unreadable(path, case, error) from error
+    except Exception as error:  # each reader has errors of its own
+        try:
+            return _reader(dataset_json, str(path)).read_seg(str(path))
+        except Exception:
+            raise _unreadable(path, case, error) from error
+
+
+def _reader(dataset_json: Mapping[str, Any], example: str | None = None) -> Any:
+    with contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for each reader that fails
+        return determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
+
+
+def _check_gzip(path: Path) -> None:
+    """Raise one of ``_DAMAGED`` for a file that is cut off or damaged: ITK fills what it cannot read with noise."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"  # not by name: ITK reads plain files that end in .gz too
+    if compressed:
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
+
+
+def _unreadable(path: Path, case: str, error: Exception) -> LabelMapError:
+    reason = " ".join(str(error).split())[-300:] or repr(error)
+    return LabelMapError(
+        f"case {case!r}: {path} cannot be read; it is truncated, damaged or of another format than its name says: "
+        f"make it again, or copy it anew ({reason})"
+    )
 
 
 def _placement(properties: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:

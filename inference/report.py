@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from masksam_nnunet.json_files import write_json, write_text_atomically
 
 from .history import TrainingStats
+from .page import Cell, Picture, environment, number
+from .plain_types import plain
 from .scoring import Scores
-
-UNDEFINED = "\u2013"
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -35,20 +31,6 @@ class MethodResult:
     trainer: str
     scores: Scores
     stats: TrainingStats
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG with what it shows."""
-
-    title: str
-    caption: str
-    png: bytes
-
-    @property
-    def source(self) -> str:
-        """The image as a data URL."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -96,14 +78,6 @@ class Report:
     commands: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number of a table as text, and whether it is the row's best."""
-
-    text: str
-    best: bool = False
-
-
 def write_report(out: Path, report: Report) -> Path:
     """Write report.json and report.html into ``out``, each whole or not at all; returns the page's path."""
     write_json(out / "report.json", to_json(report))
@@ -129,26 +103,23 @@ def to_json(report: Report) -> dict[str, Any]:
         "notes": list(report.notes),
         "methods": [_method_json(method) for method in report.methods],
     }
-    result: dict[str, Any] = _without_nan(content)
+    result: dict[str, Any] = plain(content)
     return result
 
 
 def render(report: Report) -> str:
     """The HTML page: everything inline, nothing fetched from elsewhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        overall=overall_rows(report.methods),
-        per_class={name: class_rows(report.methods, name) for name in report.classes},
-        per_case=[(case, case_row(report.methods, index)) for index, case in enumerate(sorted(report.cases))],
-        tolerance=f"{report.methods[0].scores.tolerance_mm:g}",
-        minutes=f"{report.minutes:g}",
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            overall=overall_rows(report.methods),
+            per_class={name: class_rows(report.methods, name) for name in report.classes},
+            per_case=[(case, case_row(report.methods, index)) for index, case in enumerate(sorted(report.cases))],
+            tolerance=f"{report.methods[0].scores.tolerance_mm:g}",
+            minutes=f"{report.minutes:g}",
+        )
     )
 
 
@@ -184,11 +155,6 @@ def case_row(methods: Sequence[MethodResult], index: int) -> list[Cell]:
     return _cells([m.scores.cases[index].mean_dice for m in methods], number(3), max)
 
 
-def number(digits: int) -> Callable[[float], str]:
-    """A formatter with thousands separated by thin spaces; :data:`UNDEFINED` for NaN."""
-    return lambda value: UNDEFINED if math.isnan(value) else f"{value:,.{digits}f}".replace(",", "\u2009")
-
-
 def _cells(
     values: Sequence[float],
     text: Callable[[float], str],
@@ -220,13 +186,3 @@ def _method_json(method: MethodResult) -> dict[str, Any]:
         "per_case": {case.case: {name: asdict(score) for name, score in case.classes.items()} for case in scores.cases},
         **asdict(method.stats) | {"patch_size": list(method.stats.patch_size)},
     }
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value

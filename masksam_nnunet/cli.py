@@ -16,8 +16,9 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet import __version__, cli_datasets, cli_export
+from masksam_nnunet import __version__, cli_benchmark, cli_datasets, cli_export
 from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
+from masksam_nnunet.cli_options import SeveralValues
 from masksam_nnunet.cli_predict import masksam_predictor, take_batch_size
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import WeightsError
@@ -151,9 +152,8 @@ def predict(context: typer.Context) -> None:
     _run_nnunet("predict", module, "predict_entry_point", arguments, ("nnUNet_results",), within)
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command(cls=SeveralValues)
 def plan(
-    context: typer.Context,
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
     configurations: Annotated[
         list[str] | None,
@@ -170,15 +170,11 @@ def plan(
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
 ) -> None:
     """Plan MaskSAM for a dataset with a fingerprint: patch, batch, u, queries, backbone, under a memory target."""
-    # As with nnU-Net's commands, several may follow one -c, where click takes one.
-    if context.args and (not configurations or any(word.startswith("-") for word in context.args)):
-        raise typer.BadParameter(f"unexpected {' '.join(context.args)}")
-    wanted = [*(configurations or ()), *context.args]
     from masksam_nnunet.plans.errors import PlanError
     from masksam_nnunet.plans.planning import plan_dataset
 
     try:
-        plan_dataset(dataset, wanted, backbone.value, gpu_memory, preset and preset.value, plans_name)
+        plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, preset and preset.value, plans_name)
     except PlanError as error:
         fail(str(error))
 
@@ -251,6 +247,7 @@ def _with_trainer(arguments: list[str]) -> list[str]:
     return [*arguments, "-tr", DEFAULT_TRAINER]
 
 
+cli_benchmark.register(app)
 cli_datasets.register(app)
 cli_export.register(app)
 

@@ -6,37 +6,14 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
+from masksam_nnunet.cli_options import SeveralValues
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import WeightsError
-
-
-class SeveralValues(TyperCommand):
-    """Options that may be repeated take several values at once too, as nnU-Net's do: ``-f 0 1``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        return super().parse_args(ctx, repeat_options(args, repeatable))
-
-
-def repeat_options(arguments: list[str], repeatable: set[str]) -> list[str]:
-    """``-f 0 1`` as ``-f 0 -f 1``, for the options in ``repeatable``."""
-    result: list[str] = []
-    option, taken = "", False
-    for word in arguments:
-        if word.startswith("-"):
-            option, taken = word, False
-        elif option in repeatable and taken:
-            result.append(option)
-        else:
-            taken = True
-        result.append(word)
-    return result
 
 
 def register(app: typer.Typer) -> None:

@@ -168,12 +168,13 @@ def _unprocessed(plans: dict[str, Any], configurations: list[str], folder: Path,
     missing = []
     for name in configurations:
         data = folder / manager.get_configuration(name).data_identifier
-        if name != CASCADE and not (data.is_dir() and set(cases) <= set(_preprocessed(data))):
+        if name != CASCADE and not (data.is_dir() and set(cases) <= set(preprocessed_cases(data))):
             missing.append(name)
     return missing
 
 
-def _preprocessed(folder: Path) -> list[str]:
+def preprocessed_cases(folder: Path) -> list[str]:
+    """The cases in a folder of preprocessed data; none where it is empty."""
     try:
         return list(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
     except (AssertionError, KeyError):  # an empty folder, or one of several kinds of files

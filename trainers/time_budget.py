@@ -45,6 +45,9 @@ class nnUNetTrainer_budget(nnUNetTrainer):
 
     The budget is divided into at most ten epochs, each of which ends with a short validation that counts too. Writes
     ``budget_progress.json`` while it trains and ``training_stats.json`` at the end, both into the fold's folder.
+
+    Saves its latest checkpoint after every epoch, so that one that was broken off goes on (``--c``) with the seconds
+    and iterations that the checkpoint had used. Writing checkpoints does not count: how often is not the method's.
     """
 
     def __init__(
@@ -59,8 +62,11 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 10
         self.num_val_iterations_per_epoch = 5
+        self.save_every = 1
         self.iterations_done = 0
         self._started = self._reported = 0.0
+        self._epochs: list[tuple[float, int]] = []
+        self._peak_before = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -75,7 +81,7 @@ class nnUNetTrainer_budget(nnUNetTrainer):
     def run_training(self) -> None:
         """nnU-Net's own loop, with epochs that end by the clock: fewer of them where an iteration is slow."""
         self.on_train_start()
-        self._started = time.monotonic() - self._used_before()
+        self._started = time.monotonic() - self._restore()
         share = self.budget / self.num_epochs
         while self.elapsed < self.budget:
             end = min(self.budget, (self.elapsed // share + 1) * share)
@@ -99,12 +105,33 @@ class nnUNetTrainer_budget(nnUNetTrainer):
                 outputs.append(self.validation_step(next(self.dataloader_val)))
             self.on_validation_epoch_end(outputs)
 
-    def _used_before(self) -> float:
-        """Seconds that a training which now goes on had used."""
+    def _restore(self) -> float:
+        """Seconds that a training which now goes on had used at its checkpoint; its iterations are taken over."""
         file = Path(self.output_folder) / BUDGET_PROGRESS_FILE
         if self.current_epoch == 0 or not file.is_file():
             return 0.0
-        return float(json.loads(file.read_text())["seconds"])
+        before = json.loads(file.read_text())
+        self._peak_before = float(before.get("peak_memory_mb", 0.0))
+        # By epoch: the checkpoint may be older than the moment of the break, or be the best instead of the latest.
+        self._epochs = [(float(s), int(n)) for s, n in before.get("epochs", [])][: self.current_epoch]
+        if len(self._epochs) < self.current_epoch:  # written by an earlier version
+            self._epochs = [(float(before["seconds"]), int(before["iterations"]))] * self.current_epoch
+        seconds, self.iterations_done = self._epochs[-1]
+        return seconds
+
+    def on_epoch_end(self) -> None:
+        self._epochs.append((self.elapsed, self.iterations_done))
+        self._write_progress(None)  # before the checkpoint, which is of no use without it
+        super().on_epoch_end()
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net, but a kill in the middle leaves the earlier file whole; the budget's clock stands still."""
+        before = time.monotonic()
+        partial = f"{filename}.part"
+        super().save_checkpoint(partial)
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            os.replace(partial, filename)
+        self._started += time.monotonic() - before
 
     def set_learning_rate(self) -> None:
         """nnU-Net's polynomial decay, by the clock."""
@@ -117,16 +144,24 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         self.iterations_done += 1
         if time.monotonic() - self._reported > PROGRESS_EVERY:
             self._reported = time.monotonic()
-            self._write(
-                BUDGET_PROGRESS_FILE,
-                {
-                    "fraction": self.progress,
-                    "iterations": self.iterations_done,
-                    "loss": float(outputs["loss"]),
-                    "seconds": self.elapsed,
-                },
-            )
+            self._write_progress(float(outputs["loss"]))
         return outputs
+
+    def _write_progress(self, loss: float | None) -> None:
+        self._write(
+            BUDGET_PROGRESS_FILE,
+            {
+                "fraction": self.progress,
+                "iterations": self.iterations_done,
+                "loss": loss,
+                "seconds": self.elapsed,
+                "epochs": self._epochs,
+                "peak_memory_mb": self._peak(),
+            },
+        )
+
+    def _peak(self) -> float:
+        return max(self._peak_before, peak_memory_mb(self.device))
 
     def _write_stats(self) -> None:
         parameters = list(self.network.parameters())
@@ -136,8 +171,9 @@ class nnUNetTrainer_budget(nnUNetTrainer):
                 "train_seconds": self.elapsed,
                 "iterations": self.iterations_done,
                 "epochs": self.current_epoch,
-                "peak_memory_mb": _peak_memory_mb(self.device),
-                "peak_memory_of": "GPU allocations" if self.device.type == "cuda" else "process, resident",
+                "budget_seconds": self.budget,
+                "peak_memory_mb": self._peak(),
+                "peak_memory_of": peak_memory_of(self.device),
                 "parameters": sum(p.numel() for p in parameters),
                 "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
                 "batch_size": self.batch_size,
@@ -159,12 +195,28 @@ class MaskSAMTrainer_vit_t_budget(nnUNetTrainer_budget, MaskSAMTrainer_vit_t):
     def set_learning_rate(self) -> None:
         MaskSAMTrainer_vit_t.set_learning_rate(self)  # warm-up, and decay by the budget's progress
 
+    def _restore(self) -> float:
+        seconds = super()._restore()
+        self.iteration = self.iterations_done  # of the warm-up; an epoch here has no fixed number of them
+        return seconds
 
-def _peak_memory_mb(device: torch.device) -> float:
+
+def peak_memory_of(device: torch.device) -> str:
+    """What :func:`peak_memory_mb` measures."""
+    return "GPU allocations" if device.type == "cuda" else "process, resident"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """This process's highest memory so far, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss there is at least what the process that started this one had
+        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if peaks:
+            return int(peaks[0]) / 1024
     import resource  # Unix only
 
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes

@@ -116,6 +116,10 @@ class Comparison:
     """Matched-pairs rank-biserial correlation, -1 to 1: positive where a is larger."""
     better: str | None
     """The row that is better at p_holm < 0.05, by what is better for this metric; None if neither."""
+    only_a: int = 0
+    """Cases left out because the metric is defined in ``a`` only; for the mean over classes, cases where a class is."""
+    only_b: int = 0
+    """The same for ``b``."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from masksam_nnunet.inference.label_maps import Classes, LabelMapError
-from masksam_nnunet.inference.scoring import default_tolerance_mm, nanmean, policies, score_folder, score_masks
+from masksam_nnunet.inference.scoring import (
+    check_cases,
+    default_tolerance_mm,
+    nanmean,
+    policies,
+    score_folder,
+    score_masks,
+)
 
 SPACING = (3.0, 1.0, 1.0)
 LABELS = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}, "file_ending": ".nii.gz", "channel_names": {"0": "MRI"}}
@@ -211,3 +218,84 @@ def test_classes_follow_nnunets_order() -> None:
 def test_nanmean() -> None:
     assert nanmean([1.0, math.nan, 3.0]) == 2.0
     assert math.isnan(nanmean([math.nan])) and math.isnan(nanmean([]))
+
+
+def test_worker_processes_change_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    names = ["b", "a", "c"]
+    for name in names:
+        truth = random_case(rng)
+        write(tmp_path / "truth", name, truth)
+        write(tmp_path / "prediction", name, np.where(rng.random(truth.shape) < 0.8, truth, 0))
+    alone = score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, names)
+    together = score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, names, processes=2)
+    assert [case.case for case in together.cases] == ["a", "b", "c"]
+    assert repr(together) == repr(alone)  # NaN too
+    (tmp_path / "prediction" / "b.nii.gz").unlink()
+    with pytest.raises(LabelMapError, match="case 'b' has no label map"):
+        score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, names, processes=2)
+    with pytest.raises(ValueError, match="processes must be at least 1, not 0"):
+        score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, names, processes=0)
+
+
+@pytest.mark.parametrize("left", [0, 40, 0.5, 0.99])
+def test_truncated_files_are_named(tmp_path: Path, left: float) -> None:
+    """ITK would read the half of a file and fill the rest with noise."""
+    truth = random_case(np.random.default_rng(3))
+    for folder in ("truth", "prediction"):
+        write(tmp_path / folder, "x", truth)
+    file = tmp_path / "prediction" / "x.nii.gz"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(left * len(content)) if isinstance(left, float) else left])
+    with pytest.raises(LabelMapError, match=r"case 'x': .*x\.nii\.gz cannot be read; it is truncated.* make it again"):
+        score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, ["x"])
+
+
+def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    for folder in ("truth", "prediction"):
+        write(tmp_path / folder, "x", random_case(np.random.default_rng(3)))
+    file = tmp_path / "prediction" / "x.nii.gz"
+    content = bytearray(file.read_bytes())
+    content[-6] ^= 0xFF  # of the checksum
+    file.write_bytes(content)
+    with pytest.raises(LabelMapError, match="cannot be read"):
+        score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, ["x"])
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 0.5])
+def test_numbers_that_are_no_labels(tmp_path: Path, odd: float) -> None:
+    write(tmp_path / "truth", "x", box((3, 5, 5)))
+    write(tmp_path / "prediction", "x", box((3, 5, 5)))
+    image = sitk.ReadImage(str(tmp_path / "prediction" / "x.nii.gz"), sitk.sitkFloat32)
+    image[4, 4, 4] = odd
+    sitk.WriteImage(image, str(tmp_path / "prediction" / "x.nii.gz"))
+    with pytest.raises(LabelMapError, match=rf"x\.nii\.gz is no label map: 1 voxels .* such as {odd}; predict"):
+        score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, ["x"])
+
+
+def test_rounded_labels_are_labels(tmp_path: Path) -> None:
+    write(tmp_path / "truth", "x", box((3, 5, 5)))
+    write(tmp_path / "prediction", "x", box((3, 5, 5)))
+    image = sitk.ReadImage(str(tmp_path / "prediction" / "x.nii.gz"), sitk.sitkFloat32) * 0.9999
+    sitk.WriteImage(image, str(tmp_path / "prediction" / "x.nii.gz"))
+    scores = score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, ["x"])
+    assert scores.per_class["a"].dice == 1.0
+
+
+@pytest.mark.parametrize("folder", ["truth", "prediction"])
+def test_values_that_dataset_json_lacks(tmp_path: Path, folder: str) -> None:
+    for each in ("truth", "prediction"):
+        write(tmp_path / each, "x", box((3, 5, 5)) * (7 if each == folder else 1))
+    with pytest.raises(LabelMapError, match=rf"{folder}/x\.nii\.gz holds the label values 7, .* only 0, 1, 2, 3; use"):
+        score_folder(tmp_path / "prediction", tmp_path / "truth", LABELS, ["x"])
+
+
+def test_check_cases(tmp_path: Path) -> None:
+    for name in ("a", "b", "x"):
+        write(tmp_path, name, box((3, 5, 5)))
+    (tmp_path / "summary.json").write_text("{}")
+    check_cases(tmp_path, ["x", "a", "b"], ".nii.gz")
+    with pytest.raises(LabelMapError, match=r"2 of 4 cases are missing: c, d; 1 files are of other cases: x\. Predict"):
+        check_cases(tmp_path, ["a", "b", "c", "d"], ".nii.gz")
+    with pytest.raises(LabelMapError, match="1 of 1 cases are missing: a"):
+        check_cases(tmp_path / "nowhere", ["a"], ".nii.gz")

@@ -1,0 +1,142 @@
+"""How far a fold has come, told from its folder alone."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from masksam_nnunet.json_files import read_json
+
+from .errors import BenchmarkError
+
+LOCK_FILE = "benchmark.lock"
+LOCK_SECONDS = 5.0
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+
+
+class Stage(Enum):
+    """How far a fold has come."""
+
+    MISSING = "missing"
+    """Nothing to go on from."""
+    BROKEN_OFF = "broken off"
+    """A whole checkpoint_latest or checkpoint_best to go on from."""
+    TRAINED = "trained"
+    """The final checkpoint is there, the validation is not complete."""
+    DONE = "done"
+    """Trained, and every validation case predicted and scored."""
+    DAMAGED = "damaged"
+    """The checkpoint to go on from is not a whole file."""
+
+
+@dataclass(frozen=True)
+class FoldState:
+    """A stage, and in words what it was told from."""
+
+    stage: Stage
+    reason: str
+
+
+def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) -> FoldState:
+    """How far a fold has come.
+
+    Args:
+        folder: of the fold; need not exist.
+        cases: the fold's validation cases.
+        file_ending: of predictions, such as ``.nii.gz``.
+        npz: whether probabilities are wanted too.
+    """
+    final = folder / FINAL
+    if not final.is_file():
+        return _before_the_end(folder)
+    lacking = _lacking(folder / "validation", cases, file_ending, npz)
+    # All its bytes only where it will be read: a large model's folds take long.
+    damage = _damage(final, thorough=lacking is not None)
+    if damage is not None:
+        return FoldState(
+            Stage.DAMAGED,
+            f"{final} is not a whole checkpoint ({damage}); remove the folder {folder} to train this fold again, or "
+            "put a whole copy there",
+        )
+    if lacking is not None:
+        return FoldState(Stage.TRAINED, lacking)
+    return FoldState(Stage.DONE, f"{len(cases)} validation cases predicted and scored")
+
+
+def _before_the_end(folder: Path) -> FoldState:
+    """nnU-Net's ``--c`` takes the latest checkpoint, else the best."""
+    for name, other in ((LATEST, BEST), (BEST, None)):
+        file = folder / name
+        if not file.is_file():
+            continue
+        damage = _damage(file, thorough=True)
+        if damage is None:
+            return FoldState(Stage.BROKEN_OFF, f"{name} is there")
+        remedy = "training then starts again from nothing"
+        if other is not None and (folder / other).is_file():
+            remedy = f"training then goes on from {other}"
+        return FoldState(
+            Stage.DAMAGED, f"{file} is not a whole checkpoint ({damage}); remove it and run again: {remedy}"
+        )
+    return FoldState(Stage.MISSING, "there is no checkpoint")
+
+
+def _damage(file: Path, thorough: bool) -> str | None:
+    """What is wrong with a checkpoint as a zip file, PyTorch's format; None if nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip() if thorough else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return str(error) or repr(error)
+    return None if bad is None else f"wrong checksum of {bad}"
+
+
+def _lacking(validation: Path, cases: Sequence[str], file_ending: str, npz: bool) -> str | None:
+    """What a validation lacks, in words; None if nothing."""
+    endings = (file_ending, ".npz") if npz else (file_ending,)
+    for ending in endings:
+        missing = [case for case in cases if not _has_content(validation / f"{case}{ending}")]
+        if missing:
+            return f"{len(missing)} of {len(cases)} validation cases lack {ending}, such as {missing[0]}"
+    summary = validation / "summary.json"
+    try:
+        scored = read_json(summary)["metric_per_case"]
+        names = {Path(entry["prediction_file"]).name for entry in scored}
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{summary} is not there or not whole"
+    unscored = [case for case in cases if f"{case}{file_ending}" not in names]
+    return f"{summary} lacks {len(unscored)} of {len(cases)} cases" if unscored else None
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training this fold, on any machine that shares the folder.
+
+    The lock is released when this process ends, however it ends. It is ``flock``'s: network file systems have it from
+    NFS 4 on, and Lustre if mounted with ``flock``; where it is not honoured, two runs must not be started at a time.
+
+    Raises:
+        BenchmarkError: if another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise BenchmarkError(
+            f"{folder}: another process is training this fold; wait until it has ended, then run again"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,288 @@
+"""The grid of methods and folds, and what must hold before any of it is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.json_files import read_json, write_json
+from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
+from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
+from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, split_warning
+
+from .errors import BenchmarkError
+from .fold_record import FoldRecord, Inputs
+from .methods import BASELINES, DEFAULT_PLANS, has_budget
+from .results import Method
+from .train_fold import FoldJob, changed_since
+
+DEVICES = ("cpu", "cuda", "mps")
+_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+_PLANNERS = {BASELINES[f"resenc-{size.lower()}"][1]: f"nnUNetPlannerResEnc{size}" for size in ("M", "L", "XL")}
+_PRIMUS_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a benchmark trains.
+
+    Attributes:
+        dataset: full name; :func:`masksam_nnunet.plans.planning.find_dataset` gives it for a number.
+        configuration: nnU-Net's.
+        methods: to compare, all of this configuration.
+        folds: numbers.
+        minutes: for time-budget trainers, else None.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        npz: whether probabilities of validation are saved, which ensembles need.
+    """
+
+    dataset: str
+    configuration: str
+    methods: tuple[Method, ...]
+    folds: tuple[int, ...]
+    minutes: float | None = None
+    device: str = "cuda"
+    npz: bool = True
+
+    @property
+    def results(self) -> Path:
+        """The dataset's folder in nnUNet_results."""
+        return Path(os.environ["nnUNet_results"]) / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        """The dataset's folder in nnUNet_preprocessed."""
+        return Path(os.environ["nnUNet_preprocessed"]) / self.dataset
+
+    def minutes_of(self, method: Method) -> float | None:
+        """The minutes that this method trains; None where its trainer counts epochs."""
+        return self.minutes if has_budget(method) else None
+
+
+def find_benchmark_dataset(dataset: str) -> str:
+    """The full name of a dataset given by number or name.
+
+    Raises:
+        BenchmarkError: if one of nnU-Net's three variables is not set, or there is no such dataset.
+    """
+    for variable in _FOLDERS:
+        if not os.environ.get(variable):
+            raise BenchmarkError(f"{variable} is not set: export nnU-Net's three folders, {', '.join(_FOLDERS)}, first")
+    try:
+        return find_dataset(dataset)
+    except PlanError as error:
+        raise BenchmarkError(str(error)) from error
+
+
+def check_grid(grid: Grid) -> tuple[str, ...]:
+    """Check all that can be checked before training, and write nnU-Net's default split where there is none.
+
+    Returns:
+        what the user should know, one sentence each.
+
+    Raises:
+        BenchmarkError: what is missing or wrong, and the remedy.
+    """
+    name = find_benchmark_dataset(grid.dataset)
+    number = number_of(name)
+    _check_options(grid)
+    try:
+        cases = sorted(read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1).images)
+    except PlanError as error:
+        raise BenchmarkError(str(error)) from error
+    for method in grid.methods:
+        _check_method(grid, method, number, cases)
+    splits = _splits(grid, number, cases)
+    _check_folds(grid, splits, cases, number)
+    _check_begun(grid)
+    notes = []
+    warning = split_warning(cases, splits, number)
+    if warning is not None:
+        notes.append(warning)
+    own_schedule = [m.key for m in grid.methods if not has_budget(m)]
+    if grid.minutes is not None and own_schedule:
+        notes.append(
+            f"--minutes {grid.minutes:g} is for trainers ending in _budget only: {', '.join(own_schedule)} train their "
+            "own number of epochs, so the methods do not get the same time"
+        )
+    return tuple(notes)
+
+
+def grid_jobs(grid: Grid) -> tuple[FoldJob, ...]:
+    """One job for each method and fold, fold by fold; with this process's variables of nnU-Net and MaskSAM."""
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("nnUNet_", "MASKSAM_"))}
+    environment |= {name: os.path.abspath(environment[name]) for name in _FOLDERS}
+    environment[EXT_TRAINER] = ext_trainer_value(environment.get(EXT_TRAINER))
+    return tuple(
+        FoldJob(
+            dataset=grid.dataset,
+            method=method,
+            fold=fold,
+            device=grid.device,
+            environment=environment,
+            minutes=grid.minutes_of(method),
+            npz=grid.npz,
+        )
+        for fold in grid.folds
+        for method in grid.methods
+    )
+
+
+def _check_options(grid: Grid) -> None:
+    if grid.device not in DEVICES:
+        raise BenchmarkError(f"--devices {grid.device!r} is not known: choose one of {', '.join(DEVICES)}")
+    if not grid.methods:
+        raise BenchmarkError("--trainers: name at least one")
+    if not grid.folds or min(grid.folds) < 0 or len(set(grid.folds)) < len(grid.folds):
+        raise BenchmarkError(f"--folds {' '.join(map(str, grid.folds))}: give different numbers from 0 on")
+    budget = [method.trainer for method in grid.methods if has_budget(method)]
+    if grid.minutes is None and budget:
+        raise BenchmarkError(
+            f"{', '.join(budget)} train by the clock: give --minutes, the minutes for each fold, for example "
+            "--minutes 30"
+        )
+    if grid.minutes is not None and not budget:
+        raise BenchmarkError(
+            f"--minutes {grid.minutes:g} is for trainers that stop by the clock, such as nnUNetTrainer_budget and "
+            f"MaskSAMTrainer_vit_t_budget; {', '.join(m.trainer for m in grid.methods)} do not: leave it out"
+        )
+    if grid.minutes is not None and not 0 < grid.minutes < 1e6:
+        raise BenchmarkError(f"--minutes {grid.minutes:g}: give a positive number")
+
+
+def _check_method(grid: Grid, method: Method, number: int, cases: Sequence[str]) -> None:
+    plans_file = grid.preprocessed / f"{method.plans}.json"
+    if not plans_file.is_file():
+        raise BenchmarkError(
+            f"{method.trainer}: there is no {plans_file}; make it with: {_planning_command(method.plans, number)}"
+        )
+    if not (grid.preprocessed / "dataset.json").is_file():
+        raise BenchmarkError(
+            f"there is no {grid.preprocessed / 'dataset.json'}, which planning writes; plan again with: "
+            f"{_planning_command(method.plans, number)}"
+        )
+    try:
+        plans: dict[str, Any] = read_json(plans_file)
+        configurations = list(plans["configurations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(
+            f"{plans_file} is not a whole plans file ({error!r}); make it again with: "
+            f"{_planning_command(method.plans, number)}"
+        ) from error
+    if method.configuration not in configurations:
+        raise BenchmarkError(
+            f"-c {method.configuration}: {plans_file} has no such configuration, but {', '.join(configurations)}"
+        )
+    configuration = PlansManager(plans).get_configuration(method.configuration)
+    if configuration.previous_stage_name is not None:
+        raise BenchmarkError(
+            f"-c {method.configuration} is the second stage of a cascade and needs predictions of the first; compare "
+            "2d, 3d_lowres or 3d_fullres"
+        )
+    if "Primus" in method.trainer and any(size % _PRIMUS_TOKEN for size in configuration.patch_size):
+        raise BenchmarkError(
+            f"{method.trainer} needs a patch size that {_PRIMUS_TOKEN} divides, but {plans_file} has "
+            f"{list(configuration.patch_size)}; write a plans file with another patch size and name it: "
+            f"--trainers {method.trainer}@PLANS"
+        )
+    data = grid.preprocessed / configuration.data_identifier
+    there = set(preprocessed_cases(data)) if data.is_dir() else set()
+    missing = [case for case in cases if case not in there]
+    if missing:
+        raise BenchmarkError(
+            f"{method.trainer}: {data} lacks {len(missing)} of {len(cases)} cases, such as {missing[0]}; preprocess "
+            f"them with: nnUNetv2_preprocess -d {number} -plans_name {method.plans} -c {method.configuration}"
+        )
+
+
+def _planning_command(plans: str, number: int) -> str:
+    if plans == DEFAULT_PLANS:
+        return f"nnUNetv2_plan_and_preprocess -d {number}"
+    if plans in _PLANNERS:
+        return f"nnUNetv2_plan_experiment -d {number} -pl {_PLANNERS[plans]}"
+    if "MaskSAM" in plans:
+        return f"masksam plan -d {number} --plans-name {plans}"
+    return f"nnUNetv2_plan_experiment -d {number} -overwrite_plans_name {plans}, with the planner it was made for"
+
+
+def _splits(grid: Grid, number: int, cases: Sequence[str]) -> list[Mapping[str, list[str]]]:
+    """The folds in splits_final.json; nnU-Net's own default is written where there are none."""
+    file = grid.preprocessed / "splits_final.json"
+    # Before any job starts: several that found no file would each write one.
+    with FileLock(grid.preprocessed / ".splits_final.lock"):
+        if not file.is_file():
+            _write_default_split(grid, file, number, cases)
+    try:
+        splits: list[Mapping[str, list[str]]] = read_json(file)
+        for split in splits:
+            if not set(split) >= {"train", "val"} or not split["val"]:
+                raise ValueError("a fold lacks train or val")
+    except (OSError, ValueError, TypeError) as error:
+        raise BenchmarkError(
+            f"{file} does not hold folds ({error}); write it again with: masksam split -d {number}, or remove it to "
+            "have nnU-Net's default"
+        ) from error
+    return splits
+
+
+def _write_default_split(grid: Grid, file: Path, number: int, cases: Sequence[str]) -> None:
+    if not set(grid.folds) <= set(range(NUM_FOLDS)):
+        raise BenchmarkError(
+            f"--folds {' '.join(map(str, grid.folds))}: there is no {file}, and nnU-Net's default split has folds 0 to "
+            f"{NUM_FOLDS - 1}; ask for these, or write a file with more"
+        )
+    warning = split_warning(cases, None, number)
+    if warning is not None:
+        raise BenchmarkError(f"{file} is missing: {warning}")
+    # As nnU-Net's do_split, from the data of the first method: it names the cases that all methods have.
+    configuration = PlansManager(read_json(grid.preprocessed / f"{grid.methods[0].plans}.json")).get_configuration(
+        grid.configuration
+    )
+    identifiers = sorted(preprocessed_cases(grid.preprocessed / configuration.data_identifier))
+    if len(identifiers) < NUM_FOLDS:
+        raise BenchmarkError(
+            f"{grid.dataset} has {len(identifiers)} cases: five folds need five; write another {file.name}"
+        )
+    folds = generate_crossval_split(identifiers, seed=SEED, n_splits=NUM_FOLDS)
+    # It returns numpy's strings.
+    write_json(file, [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in folds])
+
+
+def _check_folds(grid: Grid, splits: Sequence[Mapping[str, list[str]]], cases: Sequence[str], number: int) -> None:
+    file = grid.preprocessed / "splits_final.json"
+    beyond = [fold for fold in grid.folds if fold >= len(splits)]
+    if beyond:
+        raise BenchmarkError(
+            f"--folds: {file} holds folds 0 to {len(splits) - 1}, not {', '.join(map(str, beyond))}; nnU-Net would "
+            "silently train on a random split. Ask for those that are there, or write a file with more"
+        )
+    for fold in grid.folds:
+        unknown = sorted({*splits[fold]["train"], *splits[fold]["val"]} - set(cases))
+        if unknown:
+            raise BenchmarkError(
+                f"{file}: fold {fold} names {len(unknown)} cases that the dataset does not have, such as "
+                f"{unknown[0]}; write it again, for example with: masksam split -d {number} --force"
+            )
+
+
+def _check_begun(grid: Grid) -> None:
+    """Folds that were begun with other splits, plans or minutes would not be comparable."""
+    for method in grid.methods:
+        inputs = Inputs.read(grid.preprocessed, method.plans)
+        for fold in grid.folds:
+            folder = grid.results / method.key / f"fold_{fold}"
+            record = FoldRecord.read(folder)
+            begun = any(folder.glob("checkpoint_*.pth"))
+            if record is not None and begun:
+                differences = record.differences(method, grid.minutes_of(method), inputs)
+                if differences:
+                    raise BenchmarkError(changed_since(folder, differences))

@@ -1,0 +1,69 @@
+"""Which jobs a cluster was given, remembered in the benchmark's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from masksam_nnunet.json_files import read_json, write_json
+
+from .errors import BenchmarkError
+
+JOB_FILE = "jobs.json"
+
+
+@dataclass
+class SubmittedJobs:
+    """The content of ``jobs.json``.
+
+    Attributes:
+        file: where it is; not written.
+        folds: the last job that was submitted for a fold, by the job's name.
+        evaluation: the job that evaluates at the end, if any.
+    """
+
+    file: Path
+    folds: dict[str, str] = field(default_factory=dict)
+    evaluation: str | None = None
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path) -> Iterator[SubmittedJobs]:
+        """What a benchmark's folder remembers; no other process submits meanwhile.
+
+        Raises:
+            BenchmarkError: if another process does, or the file is not readable.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{JOB_FILE}.lock")
+        try:
+            lock.acquire(timeout=5)
+        except Timeout as error:
+            raise BenchmarkError(f"{folder}: another masksam benchmark is submitting its jobs; wait for it") from error
+        try:
+            yield cls._read(folder / JOB_FILE)
+        finally:
+            lock.release()
+
+    @classmethod
+    def _read(cls, file: Path) -> SubmittedJobs:
+        if not file.is_file():
+            return cls(file)
+        try:
+            content = read_json(file)
+            return cls(file, dict(content["folds"]), content["evaluation"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BenchmarkError(
+                f"{file} is not readable ({error!r}); look with squeue whether jobs of this benchmark are under way, "
+                "then remove it"
+            ) from error
+
+    def write(self) -> None:
+        """Write atomically."""
+        content = asdict(self)
+        del content["file"]
+        write_json(self.file, content)

@@ -1,0 +1,131 @@
+"""The grid on this machine: one job at a time on each device, through submitit's local executor."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from submitit import Job, LocalExecutor
+
+from ..commands import termination_as_exit
+from .errors import BenchmarkError
+from .executors import FOREVER_MINUTES, GridJob, Outcome, Status, Watch, outcome_of
+
+_LOOK_SECONDS = 0.5
+_END_SECONDS = 10.0
+
+
+def device_kind(devices: Sequence[str]) -> str:
+    """What nnU-Net calls the devices that ``--devices`` names: ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        BenchmarkError: unknown, repeated or mixed devices.
+    """
+    if not devices:
+        raise BenchmarkError("--devices: give cpu, mps, cuda or numbers of GPUs, such as --devices 0 1")
+    if len(set(devices)) < len(devices):
+        raise BenchmarkError(f"--devices {' '.join(devices)}: each device once; jobs on one device run in turn")
+    kinds = {"cuda" if device.isdecimal() or device == "cuda" else device for device in devices}
+    unknown = sorted(kinds - {"cpu", "cuda", "mps"})
+    if unknown:
+        raise BenchmarkError(f"--devices {' '.join(unknown)}: give cpu, mps, cuda or numbers of GPUs, such as 0 1")
+    if len(kinds) > 1:
+        raise BenchmarkError(
+            f"--devices {' '.join(devices)}: hours on different kinds of devices cannot be compared; give one kind"
+        )
+    if "cuda" in devices and len(devices) > 1:
+        raise BenchmarkError(f"--devices {' '.join(devices)}: give the numbers of all GPUs instead of cuda")
+    return kinds.pop()
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Whether this machine has them.
+
+    Raises:
+        BenchmarkError: if not.
+    """
+    kind = device_kind(devices)
+    number = torch.cuda.device_count()
+    missing = [device for device in devices if device.isdecimal() and int(device) >= number]
+    if missing or (kind == "cuda" and number == 0):
+        raise BenchmarkError(
+            f"--devices {' '.join(devices)}: PyTorch sees {number} GPUs here; --devices cpu needs none"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise BenchmarkError("--devices mps: PyTorch finds none here; --devices cpu always works")
+
+
+class LocalGrid:
+    """Runs jobs on this machine; they end with it."""
+
+    def __init__(self, folder: Path, devices: Sequence[str]) -> None:
+        """Args: submitit's folder, and devices as ``--devices`` names them."""
+        check_devices(devices)
+        self.folder = folder
+        self.devices = tuple(devices)
+
+    def run(
+        self, jobs: Sequence[GridJob], evaluate: Callable[[], object] | None = None, watch: Watch | None = None
+    ) -> tuple[Outcome, ...]:
+        """See :class:`~.executors.GridExecutor`; ``evaluate`` runs in this process."""
+        waiting = deque(jobs)
+        free = list(self.devices)
+        running: dict[str, tuple[GridJob, str, Job[object]]] = {}
+        outcomes: dict[str, Outcome] = {}
+        with termination_as_exit(), _ended_with_us(running):
+            while waiting or running:
+                while waiting and free:
+                    job, device = waiting.popleft(), free.pop(0)
+                    running[job.name] = (job, device, self._start(job, device))
+                for name, (job, device, submitted) in list(running.items()):
+                    if submitted.done():
+                        outcomes[name] = outcome_of(job, submitted)
+                        del running[name]
+                        free.append(device)
+                if watch is not None:
+                    watch({job.name: _status(job.name, running, outcomes) for job in jobs})
+                if running:
+                    time.sleep(_LOOK_SECONDS)
+        if evaluate is not None:
+            evaluate()
+        return tuple(outcomes[job.name] for job in jobs)
+
+    def _start(self, job: GridJob, device: str) -> Job[object]:
+        executor = LocalExecutor(self.folder)
+        executor.update_parameters(timeout_min=FOREVER_MINUTES)
+        # submitit hides all GPUs from its jobs; "cuda" is nnU-Net's default, the first.
+        gpu = {"cpu": None, "mps": None, "cuda": "0"}.get(device, device)
+        submitted: Job[object] = executor.submit(job.on(gpu))
+        return submitted
+
+
+def _status(name: str, running: dict[str, tuple[GridJob, str, Job[object]]], outcomes: dict[str, Outcome]) -> Status:
+    if name in running:
+        return Status.RUNNING
+    if name in outcomes:
+        return Status.DONE if outcomes[name].error is None else Status.FAILED
+    return Status.WAITING
+
+
+@contextlib.contextmanager
+def _ended_with_us(running: dict[str, tuple[GridJob, str, Job[object]]]) -> Iterator[None]:
+    """End what runs when this process is interrupted; submitit would leave it running."""
+    try:
+        yield
+    except BaseException:
+        family = []
+        for _, _, submitted in running.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(int(submitted.job_id))
+                family += [*process.children(recursive=True), process]
+            submitted.cancel()
+        _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise

@@ -1,0 +1,219 @@
+"""``masksam benchmark`` and ``masksam report``: what lacks is trained, then all is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from masksam_nnunet.environment import BUDGET_MINUTES
+from masksam_nnunet.json_files import read_json, write_json
+
+from .errors import BenchmarkError
+from .evaluate import evaluate
+from .executors import Outcome, failures
+from .fold_record import FoldRecord
+from .fold_state import Stage
+from .grid import Grid, check_grid, find_benchmark_dataset, grid_jobs
+from .local_jobs import LocalGrid, device_kind
+from .methods import parse_methods
+from .progress import GridProgress
+from .report_job import ReportJob
+from .results import Method
+from .slurm_jobs import SlurmGrid, SlurmSettings
+from .train_fold import FoldJob
+
+DEFINITION_FILE = "benchmark.json"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a benchmark's folder is about, kept in its benchmark.json."""
+
+    grid: Grid
+    ensembles: bool = True
+    accept_unfair: bool = False
+    processes: int = 2
+
+    def write(self, out: Path) -> None:
+        """Write it over an earlier one: methods and folds may be others, dataset and configuration may not.
+
+        Raises:
+            BenchmarkError: ``out`` is another dataset's or configuration's, or cannot be written.
+        """
+        if (out / DEFINITION_FILE).is_file():
+            there = Definition.read(out).grid
+            if (there.dataset, there.configuration) != (self.grid.dataset, self.grid.configuration):
+                raise BenchmarkError(
+                    f"--out {out} holds a benchmark of {there.dataset}, {there.configuration}; give another folder"
+                )
+        try:
+            write_json(out / DEFINITION_FILE, asdict(self))
+        except OSError as error:
+            raise BenchmarkError(f"--out {out} cannot be written: {error}; make room or give another folder") from error
+
+    @classmethod
+    def read(cls, out: Path) -> Definition:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            BenchmarkError: there is none, or it is not whole.
+        """
+        file = out / DEFINITION_FILE
+        try:
+            content: dict[str, Any] = read_json(file)
+            grid = content.pop("grid")
+            grid["methods"] = tuple(Method(**method) for method in grid["methods"])
+            grid["folds"] = tuple(grid["folds"])
+            return cls(Grid(**grid), **content)
+        except FileNotFoundError as error:
+            raise BenchmarkError(
+                f"{out} is no benchmark's folder: it has no {DEFINITION_FILE}; masksam benchmark makes one"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BenchmarkError(
+                f"{file} is not readable ({error!r}); remove it and run masksam benchmark again"
+            ) from error
+
+
+def define(
+    dataset: str,
+    configuration: str,
+    trainers: Sequence[str],
+    plans: Sequence[str],
+    folds: Sequence[int],
+    minutes: float | None,
+    devices: Sequence[str],
+    ensembles: bool,
+    accept_unfair: bool,
+    processes: int,
+) -> Definition:
+    """A benchmark from what the command line says.
+
+    Raises:
+        BenchmarkError: unknown dataset, trainers, plans or devices.
+    """
+    name = find_benchmark_dataset(dataset)
+    methods = parse_methods(trainers, plans, configuration)
+    ensembles = ensembles and len(methods) > 1
+    grid = Grid(name, configuration, methods, tuple(folds), minutes, device_kind(devices), npz=ensembles)
+    return Definition(grid, ensembles, accept_unfair, processes)
+
+
+def default_folder(definition: Definition) -> Path:
+    """Beside the trained models."""
+    return definition.grid.results / f"benchmark_{definition.grid.configuration}"
+
+
+def run_benchmark(
+    definition: Definition,
+    out: Path,
+    devices: Sequence[str],
+    slurm: SlurmSettings | None = None,
+    wait: bool = True,
+    console: Console | None = None,
+) -> Path | None:
+    """Train what lacks, evaluate, and write the report.
+
+    Args:
+        definition: what to compare.
+        out: the benchmark's folder.
+        devices: as ``--devices``, for this machine.
+        slurm: what to ask a cluster for; None trains here.
+        wait: on a cluster, whether to stay until all jobs have ended.
+        console: where progress is told.
+
+    Returns:
+        report.html; None if the cluster has not been waited for.
+
+    Raises:
+        BenchmarkError: bad input, before anything is trained; at the end, folds that failed, all others kept.
+    """
+    console = console or Console()
+    grid = definition.grid
+    for note in check_grid(grid):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    executor = SlurmGrid(out, slurm) if slurm else LocalGrid(out / "jobs", devices)
+    definition.write(out)
+    waiting = [job for job in grid_jobs(grid) if job.state().stage is not Stage.DONE]
+    total = len(grid.methods) * len(grid.folds)
+    console.print(
+        f"{total - len(waiting)} of {total} folds are done, {len(waiting)} to train or finish", highlight=False
+    )
+    outcomes: tuple[Outcome, ...]
+    with GridProgress(console, waiting) as progress:
+        if isinstance(executor, SlurmGrid):
+            submission = executor.submit(waiting, ReportJob(out.absolute()))
+            console.print(
+                f"submitted {len(submission.new)} jobs; the evaluation is SLURM's job {submission.evaluation}",
+                highlight=False,
+            )
+            if not wait:
+                return None
+            outcomes = executor.wait(waiting, submission, progress.show)
+            error = executor.evaluation_error(submission)
+        else:
+            outcomes, error = executor.run(waiting, watch=progress.show), None
+    _raise_failures(outcomes, out)
+    if error is not None:
+        raise BenchmarkError(error)
+    return report(out, console) if slurm is None else out / "report.html"
+
+
+def report(out: Path, console: Console | None = None, accept_unfair: bool | None = None) -> Path:
+    """Evaluate a benchmark's folder anew and write its report.
+
+    Raises:
+        BenchmarkError: folds that are not done, and all that :func:`~.evaluate.evaluate` raises.
+    """
+    definition = Definition.read(out)
+    if accept_unfair is not None:
+        definition = replace(definition, accept_unfair=accept_unfair)
+    grid = definition.grid
+    check_grid(grid)
+    jobs = grid_jobs(grid)
+    undone = {job.name: state for job in jobs if (state := job.state()).stage is not Stage.DONE}
+    if undone:
+        raise BenchmarkError(
+            "not all folds are done; run masksam benchmark again:\n"
+            + "\n".join(f"- {name}: {state.stage.value}, {state.reason}" for name, state in undone.items())
+        )
+    return evaluate(
+        grid.dataset,
+        grid.configuration,
+        grid.methods,
+        grid.folds,
+        out,
+        ensembles=definition.ensembles,
+        accept_unfair=definition.accept_unfair,
+        device=grid.device,
+        processes=definition.processes,
+        commands=_commands(jobs),
+        console=console,
+    )
+
+
+def _commands(jobs: Sequence[FoldJob]) -> list[str]:
+    """What trained the folds, as recorded."""
+    lines: list[str] = []
+    for job in jobs:
+        record = FoldRecord.read(job.folder)
+        if record is None:
+            lines.append(f"# {job.name}: trained outside the benchmark")
+            continue
+        minutes = f"{BUDGET_MINUTES}={record.minutes:g} " if record.minutes is not None else ""
+        lines += [minutes + part["command"] for part in record.parts]
+    return lines
+
+
+def _raise_failures(outcomes: Sequence[Outcome], out: Path) -> None:
+    told = failures(outcomes)
+    if told:
+        done = sum(outcome.error is None for outcome in outcomes)
+        raise BenchmarkError(
+            f"{told}\n\n{len(outcomes) - done} of {len(outcomes)} folds failed, {done} were finished and are kept. "
+            f"Mend what is wrong and run the same command again: it goes on from there. No report was written to {out}."
+        )

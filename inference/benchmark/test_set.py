@@ -1,0 +1,104 @@
+"""The raw dataset's own test cases, where it has labels for them: predicted by all folds together, and ensembled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from masksam_nnunet.json_files import read_json, write_json
+
+from ..commands import run_nnunet
+from ..scoring import Scores, score_folder
+from .errors import BenchmarkError
+from .names import joint_name, row_names
+from .results import Method, TestSetScore
+
+
+def labelled_test_cases(raw: Path, dataset_json: Mapping[str, Any]) -> list[str]:
+    """Names of the cases in labelsTs, sorted; none where there is no such folder."""
+    ending = dataset_json["file_ending"]
+    labels = raw / "labelsTs"
+    return sorted(file.name[: -len(ending)] for file in labels.glob(f"*{ending}")) if labels.is_dir() else []
+
+
+def score_test_set(
+    methods: Sequence[Method],
+    raw: Path,
+    dataset_json: Mapping[str, Any],
+    folds: Sequence[int],
+    ensembles: bool,
+    device: str,
+    out: Path,
+    processes: int,
+) -> tuple[list[TestSetScore], list[str]]:
+    """Predict by nnUNetv2_predict with all folds, ensemble pairs by nnUNetv2_ensemble, score; what is done is kept.
+
+    Args:
+        methods: trained in ``folds``.
+        raw: the raw dataset's folder.
+        dataset_json: its description.
+        folds: whose predictions are averaged.
+        ensembles: whether to ensemble pairs of methods.
+        device: as nnU-Net's option takes it.
+        out: folder for predictions and logs.
+        processes: workers for scoring.
+
+    Returns:
+        The scores, and the commands that were needed. Both empty without labelled test cases.
+
+    Raises:
+        BenchmarkError: images lack, or a command fails.
+    """
+    cases = labelled_test_cases(raw, dataset_json)
+    if not cases:
+        return [], []
+    _check_images(raw, cases, dataset_json["file_ending"])
+    names = row_names(methods)
+    commands: list[str] = []
+    found: list[tuple[str, tuple[Method, ...], Path]] = []
+    for method in methods:
+        folder = out / method.key
+        arguments = ["-i", raw / "imagesTs", "-o", folder, "-d", raw.name, "-c", method.configuration]
+        arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", device]
+        arguments += ["--save_probabilities"] if ensembles else []
+        model = Path(os.environ["nnUNet_results"]) / raw.name / method.key
+        checkpoints = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+        commands.append(_run("nnUNetv2_predict", [str(a) for a in arguments], checkpoints, folder))
+        found.append((f"{names[method]}, {len(folds)} folds", (method,), folder))
+    for a, b in combinations(methods, 2) if ensembles else ():
+        folder = out / f"ensemble___{a.key}___{b.key}"
+        sources = [file for m in (a, b) for file in sorted((out / m.key).glob("*.npz"))]
+        arguments = ["-i", out / a.key, out / b.key, "-o", folder, "-np", processes]
+        commands.append(_run("nnUNetv2_ensemble", [str(x) for x in arguments], sources, folder))
+        found.append((f"{joint_name([names[a], names[b]])}, {len(folds)} folds", (a, b), folder))
+    scored: list[TestSetScore] = []
+    for name, members, folder in found:
+        scores: Scores = score_folder(folder, raw / "labelsTs", dataset_json, cases, processes=processes)
+        scored.append(TestSetScore(name, members, scores, folder))
+    return scored, commands
+
+
+def _check_images(raw: Path, cases: Sequence[str], ending: str) -> None:
+    missing = [case for case in cases if not (raw / "imagesTs" / f"{case}_0000{ending}").is_file()]
+    if missing:
+        raise BenchmarkError(
+            f"{raw / 'labelsTs'} has labels of {len(missing)} cases without an image in imagesTs "
+            f"({', '.join(missing[:3])}): add the images or remove the labels"
+        )
+
+
+def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Path) -> str:
+    """Run it unless it has been run on the same sources; the command line."""
+    line = " ".join([command, *arguments])
+    status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+    stamp = hashlib.sha256(repr((line, status)).encode()).hexdigest()
+    mark = folder.with_name(f"{folder.name}.json")
+    if not (mark.is_file() and read_json(mark) == {"stamp": stamp}):
+        mark.unlink(missing_ok=True)
+        run_nnunet(command, arguments, os.environ, folder.with_name(f"{folder.name}.log"))
+        write_json(mark, {"stamp": stamp})
+    return line

@@ -1,0 +1,118 @@
+"""The report pages in headless Chromium: nothing overflows, every picture is shown, no error, no request."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up_benchmark import made_up_results
+from PIL import Image
+
+from masksam_nnunet.inference.benchmark.report import write_benchmark_report
+
+pytestmark = pytest.mark.integration
+
+_CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+if _CHROMIUM is None:
+    pytest.skip("no Chromium on this machine: chromium, chromium-browser, google-chrome", allow_module_level=True)
+
+SIXTEEN = [*(f"class {index} with a name as long as those of some challenges are" for index in range(1, 16)), "x" * 70]
+
+_PROBE = """
+<script>
+window.__errors = [];
+window.addEventListener("error", event => window.__errors.push(String(event.message || event.target.tagName)), true);
+window.addEventListener("load", () => {
+  const images = [...document.images];
+  const seen = {
+    width: document.documentElement.clientWidth,
+    scroll: Math.max(document.documentElement.scrollWidth, document.body.scrollWidth),
+    height: document.documentElement.scrollHeight,
+    images: images.length,
+    broken: images.filter(image => !image.naturalWidth).length,
+    requests: performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length,
+    outside: [...document.querySelectorAll("main *")]
+      .filter(one => !one.closest(".scroll > *") && one.getBoundingClientRect().right > window.innerWidth + 1)
+      .map(one => one.tagName + " " + one.textContent.slice(0, 60)),
+    alarm: document.querySelector(".alarm")?.getBoundingClientRect().top ?? null,
+    errors: window.__errors,
+  };
+  document.title = JSON.stringify(seen);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small report, and one with six rows and sixteen classes."""
+    root = tmp_path_factory.mktemp("pages")
+    small = made_up_results(root / "small", ("anterior", "posterior", "absent"), absent=("absent",))
+    large = made_up_results(root / "large", SIXTEEN, row_count=6, resamples=19)
+    return {
+        "small": write_benchmark_report(root / "small report", small),
+        "large": write_benchmark_report(root / "large report", large),
+    }
+
+
+def chromium(*arguments: str) -> str:
+    """Its standard output."""
+    assert _CHROMIUM is not None
+    done = subprocess.run(
+        [
+            *(_CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+            *("--virtual-time-budget=10000", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stdout
+
+
+def measure(page: Path, width: int) -> dict[str, Any]:
+    """What a script in a copy of the page sees once all is loaded."""
+    copy = page.with_name(f"probed-{width}.html")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<head>") == 1
+    copy.write_text(text.replace("<head>", "<head>" + _PROBE), encoding="utf-8")
+    dumped = chromium(f"--window-size={width},1000", "--dump-dom", copy.as_uri())
+    title = re.search(r"<title>(\{.*?\})</title>", dumped, re.DOTALL)
+    assert title, dumped[:2000]
+    seen: dict[str, Any] = json.loads(html.unescape(title[1]))
+    return seen
+
+
+@pytest.mark.parametrize("width", [800, 1600])
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_page_fits_its_window(pages: dict[str, Path], name: str, width: int) -> None:
+    seen = measure(pages[name], width)
+    assert seen["width"] == width
+    assert seen["scroll"] <= width, seen["outside"][:5]
+    assert seen["outside"] == []
+    assert seen["images"] == {"small": 9, "large": 12}[name] and seen["broken"] == 0
+    assert seen["errors"] == [] and seen["requests"] == 0
+    assert 0 <= seen["alarm"] < 300  # the first thing under the title
+    assert seen["height"] > 3000
+
+
+@pytest.mark.parametrize("width", [800, 1600])
+def test_screenshot_is_not_blank(pages: dict[str, Path], tmp_path: Path, width: int) -> None:
+    shot = tmp_path / "shot.png"
+    chromium(f"--window-size={width},1200", f"--screenshot={shot}", pages["small"].as_uri())
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape == (1200, width, 3)
+    ink = (pixels < 128).all(axis=2).mean()
+    assert 0.01 < ink < 0.3  # text, not a blank or black page
+    red = (pixels[..., 0] - pixels[..., 1:].max(axis=2) > 80).sum(axis=1)
+    assert red[:300].max() > width / 2  # the frame of the severe findings
