@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from .text_pieces import pieces
 
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2")
 """Okabe and Ito's, told apart by nearly all colour-blind readers; all but black, which is lost on dark images."""
@@ -29,12 +31,10 @@ def literal(text: str) -> str:
 def wrapped(name: str, width: int, lines: int = 3) -> str:
     """``name`` broken at spaces and underscores into lines of about ``width``, the rest cut off; literal."""
     rows = [""]
-    for token in re.findall(r"[^\s_]*[\s_]?", name):
-        for start in range(0, len(token), width):
-            piece = token[start : start + width]
-            if rows[-1] and len(rows[-1]) + len(piece.rstrip()) > width:
-                rows.append("")
-            rows[-1] += piece
+    for piece in pieces(name, width):
+        if rows[-1] and len(rows[-1]) + len(piece.rstrip()) > width:
+            rows.append("")
+        rows[-1] += piece
     if len(rows) > lines:
         rows = [*rows[: lines - 1], rows[lines - 1][: width - 1] + "…"]
     return literal("\n".join(row.strip() for row in rows))
@@ -49,6 +49,13 @@ def tidy(axes: Sequence[Axes]) -> None:
         ax.yaxis.label.set_size(9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, lw=0.5)
+
+
+def spread(figure: Figure) -> None:
+    """More room between the lines of a figure whose layout is constrained."""
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(h_pad=0.12)
 
 
 def png(figure: Figure) -> bytes:

@@ -157,9 +157,10 @@ def _stored_floats(path: Path) -> NDArray[np.floating[Any]]:
     if not path.name.endswith((".nii", ".nii.gz")):
         return np.empty(0)
     try:
-        stored = nibabel.load(path).dataobj
+        image: Any = nibabel.load(path)
     except (nibabel.filebasedimages.ImageFileError, OSError):  # ITK reads more than nibabel does
         return np.empty(0)
+    stored = image.dataobj
     return np.asanyarray(stored) if np.issubdtype(stored.dtype, np.floating) else np.empty(0)
 
 

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
+
+from .text_pieces import pieces
 
 UNDEFINED = "\u2013"
+_LONGEST_PIECE = 24  # characters that a column of names must have room for
 _MINUS = "\u2212"
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -61,12 +65,19 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def breakable(name: str) -> Markup:
+    """``name``, escaped, with places where a narrow column may break it."""
+    return Markup("<wbr>").join(escape(piece) for piece in pieces(name, _LONGEST_PIECE))
+
+
 def environment() -> jinja2.Environment:
-    """For templates that escape every text, and fail where one is missing."""
-    return jinja2.Environment(
+    """For templates that escape every text, and fail where one is missing; with the filter ``breakable``."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["breakable"] = breakable
+    return made

@@ -50,6 +50,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
 }
+_IN_PLACE = {torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 
 
 def _attention_flops(*tensors: Tensor) -> int:
@@ -86,7 +87,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        packet = func._overloadpacket
+        packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         if packet in _ATTENTION:
             self.flops += _attention_flops(*args[: _ATTENTION[packet]])
         elif packet in flop_registry:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..drawing import literal, png, tidy, wrapped
+from ..drawing import literal, png, spread, tidy, wrapped
 from .case_values import case_values
 from .metric_styles import STYLES
 from .results import Metric, Row
@@ -28,13 +28,14 @@ def draw_metric_boxes(rows: Sequence[Row]) -> bytes:
 
 def draw_class_boxes(rows: Sequence[Row], classes: Sequence[str]) -> bytes:
     """The Dice of each class in a panel of its own, all on one scale."""
-    return _draw(rows, [("dice", name, wrapped(name, 30, 2)) for name in classes])
+    return _draw(rows, [("dice", name, wrapped(name, 24, 2)) for name in classes])
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[tuple[Metric, str | None, str]]) -> bytes:
     columns = min(len(panels), _PANELS_IN_LINE)
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(11, lines * (len(rows) * _BOX_INCHES + 0.75)), layout="constrained")
+    spread(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     colours = looks(rows)
     values = [[_defined(row, metric, class_name) for row in rows] for metric, class_name, _ in panels]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..drawing import literal, png, tidy, wrapped
+from ..drawing import png, spread, tidy, wrapped
 from ..history import History
 from .results import Row
 from .row_colours import looks
@@ -28,7 +28,7 @@ def draw_pseudo_dice(rows: Sequence[Row]) -> bytes:
             look = colours[row.name]
             label = wrapped(row.name, 44, 2)
             _curves(ax, row, lambda h: h.pseudo_dice, in_hours, look.colour, look.line, label)
-        ax.set(title="Dice on validation patches", ylim=(0, 1))
+        ax.set(title="Pseudo-Dice on validation patches", ylim=(0, 1))
     axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     tidy(list(axes))
     return png(figure)
@@ -37,7 +37,7 @@ def draw_pseudo_dice(rows: Sequence[Row]) -> bytes:
 def draw_losses(rows: Sequence[Row]) -> bytes:
     """Two panels for each row, over hours and over epochs: training loss solid, validation loss dashed."""
     figure = Figure(figsize=(11, 2.8 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[call-arg, union-attr]
+    spread(figure)
     axes = figure.subplots(len(rows), 2, squeeze=False, sharey="row")
     colours = looks(rows)
     for line, row in zip(axes, rows, strict=True):
@@ -45,7 +45,7 @@ def draw_losses(rows: Sequence[Row]) -> bytes:
             colour = colours[row.name].colour
             _curves(ax, row, lambda h: h.train_loss, in_hours, colour, "solid", "training")
             _curves(ax, row, lambda h: h.val_loss, in_hours, "black", "dashed", "validation")
-            ax.set_title(literal(f"Losses of {row.name}" if len(row.name) < 70 else f"Losses of {row.name[:68]}…"))
+            ax.set_title(f"Losses of {wrapped(row.name, 60, 1)}")
         line[1].legend(frameon=False, fontsize=8)
     tidy(list(axes.flat))
     return png(figure)

@@ -23,7 +23,7 @@ from .fold_record import read_fold_compute
 from .names import joint_name, postprocessed_name, row_names
 from .nnunet_scores import check_against_nnunet
 from .report import write_benchmark_report
-from .results import BenchmarkResults, Method, Row
+from .results import BenchmarkResults, Kind, Method, Row
 from .statistics import aggregates, comparisons, policies
 from .test_set import score_test_set
 
@@ -87,7 +87,7 @@ def evaluate(
             methods, dataset, folds, ensembles, processes, out / "logs" / "evaluation.log", out / "combined.json"
         )
 
-    tolerance = default_tolerance_mm([read_label_map(truths, case, dataset_json) for case in sorted(fold_of)])
+    tolerance = default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in fold_of)
     names = row_names(methods)
     compute = {m: tuple(read_fold_compute(results / m.key / f"fold_{fold}") for fold in folds) for m in methods}
     rows: list[Row] = []
@@ -95,10 +95,11 @@ def evaluate(
     for part in combined:
         name = joint_name([names[member] for member in part.members])
         best = name if part.best else best
-        for row_name, folder, kind in (
+        kinds: tuple[tuple[str, Path, Kind], ...] = (
             (name, part.folder, "method" if len(part.members) == 1 else "ensemble"),
             (postprocessed_name(name), part.postprocessed, "postprocessed"),
-        ):
+        )
+        for row_name, folder, kind in kinds:
             with console.status(f"scoring {row_name}"):
                 scores = _score(folder, truths, dataset_json, sorted(fold_of), tolerance, processes)
             histories: Mapping[int, History] = {}

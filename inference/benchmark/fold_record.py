@@ -89,7 +89,10 @@ class FoldRecord:
             hashes = [content[name] for name in ("splits_sha256", "plans_sha256", "dataset_sha256")]
             return cls(
                 folder,
-                *(content[name] for name in ("trainer", "plans", "configuration", "minutes")),
+                content["trainer"],
+                content["plans"],
+                content["configuration"],
+                content["minutes"],
                 inputs=None if None in hashes else Inputs(*hashes),
                 git_hash=content["git_hash"],
                 versions=content["versions"],

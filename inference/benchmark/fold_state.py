@@ -126,16 +126,18 @@ def locked(folder: Path) -> Iterator[None]:
     NFS 4 on, and Lustre if mounted with ``flock``; where it is not honoured, two runs must not be started at a time.
 
     Raises:
-        BenchmarkError: if another process has it.
+        BenchmarkError: if another process has it, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise BenchmarkError(
             f"{folder}: another process is training this fold; wait until it has ended, then run again"
         ) from error
+    except OSError as error:
+        raise BenchmarkError(f"cannot write into {folder}: {error}; make room or make it writable") from error
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from masksam_nnunet.inference.benchmark.train_fold import FoldJob
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
 from masksam_nnunet.json_files import write_json
 
-CASES, EPOCHS = 10, 4
+CASES, EPOCHS = 10, 6
 DATASET = "Dataset004_Small"
 
 
@@ -44,6 +44,7 @@ def prepare(root: Path) -> None:
         os.environ[f"nnUNet_{name}"] = str(root / f"nnUNet_{name}")
     os.environ["nnUNet_extTrainer"] = ext_trainer_value(str(SHORT_TRAINERS))
     os.environ |= {"nnUNet_def_n_proc": "1", "TEST_EPOCHS": str(EPOCHS), "TEST_MIRRORING": "0"}
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait must not keep jobs beside them from working
 
 
 def evaluate(folders: list[Path], file: Path) -> None:

@@ -215,7 +215,7 @@ def test_comparison_of_darwins_plants() -> None:
     assert dice.effect == pytest.approx(0.6)
     assert dice.difference.estimate == pytest.approx(np.mean(DARWIN) / 1000)
     assert dice.median_difference == pytest.approx(0.024)
-    assert 0 < dice.difference.low < dice.difference.estimate < dice.difference.high
+    assert dice.difference.low < dice.difference.estimate < dice.difference.high
     assert dice.better == "new"
     assert one(found, "hd95_mm", "a").better == "old"  # the same numbers, but less is better
     assert one(found, "surface_dice", "a").better == "new"
