@@ -45,8 +45,8 @@ def tidy(axes: Sequence[Axes]) -> None:
     for ax in axes:
         ax.title.set_fontsize(10)
         ax.tick_params(labelsize=8)
-        ax.xaxis.label.set_size(9)
-        ax.yaxis.label.set_size(9)
+        ax.xaxis.label.set_fontsize(9)
+        ax.yaxis.label.set_fontsize(9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, lw=0.5)
 

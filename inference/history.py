@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class History:
     """nnU-Net's log, one value per epoch.
 
     Attributes:
-        seconds: end of each epoch, from the start of the first.
+        seconds: of all epochs up to the end of each; breaks before a resumption do not count.
         train_loss: the method's own loss.
         val_loss: nnU-Net's loss on validation patches.
         pseudo_dice: mean foreground Dice over validation patches.
@@ -84,5 +85,5 @@ class History:
         def values(key: str) -> tuple[float, ...]:
             return tuple(float(value) for value in log[key][:epochs])
 
-        seconds = tuple(float(end - starts[0]) for end in ends[:epochs])
-        return cls(seconds, values("train_losses"), values("val_losses"), values("mean_fg_dice"))
+        seconds = accumulate(float(end - start) for start, end in zip(starts[:epochs], ends[:epochs], strict=True))
+        return cls(tuple(seconds), values("train_losses"), values("val_losses"), values("mean_fg_dice"))

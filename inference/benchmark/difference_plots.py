@@ -37,7 +37,7 @@ def _panel(ax: Axes, a: Row, b: Row, metric: Metric, lookup: Lookup) -> None:
         ax.set_yticks([])
         return
     good = differences > 0 if style.larger_is_better else differences < 0
-    colours = np.where(differences == 0, EQUAL, np.where(good, BETTER, WORSE))
+    colours = np.where(differences == 0, EQUAL, np.where(good, BETTER, WORSE)).tolist()
     places = np.arange(len(differences))
     ax.vlines(places, 0, differences, colors=colours, linewidth=min(1.6, 160 / len(differences)))
     ax.scatter(places, differences, s=7, c=colours, linewidths=0, zorder=3)

@@ -267,7 +267,7 @@ def _status(name: str, number: str, there: Mapping[str, str], outcomes: Mapping[
     if name in outcomes:
         return Status.DONE if outcomes[name].error is None else Status.FAILED
     waits: Collection[str] = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
-    return Status.WAITING if there.get(number, "PENDING") in waits else Status.RUNNING
+    return Status.WAITING if there.get(number, "COMPLETING") in waits else Status.RUNNING
 
 
 def _refused(name: str, error: BaseException, before: int, number: int) -> str:

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from masksam_nnunet.environment import ext_trainer_value
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.executors import Status, failures
+from masksam_nnunet.inference.benchmark.executors import Outcome, Status, failures
 from masksam_nnunet.inference.benchmark.fold_record import PROCESS_FILE, FoldRecord, read_fold_compute
+from masksam_nnunet.inference.benchmark.fold_state import Stage
 from masksam_nnunet.inference.benchmark.grid import Grid, check_grid, grid_jobs
 from masksam_nnunet.inference.benchmark.methods import parse_methods
 from masksam_nnunet.inference.benchmark.progress import GridProgress
@@ -138,8 +139,10 @@ def main(root: Path) -> None:
     tell(f"the evaluation refused: {told}")
     assert not orphans(jobs), "training processes are left"
 
-    second = submit(cluster, jobs, evaluation)
-    outcomes = wait(cluster, jobs, second, disturbance)
+    unfinished = tuple(job for job in jobs if job.state().stage is not Stage.DONE)
+    assert [job.name for job in unfinished] == [names[4]]
+    second = submit(cluster, unfinished, evaluation)
+    outcomes = wait(cluster, unfinished, second, disturbance)
     assert not failures(outcomes), failures(outcomes)
     assert result.is_file(), cluster.evaluation_error(second)
     check(jobs, {names[0], names[3], names[4]})
@@ -154,7 +157,9 @@ def submit(cluster: SlurmGrid, jobs: tuple[FoldJob, ...], evaluation: Callable[[
     return submission
 
 
-def wait(cluster: SlurmGrid, jobs: tuple[FoldJob, ...], submission: Submission, disturbance: Disturbance) -> object:
+def wait(
+    cluster: SlurmGrid, jobs: tuple[FoldJob, ...], submission: Submission, disturbance: Disturbance
+) -> tuple[Outcome, ...]:
     with GridProgress(Console(width=160), jobs) as progress:
 
         def look(statuses: Mapping[str, Status]) -> None:
@@ -169,7 +174,7 @@ def wait(cluster: SlurmGrid, jobs: tuple[FoldJob, ...], submission: Submission, 
 def check(jobs: tuple[FoldJob, ...], broken_off: set[str]) -> None:
     """Every fold is done, none was trained twice from scratch, and the records say who went on."""
     for job in jobs:
-        assert job.state().stage.value == "done", job.state()
+        assert job.state().stage is Stage.DONE, job.state()
         record = FoldRecord.read(job.folder)
         assert record is not None
         expected = ["train", "continue"] if job.name in broken_off else ["train"]

@@ -37,11 +37,22 @@ print(*(s.getsockname()[1] for s in sockets))')
 
 stop() {
     local code=$?
+    trap - EXIT
     scancel --user="$user" 2> /dev/null || true
-    for name in slurmd slurmctld munged; do
-        if [ -s "$root/$name.pid" ]; then kill "$(cat "$root/$name.pid")" 2> /dev/null || true; fi
+    for _ in $(seq 30); do # until no job's processes are left: slurmd would leave them behind
+        if [ -z "$(squeue --noheader 2> /dev/null)" ]; then break; fi
+        sleep 1
     done
-    sleep 2
+    for name in slurmd slurmctld munged; do
+        pid=$(cat "$root/$name.pid" 2> /dev/null || true)
+        if [ -z "$pid" ]; then continue; fi
+        kill "$pid" 2> /dev/null || true
+        for _ in $(seq 10); do
+            if ! kill -0 "$pid" 2> /dev/null; then break; fi
+            sleep 1
+        done
+        kill -9 "$pid" 2> /dev/null || true
+    done
     if [ $code -ne 0 ]; then
         for log in slurmctld slurmd munged; do
             echo "--- the end of $log's log"
@@ -52,6 +63,8 @@ stop() {
     exit $code
 }
 trap stop EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
 
 cat > "$root/slurm.conf" << END
 ClusterName=masksam

@@ -26,7 +26,8 @@ from masksam_nnunet.inference.benchmark.report_json import to_json
 from masksam_nnunet.inference.benchmark.results import BenchmarkResults, Comparison, Finding, Interval
 from masksam_nnunet.inference.benchmark.tables import overall
 from masksam_nnunet.inference.drawing import wrapped
-from masksam_nnunet.inference.page import number, p_value
+from masksam_nnunet.inference.page import breakable, number, p_value
+from masksam_nnunet.inference.text_pieces import pieces
 
 CLASSES = ("left | right", "<b>liver</b> $x$", "nowhere *")
 
@@ -316,4 +317,13 @@ def test_numbers_for_people() -> None:
     signed = number(3, signed=True)
     assert [signed(x) for x in (0.0123, -0.0123, -0.0001, math.nan)] == ["+0.012", "−0.012", "0.000", "–"]
     assert wrapped("MaskSAMTrainer_vit_t_budget cost $5", 15) == "MaskSAMTrainer_\nvit_t_budget\ncost \\$5"
+    assert breakable("<b>_c") == "&lt;b&gt;_<wbr>c"
+    assert pieces("nnUNetTrainer (nnUNetResEncUNetLPlans)", 24) == [
+        "nnUNetTrainer ",
+        "(nnUNet",
+        "Res",
+        "Enc",
+        "UNet",
+        "LPlans)",
+    ]
     assert wrapped("a" * 50, 10, lines=2) == "a" * 10 + "\n" + "a" * 9 + "…"
