@@ -1,0 +1,82 @@
+"""What a benchmark's folder is about, and what its command refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from masksam_nnunet.cli import app
+from masksam_nnunet.inference.benchmark.errors import BenchmarkError
+from masksam_nnunet.inference.benchmark.grid import Grid
+from masksam_nnunet.inference.benchmark.names import joint_name, row_names
+from masksam_nnunet.inference.benchmark.report_job import ReportJob
+from masksam_nnunet.inference.benchmark.results import Method
+from masksam_nnunet.inference.benchmark.run import DEFINITION_FILE, Definition
+
+METHODS = (Method("nnUNetTrainer", "nnUNetPlans", "2d"), Method("MaskSAMTrainer", "MaskSAMPlans", "2d"))
+DEFINITION = Definition(Grid("Dataset004_A", "2d", METHODS, (0, 1), 2.5, "cpu"), accept_unfair=True, processes=3)
+
+
+def test_a_definition_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    DEFINITION.write(tmp_path)
+    assert Definition.read(tmp_path) == DEFINITION
+    more = replace(DEFINITION, grid=replace(DEFINITION.grid, folds=(0, 1, 2)))
+    more.write(tmp_path)
+    assert Definition.read(tmp_path) == more
+
+
+def test_a_folder_belongs_to_one_dataset_and_configuration(tmp_path: Path) -> None:
+    DEFINITION.write(tmp_path)
+    for change in ({"dataset": "Dataset005_B"}, {"configuration": "3d_fullres"}):
+        other = replace(DEFINITION, grid=replace(DEFINITION.grid, **change))
+        with pytest.raises(BenchmarkError, match="holds a benchmark of Dataset004_A, 2d; give another folder"):
+            other.write(tmp_path)
+    assert Definition.read(tmp_path) == DEFINITION
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"grid": {}}', '{"grid": {"methods": [{"trainer": 1}]}}'])
+def test_a_damaged_definition_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / DEFINITION_FILE).write_text(content)
+    with pytest.raises(BenchmarkError, match="is not readable"):
+        Definition.read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchmarkError, match="cannot be written"):
+        DEFINITION.write(tmp_path / "file" / "folder")
+
+
+def test_report_on_no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 1 and "is no benchmark's folder" in done.output
+    with pytest.raises(BenchmarkError, match="no benchmark's folder"):
+        ReportJob(tmp_path)()
+
+
+def test_nnunets_folders_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_results", raising=False)
+    done = CliRunner().invoke(app, ["benchmark", "-d", "4", "--trainers", "nnunet"])
+    assert done.exit_code == 1 and "is not set" in done.output
+
+
+def test_a_clusters_options_need_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path))
+    (tmp_path / "Dataset004_A").mkdir()
+    (tmp_path / "Dataset004_A" / "dataset.json").write_text(json.dumps({}))
+    command = ["benchmark", "-d", "4", "--trainers", "nnunet", "--devices", "cpu", "--partition", "gpu"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "add --executor slurm" in done.output
+
+
+def test_rows_are_called_by_what_tells_them_apart() -> None:
+    a, b = METHODS
+    assert row_names(METHODS) == {a: "nnUNetTrainer", b: "MaskSAMTrainer (MaskSAMPlans)"}
+    twice = (a, replace(a, plans="nnUNetResEncUNetLPlans"))
+    assert list(row_names(twice).values()) == ["nnUNetTrainer (nnUNetPlans)", "nnUNetTrainer (nnUNetResEncUNetLPlans)"]
+    assert joint_name(["a", "b"]) == "a + b"
