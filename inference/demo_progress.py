@@ -4,40 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
+
+from .bars import Bars
 
 
-class DemoProgress:
+class DemoProgress(Bars):
     """Shows where the demo is; on a terminal with bars, elsewhere with a line per step."""
 
     def __init__(self, console: Console, steps: Mapping[str, float]) -> None:
         """Args: a console, and the steps in their order with the seconds each may take, for the bar of the whole."""
-        self.console = console
+        super().__init__(console, width=28)
         self._steps = dict(steps)
         self._done = 0.0
-        self._progress = Progress(
-            TextColumn("{task.description}", justify="left"),
-            BarColumn(bar_width=28),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}", style="dim"),
-            console=console,
-        )
         self._whole = self._progress.add_task("the whole demo", total=sum(self._steps.values()), detail="")
-
-    def __enter__(self) -> DemoProgress:
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop drawing; what was drawn stays."""
-        self._progress.stop()
 
     @contextmanager
     def step(self, name: str, text: str) -> Iterator[None]:

@@ -21,8 +21,22 @@ from masksam_nnunet.inference.benchmark.results import (
     TestSetScore,
 )
 from masksam_nnunet.inference.benchmark.statistics import aggregates, comparisons, policies
-from masksam_nnunet.inference.history import History
+from masksam_nnunet.inference.history import History, TrainingStats
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, Scores, aggregate
+
+STATS = TrainingStats(
+    train_seconds=240.4,
+    iterations=1234,
+    peak_memory_mb=987.6,
+    peak_memory_of="process, resident",
+    parameters=16_500_000,
+    trainable_parameters=2_000_000,
+    epochs=10,
+    batch_size=2,
+    patch_size=(24, 64, 64),
+    device="cpu",
+)
+"""Of a training by the clock."""
 
 FOLDS, CASES = 5, 20
 """Folds, and cases in each."""

@@ -6,14 +6,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from masksam_nnunet.environment import BUDGET_PROGRESS_FILE
 from masksam_nnunet.json_files import read_json
 
+from ..bars import Bars
 from .executors import Status
 from .fold_record import PROCESS_FILE
 from .fold_state import FINAL
@@ -72,37 +72,17 @@ def _last_epoch(job: FoldJob) -> int | None:
     return int(found[-1]) if found else None
 
 
-class GridProgress:
+class GridProgress(Bars):
     """Shows the grid on a terminal with bars, elsewhere with plain lines; an executor's ``watch`` is :meth:`show`."""
 
     def __init__(self, console: Console, jobs: Sequence[FoldJob]) -> None:
         """Args: where to show it, and what will run."""
-        self.console = console
+        super().__init__(console, width=24, hidden=not console.is_terminal)
         self._jobs = {job.name: job for job in jobs}
         self._before: Mapping[str, Status] = {}
         self._last_lines = time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.description}", justify="left"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}", style="dim"),
-            console=console,
-            disable=not console.is_terminal,
-        )
         self._bars: dict[str, TaskID] = {}
         self._whole = self._progress.add_task("all folds", total=max(1, len(jobs)), detail="")
-
-    def __enter__(self) -> GridProgress:
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop drawing; what was drawn stays."""
-        self._progress.stop()
 
     def show(self, statuses: Mapping[str, Status]) -> None:
         """Take over where each job is, by name."""

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_benchmark import made_up_results
+from made_up_benchmark import STATS, made_up_results
 from PIL import Image
 
 from masksam_nnunet.inference.benchmark.report import write_benchmark_report
 from masksam_nnunet.inference.figures import draw_curves
-from masksam_nnunet.inference.history import History, TrainingStats
+from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.page import Picture
 from masksam_nnunet.inference.report import MethodResult, Report, write_report
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, policies
@@ -78,18 +78,6 @@ def made_up_demo() -> Report:
     """The demo's report with long names and one picture."""
     history = History((10.0, 20.0), (1.0, 0.5), (0.9, 0.8), (0.2, 0.6))
     curves = Picture("Learning curves", "A caption.", draw_curves({"nnU-Net": history, "MaskSAM": history}))
-    stats = TrainingStats(
-        train_seconds=240.0,
-        iterations=1234,
-        peak_memory_mb=987.6,
-        peak_memory_of="process, resident",
-        parameters=16_500_000,
-        trainable_parameters=2_000_000,
-        epochs=10,
-        batch_size=2,
-        patch_size=(24, 64, 64),
-        device="cpu",
-    )
     names = [*SIXTEEN[:3], SIXTEEN[-1]]
     score = ClassScore(0.8, 3.2, 0.9, 12.5, 11.0)
     scores = aggregate([CaseScore(case, dict.fromkeys(names, score)) for case in ("case_a", "case_b")], 1.0)
@@ -106,7 +94,7 @@ def made_up_demo() -> Report:
         versions={"torch": "2.x"},
         scoring=policies(scores, has_ignore_label=False),
         notes=["A note."],
-        methods=[MethodResult("nnU-Net", "nnUNetTrainer", scores, stats)] * 2,
+        methods=[MethodResult("nnU-Net", "nnUNetTrainer", scores, STATS)] * 2,
         classes=dict.fromkeys(names, "#e69f00"),
         curves=curves,
         case_pictures=[curves],

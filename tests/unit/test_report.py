@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from made_up_benchmark import STATS
 
 from masksam_nnunet.inference.demo_pictures import choose_cases
 from masksam_nnunet.inference.figures import CaseImages, choose_slices, draw_case, draw_curves, draw_inside
-from masksam_nnunet.inference.history import History, TrainingStats
+from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.inside import InsideView, cut, patch_window, read_parts
 from masksam_nnunet.inference.label_maps import Classes
 from masksam_nnunet.inference.report import (
@@ -42,19 +43,7 @@ def made_up_method(name: str, dice: float) -> MethodResult:
     first = ClassScore(dice, 4.0 - dice, dice / 2, 12.5, 11.0)
     nowhere = ClassScore(math.nan, math.nan, math.nan, 0.0, 0.0)
     cases = [CaseScore(case, dict(zip(NAMES, (first, nowhere), strict=True))) for case in ("case_a", "case_b")]
-    stats = TrainingStats(
-        train_seconds=240.4,
-        iterations=1234,
-        peak_memory_mb=987.6,
-        peak_memory_of="process, resident",
-        parameters=16_500_000,
-        trainable_parameters=2_000_000,
-        epochs=10,
-        batch_size=2,
-        patch_size=(24, 64, 64),
-        device="cpu",
-    )
-    return MethodResult(name, f"{name}Trainer", aggregate(cases, 1.0), stats)
+    return MethodResult(name, f"{name}Trainer", aggregate(cases, 1.0), STATS)
 
 
 @pytest.fixture
