@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
-
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.json_files import read_json, write_json
 
@@ -231,6 +229,8 @@ def _epochs(checkpoint: Path) -> tuple[int, float]:
 
     From a checkpoint of our own training: unpickling runs what the file says.
     """
+    import torch  # not where a job only waits for its training: it takes a gigabyte
+
     # mmap: the weights are not read.
     log = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
     spans = list(zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,10 +22,12 @@ from masksam_nnunet.inference.benchmark.fold_state import Stage
 from masksam_nnunet.inference.benchmark.grid import Grid, check_grid, grid_jobs
 from masksam_nnunet.inference.benchmark.methods import parse_methods
 from masksam_nnunet.inference.benchmark.progress import GridProgress
+from masksam_nnunet.inference.benchmark.report_job import ReportJob
+from masksam_nnunet.inference.benchmark.run import Definition
 from masksam_nnunet.inference.benchmark.slurm_jobs import SlurmGrid, SlurmSettings, Submission, jobs_in_queue
 from masksam_nnunet.inference.benchmark.train_fold import FoldJob
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
-from masksam_nnunet.json_files import write_json
+from masksam_nnunet.json_files import read_json
 
 CASES, EPOCHS = 10, 6
 DATASET = "Dataset004_Small"
@@ -46,15 +47,6 @@ def prepare(root: Path) -> None:
     os.environ["nnUNet_extTrainer"] = ext_trainer_value(str(SHORT_TRAINERS))
     os.environ |= {"nnUNet_def_n_proc": "1", "TEST_EPOCHS": str(EPOCHS), "TEST_MIRRORING": "0"}
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait must not keep jobs beside them from working
-
-
-def evaluate(folders: list[Path], file: Path) -> None:
-    """What the dependent job runs: refuses an incomplete grid."""
-    lacking = [str(folder) for folder in folders if not (folder / "validation" / "summary.json").is_file()]
-    if lacking:
-        raise BenchmarkError(f"{len(lacking)} folds are not done: {', '.join(lacking)}")
-    computes = [read_fold_compute(folder) for folder in folders]
-    write_json(file, {"folds": len(computes), "seconds": sum(compute.seconds or 0 for compute in computes)})
 
 
 class Disturbance:
@@ -119,8 +111,9 @@ def main(root: Path) -> None:
     except BenchmarkError as error:
         tell(f"as it should be: {error}")
 
-    result = root / "benchmark" / "evaluation.json"
-    evaluation = partial(evaluate, [job.folder for job in jobs], result)
+    result = root / "benchmark" / "report.html"
+    Definition(grid, processes=1).write(root / "benchmark")
+    evaluation = ReportJob(root / "benchmark")
     names = [job.name for job in jobs]
     ways = {names[0]: preempt, names[3]: requeue, names[4]: kill}
     disturbance = Disturbance(ways, jobs)
@@ -135,7 +128,7 @@ def main(root: Path) -> None:
     tell(f"the first run has ended; failed:\n{failures(outcomes)}")
     assert [outcome.name for outcome in outcomes if outcome.error] == [names[4]]
     told = cluster.evaluation_error(submission)
-    assert told is not None and "1 folds are not done" in told and not result.exists()
+    assert told is not None and "not all folds are done" in told and not result.exists()
     tell(f"the evaluation refused: {told}")
     assert not orphans(jobs), "training processes are left"
 
@@ -146,7 +139,8 @@ def main(root: Path) -> None:
     assert not failures(outcomes), failures(outcomes)
     assert result.is_file(), cluster.evaluation_error(second)
     check(jobs, {names[0], names[3], names[4]})
-    tell(f"evaluation: {result.read_text().strip()}")
+    report = read_json(result.with_suffix(".json"))
+    tell(f"report of {', '.join(row['name'] for row in report['rows'])}: {result.stat().st_size} bytes")
     tell(f"complete: 10 folds, 3 of them broken off and gone on with, in {time.monotonic() - began:.0f} s")
 
 
