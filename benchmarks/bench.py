@@ -18,7 +18,7 @@ from typing import Any
 
 import growth
 import torch
-from cases import cases
+from cases import cases, step_flops
 from measure import Case, matmul_rate, peak_mib, seconds
 from performance_page import write_page
 
@@ -78,15 +78,13 @@ def device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads, float32"
 
 
-def shares_of_peak(written: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+def shares_of_peak(measured: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """How much of the machine's own matrix-product rate, measured now, the measured training step reaches."""
-    name = SHARE.split(",")[0]
-    steps = [row for row in written if row["name"] == f"{name}, time" and row["device"] == device_name(device)]
     rows = []
-    for row in steps:
-        if row["variant"] == "ours":
+    for row in measured:
+        if row["name"] == f"{SHARE.split(',')[0]}, time" and row["variant"] == "ours":
             where = torch.device(device)
-            operations, rate = growth.step_flops(2, 256, 8, where), matmul_rate(where)
+            operations, rate = step_flops(where), matmul_rate(where)
             reached = operations / row["ours"]
             numbers = {
                 "ours": round(reached / 1e9, 1),
@@ -123,9 +121,8 @@ def main() -> None:
     if not arguments.page_only:
         for case in all_cases(not arguments.without_nnunet):
             if arguments.only in case.name and not (case.gpu_only and arguments.device == "cpu"):
-                save(run_case(case, arguments.device, arguments.repeats))
-        if arguments.only in SHARE:
-            save(shares_of_peak(read(), arguments.device))
+                rows = run_case(case, arguments.device, arguments.repeats)
+                save(rows + shares_of_peak(rows, arguments.device))
         found: dict[str, dict[int, dict[str, float]]] = {}
         for point in growth.points(not arguments.without_nnunet):
             axis = point["axis"]

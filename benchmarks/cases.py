@@ -10,14 +10,18 @@ from measure import Builder, Case, Step
 from plain_form import PlainCriterion, plain_decoder, plain_encoder, plain_parts, plain_prompt_encoder
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masksam_nnunet.config import Grid, LossConfig, MaskSAMConfig
+from masksam_nnunet.cost import Meter
 from masksam_nnunet.criterion import MaskSAMCriterion, SemanticLoss
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
 from masksam_nnunet.modeling.attention import self_attention
 from masksam_nnunet.precision import autocast
 
 WITHOUT_SEMANTIC = LossConfig(semantic=0.0)
+STEP = (2, 256, 8)
+"""Slices, side and queries of the training step of the network."""
 
 
 def _attention(plain: bool, images: int, grid: int) -> Builder:
@@ -152,6 +156,17 @@ def nll(log_p: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.nll_loss(log_p, labels[:, 0].long())
 
 
+def step_flops(device: torch.device) -> int:
+    """Operations of the training step of the network that is measured, counted without running it."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        network = vit_b(*STEP)
+        x = torch.randn(1, 1, STEP[0], STEP[1], STEP[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cuda"):  # the path that a GPU takes
+            output = network(x)
+        _mean_squares([out.float() for out in output]).backward()
+    return meter.flops
+
+
 def training(
     config: MaskSAMConfig, truth: Tensor, classes: int, semantic: SemanticLoss = nll, with_optimizer: bool = False
 ) -> Builder:
@@ -229,9 +244,9 @@ def cases() -> list[Case]:
             "training step of the network",
             "ViT-B, 2 slices of 1024x1024, N = 8",
             {
-                "ours": _step(False, False, 2, 256, 8),
-                "checkpointing": _step(False, True, 2, 256, 8),
-                "plain": _step(True, False, 2, 256, 8),
+                "ours": _step(False, False, *STEP),
+                "checkpointing": _step(False, True, *STEP),
+                "plain": _step(True, False, *STEP),
             },
             repeats=3,
             warm_up=False,

@@ -10,7 +10,6 @@ from cases import blobs, training
 from measure import Builder, Step, peak_mib, timed
 
 from masksam_nnunet.config import MaskSAMConfig
-from masksam_nnunet.cost import training_cost
 
 BASE = {"slices": 2, "side": 64, "queries": 8, "classes": 4}
 AXES = {"slices": (1, 2, 4, 8), "side": (64, 96, 128, 160), "queries": (4, 8, 16, 32), "classes": (2, 8, 32)}
@@ -72,9 +71,3 @@ def rows(found: dict[int, dict[str, float]], axis: str, device: str) -> list[dic
         for unit in ("s", "MiB")
         for value in sorted(found)
     ]
-
-
-def step_flops(slices: int, side: int, queries: int, device: torch.device) -> int:
-    """Operations of forward and backward pass of the network and its loss, batch 1, as this device runs them."""
-    config = MaskSAMConfig("vit_b", (slices, side, side), UPSAMPLE, queries)
-    return training_cost(config, 1, 4, 1, precision="bfloat16" if device.type == "cuda" else "float32").flops

@@ -7,7 +7,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("masksam-nnunet", "nnunetv2", "torch", "monai", "numpy", "SimpleITK")
+PACKAGES = (
+    *("masksam-nnunet", "nnunetv2", "torch", "monai", "numpy", "SimpleITK"),
+    *("nibabel", "scipy", "statsmodels", "pandas"),
+)
 
 
 def versions() -> dict[str, str]:

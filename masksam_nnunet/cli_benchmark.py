@@ -63,6 +63,14 @@ def benchmark(
         typer.Option("--devices", help="cpu, cuda, or GPUs by number: a fold at a time on each.", show_default="cuda"),
     ] = None,
     ensembles: Annotated[bool, typer.Option(help="Ensemble all pairs; validation then saves probabilities.")] = True,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Finds the patient in a case's name, as in masksam split.",
+            show_default="names such as patient007_ED tell",
+        ),
+    ] = None,
     accept_unfair: AcceptUnfair = False,
     processes: Annotated[int, typer.Option("-np", "--processes", min=1, help="Workers that score and ensemble.")] = 2,
     executor: Annotated[Executor, typer.Option(help="This machine, or a cluster.")] = Executor.local,
@@ -96,6 +104,7 @@ def benchmark(
             ensembles,
             accept_unfair,
             processes,
+            group,
         )
         settings = None
         if executor is Executor.slurm:

@@ -60,7 +60,7 @@ def _attention_flops(*tensors: Tensor) -> int:
     return product * (2 if len(tensors) == 3 else 5)
 
 
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Adds up operations, and the storages that are alive, whose peak it knows.
 
     FlopCounterMode beside it would keep the graph, and so memory, alive.
@@ -170,7 +170,7 @@ def training_cost(
     """
     most = min(num_classes if targets_per_slice is None else targets_per_slice, config.num_queries)
     low = precision == "bfloat16"
-    with FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         network = MaskSAM(config, in_channels, num_classes).train()
         if low:
             _norms_in_float32(network)

@@ -6,10 +6,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pickle
+import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TextIO
 
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing
@@ -20,6 +25,7 @@ from masksam_nnunet.json_files import read_json, write_json
 from .errors import BenchmarkError
 from .results import Method
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 POSTPROCESSED = "postprocessed"
 """nnU-Net's name of the folder inside a folder of predictions."""
 
@@ -78,14 +84,16 @@ def combine(
             name = get_ensemble_name(str(models[a]), str(models[b]), folds)
             combined.append(Combined((a, b), results / "ensembles" / name))
 
-    stamp = _stamp(models.values(), folds, ensembles)
+    stamp = _stamp(models.values(), folds, ensembles, ground_truth / "gt_segmentations")
     remembered = read_json(stamp_file) if stamp_file.is_file() else {}
     whole = all((part.folder / "postprocessing.json").is_file() for part in combined)
     if remembered.get("stamp") == stamp and whole:
         return _marked(combined, remembered["best"])
 
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream), _in_words(log):
+    with _in_words(log), _opened(log) as stream, contextlib.redirect_stdout(stream):
+        stamp_file.unlink(missing_ok=True)
+        for part in combined:
+            shutil.rmtree(part.folder, ignore_errors=True)  # nnU-Net leaves an ensemble's old files there
         best = _find_best(dataset, methods, combined, ensembles, processes, folds)
         for part in combined:
             if str(part.folder) != best:  # which has been done
@@ -97,7 +105,7 @@ def combine(
                     processes,
                     keep_postprocessed_files=True,
                 )
-    write_json(stamp_file, {"stamp": stamp, "best": best})
+        write_json(stamp_file, {"stamp": stamp, "best": best})
     return _marked(combined, best)
 
 
@@ -126,24 +134,32 @@ def _marked(combined: Sequence[Combined], best: str | None) -> list[Combined]:
     return [Combined(part.members, part.folder, str(part.folder) == best) for part in combined]
 
 
-def _stamp(models: Iterable[Path], folds: Sequence[int], ensembles: bool) -> str:
-    """Changes with every prediction."""
+def _stamp(models: Iterable[Path], folds: Sequence[int], ensembles: bool, truths: Path) -> str:
+    """Changes with every prediction and every truth."""
     digest = hashlib.sha256(f"{ensembles}".encode())
-    for model in models:
-        for fold in folds:
-            for file in sorted((model / f"fold_{fold}" / "validation").iterdir()):
-                if file.is_file():
-                    status = file.stat()
-                    digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for folder in (truths, *(model / f"fold_{fold}" / "validation" for model in models for fold in folds)):
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                status = file.stat()
+                digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(log: Path) -> Iterator[TextIO]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream:
+        yield stream
 
 
 @contextlib.contextmanager
 def _in_words(log: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, AssertionError, IndexError, OSError) as error:
+    # Among them what a probability file that was cut short raises in nnU-Net's workers.
+    except (RuntimeError, AssertionError, LookupError, OSError, ValueError, EOFError, *_DAMAGED) as error:
         raise BenchmarkError(
             f"nnU-Net could not put the cross-validation together: {type(error).__name__}: {error}. What it printed is "
-            f"in {log}. Run the benchmark again once that is mended; trained folds are kept."
+            f"in {log}. If a file of a fold's validation is damaged, remove it and run masksam benchmark again, which "
+            "makes it anew; trained folds are kept."
         ) from error

@@ -42,6 +42,7 @@ def evaluate(
     device: str = "cuda",
     processes: int = 2,
     commands: Sequence[str] = (),
+    patients: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> Path:
     """Evaluate a finished grid and write its report.
@@ -57,6 +58,7 @@ def evaluate(
         device: for predicting labelled test cases, if there are any.
         processes: workers.
         commands: what was run to train; those of the evaluation are added.
+        patients: patient by case; None where the case names are to tell.
         console: where progress is told.
 
     Returns:
@@ -71,7 +73,7 @@ def evaluate(
     splits = read_json(preprocessed / "splits_final.json")
 
     with console.status("checking that the comparison is fair"):
-        findings = check_fairness(methods, folds, results, preprocessed)
+        findings = check_fairness(methods, folds, results, preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
     if severe and not accept_unfair:
         raise BenchmarkError(
@@ -81,13 +83,14 @@ def evaluate(
         )
     cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
     fold_of = {case: fold for fold, names in cases.items() for case in names}
-    truths = preprocessed / "gt_segmentations"
+    truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
     with console.status("putting folds together (nnU-Net's find_best_configuration and post-processing)"):
-        combined = combine(
-            methods, dataset, folds, ensembles, processes, out / "logs" / "evaluation.log", out / "combined.json"
-        )
+        combined = combine(methods, dataset, folds, ensembles, processes, out / "logs" / "evaluation.log", stamp_file)
 
-    tolerance = default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in fold_of)
+    try:
+        tolerance = default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in fold_of)
+    except LabelMapError as error:
+        raise BenchmarkError(f"the truth cannot be read: {error}") from error
     names = row_names(methods)
     compute = {m: tuple(read_fold_compute(results / m.key / f"fold_{fold}") for fold in folds) for m in methods}
     rows: list[Row] = []
@@ -101,7 +104,7 @@ def evaluate(
         )
         for row_name, folder, kind in kinds:
             with console.status(f"scoring {row_name}"):
-                scores = _score(folder, truths, dataset_json, sorted(fold_of), tolerance, processes)
+                scores = _score(folder, truths, dataset_json, sorted(fold_of), tolerance, processes, stamp_file)
             histories: Mapping[int, History] = {}
             if kind == "method":
                 (method,) = part.members
@@ -113,7 +116,7 @@ def evaluate(
 
     with console.status("predicting and scoring the test set"):
         test_set, more = score_test_set(
-            methods, raw, dataset_json, folds, ensembles, device, out / "test_set", processes
+            methods, raw, dataset_json, folds, ensembles, device, out / "test_set", processes, tolerance
         )
     ignored = Classes.from_dataset_json(dataset_json).ignore_label
     with console.status("statistics"):
@@ -124,12 +127,12 @@ def evaluate(
             folds=tuple(folds),
             cases=cases,
             rows=tuple(rows),
-            aggregates=aggregates(rows),
-            comparisons=comparisons(rows),
+            aggregates=aggregates(rows, patients),
+            comparisons=comparisons(rows, patients=patients),
             findings=(*findings, *check_postprocessing(rows)),
             test_set=tuple(test_set),
             best=best,
-            policies=policies(rows, ignored is not None) | _postprocessing(combined, names),
+            policies=policies(rows, ignored is not None, patients) | _postprocessing(combined, names),
             versions=versions(),
             git_hash=git_hash(),
             commands=(*commands, *more),
@@ -137,19 +140,32 @@ def evaluate(
             truths=truths,
         )
     with console.status("writing the report"):
-        write_csv(out / SCORES_FILE, case_table(rows))
+        try:
+            write_csv(out / SCORES_FILE, case_table(rows))
+        except OSError as error:
+            raise BenchmarkError(f"{out} cannot be written: {error}; make room and run masksam report {out}") from error
         return write_benchmark_report(out, found)
 
 
 def _score(
-    folder: Path, truths: Path, dataset_json: Mapping[str, Any], cases: Sequence[str], tolerance: float, processes: int
+    folder: Path,
+    truths: Path,
+    dataset_json: Mapping[str, Any],
+    cases: Sequence[str],
+    tolerance: float,
+    processes: int,
+    stamp_file: Path,
 ) -> Scores:
     """Scores whose Dice is nnU-Net's own."""
     try:
         scores = score_folder(folder, truths, dataset_json, cases, tolerance, processes=processes)
     except LabelMapError as error:
         raise BenchmarkError(f"{folder}: {error}") from error
-    check_against_nnunet(scores, folder / "summary.json", dataset_json)
+    try:
+        check_against_nnunet(scores, folder / "summary.json", dataset_json)
+    except BenchmarkError:
+        stamp_file.unlink(missing_ok=True)  # the next run has nnU-Net put them together and score them again
+        raise
     return scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..scoring import cases_in
@@ -16,7 +16,11 @@ from .results import Finding, Method, Row
 
 
 def check_fairness(
-    methods: Sequence[Method], folds: Sequence[int], results_folder: Path, preprocessed_folder: Path
+    methods: Sequence[Method],
+    folds: Sequence[int],
+    results_folder: Path,
+    preprocessed_folder: Path,
+    patients: Mapping[str, str] | None = None,
 ) -> tuple[Finding, ...]:
     """Check that methods were trained and validated on the same terms.
 
@@ -25,6 +29,7 @@ def check_fairness(
         folds: to be compared.
         results_folder: the dataset's folder in nnUNet_results.
         preprocessed_folder: the dataset's folder in nnUNet_preprocessed.
+        patients: patient by case; None where the case names are to tell.
 
     Returns:
         What bears on fairness, severe findings first.
@@ -48,7 +53,7 @@ def check_fairness(
         preprocessed / "splits_final.json", "write it with masksam split, or let nnUNetv2_train make it"
     )
     findings = [
-        *check_splits(splits, folds, training_cases, preprocessed.name),
+        *check_splits(splits, folds, training_cases, preprocessed.name, patients),
         *check_folds(methods, folds, results, splits, ending),
         *check_models(methods, results, description),
         *check_training(methods, folds, results, preprocessed),

@@ -14,7 +14,13 @@ from .results import Finding
 Split = Mapping[str, Sequence[str]]
 
 
-def check_splits(splits: object, folds: Sequence[int], training_cases: Sequence[str], dataset: str) -> list[Finding]:
+def check_splits(
+    splits: object,
+    folds: Sequence[int],
+    training_cases: Sequence[str],
+    dataset: str,
+    patients: Mapping[str, str] | None = None,
+) -> list[Finding]:
     """Check the folds to be compared.
 
     Args:
@@ -22,6 +28,7 @@ def check_splits(splits: object, folds: Sequence[int], training_cases: Sequence[
         folds: to be compared.
         training_cases: all cases with a true label map.
         dataset: full name.
+        patients: patient by case; None where the case names are to tell.
 
     Raises:
         BenchmarkError: the file is no list of folds; a fold is not in it, asked for twice, validates nothing, or cases
@@ -65,12 +72,24 @@ def check_splits(splits: object, folds: Sequence[int], training_cases: Sequence[
                 f"were compared: {len(times)} of {len(known)} cases.",
             )
         )
+    if patients is not None:
+        return findings + _separated(chosen, patients)
     # Folds that are not compared keep their place, so that the sentence counts them right.
     compared = [splits[i] if i in chosen else {"train": [], "val": []} for i in range(len(splits))]
     warning = split_warning(training_cases, compared, number_of(dataset))
     if warning is not None:
         findings.append(Finding(True, f"Patients are not kept together: {warning}."))
     return findings
+
+
+def _separated(chosen: Mapping[int, Split], patients: Mapping[str, str]) -> list[Finding]:
+    """Patients with cases on both sides of a fold."""
+    found = []
+    for fold, split in chosen.items():
+        train, val = ({patients[case] for case in split[part] if case in patients} for part in ("train", "val"))
+        if train & val:
+            found.append(Finding(True, f"Fold {fold} validates patients it was trained on: {listed(train & val)}."))
+    return found
 
 
 def _chosen(splits: object, folds: Sequence[int]) -> dict[int, Split]:

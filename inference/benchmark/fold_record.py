@@ -101,10 +101,15 @@ class FoldRecord:
                 f"{file} is not a benchmark's record ({error!r}); remove it, and the fold counts as trained elsewhere"
             ) from error
 
+    def of_this_training(self) -> list[dict[str, Any]]:
+        """Its parts without validations, and without a training that was given up before it began anew."""
+        begun = [index for index, part in enumerate(self.parts) if part["kind"] == "train"]
+        return [part for part in self.parts[begun[-1] if begun else 0 :] if part["kind"] != "validate"]
+
     @property
     def resumed(self) -> int:
         """How often the training went on from a checkpoint."""
-        return sum(part["kind"] == "continue" for part in self.parts)
+        return sum(part["kind"] == "continue" for part in self.of_this_training())
 
     def begin_part(self, kind: PartKind, command: str) -> None:
         """Note that nnU-Net's command starts now."""
@@ -190,9 +195,10 @@ def read_fold_compute(fold_folder: Path) -> FoldCompute:
     if not checkpoint.is_file():
         raise BenchmarkError(f"{fold_folder} holds no checkpoint_final.pth: this fold is not trained")
     record = FoldRecord.read(fold_folder)
-    parts = [] if record is None else [part for part in record.parts if part["kind"] != "validate"]
+    parts = [] if record is None else record.of_this_training()
     told = [part["process"] for part in parts if part["process"]]
     last: Mapping[str, Any] = told[-1] if told else {}
+    devices = list(dict.fromkeys(process["device"] for process in told))
     budget = _budget_stats(fold_folder)
     epochs, seconds = _epochs(checkpoint)
     per_epoch = last.get("iterations_per_epoch")
@@ -204,7 +210,7 @@ def read_fold_compute(fold_folder: Path) -> FoldCompute:
         seconds=budget.get("train_seconds", seconds),
         peak_memory_mib=max(peaks, default=None),
         peak_memory_of=last.get("peak_memory_of", budget.get("peak_memory_of", "not recorded")),
-        device=last.get("device", budget.get("device", "not recorded")),
+        device=" and ".join(devices) or budget.get("device", "not recorded"),
         iterations=budget.get("iterations", None if per_epoch is None else per_epoch * epochs),
         epochs=epochs,
         parameters=last.get("parameters", budget.get("parameters")),

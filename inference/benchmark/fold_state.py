@@ -55,14 +55,16 @@ def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) 
     final = folder / FINAL
     if not final.is_file():
         return _before_the_end(folder)
-    lacking = _lacking(folder / "validation", cases, file_ending, npz)
+    lacking = _lacking(folder / "validation", cases, file_ending, npz) or _outdated(folder)
     # All its bytes only where it will be read: a large model's folds take long.
     damage = _damage(final, thorough=lacking is not None)
     if damage is not None:
+        earlier = [name for name in (LATEST, BEST) if (folder / name).is_file() and not _damage(folder / name, True)]
+        remedy = f"remove the folder {folder} to train this fold again"
+        if earlier:  # nnU-Net removes the latest only after it has written the final one
+            remedy = f"remove that file alone: training then goes on from {earlier[0]}"
         return FoldState(
-            Stage.DAMAGED,
-            f"{final} is not a whole checkpoint ({damage}); remove the folder {folder} to train this fold again, or "
-            "put a whole copy there",
+            Stage.DAMAGED, f"{final} is not a whole checkpoint ({damage}); {remedy}, or put a whole copy there"
         )
     if lacking is not None:
         return FoldState(Stage.TRAINED, lacking)
@@ -112,6 +114,12 @@ def _lacking(validation: Path, cases: Sequence[str], file_ending: str, npz: bool
         return f"{summary} is not there or not whole"
     unscored = [case for case in cases if f"{case}{file_ending}" not in names]
     return f"{summary} lacks {len(unscored)} of {len(cases)} cases" if unscored else None
+
+
+def _outdated(folder: Path) -> str | None:
+    """Whether predictions are older than the checkpoint: of an earlier training of the same fold."""
+    scored, trained = (file.stat().st_mtime_ns for file in (folder / "validation" / "summary.json", folder / FINAL))
+    return f"its predictions are older than {FINAL}" if scored < trained else None
 
 
 def _has_content(file: Path) -> bool:

@@ -17,9 +17,10 @@ from masksam_nnunet.json_files import read_json, write_json
 from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
 from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
-from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, split_warning
+from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, group_by_regex, split_warning
 
 from .errors import BenchmarkError
+from .fairness_splits import check_splits
 from .fold_record import FoldRecord, Inputs
 from .methods import BASELINES, DEFAULT_PLANS, has_budget
 from .results import Method
@@ -43,6 +44,8 @@ class Grid:
         minutes: for time-budget trainers, else None.
         device: ``cpu``, ``cuda`` or ``mps``.
         npz: whether probabilities of validation are saved, which ensembles need.
+        group: regular expression that finds the patient in a case's name, as ``masksam split --group``; None where
+            :func:`masksam_nnunet.plans.splits.group_by_patient` is to tell.
     """
 
     dataset: str
@@ -52,6 +55,21 @@ class Grid:
     minutes: float | None = None
     device: str = "cuda"
     npz: bool = True
+    group: str | None = None
+
+    def patients(self, cases: Sequence[str]) -> dict[str, str] | None:
+        """Patient by case, None without ``group``.
+
+        Raises:
+            BenchmarkError: the expression does not fit the names.
+        """
+        if self.group is None:
+            return None
+        try:
+            groups = group_by_regex(cases, self.group)
+        except PlanError as error:
+            raise BenchmarkError(str(error)) from error
+        return {case: patient for patient, members in groups.items() for case in members}
 
     @property
     def results(self) -> Path:
@@ -83,8 +101,12 @@ def find_benchmark_dataset(dataset: str) -> str:
         raise BenchmarkError(str(error)) from error
 
 
-def check_grid(grid: Grid) -> tuple[str, ...]:
+def check_grid(grid: Grid, accept_unfair: bool = False) -> tuple[str, ...]:
     """Check all that can be checked before training, and write nnU-Net's default split where there is none.
+
+    Args:
+        grid: to be trained.
+        accept_unfair: train in spite of folds that make no fair cross-validation.
 
     Returns:
         what the user should know, one sentence each.
@@ -103,11 +125,8 @@ def check_grid(grid: Grid) -> tuple[str, ...]:
         _check_method(grid, method, number, cases)
     splits = _splits(grid, number, cases)
     _check_folds(grid, splits, cases, number)
+    notes = _check_fair(grid, splits, cases, accept_unfair)
     _check_begun(grid)
-    notes = []
-    warning = split_warning(cases, splits, number)
-    if warning is not None:
-        notes.append(warning)
     own_schedule = [m.key for m in grid.methods if not has_budget(m)]
     if grid.minutes is not None and own_schedule:
         notes.append(
@@ -217,10 +236,11 @@ def _planning_command(plans: str, number: int) -> str:
 def _splits(grid: Grid, number: int, cases: Sequence[str]) -> list[Mapping[str, list[str]]]:
     """The folds in splits_final.json; nnU-Net's own default is written where there are none."""
     file = grid.preprocessed / "splits_final.json"
-    # Before any job starts: several that found no file would each write one.
-    with FileLock(grid.preprocessed / ".splits_final.lock"):
-        if not file.is_file():
-            _write_default_split(grid, file, number, cases)
+    if not file.is_file():
+        # Before any job starts: several that found no file would each write one.
+        with FileLock(grid.preprocessed / ".splits_final.lock"):
+            if not file.is_file():
+                _write_default_split(grid, file, number, cases)
     try:
         splits: list[Mapping[str, list[str]]] = read_json(file)
         for split in splits:
@@ -241,6 +261,8 @@ def _write_default_split(grid: Grid, file: Path, number: int, cases: Sequence[st
             f"{NUM_FOLDS - 1}; ask for these, or write a file with more"
         )
     warning = split_warning(cases, None, number)
+    if grid.group is not None:
+        raise BenchmarkError(f"{file} is missing: write it with masksam split -d {number} --group '{grid.group}'")
     if warning is not None:
         raise BenchmarkError(f"{file} is missing: {warning}")
     # As nnU-Net's do_split, from the data of the first method: it names the cases that all methods have.
@@ -272,6 +294,21 @@ def _check_folds(grid: Grid, splits: Sequence[Mapping[str, list[str]]], cases: S
                 f"{file}: fold {fold} names {len(unknown)} cases that the dataset does not have, such as "
                 f"{unknown[0]}; write it again, for example with: masksam split -d {number} --force"
             )
+
+
+def _check_fair(
+    grid: Grid, splits: list[Mapping[str, list[str]]], cases: Sequence[str], accept_unfair: bool
+) -> list[str]:
+    """Whether the folds make a cross-validation: better known before the training than after."""
+    findings = check_splits(splits, grid.folds, cases, grid.dataset, grid.patients(cases))
+    severe = [finding.text for finding in findings if finding.severe]
+    if severe and not accept_unfair:
+        raise BenchmarkError(
+            "these folds make no fair comparison:\n"
+            + "\n".join(f"- {text}" for text in severe)
+            + "\nMend splits_final.json, or give --accept-unfair to have a report that opens with these reasons."
+        )
+    return severe
 
 
 def _check_begun(grid: Grid) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +82,12 @@ class LocalGrid:
             while waiting or running:
                 while waiting and free:
                     job, device = waiting.popleft(), free.pop(0)
-                    running[job.name] = (job, device, self._start(job, device))
+                    try:
+                        running[job.name] = (job, device, self._start(job, device))
+                    except OSError as error:  # a full disk must not end what runs on other devices
+                        told = f"{job.name}: the job cannot be started: {error}; make room and run again"
+                        outcomes[job.name] = Outcome(job.name, told, job.log)
+                        free.append(device)
                 for name, (job, device, submitted) in list(running.items()):
                     if submitted.done():
                         outcomes[name] = outcome_of(job, submitted)
@@ -98,10 +104,22 @@ class LocalGrid:
     def _start(self, job: GridJob, device: str) -> Job[object]:
         executor = LocalExecutor(self.folder)
         executor.update_parameters(timeout_min=FOREVER_MINUTES)
-        # submitit hides all GPUs from its jobs; "cuda" is nnU-Net's default, the first.
-        gpu = {"cpu": None, "mps": None, "cuda": "0"}.get(device, device)
+        gpu = gpu_name(device)
         submitted: Job[object] = executor.submit(job.on(gpu))
         return submitted
+
+
+def gpu_name(device: str) -> str | None:
+    """What ``CUDA_VISIBLE_DEVICES`` must say for one of ``--devices``; None if that is no GPU.
+
+    submitit hides all GPUs from its jobs. Numbers count among those that this process may see, as PyTorch's do;
+    ``cuda`` is the first.
+    """
+    if device in ("cpu", "mps"):
+        return None
+    number = 0 if device == "cuda" else int(device)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[number] if visible else str(number)
 
 
 def _status(name: str, running: dict[str, tuple[GridJob, str, Job[object]]], outcomes: dict[str, Outcome]) -> Status:

@@ -40,7 +40,10 @@ def fold_progress(job: FoldJob) -> FoldProgress:
     if (job.folder / FINAL).is_file():
         endings = (".json", ".npz", ".pkl")
         predicted = sum(1 for path in (job.folder / "validation").glob("*") if path.suffix not in endings)
-        number = max(1, len(job.cases))
+        try:
+            number = max(1, len(job.cases))
+        except (OSError, ValueError, LookupError, TypeError):  # being written anew; the job itself will say so
+            return FoldProgress(TRAINING_SHARE, f"validation, {predicted} cases")
         share = TRAINING_SHARE + (1 - TRAINING_SHARE) * min(1.0, predicted / number)
         return FoldProgress(share, f"validation, {predicted} of {number} cases")
     try:

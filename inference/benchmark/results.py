@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..history import History
-from ..scoring import Scores
+if TYPE_CHECKING:  # a process that only waits for a training needs neither PyTorch nor MONAI
+    from ..history import History
+    from ..scoring import Scores
 
 Kind = Literal["method", "ensemble", "postprocessed"]
 Metric = Literal["dice", "hd95_mm", "surface_dice", "volume_error_ml"]
@@ -34,7 +35,7 @@ class FoldCompute:
 
     fold: int
     seconds: float | None
-    """Of training, all its parts if it was resumed; without validation."""
+    """Of training, without validation: of what the result comes from, so that work lost at a break does not count."""
     peak_memory_mib: float | None
     peak_memory_of: str
     """What was measured: GPU allocations, or the process."""

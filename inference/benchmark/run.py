@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.json_files import read_json, write_json
 
+from ..scoring import cases_in
 from .errors import BenchmarkError
 from .evaluate import evaluate
 from .executors import Outcome, failures
@@ -90,6 +92,7 @@ def define(
     ensembles: bool,
     accept_unfair: bool,
     processes: int,
+    group: str | None = None,
 ) -> Definition:
     """A benchmark from what the command line says.
 
@@ -99,7 +102,7 @@ def define(
     name = find_benchmark_dataset(dataset)
     methods = parse_methods(trainers, plans, configuration)
     ensembles = ensembles and len(methods) > 1
-    grid = Grid(name, configuration, methods, tuple(folds), minutes, device_kind(devices), npz=ensembles)
+    grid = Grid(name, configuration, methods, tuple(folds), minutes, device_kind(devices), npz=ensembles, group=group)
     return Definition(grid, ensembles, accept_unfair, processes)
 
 
@@ -134,7 +137,7 @@ def run_benchmark(
     """
     console = console or Console()
     grid = definition.grid
-    for note in check_grid(grid):
+    for note in check_grid(grid, definition.accept_unfair):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     executor = SlurmGrid(out, slurm) if slurm else LocalGrid(out / "jobs", devices)
     definition.write(out)
@@ -173,7 +176,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     if accept_unfair is not None:
         definition = replace(definition, accept_unfair=accept_unfair)
     grid = definition.grid
-    check_grid(grid)
+    find_benchmark_dataset(grid.dataset)  # whether training began with what is there now is for fairness to judge
     jobs = grid_jobs(grid)
     undone = {job.name: state for job in jobs if (state := job.state()).stage is not Stage.DONE}
     if undone:
@@ -181,6 +184,9 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
             "not all folds are done; run masksam benchmark again:\n"
             + "\n".join(f"- {name}: {state.stage.value}, {state.reason}" for name, state in undone.items())
         )
+    ending = str(read_json(grid.preprocessed / "dataset.json")["file_ending"])
+    commands = [f"export {name}={shlex.quote(value)}" for name, value in sorted(jobs[0].environment.items())]
+    commands += _commands(jobs)
     return evaluate(
         grid.dataset,
         grid.configuration,
@@ -191,7 +197,8 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
         accept_unfair=definition.accept_unfair,
         device=grid.device,
         processes=definition.processes,
-        commands=_commands(jobs),
+        commands=commands,
+        patients=grid.patients(cases_in(grid.preprocessed / "gt_segmentations", ending)),
         console=console,
     )
 

@@ -119,13 +119,16 @@ def default_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return pairs
 
 
-def policies(rows: Sequence[Row], has_ignore_label: bool) -> dict[str, str]:
+def policies(
+    rows: Sequence[Row], has_ignore_label: bool, patients_of: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What the numbers mean, in words: scores, and what statistics makes of them."""
-    table = _Table(rows, None)
+    table = _Table(rows, patients_of)
+    told = "The case names show" if patients_of is None else "By --group there are"
     cases, patients = len(table.cases), len(set(table.patients.tolist()))
     if patients < cases:
         clusters = (
-            f"The case names show {patients} patients with {cases} cases: the bootstrap draws patients with all their "
+            f"{told} {patients} patients with {cases} cases: the bootstrap draws patients with all their "
             "cases, and the tests take each patient's mean difference."
         )
     else:

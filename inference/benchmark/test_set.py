@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from masksam_nnunet.json_files import read_json, write_json
+from masksam_nnunet.plans.errors import PlanError
 
 from ..commands import run_nnunet
-from ..scoring import Scores, score_folder
+from ..label_maps import LabelMapError
+from ..scoring import Scores, cases_in, score_folder
 from .errors import BenchmarkError
 from .names import joint_name, row_names
 from .results import Method, TestSetScore
@@ -20,9 +24,7 @@ from .results import Method, TestSetScore
 
 def labelled_test_cases(raw: Path, dataset_json: Mapping[str, Any]) -> list[str]:
     """Names of the cases in labelsTs, sorted; none where there is no such folder."""
-    ending = dataset_json["file_ending"]
-    labels = raw / "labelsTs"
-    return sorted(file.name[: -len(ending)] for file in labels.glob(f"*{ending}")) if labels.is_dir() else []
+    return cases_in(raw / "labelsTs", str(dataset_json["file_ending"]))
 
 
 def score_test_set(
@@ -34,6 +36,7 @@ def score_test_set(
     device: str,
     out: Path,
     processes: int,
+    tolerance_mm: float,
 ) -> tuple[list[TestSetScore], list[str]]:
     """Predict by nnUNetv2_predict with all folds, ensemble pairs by nnUNetv2_ensemble, score; what is done is kept.
 
@@ -46,6 +49,7 @@ def score_test_set(
         device: as nnU-Net's option takes it.
         out: folder for predictions and logs.
         processes: workers for scoring.
+        tolerance_mm: of the surface Dice, the cross-validation's.
 
     Returns:
         The scores, and the commands that were needed. Both empty without labelled test cases.
@@ -67,7 +71,8 @@ def score_test_set(
         arguments += ["--save_probabilities"] if ensembles else []
         model = Path(os.environ["nnUNet_results"]) / raw.name / method.key
         checkpoints = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
-        commands.append(_run("nnUNetv2_predict", [str(a) for a in arguments], checkpoints, folder))
+        sources = [*checkpoints, *sorted(file for file in (raw / "imagesTs").iterdir() if file.is_file())]
+        commands.append(_run("nnUNetv2_predict", [str(a) for a in arguments], sources, folder))
         found.append((f"{names[method]}, {len(folds)} folds", (method,), folder))
     for a, b in combinations(methods, 2) if ensembles else ():
         folder = out / f"ensemble___{a.key}___{b.key}"
@@ -77,7 +82,7 @@ def score_test_set(
         found.append((f"{joint_name([names[a], names[b]])}, {len(folds)} folds", (a, b), folder))
     scored: list[TestSetScore] = []
     for name, members, folder in found:
-        scores: Scores = score_folder(folder, raw / "labelsTs", dataset_json, cases, processes=processes)
+        scores = _score(folder, raw / "labelsTs", dataset_json, cases, tolerance_mm, processes)
         scored.append(TestSetScore(name, members, scores, folder))
     return scored, commands
 
@@ -92,13 +97,33 @@ def _check_images(raw: Path, cases: Sequence[str], ending: str) -> None:
 
 
 def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Path) -> str:
-    """Run it unless it has been run on the same sources; the command line."""
-    line = " ".join([command, *arguments])
+    """Run it, into an empty folder, unless it has been run on the same sources; the command line.
+
+    Raises:
+        BenchmarkError: it fails, or the disk is full.
+    """
+    line = shlex.join([command, *arguments])
     status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
     stamp = hashlib.sha256(repr((line, status)).encode()).hexdigest()
     mark = folder.with_name(f"{folder.name}.json")
     if not (mark.is_file() and read_json(mark) == {"stamp": stamp}):
-        mark.unlink(missing_ok=True)
-        run_nnunet(command, arguments, os.environ, folder.with_name(f"{folder.name}.log"))
-        write_json(mark, {"stamp": stamp})
+        try:
+            mark.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            run_nnunet(command, arguments, os.environ, folder.with_name(f"{folder.name}.log"))
+            write_json(mark, {"stamp": stamp})
+        except (PlanError, OSError) as error:
+            raise BenchmarkError(
+                f"the test set could not be predicted: {error}\nMend that, run masksam report again, or move labelsTs "
+                "out of the raw dataset, which then has no test set. Trained folds are kept."
+            ) from error
     return line
+
+
+def _score(
+    folder: Path, truths: Path, dataset_json: Mapping[str, Any], cases: Sequence[str], tolerance_mm: float, workers: int
+) -> Scores:
+    try:
+        return score_folder(folder, truths, dataset_json, cases, tolerance_mm, processes=workers)
+    except LabelMapError as error:
+        raise BenchmarkError(f"the test set cannot be scored, {folder}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -64,19 +65,24 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
 def _refuses_what_changed(bench: Workspace, dataset: Dataset, out: Path, models: Path) -> None:
     fold = models / "ShortNNUNet__nnUNetPlans__3d_fullres" / "fold_1"
     checkpoint = fold / "checkpoint_final.pth"
-    whole = checkpoint.read_bytes()
+    whole, then = checkpoint.read_bytes(), checkpoint.stat().st_mtime_ns
     checkpoint.write_bytes(whole[: len(whole) // 2])
     told = bench.run("masksam", "report", out, fails=True)
     assert str(checkpoint) in told and "not a whole checkpoint" in told and "Traceback" not in told
     checkpoint.write_bytes(whole)
+    os.utime(checkpoint, ns=(then, then))  # else its predictions would be older
 
     splits = bench.preprocessed / dataset.name / "splits_final.json"
     before = splits.read_text()
     folds = json.loads(before)
-    folds[0], folds[1] = folds[1], folds[0]
+    folds[0]["train"].pop()
     splits.write_text(json.dumps(folds))
     told = bench.run("masksam", "report", out, fails=True)
-    assert "splits_final.json" in told and "has changed since" in told and "Traceback" not in told
+    assert "not fair" in told and "splits_final.json" in told and "Traceback" not in told
+    bench.run("masksam", "report", out, "--accept-unfair")
+    text = (out / "report.html").read_text()
+    body = text[text.index("<body") :]
+    assert 0 < body.index("splits_final.json") < body.index("<table"), "the reason comes first"
     splits.write_text(before)
 
     stray = fold / "validation" / "another_case.nii.gz"

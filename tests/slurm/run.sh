@@ -35,10 +35,12 @@ sockets = [socket.socket() for _ in range(2)]
 for s in sockets: s.bind(("127.0.0.1", 0))
 print(*(s.getsockname()[1] for s in sockets))')
 
+# Before anything else: without it, scancel below would speak to the cluster that this machine may belong to.
+export SLURM_CONF=$root/slurm.conf
 stop() {
     local code=$?
     trap - EXIT
-    scancel --user="$user" 2> /dev/null || true
+    if [ -s "$SLURM_CONF" ]; then scancel --user="$user" 2> /dev/null || true; fi
     for _ in $(seq 30); do # until no job's processes are left: slurmd would leave them behind
         if [ -z "$(squeue --noheader 2> /dev/null)" ]; then break; fi
         sleep 1
@@ -99,7 +101,6 @@ ReturnToService=2
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$slots State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 END
-export SLURM_CONF=$root/slurm.conf
 
 mungekey --create --keyfile="$root/munge/key"
 munged --force --key-file="$root/munge/key" --socket="$root/munge/socket" --pid-file="$root/munged.pid" \

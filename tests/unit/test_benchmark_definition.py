@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from masksam_nnunet.cli import app
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
+from masksam_nnunet.inference.benchmark.fairness_splits import check_splits
 from masksam_nnunet.inference.benchmark.grid import Grid
 from masksam_nnunet.inference.benchmark.names import joint_name, row_names
 from masksam_nnunet.inference.benchmark.report_job import ReportJob
@@ -80,3 +81,17 @@ def test_rows_are_called_by_what_tells_them_apart() -> None:
     twice = (a, replace(a, plans="nnUNetResEncUNetLPlans"))
     assert list(row_names(twice).values()) == ["nnUNetTrainer (nnUNetPlans)", "nnUNetTrainer (nnUNetResEncUNetLPlans)"]
     assert joint_name(["a", "b"]) == "a + b"
+
+
+def test_an_expression_tells_patients_where_names_do_not() -> None:
+    grid = replace(DEFINITION.grid, group=r"^(\w\d+)x")
+    cases = ["a1x1", "a1x2", "b2x1", "b2x2"]
+    patients = grid.patients(cases)
+    assert patients == {"a1x1": "a1", "a1x2": "a1", "b2x1": "b2", "b2x2": "b2"}
+    assert DEFINITION.grid.patients(cases) is None
+    apart = [{"train": ["a1x1", "b2x1"], "val": ["a1x2"]}, {"train": ["a1x1", "a1x2"], "val": ["b2x1", "b2x2"]}]
+    texts = [f.text for f in check_splits(apart, (0,), cases, "Dataset004_A", patients)]
+    assert "Fold 0 validates patients it was trained on: a1." in texts
+    assert not any("patients" in f.text for f in check_splits(apart, (1,), cases, "Dataset004_A", patients))
+    with pytest.raises(BenchmarkError, match="groups nothing"):
+        replace(grid, group="(.+)").patients(cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -372,6 +373,24 @@ def test_the_remedy_names_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     cut(tmp_path / "checkpoint_latest.pth")
     assert "goes on from checkpoint_best.pth" in fold_state(tmp_path, CASES[:2], ".nii.gz", False).reason
     (tmp_path / "checkpoint_latest.pth").unlink()
+    assert stage(tmp_path) is Stage.BROKEN_OFF
+
+
+def test_predictions_of_an_earlier_training_do_not_count(tmp_path: Path) -> None:
+    write_validation(tmp_path, CASES[:2])
+    write_checkpoint(tmp_path / "checkpoint_final.pth")
+    os.utime(tmp_path / "validation" / "summary.json", (1, 1))
+    state = fold_state(tmp_path, CASES[:2], ".nii.gz", npz=True)
+    assert state.stage is Stage.TRAINED and "older" in state.reason
+
+
+def test_a_damaged_end_costs_no_more_than_that(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint_latest.pth")
+    write_checkpoint(tmp_path / "checkpoint_final.pth")
+    cut(tmp_path / "checkpoint_final.pth")
+    state = fold_state(tmp_path, CASES[:2], ".nii.gz", npz=True)
+    assert state.stage is Stage.DAMAGED and "goes on from checkpoint_latest.pth" in state.reason
+    (tmp_path / "checkpoint_final.pth").unlink()
     assert stage(tmp_path) is Stage.BROKEN_OFF
 
 

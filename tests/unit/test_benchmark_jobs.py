@@ -166,6 +166,18 @@ def test_compute_is_added_up_over_the_parts(tmp_path: Path) -> None:
     assert record.parts[0]["process"]["peak_memory_mib"] == 700.0 and record.parts[0]["end"] is None
 
 
+def test_compute_counts_the_training_that_was_kept_on_all_its_devices(tmp_path: Path) -> None:
+    fold = tmp_path / "fold_0"
+    write_log(fold, epochs=2)
+    record = FoldRecord(fold, "T", "P", "3d_fullres", None, Inputs("s", "p", "d"), git_hash=None)
+    for kind, device, peak in (("train", "V100", 900.0), ("train", "A100", 5.0), ("continue", "V100", 6.0)):
+        record.begin_part(kind, "nnUNetv2_train ...")  # type: ignore[arg-type]
+        (fold / PROCESS_FILE).write_text(json.dumps({"device": device, "peak_memory_mib": peak}))
+        record.end_part(0)
+    compute = read_fold_compute(fold)
+    assert (compute.peak_memory_mib, compute.resumed, compute.device) == (6.0, 1, "A100 and V100")
+
+
 def test_a_fold_trained_elsewhere_has_what_its_log_says(tmp_path: Path) -> None:
     write_log(tmp_path / "fold_0", epochs=2)
     compute = read_fold_compute(tmp_path / "fold_0")
