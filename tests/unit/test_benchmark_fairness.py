@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,13 @@ class Grid:
     def checkpoint(self, method: Method, fold: int, seconds: float, epochs: int = 10) -> None:
         ends = [seconds * (i + 1) / epochs for i in range(epochs)]
         log = {"epoch_start_timestamps": [0.0, *ends[:-1]], "epoch_end_timestamps": ends}
-        torch.save({"logging": log}, self.fold(method, fold) / "checkpoint_final.pth")
+        self.save({"logging": log}, method, fold)
+
+    def save(self, content: dict[str, Any], method: Method, fold: int) -> None:
+        """A checkpoint older than the predictions, if there are any."""
+        file = self.fold(method, fold) / "checkpoint_final.pth"
+        torch.save(content, file)
+        os.utime(file, (1, 1))
 
     def check(self, *methods: Method, folds: tuple[int, ...] = (0, 1, 2, 3, 4)) -> tuple[Finding, ...]:
         return check_fairness(methods, folds, self.results, self.preprocessed)
@@ -276,7 +283,7 @@ def test_a_truncated_checkpoint(grid: Grid) -> None:
 
 def test_a_checkpoint_without_a_log(grid: Grid) -> None:
     grid.train(NNUNET, OTHER)
-    torch.save({}, grid.fold(OTHER, 3) / "checkpoint_final.pth")
+    grid.save({}, OTHER, 3)
     (text,) = severe(grid.check(NNUNET, OTHER))
     assert text.startswith("The checkpoint of nnUNetTrainerOther, fold 3, cannot be read")
 

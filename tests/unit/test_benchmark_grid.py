@@ -266,10 +266,14 @@ def test_several_cases_of_a_patient_need_a_split_by_patient(tmp_path: Path, monk
     with pytest.raises(BenchmarkError, match=r"patients have several cases.*masksam split -d 4"):
         check_grid(grid())
     assert not (preprocessed / "splits_final.json").exists()
-    apart = [{"train": cases[1:], "val": cases[:1]}] * 5
+    apart = [{"train": [c for c in cases if c not in val], "val": val} for val in (cases[n::5] for n in range(5))]
     (preprocessed / "splits_final.json").write_text(json.dumps(apart))
-    (note,) = check_grid(grid())
+    with pytest.raises(BenchmarkError, match="seems to separate cases of one patient"):
+        check_grid(grid())
+    (note,) = check_grid(grid(), accept_unfair=True)
     assert "seems to separate cases of one patient" in note
+    with pytest.raises(BenchmarkError, match="validates patients it was trained on"):
+        check_grid(replace(grid(), group="patient(\\d+)_"))
 
 
 @pytest.mark.parametrize(
