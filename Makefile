@@ -14,12 +14,13 @@ SITE := $(ROOT)/build/site
 # A foreign PYTHONPATH would shadow the locked packages.
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
-.PHONY: help venv dev demo bench test lint lock clean distclean python-version
+.PHONY: help venv dev demo bench test test-long lint lock clean distclean python-version
 
 help:
 	@echo "make demo   train MaskSAM and nnU-Net for 3 minutes each, write demo_out/report.html"
 	@echo "make bench  measure what the fast paths gain, write docs/performance.md (half an hour on two cores)"
 	@echo "make test   lint, type check, import contracts, tests"
+	@echo "make test-long  the tests that take minutes each, outside make test"
 	@echo "make dev    virtual environment with the package in editable mode"
 	@echo "make lock   resolve requirements.lock anew (LOCK_ARGS=--upgrade for newer versions)"
 	@echo "make clean  build outputs and caches; make distclean: the virtual environment too"
@@ -67,6 +68,9 @@ lint: venv
 # pytest comes last: its closing lines are what is read.
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-long: venv
+	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
 lock: $(filter $(BIN)/uv,$(UV))
 	env -u PIP_FIND_LINKS -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL $(UV) pip compile pyproject.toml --extra dev \

@@ -1,0 +1,1 @@
+"""A trained model as a Grand Challenge algorithm container."""

@@ -1,0 +1,1 @@
+"""Predictions packaged as challenges accept them."""
