@@ -1,4 +1,4 @@
-"""What the demo and the export raise."""
+"""What the demo, the export and all that looks for a trained model raise."""
 
 from masksam_nnunet.plans.errors import PlanError
 
@@ -9,3 +9,7 @@ class DemoError(PlanError):
 
 class ExportError(PlanError):
     """A model cannot be exported; the message names what is missing, where, and the remedy."""
+
+
+class ModelError(PlanError):
+    """There is no such trained model; the message names what was looked for, where, and what there is."""

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.model_sharing.model_export import export_pretrained_model
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -21,6 +20,7 @@ from torch import nn
 from masksam_nnunet.modeling.lean import is_lean
 
 from .errors import ExportError
+from .model_folders import find_models
 
 CHECKPOINT = "checkpoint_final.pth"
 _MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
@@ -58,10 +58,11 @@ def export_model(
         folds: numbers, or "all".
 
     Raises:
-        ExportError: a model, a fold or a file of it is missing or damaged, or the output cannot be written.
+        ModelError: there is no such model.
+        ExportError: a fold or a file of a model is missing or damaged, or the output cannot be written.
         WeightsError: a checkpoint is lean, and SAM's file for it is missing or another one.
     """
-    results, models = _find_models(dataset, trainer, plans, configurations)
+    results, models = _model_folders(dataset, trainer, plans, configurations)
     files = [_fold_checkpoint(model, fold) for model in models for fold in folds]
     completed = {file: checkpoint for model in models for file, checkpoint in _completed(model, files).items()}
     part = output.with_name(f"{output.name}.part")
@@ -84,26 +85,11 @@ def export_model(
     return Export(output, len(files), len(completed))
 
 
-def _find_models(
+def _model_folders(
     dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None
 ) -> tuple[Path, list[Path]]:
     """nnU-Net's results folder, and in it the folders of the models, each with the files they need."""
-    if not os.environ.get("nnUNet_results"):
-        raise ExportError("nnUNet_results not set: trained models are looked for there; export it first")
-    results = Path(os.environ["nnUNet_results"])
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise ExportError(f"-d {dataset}: {' '.join(str(error).split())}") from error
-    trained = {folder.name.split("__")[2]: folder for folder in (results / name).glob(f"{trainer}__{plans}__*")}
-    missing = [wanted for wanted in configurations or () if wanted not in trained]
-    if missing or not trained:
-        others = sorted(folder.name for folder in (results / name).glob("*__*__*"))
-        raise ExportError(
-            f"{results / name} holds no model {' or '.join(f'{trainer}__{plans}__{c}' for c in missing or '*')}; there "
-            f"are: {', '.join(others) or 'none'}. Name another one (-tr, -p, -c), or train it"
-        )
-    models = [trained[wanted] for wanted in configurations or sorted(trained)]
+    results, models = find_models(dataset, trainer, plans, configurations)
     for file in (model / name for model in models for name in _MODEL_FILES):
         if not file.is_file():
             raise ExportError(f"{file} is missing: without it the model cannot be used elsewhere")
