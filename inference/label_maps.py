@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,41 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where voxels lie.
+
+    Attributes:
+        shape: (D, H, W).
+        spacing: millimetres along (D, H, W).
+        placement: what the reader tells of origin and direction, by name; empty for formats without.
+    """
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    placement: Mapping[str, NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, array: NDArray[Any], properties: Mapping[str, Any]) -> Grid:
+        """The grid of what nnU-Net's readers return: (C, D, H, W) and its properties."""
+        return cls(array.shape[1:], tuple(float(step) for step in properties["spacing"]), _placement(properties))
+
+    def difference(self, other: Grid) -> tuple[str, object, object] | None:
+        """What differs by more than headers round, and both values; None if nothing does."""
+        if self.shape != other.shape:
+            return "shape", self.shape, other.shape
+        if not np.allclose(self.spacing, other.spacing, rtol=1e-3, atol=1e-4):
+            return "spacing", self.spacing, other.spacing
+        for name in self.placement.keys() & other.placement.keys():
+            one, two = self.placement[name], other.placement[name]
+            # 0.05 mm: rounding in headers, not another position.
+            if one.shape != two.shape or not np.allclose(
+                one, two, rtol=1e-4, atol=0.05 if name != "direction" else 1e-3
+            ):
+                return name, one.tolist(), two.tolist()
+        return None
+
+
+@dataclass(frozen=True)
 class LabelMap:
     """A segmentation with its grid.
 
@@ -76,6 +112,10 @@ class LabelMap:
     labels: NDArray[np.integer[Any]]
     spacing: tuple[float, float, float]
     placement: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.labels.shape, self.spacing, self.placement)
 
 
 def read_volume(files: Sequence[Path], dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -97,7 +137,7 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
     array, properties = _read_seg(path, case, dataset_json)
     depth, height, width = (float(step) for step in properties["spacing"])
     _check_labels(path, case, array[0])
-    _check_labels(path, case, _stored_floats(path))
+    _check_labels(path, case, stored_floats(path))
     return LabelMap(np.rint(array[0]).astype(np.int32), (depth, height, width), _placement(properties))
 
 
@@ -123,17 +163,13 @@ def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> Non
     Raises:
         LabelMapError: naming the case, what differs and both values.
     """
-    if truth.labels.shape != prediction.labels.shape:
-        raise LabelMapError(_differs(case, "shape", truth.labels.shape, prediction.labels.shape))
-    if not np.allclose(truth.spacing, prediction.spacing, rtol=1e-3, atol=1e-4):
-        raise LabelMapError(_differs(case, "spacing", truth.spacing, prediction.spacing))
-    for name in truth.placement.keys() & prediction.placement.keys():
-        one, other = truth.placement[name], prediction.placement[name]
-        # 0.05 mm: rounding in headers, not another position.
-        if one.shape != other.shape or not np.allclose(
-            one, other, rtol=1e-4, atol=0.05 if name != "direction" else 1e-3
-        ):
-            raise LabelMapError(_differs(case, name, one.tolist(), other.tolist()))
+    difference = truth.grid.difference(prediction.grid)
+    if difference is not None:
+        what, one, other = difference
+        raise LabelMapError(
+            f"case {case!r}: {what} of truth and prediction differ ({one} and {other}); "
+            "predict from the same image files the truth was drawn on"
+        )
 
 
 def class_mask(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:
@@ -152,16 +188,23 @@ def _check_labels(path: Path, case: str, values: NDArray[np.floating[Any]]) -> N
         )
 
 
-def _stored_floats(path: Path) -> NDArray[np.floating[Any]]:
+def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
     """What a NIfTI file of floating point numbers holds, else nothing: ITK reads NaN and infinity as 0."""
-    if not path.name.endswith((".nii", ".nii.gz")):
+    stored = _nifti_data(path)
+    if stored is None or not np.issubdtype(stored.dtype, np.floating):
         return np.empty(0)
+    return np.asanyarray(stored)
+
+
+def _nifti_data(path: Path) -> Any:
+    """nibabel's view of the voxels, of which only the header has been read; None for what it cannot read."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return None
     try:
         image: Any = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, OSError):  # ITK reads more than nibabel does
-        return np.empty(0)
-    stored = image.dataobj
-    return np.asanyarray(stored) if np.issubdtype(stored.dtype, np.floating) else np.empty(0)
+    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, zlib.error):  # ITK reads more than nibabel does
+        return None
+    return image.dataobj
 
 
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -172,7 +215,7 @@ def _read_seg(
 ) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
     """The label map (1, D, H, W) and nnU-Net's properties, by the first of its readers that can read the file."""
     try:
-        _check_gzip(path)
+        check_whole(path)
         # Without the file as an example: nnU-Net would read it once more only to try.
         return _reader(dataset_json).read_seg(str(path))
     except MemoryError:
@@ -191,14 +234,25 @@ def _reader(dataset_json: Mapping[str, Any], example: str | None = None) -> Any:
         return determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
 
 
-def _check_gzip(path: Path) -> None:
-    """Raise one of ``_DAMAGED`` for a file that is cut off or damaged: ITK fills what it cannot read with noise."""
+def check_whole(path: Path) -> None:
+    """Refuse a file that is cut off or damaged, gzipped or NIfTI: ITK fills what it cannot read with noise.
+
+    Raises:
+        EOFError, gzip.BadGzipFile, zlib.error, OSError: what is wrong.
+    """
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"  # not by name: ITK reads plain files that end in .gz too
+    size = path.stat().st_size
     if compressed:
+        size = 0
         with gzip.open(path) as stream:
-            while stream.read(1 << 22):
-                pass
+            while block := stream.read(1 << 22):
+                size += len(block)
+    stored = _nifti_data(path)
+    if stored is not None:
+        needed = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+        if size < needed:
+            raise EOFError(f"it holds {size} bytes where its header tells of {needed}")
 
 
 def _unreadable(path: Path, case: str, error: Exception) -> LabelMapError:
@@ -215,10 +269,3 @@ def _placement(properties: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
     if "nibabel_stuff" in properties:
         return {"affine": np.asarray(properties["nibabel_stuff"]["original_affine"], dtype=float)}
     return {}
-
-
-def _differs(case: str, what: str, truth: object, prediction: object) -> str:
-    return (
-        f"case {case!r}: {what} of truth and prediction differ ({truth} and {prediction}); "
-        "predict from the same image files the truth was drawn on"
-    )
