@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.model_sharing.model_export import export_pretrained_model
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.errors import CheckpointFileError
 from masksam_nnunet.modeling.lean import is_lean
 
 from .errors import ExportError
 from .model_folders import find_models
+from .networks import network_to_predict
 
 CHECKPOINT = "checkpoint_final.pth"
 _MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
@@ -62,8 +62,8 @@ def export_model(
         ExportError: a fold or a file of a model is missing or damaged, or the output cannot be written.
         WeightsError: a checkpoint is lean, and SAM's file for it is missing or another one.
     """
-    results, models = _model_folders(dataset, trainer, plans, configurations)
-    files = [_fold_checkpoint(model, fold) for model in models for fold in folds]
+    results, models = model_folders(dataset, trainer, plans, configurations, _MODEL_FILES)
+    files = [fold_checkpoint(model, fold, _FOLD_FILES) for model in models for fold in folds]
     completed = {file: checkpoint for model in models for file, checkpoint in _completed(model, files).items()}
     part = output.with_name(f"{output.name}.part")
     try:
@@ -85,19 +85,19 @@ def export_model(
     return Export(output, len(files), len(completed))
 
 
-def _model_folders(
-    dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None
+def model_folders(
+    dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None, needed: Sequence[str]
 ) -> tuple[Path, list[Path]]:
-    """nnU-Net's results folder, and in it the folders of the models, each with the files they need."""
+    """nnU-Net's results folder, and in it the folders of the models, each with the files ``needed``."""
     results, models = find_models(dataset, trainer, plans, configurations)
-    for file in (model / name for model in models for name in _MODEL_FILES):
+    for file in (model / name for model in models for name in needed):
         if not file.is_file():
             raise ExportError(f"{file} is missing: without it the model cannot be used elsewhere")
     return results, models
 
 
-def _fold_checkpoint(model: Path, fold: str) -> Path:
-    """A fold's final checkpoint, once all its files are there."""
+def fold_checkpoint(model: Path, fold: str, beside: Sequence[str] = ()) -> Path:
+    """A fold's final checkpoint, once it is there with the files ``beside`` it."""
     folder = model / f"fold_{fold}"
     if not (folder / CHECKPOINT).is_file():
         finished = sorted(file.parent.name.removeprefix("fold_") for file in model.glob(f"fold_*/{CHECKPOINT}"))
@@ -105,7 +105,7 @@ def _fold_checkpoint(model: Path, fold: str) -> Path:
             f"{folder / CHECKPOINT} is missing: fold {fold} has not been trained to its end. Finish it, or name the "
             f"folds to export: -f {' '.join(finished) or '(none is finished)'}"
         )
-    missing = [name for name in _FOLD_FILES if not (folder / name).is_file()]
+    missing = [name for name in beside if not (folder / name).is_file()]
     if missing:
         raise ExportError(
             f"{folder} lacks {' and '.join(missing)}: finish its validation with nnUNetv2_train ... {fold} --val"
@@ -115,39 +115,40 @@ def _fold_checkpoint(model: Path, fold: str) -> Path:
 
 def _completed(model: Path, files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     """Those of the ``files`` below ``model`` that hold lean checkpoints, as full ones; files stay memory-mapped."""
-    result = {}
+    own = [file for file in files if model in file.parents]
+    return {file: checkpoint for file, checkpoint, was_lean in full_checkpoints(model, own) if was_lean}
+
+
+def full_checkpoints(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any], bool]]:
+    """Each of the ``files`` below ``model``, its checkpoint with all weights, and whether it was lean.
+
+    Tensors stay in the files until they are used; of SAM's, added to lean checkpoints, there is one copy.
+    """
     network: nn.Module | None = None
-    for file in (file for file in files if model in file.parents):
+    for file in files:
         checkpoint = _load(file)
-        if not is_lean(checkpoint["network_weights"]):
-            continue
-        network = _network(model, checkpoint) if network is None else network
-        network.load_state_dict(checkpoint["network_weights"], assign=True)
-        result[file] = checkpoint | {"network_weights": network.state_dict()}
-    return result
+        was_lean = is_lean(checkpoint["network_weights"])
+        if was_lean:
+            network = _network(model, checkpoint) if network is None else network
+            network.load_state_dict(checkpoint["network_weights"], assign=True)
+            checkpoint |= {"network_weights": network.state_dict()}
+        yield file, checkpoint, was_lean
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        # Not weights_only: nnU-Net's checkpoints hold more than tensors.
-        return torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ExportError(f"{file} cannot be read as a checkpoint ({error}); train this fold again") from error
+        return load_checkpoint(file)
+    except CheckpointFileError as error:
+        raise ExportError(str(error)) from error
 
 
 def _network(model: Path, checkpoint: dict[str, Any]) -> nn.Module:
     """The network that nnU-Net builds to predict, without memory."""
-    plans_manager = PlansManager(str(model / "plans.json"))
-    configuration = plans_manager.get_configuration(checkpoint["init_args"]["configuration"])
     description = json.loads((model / "dataset.json").read_text())
-    trainer = recursive_find_trainer_class_by_name(checkpoint["trainer_name"])
+    configuration = checkpoint["init_args"]["configuration"]
     with torch.device("meta"):
-        return trainer.build_network_architecture(
-            plans_manager,
-            configuration,
-            determine_num_input_channels(plans_manager, configuration, description),
-            plans_manager.get_label_manager(description).num_segmentation_heads,
-            enable_deep_supervision=False,
+        return network_to_predict(
+            PlansManager(str(model / "plans.json")), configuration, description, checkpoint["trainer_name"]
         )
 
 

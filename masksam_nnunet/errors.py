@@ -14,6 +14,10 @@ class WeightsError(FetchError):
     """A SAM checkpoint is missing, damaged, untrusted or does not fit. What, what was seen, the remedy."""
 
 
+class CheckpointFileError(FetchError):
+    """One of nnU-Net's checkpoints is missing, damaged or untrusted. What, what was seen, the remedy."""
+
+
 def unwritable(error: OSError, path: Path) -> FetchError:
     """The ``FetchError`` for an operating system error met while ``path``, in the cache, was written."""
     reason = error.strerror or str(error)
