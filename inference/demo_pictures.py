@@ -10,11 +10,12 @@ from pathlib import Path
 from masksam_nnunet.plans.raw_data import RawDataset
 
 from .case_choice import choose_cases
-from .figures import CaseImages, colour_of, draw_case, draw_curves, draw_inside
+from .figures import CaseImages, draw_case, draw_curves, draw_inside
 from .history import History
 from .inside import look_inside
 from .label_maps import Classes, read_label_map, read_volume
 from .page import Picture
+from .panels import colour_of
 
 
 @dataclass(frozen=True)

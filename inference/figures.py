@@ -8,21 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from .drawing import CLASS_COLOURS, LINE_STYLES, METHOD_COLOURS, literal, png, tidy, wrapped
+from .drawing import METHOD_COLOURS, literal, png, tidy, wrapped
 from .history import History
 from .inside import InsideView
 from .label_maps import Classes, class_mask
+from .panels import NOTE, box, colour_of, fill, grid, overlay
 
-_NOTE: dict[str, Any] = {
-    "color": "white",
-    "fontsize": 8,
-    "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0},
-}
 _PANELS_IN_LINE = 5
 _MARGIN = 12  # pixels around the structures in a cropped view
 
@@ -48,16 +42,6 @@ class CaseImages:
     predictions: Mapping[str, NDArray[np.integer[Any]]]
     judged: str | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
-
-
-def colour_of(classes: Classes) -> dict[str, str]:
-    """The colour of each class in every picture."""
-    return {name: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, name in enumerate(classes.foreground)}
-
-
-def style_of(classes: Classes) -> dict[str, str]:
-    """The contour of each class in pictures of cases: another where the colours repeat."""
-    return {name: LINE_STYLES[i // len(CLASS_COLOURS) % len(LINE_STYLES)] for i, name in enumerate(classes.foreground)}
 
 
 def draw_curves(histories: Mapping[str, History]) -> bytes:
@@ -87,17 +71,17 @@ def draw_case(images: CaseImages, classes: Classes) -> bytes:
     lines = math.ceil(len(panels) / _PANELS_IN_LINE)
     columns = math.ceil(len(panels) / lines)
     aspect = images.spacing[1] / images.spacing[2]
-    figure, axes = _grid(len(slices) * lines, columns, images.image[0][view].shape, aspect)
+    figure, axes = grid(len(slices) * lines, columns, images.image[0][view].shape, aspect)
     for row, (index, reason) in enumerate(slices):
-        grid = axes[row * lines : (row + 1) * lines]
-        for ax, (title, labels) in zip(grid.flat, panels, strict=False):
+        panes = axes[row * lines : (row + 1) * lines]
+        for ax, (title, labels) in zip(panes.flat, panels, strict=False):
             ax.imshow(images.image[index][view], cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if labels is not None:
-                _overlay(ax, labels[index][view], classes)
+                overlay(ax, labels[index][view], classes)
             if row == 0 or lines > 1:
                 note = images.notes.get(title)
                 ax.set_title(wrapped(title, 26) + (f"\n{literal(note)}" if note else ""), fontsize=9)
-        grid[0, 0].set_ylabel(f"slice {index}\n{wrapped(reason, 26)}", fontsize=8)
+        panes[0, 0].set_ylabel(f"slice {index}\n{wrapped(reason, 26)}", fontsize=8)
     return png(figure)
 
 
@@ -110,20 +94,20 @@ def draw_inside(view: InsideView, classes: Classes) -> bytes:
     heads = classes.heads
     low, high = np.percentile(view.image, (0.5, 99.8))
     rows = _slices_with_objects(view, heads)
-    figure, axes = _grid(len(rows), 3, view.image.shape[1:], view.aspect)
+    figure, axes = grid(len(rows), 3, view.image.shape[1:], view.aspect)
     for row, index in enumerate(rows):
         for ax in axes[row]:
             ax.imshow(view.image[index], cmap="gray", vmin=low, vmax=high, aspect=view.aspect)
-        _overlay(axes[row, 0], view.truth[index], classes)
+        overlay(axes[row, 0], view.truth[index], classes)
         queries = [q for q in np.flatnonzero(view.kept[index]) if heads[view.classes[index, q]] in colours]
         for query in queries:
             name = heads[view.classes[index, query]]
             label = f"{literal(name)} {view.confidence[index, query]:.2f}"
-            _box(axes[row, 1], view.boxes[index, query], colours[name], label)
-            _fill(axes[row, 2], view.masks[index, query], colours[name])
+            box(axes[row, 1], view.boxes[index, query], colours[name], label)
+            fill(axes[row, 2], view.masks[index, query], colours[name])
         if not queries:
             for ax in axes[row, 1:]:
-                ax.text(0.5, 0.04, "no query found a class", transform=ax.transAxes, **_NOTE, ha="center")
+                ax.text(0.5, 0.04, "no query found a class", transform=ax.transAxes, **NOTE, ha="center")
         axes[row, 0].set_ylabel(f"slice {index} of the patch", fontsize=8)
         for ax in axes[row]:  # boxes may leave the patch: the picture must not grow with them
             ax.set_xlim(-0.5, view.image.shape[2] - 0.5)
@@ -170,36 +154,3 @@ def _crop(shape: Sequence[int], label_maps: Sequence[NDArray[np.integer[Any]]]) 
         places = np.flatnonzero(labelled.any(axis=1 - axis))
         window.append(slice(max(int(places[0]) - _MARGIN, 0), min(int(places[-1]) + _MARGIN + 1, size)))
     return window[0], window[1]
-
-
-def _grid(rows: int, columns: int, shape: Sequence[int], aspect: float) -> tuple[Figure, NDArray[Any]]:
-    width = 10.5 / max(columns, 4)
-    height = min(max(width * shape[0] * aspect / shape[1], 0.6), 5.0)
-    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.35), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    return figure, axes
-
-
-def _overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> None:
-    styles = style_of(classes)
-    for name, colour in colour_of(classes).items():
-        _fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour, styles[name])
-
-
-def _fill(ax: Axes, mask: NDArray[Any], colour: str, style: str = "solid") -> None:
-    """A tinted area with its contour, where ``mask`` (H, W) exceeds a half."""
-    if not (mask > 0.5).any():
-        return
-    framed = np.pad(mask, 1)  # so that the contour closes at the picture's border
-    x, y = np.arange(framed.shape[1]) - 1, np.arange(framed.shape[0]) - 1
-    ax.contourf(x, y, framed, levels=[0.5, np.inf], colors=[colour], alpha=0.25)
-    ax.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=1.3, linestyles=style)
-
-
-def _box(ax: Axes, box: NDArray[np.float32], colour: str, text: str) -> None:
-    x0, y0, x1, y1 = (float(v) - 0.5 for v in box)  # matplotlib's pixels are centred on whole numbers
-    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
-    ax.text(x0, y0, text, **_NOTE | {"color": colour, "fontsize": 6}, va="bottom", ha="left", clip_on=True)

@@ -16,11 +16,11 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from numpy.typing import NDArray
-from torch.nn.functional import interpolate
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 
 from .label_maps import Classes
+from .prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -113,27 +113,19 @@ def read_parts(
     Raises:
         ValueError: if the output has not K + 1 classes.
     """
-    probabilities = parts.class_logits[0].float().softmax(-1).cpu()
-    if probabilities.shape[-1] != num_heads + 1:
-        raise ValueError(
-            f"the network has {probabilities.shape[-1]} classes, expected {num_heads + 1}: "
-            f"{num_heads} and no object; was it trained on another dataset.json?"
-        )
-    confidence, best = probabilities[..., :-1].max(-1)
-    height, width = image.shape[-2:]
-    plane = (int(padded[0]), int(padded[1]))
-    logits = interpolate(parts.aux_mask_logits[0].float().cpu(), size=plane, mode="bilinear", align_corners=False)
-    boxes = parts.aux_boxes[0].float().cpu() * torch.tensor([plane[1], plane[0], plane[1], plane[0]])
+    prompts = read_prompts(parts, padded, image.shape[-2:], num_heads)
+    heads, no_object = prompts.probabilities[..., :-1], prompts.probabilities[..., -1]
+    confidence = heads.max(-1)
     return InsideView(
         case=case,
         image=image,
         truth=truth,
         aspect=aspect,
-        classes=best.numpy(),
-        confidence=confidence.numpy(),
-        kept=(confidence > probabilities[..., -1]).numpy(),
-        boxes=boxes.numpy(),
-        masks=logits[..., :height, :width].sigmoid().numpy(),
+        classes=heads.argmax(-1),
+        confidence=confidence,
+        kept=confidence > no_object,
+        boxes=prompts.boxes,
+        masks=prompts.masks,
     )
 
 

@@ -91,22 +91,31 @@ class MaskSAMPredictor(nnUNetPredictor):
     @torch.inference_mode()
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """As nnU-Net's: the mean over folds of (K, x, y, z), float16, for data (C, x, y, z)."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(min(default_num_processes, threads))
         prediction: Tensor | None = None
-        try:
-            for own in self.list_of_parameters:
-                load_own_tensors(self._plain_network, own)
-                if prediction is None:
-                    prediction = self.predict_sliding_window_return_logits(data).to("cpu")
-                else:
-                    prediction += self.predict_sliding_window_return_logits(data).to("cpu")
-        finally:
-            torch.set_num_threads(threads)
+        for logits in self.logits_of_folds(data):
+            prediction = logits if prediction is None else prediction.add_(logits)
+            del logits  # or it would stay while the next fold predicts
         assert prediction is not None
         if len(self.list_of_parameters) > 1:
             prediction /= len(self.list_of_parameters)
         return prediction
+
+    @torch.inference_mode()
+    def logits_of_folds(self, data: Tensor) -> Iterator[Tensor]:
+        """For each fold (K, x, y, z), float16, on the CPU, for data (C, x, y, z); the network then holds this fold."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(default_num_processes, threads))
+        try:
+            for index in range(len(self.list_of_parameters)):
+                self.hold_fold(index)
+                yield self.predict_sliding_window_return_logits(data).to("cpu")
+        finally:
+            torch.set_num_threads(threads)
+
+    def hold_fold(self, index: int) -> nn.Module:
+        """Give the network the weights of one of the folds, counted as they were named; the network, uncompiled."""
+        load_own_tensors(self._plain_network, self.list_of_parameters[index])
+        return self._plain_network
 
     # ---- windows -------------------------------------------------------------------------------------------------
 

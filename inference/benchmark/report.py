@@ -6,9 +6,9 @@ from pathlib import Path
 
 from masksam_nnunet.json_files import write_json, write_text_atomically
 
-from ..figures import colour_of, style_of
 from ..label_maps import Classes
 from ..page import environment
+from ..panels import colour_of, style_of
 from .compute_table import HEADS, all_hours, compute_groups
 from .errors import BenchmarkError
 from .lookup import Lookup

@@ -260,6 +260,6 @@ def test_infinite_outputs_are_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_every_method_that_is_overridden_exists_in_nnunet() -> None:
-    own = {"_plain_network", "_mean_over_windows", "_mean_over_mirrors", "_mirrors"}
+    own = {"_plain_network", "_mean_over_windows", "_mean_over_mirrors", "_mirrors", "logits_of_folds", "hold_fold"}
     for name in set(vars(MaskSAMPredictor)) - own:
         assert name.startswith("__") or hasattr(nnUNetPredictor, name), f"nnU-Net no longer calls {name}"
