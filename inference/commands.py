@@ -22,6 +22,9 @@ from .errors import DemoError
 PROCESSES = min(2, os.cpu_count() or 1)
 """Worker processes for planning, preprocessing and export; the demo's data sets are small."""
 
+SAVE_SECONDS = 30.0
+"""What a training has to write a checkpoint before it is killed; SLURM itself gives 30 to 90."""
+
 _POLL_SECONDS = 0.5
 _TAIL_LINES = 20
 
@@ -95,6 +98,7 @@ def run_logged(
     poll: Callable[[], None] | None = None,
     shielded_from: Collection[signal.Signals] = (),
     catch_sigterm: bool = True,
+    end_with: signal.Signals = signal.SIGTERM,
 ) -> None:
     """Run a program to its end, with its output at the end of a log.
 
@@ -106,6 +110,7 @@ def run_logged(
         poll: called about twice a second while it runs.
         shielded_from: signals that the program and what it starts shall not get; they are for this process alone.
         catch_sigterm: end the program when this process gets SIGTERM; else leave that signal to who handles it.
+        end_with: what the program gets first, and alone, when it has to end; it has :data:`SAVE_SECONDS` to save.
 
     Raises:
         CommandError: if the program fails.
@@ -127,7 +132,7 @@ def run_logged(
                 code = _wait(process, poll)
             finally:
                 if process.poll() is None:
-                    _end(process)
+                    _end(process, end_with)
     if code != 0:
         raise CommandError(
             f"{line}\nended with exit status {code}. The end of its log, {log}:\n"
@@ -194,13 +199,16 @@ def _launcher(command: str) -> str:
     return f"import sys; from {module} import {function} as run; sys.argv[0] = {command!r}; sys.exit(run())"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and the workers it started."""
+def _end(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
+    """End a command, then the workers it started, which it may need to the end."""
     try:
         parent = psutil.Process(process.pid)
         family = [*parent.children(recursive=True), parent]
     except psutil.NoSuchProcess:
         return
+    process.send_signal(first)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SAVE_SECONDS)
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.terminate()

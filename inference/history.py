@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.json_files import read_json
@@ -77,13 +77,48 @@ class History:
 
     @classmethod
     def read(cls, checkpoint: Path) -> History:
-        """Read the log inside a checkpoint of our own training: unpickling runs what the file says."""
-        log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
-        starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
-        epochs = min(len(ends), *(len(log[key]) for key in ("train_losses", "val_losses", "mean_fg_dice")))
+        """Read the curves in a checkpoint of our own training.
 
-        def values(key: str) -> tuple[float, ...]:
-            return tuple(float(value) for value in log[key][:epochs])
+        Raises:
+            DemoError: if the file cannot be read as nnU-Net's checkpoint, or its log lacks a curve.
+        """
+        log = read_log(checkpoint)
+        try:
+            curves = [[float(value) for value in log[key]] for key in ("train_losses", "val_losses", "mean_fg_dice")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unreadable(checkpoint, error) from error
+        seconds = list(accumulate(epoch_seconds(log, checkpoint)))
+        epochs = min(len(seconds), *map(len, curves))
+        return cls(*(tuple(values[:epochs]) for values in (seconds, *curves)))
 
-        seconds = accumulate(float(end - start) for start, end in zip(starts[:epochs], ends[:epochs], strict=True))
-        return cls(tuple(seconds), values("train_losses"), values("val_losses"), values("mean_fg_dice"))
+
+def read_log(checkpoint: Path) -> Mapping[str, Any]:
+    """nnU-Net's log in a checkpoint of our own training, the weights left alone; unpickling runs what the file says.
+
+    Raises:
+        DemoError: if the file cannot be read as nnU-Net's checkpoint.
+    """
+    import torch  # not where a job only waits for its training: it takes a gigabyte
+
+    try:
+        log: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise _unreadable(checkpoint, error) from error
+    return log
+
+
+def epoch_seconds(log: Mapping[str, Any], checkpoint: Path) -> list[float]:
+    """What each finished epoch took; an epoch may have begun that is not finished.
+
+    Raises:
+        DemoError: if the log does not tell.
+    """
+    try:
+        spans = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+        return [float(end - start) for start, end in spans]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> DemoError:
+    return DemoError(f"{checkpoint} cannot be read as a checkpoint ({error!r}); train this fold again")

@@ -22,7 +22,10 @@ from masksam_nnunet.inference.benchmark.results import (
 )
 from masksam_nnunet.inference.benchmark.statistics import aggregates, comparisons, policies
 from masksam_nnunet.inference.history import History, TrainingStats
+from masksam_nnunet.inference.page import Picture
+from masksam_nnunet.inference.report import MethodResult, Report
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, Scores, aggregate
+from masksam_nnunet.inference.scoring import policies as score_policies
 
 STATS = TrainingStats(
     train_seconds=240.4,
@@ -40,6 +43,36 @@ STATS = TrainingStats(
 
 FOLDS, CASES = 5, 20
 """Folds, and cases in each."""
+
+
+def made_up_demo(
+    methods: list[MethodResult],
+    classes: Sequence[str],
+    curves: Picture,
+    dataset: str = "Dataset999_MadeUp",
+    **others: Any,
+) -> Report:
+    """The demo's report of two cases."""
+    about: dict[str, Any] = {"notes": ["A note."], "commands": [], "inside_pictures": []}
+    return Report(
+        dataset=dataset,
+        phantoms=True,
+        fold=0,
+        cases=["case_b", "case_a"],
+        training_cases=8,
+        configuration="3d_fullres",
+        batch_size=2,
+        minutes=4.0,
+        device="2 CPU cores",
+        versions={"torch": "2.x"},
+        scoring=score_policies(methods[0].scores, has_ignore_label=False),
+        methods=methods,
+        classes=dict.fromkeys(classes, "#e69f00"),
+        curves=curves,
+        case_pictures=[curves],
+        **about | others,
+    )
+
 
 SHAPE = (12, 40, 48)
 _METHODS = (
@@ -184,11 +217,13 @@ def _compute(index: int) -> tuple[FoldCompute, ...]:
             checkpoint_bytes=120_000_000,
             resumed=int(fold == 2),
             git_hash="0123456789abcdef0123456789abcdef01234567",
+            wall_seconds=3700.0,
         )
         for fold in range(FOLDS)
     ]
     if index == 1:
-        nothing: dict[str, Any] = dict.fromkeys(("seconds", "peak_memory_mib", "iterations", "epochs", "git_hash"))
+        not_told = ("seconds", "wall_seconds", "peak_memory_mib", "iterations", "epochs", "git_hash")
+        nothing: dict[str, Any] = dict.fromkeys(not_told)
         folds[-1] = replace(folds[-1], **nothing, parameters=None, trainable_parameters=None, peak_memory_of="")
     return tuple(folds)
 

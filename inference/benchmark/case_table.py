@@ -52,7 +52,7 @@ def case_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
-def wide(frame: pd.DataFrame, metric: Metric, class_name: str | None) -> pd.DataFrame:
+def wide(frame: pd.DataFrame, metric: Metric, class_name: str) -> pd.DataFrame:
     """One metric as a matrix: cases, sorted, by rows, in the order of ``frame``.
 
     Volume errors are absolute here: too much in one case must not make up for too little in another.
@@ -60,14 +60,12 @@ def wide(frame: pd.DataFrame, metric: Metric, class_name: str | None) -> pd.Data
     Args:
         frame: of :func:`case_table`.
         metric: its column.
-        class_name: a class, or None for the mean over the classes of each case where it is defined.
+        class_name: its column "class".
     """
     values = frame[metric].abs() if metric == "volume_error_ml" else frame[metric]
     chosen = frame[["row", "case", "class"]].assign(value=values)
-    if class_name is not None:
-        chosen = chosen[chosen["class"] == class_name]
-    # The mean of nothing defined is NaN.
-    matrix = chosen.groupby(["case", "row"], sort=True)["value"].mean().unstack("row")
+    chosen = chosen[chosen["class"] == class_name]
+    matrix = chosen.pivot(index="case", columns="row", values="value").sort_index()
     return matrix.reindex(columns=list(dict.fromkeys(frame["row"])))
 
 

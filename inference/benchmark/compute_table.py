@@ -13,6 +13,7 @@ NOT_RECORDED = "not recorded"
 HEADS = (
     "Fold",
     "Hours",
+    "Hours with breaks",
     "Device",
     "Peak memory [MiB]",
     "Memory of",
@@ -61,6 +62,7 @@ def _line(fold: FoldCompute) -> list[str]:
     return [
         str(fold.fold),
         _or_not(fold.seconds, hours),
+        _or_not(fold.wall_seconds, hours),
         fold.device,
         _or_not(fold.peak_memory_mib, count),
         fold.peak_memory_of or NOT_RECORDED,
@@ -79,6 +81,7 @@ def _total(folds: Sequence[FoldCompute]) -> list[str]:
     return [
         "all",
         _sum([fold.seconds for fold in folds], hours),
+        _sum([fold.wall_seconds for fold in folds], hours),
         ", ".join(sorted({fold.device for fold in folds})),
         f"max. {number(0)(max(memory))}" if memory else NOT_RECORDED,
         ", ".join(sorted({fold.peak_memory_of for fold in folds if fold.peak_memory_of})),
@@ -109,6 +112,6 @@ def _megabytes(size: int) -> str:
 
 
 def _short(git_hash: str) -> str:
-    """The first characters of a commit, and what is said after it."""
-    commit, plus, rest = git_hash.partition("+")
-    return commit[:8] + plus + rest
+    """The first characters of each commit, and what is said after it."""
+    parts = (commit.partition("+") for commit in git_hash.split(" then "))
+    return " then ".join(commit[:8] + plus + rest for commit, plus, rest in parts)

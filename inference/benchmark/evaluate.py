@@ -17,7 +17,7 @@ from ..scoring import Scores, default_tolerance_mm, read_label_map, score_folder
 from ..versions import git_hash, versions
 from .case_table import case_table, write_csv
 from .combine import Combined, combine
-from .errors import BenchmarkError
+from .errors import BenchmarkError, refuse_unfair
 from .fairness import check_fairness, check_postprocessing
 from .fold_record import read_fold_compute
 from .names import joint_name, postprocessed_name, row_names
@@ -75,12 +75,7 @@ def evaluate(
     with console.status("checking that the comparison is fair"):
         findings = check_fairness(methods, folds, results, preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
-    if severe and not accept_unfair:
-        raise BenchmarkError(
-            "this comparison is not fair:\n"
-            + "\n".join(f"- {text}" for text in severe)
-            + "\nMend it, or give --accept-unfair to have a report that opens with these reasons."
-        )
+    refuse_unfair(severe, accept_unfair, "this comparison is not fair", "Mend it")
     cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
     fold_of = {case: fold for fold, names in cases.items() for case in names}
     truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.plans.architecture import read_config
 
-from .errors import BenchmarkError
+from .errors import BenchmarkError, CheckpointError
 from .fairness_models import model_configuration, side_by_side
 from .fold_record import FoldRecord, read_fold_compute, sha256_of
 from .methods import has_budget
@@ -58,7 +57,7 @@ def check_training(methods: Sequence[Method], folds: Sequence[int], results: Pat
             trained.append(_Fold(method, names[method], number, folder, record, compute))
             if reason is not None:
                 findings.append(
-                    Finding(True, f"The checkpoint of {names[method]}, fold {number}, cannot be read: {reason}.")
+                    Finding(True, f"The checkpoint of {names[method]}, fold {number}, is damaged: {reason}.")
                 )
     return [
         *findings,
@@ -74,12 +73,10 @@ def _compute(folder: Path) -> tuple[FoldCompute | None, str | None]:
     """What the training took, or why that cannot be said."""
     try:
         return read_fold_compute(folder), None
-    except BenchmarkError:
-        raise
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except CheckpointError as error:
         if not zipfile.is_zipfile(folder / "checkpoint_final.pth"):
             return None, None  # told with the folds
-        return None, str(error) or repr(error)
+        return None, str(error)
 
 
 def _inputs(trained: Sequence[_Fold], preprocessed: Path) -> list[Finding]:
@@ -180,12 +177,14 @@ def _machines(trained: Sequence[_Fold]) -> list[Finding]:
 def _software(trained: Sequence[_Fold]) -> list[Finding]:
     found = []
     recorded = [(fold, fold.record) for fold in trained if fold.record is not None]
-    packages = dict.fromkeys(package for _, record in recorded for package in record.versions)
+    software = [(fold, record.all_versions()) for fold, record in recorded]
+    packages = dict.fromkeys(package for _, versions in software for package in versions)
     for package in packages:
-        values = {fold: str(record.versions.get(package, "not recorded")) for fold, record in recorded}
+        # What an earlier version of this program did not record is no difference.
+        values = {fold: versions[package] for fold, versions in software if versions.get(package)}
         if len(set(values.values())) > 1:
             found.append(Finding(False, f"Folds were trained with different versions of {package}: {_groups(values)}."))
-    commits = {fold: record.git_hash or "not recorded" for fold, record in recorded}
+    commits = {fold: commit for fold, record in recorded if (commit := record.all_commits()) is not None}
     if len(set(commits.values())) > 1:
         found.append(Finding(False, f"Folds were trained with different commits of this package: {_groups(commits)}."))
     return found

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.json_files import read_json, write_json
 
+from ..errors import DemoError
+from ..history import epoch_seconds, read_log
 from ..versions import git_hash, versions
-from .errors import BenchmarkError
+from .errors import BenchmarkError, CheckpointError
 from .results import FoldCompute, Method
 
 RECORD_FILE = "benchmark_run.json"
@@ -59,7 +62,8 @@ class FoldRecord:
         versions: of packages at the start.
         parts: each run of nnU-Net's command: ``kind``, ``command``, ``start`` and ``end`` (ISO times; end None if the
             benchmark itself was killed), ``exit_status`` (None likewise), ``host``, and ``process``: what the
-            training process told of itself, see :mod:`nnunet_process`.
+            training process told of itself, see :mod:`nnunet_process`; ``git_hash``, ``versions`` and, without
+            folders, ``variables`` of nnU-Net, MaskSAM and CUDA as they were in this part.
     """
 
     folder: Path
@@ -106,13 +110,23 @@ class FoldRecord:
         begun = [index for index, part in enumerate(self.parts) if part["kind"] == "train"]
         return [part for part in self.parts[begun[-1] if begun else 0 :] if part["kind"] != "validate"]
 
+    def all_versions(self) -> dict[str, str]:
+        """Versions of packages over all parts of the training, ``then`` between those that changed."""
+        sources = [self.versions, *(part.get("versions") or {} for part in self.of_this_training())]
+        names = dict.fromkeys(name for source in sources for name in source)
+        return {name: _changes(source.get(name) for source in sources) for name in names}
+
+    def all_commits(self) -> str | None:
+        """This package's commits over all parts of the training, ``then`` between them; None: not recorded."""
+        return _changes([self.git_hash, *(part.get("git_hash") for part in self.of_this_training())]) or None
+
     @property
     def resumed(self) -> int:
         """How often the training went on from a checkpoint."""
         return sum(part["kind"] == "continue" for part in self.of_this_training())
 
-    def begin_part(self, kind: PartKind, command: str) -> None:
-        """Note that nnU-Net's command starts now."""
+    def begin_part(self, kind: PartKind, command: str, variables: Mapping[str, str]) -> None:
+        """Note that nnU-Net's command starts now, in an environment of these ``variables``."""
         self._take_process_file()  # of a part whose benchmark was killed
         self.parts.append(
             {
@@ -123,6 +137,9 @@ class FoldRecord:
                 "exit_status": None,
                 "host": socket.gethostname(),
                 "process": None,
+                "git_hash": git_hash(),
+                "versions": versions(),
+                "variables": _variables(variables),
             }
         )
         self.write()
@@ -190,6 +207,7 @@ def read_fold_compute(fold_folder: Path) -> FoldCompute:
 
     Raises:
         BenchmarkError: if the fold is not trained, or its record is not readable.
+        CheckpointError: if its checkpoint is not readable.
     """
     checkpoint = fold_folder / "checkpoint_final.pth"
     if not checkpoint.is_file():
@@ -200,25 +218,35 @@ def read_fold_compute(fold_folder: Path) -> FoldCompute:
     last: Mapping[str, Any] = told[-1] if told else {}
     devices = list(dict.fromkeys(process["device"] for process in told))
     budget = _budget_stats(fold_folder)
-    epochs, seconds = _epochs(checkpoint)
+    try:
+        epochs = epoch_seconds(read_log(checkpoint), checkpoint)
+    except DemoError as error:
+        raise CheckpointError(str(error)) from error
     per_epoch = last.get("iterations_per_epoch")
     peaks = [process["peak_memory_mib"] for process in told]
     if "peak_memory_mb" in budget:
         peaks.append(budget["peak_memory_mb"])
     return FoldCompute(
         fold=int(fold_folder.name.removeprefix("fold_")),
-        seconds=budget.get("train_seconds", seconds),
+        seconds=budget.get("train_seconds", sum(epochs)),
         peak_memory_mib=max(peaks, default=None),
         peak_memory_of=last.get("peak_memory_of", budget.get("peak_memory_of", "not recorded")),
         device=" and ".join(devices) or budget.get("device", "not recorded"),
-        iterations=budget.get("iterations", None if per_epoch is None else per_epoch * epochs),
-        epochs=epochs,
+        iterations=budget.get("iterations", None if per_epoch is None else per_epoch * len(epochs)),
+        epochs=len(epochs),
         parameters=last.get("parameters", budget.get("parameters")),
         trainable_parameters=last.get("trainable_parameters", budget.get("trainable_parameters")),
         checkpoint_bytes=checkpoint.stat().st_size,
         resumed=0 if record is None else record.resumed,
-        git_hash=None if record is None else record.git_hash,
+        git_hash=None if record is None else record.all_commits(),
+        wall_seconds=_wall_seconds(parts),
     )
+
+
+def _wall_seconds(parts: Sequence[Mapping[str, Any]]) -> float | None:
+    """From each trainer's making to its validation or its end, over all parts; None where one did not tell."""
+    taken = [(part["process"] or {}).get("wall_seconds") for part in parts]
+    return float(sum(taken)) if taken and None not in taken else None
 
 
 def _budget_stats(fold_folder: Path) -> Mapping[str, Any]:
@@ -230,17 +258,18 @@ def _budget_stats(fold_folder: Path) -> Mapping[str, Any]:
     return stats
 
 
-def _epochs(checkpoint: Path) -> tuple[int, float]:
-    """Number and summed seconds of the epochs in nnU-Net's log, which is kept over resumptions.
+def _changes(values: Iterable[str | None]) -> str:
+    """What is known, in its order, without repetitions side by side."""
+    return " then ".join(value for value, _ in groupby(value for value in values if value is not None))
 
-    From a checkpoint of our own training: unpickling runs what the file says.
-    """
-    import torch  # not where a job only waits for its training: it takes a gigabyte
 
-    # mmap: the weights are not read.
-    log = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
-    spans = list(zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False))
-    return len(spans), float(sum(end - start for start, end in spans))
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those that change a training; folders are its user's own business."""
+    folders = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer")
+    prefixes = ("nnUNet_", "MASKSAM_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    return {
+        k: v for k, v in sorted(environment.items()) if k.startswith(prefixes) and k not in folders and "/" not in v
+    }
 
 
 def _now() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,11 +103,11 @@ def _damage(file: Path, thorough: bool) -> str | None:
 
 def _lacking(validation: Path, cases: Sequence[str], file_ending: str, npz: bool) -> str | None:
     """What a validation lacks, in words; None if nothing."""
-    endings = (file_ending, ".npz") if npz else (file_ending,)
+    endings = (file_ending, ".npz", ".pkl") if npz else (file_ending,)
     for ending in endings:
-        missing = [case for case in cases if not _has_content(validation / f"{case}{ending}")]
+        missing = [case for case in cases if not _is_whole(validation / f"{case}{ending}")]
         if missing:
-            return f"{len(missing)} of {len(cases)} validation cases lack {ending}, such as {missing[0]}"
+            return f"{len(missing)} of {len(cases)} validation cases lack a whole {ending} file, such as {missing[0]}"
     summary = validation / "summary.json"
     try:
         scored = read_json(summary)["metric_per_case"]
@@ -122,8 +124,17 @@ def _outdated(folder: Path) -> str | None:
     return f"its predictions are older than {FINAL}" if scored < trained else None
 
 
-def _has_content(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
+def _is_whole(file: Path) -> bool:
+    """Whether a file is there and ends as its kind must; cheap, so that a cut label map passes until it is scored."""
+    if not file.is_file() or not file.stat().st_size:
+        return False
+    if file.suffix == ".npz":
+        return zipfile.is_zipfile(file)
+    if file.suffix == ".pkl":
+        with file.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return stream.read() == pickle.STOP
+    return True
 
 
 @contextmanager
@@ -136,7 +147,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BenchmarkError: if another process has it, or the folder cannot be written.
     """
-    lock = FileLock(folder / LOCK_FILE)
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_SECONDS)
@@ -144,8 +155,11 @@ def locked(folder: Path) -> Iterator[None]:
         raise BenchmarkError(
             f"{folder}: another process is training this fold; wait until it has ended, then run again"
         ) from error
-    except OSError as error:
-        raise BenchmarkError(f"cannot write into {folder}: {error}; make room or make it writable") from error
+    except (OSError, NotImplementedError) as error:
+        raise BenchmarkError(
+            f"cannot lock {folder / LOCK_FILE}: {error}; make room or make the folder writable, on a file system that "
+            "has locks (flock)"
+        ) from error
     try:
         yield
     finally:

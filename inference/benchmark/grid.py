@@ -19,7 +19,7 @@ from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
 from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
 from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, group_by_regex, split_warning
 
-from .errors import BenchmarkError
+from .errors import BenchmarkError, refuse_unfair
 from .fairness_splits import check_splits
 from .fold_record import FoldRecord, Inputs
 from .methods import BASELINES, DEFAULT_PLANS, has_budget
@@ -302,12 +302,7 @@ def _check_fair(
     """Whether the folds make a cross-validation: better known before the training than after."""
     findings = check_splits(splits, grid.folds, cases, grid.dataset, grid.patients(cases))
     severe = [finding.text for finding in findings if finding.severe]
-    if severe and not accept_unfair:
-        raise BenchmarkError(
-            "these folds make no fair comparison:\n"
-            + "\n".join(f"- {text}" for text in severe)
-            + "\nMend splits_final.json, or give --accept-unfair to have a report that opens with these reasons."
-        )
+    refuse_unfair(severe, accept_unfair, "these folds make no fair comparison", "Mend splits_final.json")
     return severe
 
 

@@ -38,12 +38,17 @@ class SubmittedJobs:
         Raises:
             BenchmarkError: if another process does, or the file is not readable.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{JOB_FILE}.lock")
+        lock = FileLock(folder / f"{JOB_FILE}.lock", fallback_to_soft=False)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=5)
         except Timeout as error:
             raise BenchmarkError(f"{folder}: another masksam benchmark is submitting its jobs; wait for it") from error
+        except (OSError, NotImplementedError) as error:
+            raise BenchmarkError(
+                f"cannot lock {folder / JOB_FILE}: {error}; make room or make the folder writable, on a file system "
+                "that has locks (flock)"
+            ) from error
         try:
             yield cls._read(folder / JOB_FILE)
         finally:
@@ -63,7 +68,17 @@ class SubmittedJobs:
             ) from error
 
     def write(self) -> None:
-        """Write atomically."""
+        """Write atomically.
+
+        Raises:
+            BenchmarkError: if that cannot be done.
+        """
         content = asdict(self)
         del content["file"]
-        write_json(self.file, content)
+        try:
+            write_json(self.file, content)
+        except OSError as error:
+            raise BenchmarkError(
+                f"cannot write {self.file}: {error}; jobs that SLURM has taken stay with it: make room, look with "
+                "squeue, and run again"
+            ) from error

@@ -7,18 +7,19 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 import torch
 from submitit import Job, LocalExecutor
 
-from ..commands import termination_as_exit
+from ..commands import SAVE_SECONDS, termination_as_exit
 from .errors import BenchmarkError
 from .executors import FOREVER_MINUTES, GridJob, Outcome, Status, Watch, outcome_of
 
 _LOOK_SECONDS = 0.5
-_END_SECONDS = 10.0
+_END_SECONDS = SAVE_SECONDS + 5
 
 
 def device_kind(devices: Sequence[str]) -> str:
@@ -67,7 +68,8 @@ class LocalGrid:
     def __init__(self, folder: Path, devices: Sequence[str]) -> None:
         """Args: submitit's folder, and devices as ``--devices`` names them."""
         check_devices(devices)
-        self.folder = folder
+        # submitit names a job's files by its process id, which may repeat.
+        self.folder = folder / datetime.now().strftime(f"%Y-%m-%d_%H-%M-%S_{os.getpid()}")
         self.devices = tuple(devices)
 
     def run(

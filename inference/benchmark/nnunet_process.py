@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,6 +36,7 @@ class Witness(threading.Thread):
         self.trainer: Any = None
         self._of_training: dict[str, Any] | None = None
         self._over = threading.Event()
+        self._since = time.monotonic()
 
     def run(self) -> None:
         waited = 0.0
@@ -57,11 +59,13 @@ class Witness(threading.Thread):
         validate: Callable[..., Any] = trainer.perform_actual_validation
 
         def validate_after_a_look(*arguments: Any, **options: Any) -> Any:
-            self._of_training = self._measure()
+            with contextlib.suppress(Exception):  # a witness must not end what it looks at
+                self._of_training = self._measure()
             return validate(*arguments, **options)
 
         trainer.perform_actual_validation = validate_after_a_look
         self.trainer = trainer
+        self._since = time.monotonic()
 
     def write(self) -> None:
         """Write the file, if there is something to tell."""
@@ -91,6 +95,7 @@ class Witness(threading.Thread):
             "epochs_planned": trainer.num_epochs,
             "epoch_seconds": float(sum(end - start for start, end in zip(starts, ends, strict=True))),
             "iterations_per_epoch": trainer.num_iterations_per_epoch,
+            "wall_seconds": time.monotonic() - self._since,
         }
 
 

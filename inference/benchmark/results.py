@@ -49,7 +49,9 @@ class FoldCompute:
     resumed: int
     """How often it was broken off and went on."""
     git_hash: str | None
-    """Of this package's checkout, where it was one."""
+    """Of this package's checkout, where it was one; several with ``then`` between them."""
+    wall_seconds: float | None = None
+    """By the clock, from each start to the validation or the break: with loading, and with work that a break lost."""
 
 
 @dataclass(frozen=True)

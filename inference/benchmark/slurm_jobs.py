@@ -22,6 +22,8 @@ REQUEUES = 100
 """How often a job may reach its time limit and go on; more would hide a job that makes no progress."""
 _LOOK_SECONDS = 2.0
 _SETTLE_SECONDS = 10.0
+_AWAY_SECONDS = 15 * 60.0
+_RETRY_SECONDS = 15.0
 _OWN_OPTIONS = ("dependency", "requeue", "output", "error", "open_mode", "signal", "array", "time", "job_name")
 
 
@@ -43,7 +45,7 @@ class SlurmSettings:
     gpus: int = 1
     cpus: int = 8
     memory_gb: float | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str | bool] = field(default_factory=dict)
 
     def parameters(self, job_name: str) -> dict[str, Any]:
         """For submitit's executor."""
@@ -64,8 +66,8 @@ class SlurmSettings:
         return own | {"additional_parameters": {**self.options, "requeue": True}}
 
 
-def parse_slurm_options(options: Sequence[str]) -> dict[str, str]:
-    """The values of ``--slurm KEY=VALUE``.
+def parse_slurm_options(options: Sequence[str]) -> dict[str, str | bool]:
+    """The values of ``--slurm KEY=VALUE`` and the flags ``--slurm KEY``.
 
     Raises:
         BenchmarkError: not of that form, or what the benchmark sets itself.
@@ -74,11 +76,14 @@ def parse_slurm_options(options: Sequence[str]) -> dict[str, str]:
     for text in options:
         key, equals, value = text.partition("=")
         key = key.strip().lstrip("-").replace("-", "_")
-        if not (key and equals and value):
-            raise BenchmarkError(f"--slurm {text!r}: write KEY=VALUE with sbatch's long names, such as account=lab")
+        if not key or (equals and not value):
+            raise BenchmarkError(
+                f"--slurm {text!r}: write KEY=VALUE with sbatch's long names, such as account=lab, or KEY alone for a "
+                "flag, such as exclusive"
+            )
         if key in _OWN_OPTIONS:
             raise BenchmarkError(f"--slurm {text}: {key} is set by the benchmark itself; leave it out")
-        found[key] = value
+        found[key] = value if equals else True
     return found
 
 
@@ -162,7 +167,7 @@ class SlurmGrid:
         numbers = {*submission.folds.values()} | ({submission.evaluation} - {None})
         gone: dict[str, float] = {}
         while True:
-            there = jobs_in_queue()
+            there = _queue_in_time()
             for job in jobs:
                 number = submission.folds[job.name]
                 if number in there:
@@ -184,8 +189,11 @@ class SlurmGrid:
         """Why the evaluation failed; None if it did not, or there was none."""
         if submission.evaluation is None:
             return None
-        job = _Evaluation(self._job(submission.evaluation).paths.stderr)
-        return outcome_of(job, self._job(submission.evaluation)).error
+        submitted = self._job(submission.evaluation)
+        until = time.monotonic() + _SETTLE_SECONDS
+        while not submitted.paths.result_pickle.exists() and time.monotonic() < until:  # on its way, as above
+            time.sleep(_LOOK_SECONDS)
+        return outcome_of(_Evaluation(submitted.paths.stderr), submitted).error
 
     def _submit_evaluation(
         self,
@@ -261,6 +269,18 @@ def jobs_in_queue() -> Mapping[str, str]:
         ) from error
     lines = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
     return {number: state for number, state in lines}
+
+
+def _queue_in_time() -> Mapping[str, str]:
+    """The queue, from a SLURM that is away for up to :data:`_AWAY_SECONDS`, as while its controller restarts."""
+    until = time.monotonic() + _AWAY_SECONDS
+    while True:
+        try:
+            return jobs_in_queue()
+        except BenchmarkError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_RETRY_SECONDS)
 
 
 def _status(name: str, number: str, there: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> Status:

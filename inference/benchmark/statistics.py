@@ -19,18 +19,7 @@ from .. import scoring
 from .case_table import METRICS, case_table, wide
 from .errors import BenchmarkError, listed
 from .estimates import RESAMPLES, SEED, Floats, bootstrap_mean, holm, nanmean, patient_means, signed_rank_test
-from .nnunet_scores import check_against_nnunet
 from .results import Aggregate, Comparison, Metric, Row
-
-__all__ = [
-    "ALPHA",
-    "LARGER_IS_BETTER",
-    "aggregates",
-    "check_against_nnunet",
-    "comparisons",
-    "default_pairs",
-    "policies",
-]
 
 ALPHA = 0.05
 """Of p, corrected, below which a row counts as better."""

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ _OPTIONS: Mapping[PartKind, tuple[str, ...]] = {"train": (), "continue": ("--c",
 _PARTS: Mapping[Stage, PartKind] = {Stage.MISSING: "train", Stage.BROKEN_OFF: "continue", Stage.TRAINED: "validate"}
 _SUBMITIT_EXECUTOR = "SUBMITIT_EXECUTOR"
 _SUBMITIT_SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"
-_GRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,8 @@ class FoldJob:
         arguments += ["-device", self.device, *options]
         line = shlex.join([COMMAND, *arguments])
         record = self._record(stage)
-        record.begin_part(part, line)
+        environment = self._whole_environment()
+        record.begin_part(part, line, environment)
         process = [str(self.folder / PROCESS_FILE), str(os.getpid()), COMMAND]
         module = "masksam_nnunet.inference.benchmark.nnunet_process"
         exit_status: int | None = None
@@ -131,17 +130,17 @@ class FoldJob:
             run_logged(
                 line,
                 [sys.executable, "-m", module, *process, *arguments],
-                self._whole_environment(),
+                environment,
                 self.log,
                 # SLURM signals all processes of a job; only submitit's shall act on it, and then ends the training.
-                shielded_from=[preemption_signal()],
+                # Pre-emption may begin with SIGTERM long before submitit's signal.
+                shielded_from=[preemption_signal(), *([signal.SIGTERM] if self._on_slurm else [])],
                 catch_sigterm=_SUBMITIT_EXECUTOR not in os.environ,
+                end_with=signal.SIGUSR1,  # MaskSAM's trainers save and exit
             )
             exit_status = 0
         except CommandError as error:
             exit_status = error.code
-            if error.code == -signal.SIGTERM and os.environ.get(_SUBMITIT_EXECUTOR) == "slurm":
-                time.sleep(_GRACE_SECONDS)  # SLURM's first word; submitit's signal may follow, and requeues the job
             raise BenchmarkError(f"{self.name}: {error}") from error
         finally:
             record.end_part(exit_status)
@@ -159,6 +158,10 @@ class FoldJob:
         if differences:
             raise BenchmarkError(changed_since(self.folder, differences))
         return record
+
+    @property
+    def _on_slurm(self) -> bool:
+        return os.environ.get(_SUBMITIT_EXECUTOR) == "slurm"
 
     @property
     def _names(self) -> tuple[str, str, str]:

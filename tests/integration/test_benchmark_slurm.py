@@ -17,7 +17,7 @@ MISSING = [program for program in PROGRAMS if shutil.which(program, path=SEARCHE
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: Debian's packages slurm-wlm and munge"),
 ]

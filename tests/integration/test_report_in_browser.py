@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_benchmark import STATS, made_up_results
+from made_up_benchmark import STATS, made_up_demo, made_up_results
 from PIL import Image
 
 from masksam_nnunet.inference.benchmark.report import write_benchmark_report
@@ -20,7 +20,7 @@ from masksam_nnunet.inference.figures import draw_curves
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.page import Picture
 from masksam_nnunet.inference.report import MethodResult, Report, write_report
-from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, policies
+from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 
 pytestmark = pytest.mark.integration
 
@@ -68,39 +68,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     small = made_up_results(root / "small", ("anterior", "posterior", "absent"), absent=("absent",))
     large = made_up_results(root / "large", SIXTEEN, row_count=6, resamples=19)
     return {
-        "demo": write_report(root / "demo", made_up_demo()),
+        "demo": write_report(root / "demo", wide_demo()),
         "small": write_benchmark_report(root / "small report", small),
         "large": write_benchmark_report(root / "large report", large),
     }
 
 
-def made_up_demo() -> Report:
+def wide_demo() -> Report:
     """The demo's report with long names and one picture."""
     history = History((10.0, 20.0), (1.0, 0.5), (0.9, 0.8), (0.2, 0.6))
     curves = Picture("Learning curves", "A caption.", draw_curves({"nnU-Net": history, "MaskSAM": history}))
     names = [*SIXTEEN[:3], SIXTEEN[-1]]
     score = ClassScore(0.8, 3.2, 0.9, 12.5, 11.0)
     scores = aggregate([CaseScore(case, dict.fromkeys(names, score)) for case in ("case_a", "case_b")], 1.0)
-    return Report(
-        dataset="Dataset999_MadeUp",
-        phantoms=True,
-        fold=0,
-        cases=["case_a", "case_b"],
-        training_cases=8,
-        configuration="3d_fullres",
-        batch_size=2,
-        minutes=4.0,
-        device="2 CPU cores",
-        versions={"torch": "2.x"},
-        scoring=policies(scores, has_ignore_label=False),
-        notes=["A note."],
-        methods=[MethodResult("nnU-Net", "nnUNetTrainer", scores, STATS)] * 2,
-        classes=dict.fromkeys(names, "#e69f00"),
-        curves=curves,
-        case_pictures=[curves],
-        inside_pictures=[],
-        commands=["nnUNetv2_predict -i in -o " + "out" * 60],
-    )
+    methods = [MethodResult("nnU-Net", "nnUNetTrainer", scores, STATS)] * 2
+    return made_up_demo(methods, names, curves, commands=["nnUNetv2_predict -i in -o " + "out" * 60])
 
 
 def chromium(*arguments: str) -> str:

@@ -285,7 +285,7 @@ def test_a_checkpoint_without_a_log(grid: Grid) -> None:
     grid.train(NNUNET, OTHER)
     grid.save({}, OTHER, 3)
     (text,) = severe(grid.check(NNUNET, OTHER))
-    assert text.startswith("The checkpoint of nnUNetTrainerOther, fold 3, cannot be read")
+    assert text.startswith("The checkpoint of nnUNetTrainerOther, fold 3, is damaged")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from plain_plans import dataset_json, plain_plans
@@ -319,11 +322,14 @@ def flip(file: Path) -> None:
     file.write_bytes(bytes(content))
 
 
-def write_validation(folder: Path, cases: list[str], endings: tuple[str, ...] = (".nii.gz", ".npz")) -> None:
+def write_validation(folder: Path, cases: list[str], endings: tuple[str, ...] = (".nii.gz", ".npz", ".pkl")) -> None:
     (folder / "validation").mkdir(parents=True, exist_ok=True)
+    zipped = io.BytesIO()
+    np.savez(zipped, probabilities=np.zeros(9))
+    contents = {".nii.gz": b"x", ".npz": zipped.getvalue(), ".pkl": pickle.dumps({"spacing": [1, 1, 1]})}
     for case in cases:
         for ending in endings:
-            (folder / "validation" / f"{case}{ending}").write_bytes(b"x")
+            (folder / "validation" / f"{case}{ending}").write_bytes(contents[ending])
     scored = [{"prediction_file": f"/elsewhere/{case}.nii.gz"} for case in cases]
     (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": scored}))
 
@@ -386,6 +392,18 @@ def test_predictions_of_an_earlier_training_do_not_count(tmp_path: Path) -> None
     os.utime(tmp_path / "validation" / "summary.json", (1, 1))
     state = fold_state(tmp_path, CASES[:2], ".nii.gz", npz=True)
     assert state.stage is Stage.TRAINED and "older" in state.reason
+
+
+@pytest.mark.parametrize("ending", [".npz", ".pkl"])
+def test_probabilities_that_were_cut_short_are_made_anew(tmp_path: Path, ending: str) -> None:
+    write_validation(tmp_path, CASES[:2])
+    write_checkpoint(tmp_path / "checkpoint_final.pth")
+    os.utime(tmp_path / "validation" / "summary.json")
+    assert stage(tmp_path) is Stage.DONE
+    file = tmp_path / "validation" / f"{CASES[1]}{ending}"
+    file.write_bytes(file.read_bytes()[:-1])
+    state = fold_state(tmp_path, CASES[:2], ".nii.gz", npz=True)
+    assert state.stage is Stage.TRAINED and f"1 of 2 validation cases lack a whole {ending} file" in state.reason
 
 
 def test_a_damaged_end_costs_no_more_than_that(tmp_path: Path) -> None:

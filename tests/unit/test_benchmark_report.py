@@ -16,7 +16,7 @@ from made_up_benchmark import CASES, FOLDS, made_up_results
 from markdown_it import MarkdownIt
 
 from masksam_nnunet.inference.benchmark.case_values import case_differences, case_values
-from masksam_nnunet.inference.benchmark.compute_table import all_hours, compute_groups
+from masksam_nnunet.inference.benchmark.compute_table import HEADS, all_hours, compute_groups
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.lookup import Lookup, focus
 from masksam_nnunet.inference.benchmark.markdown import escape, to_markdown
@@ -266,10 +266,10 @@ def test_compute_says_what_was_not_recorded(results: BenchmarkResults) -> None:
     assert [group.title for group in groups] == [*names[:2], f"{names[2]} (its members together)"]
     assert not groups[2].lines and groups[2].total[1] == "9.00 (9/10)"
     first = groups[0]
-    assert len(first.lines) == FOLDS and {len(line) for line in [*first.lines, first.total]} == {12}
+    assert len(first.lines) == FOLDS and {len(line) for line in [*first.lines, first.total]} == {len(HEADS)}
     assert first.lines[0][1] == "1.00" and first.total[1] == "5.00"
     second = groups[1]  # its last fold tells nothing
-    assert second.lines[-1][1] == second.lines[-1][3] == second.lines[-1][4] == second.lines[-1][5] == "not recorded"
+    assert second.lines[-1][1] == second.lines[-1][2] == second.lines[-1][4] == second.lines[-1][6] == "not recorded"
     assert second.total[1] == "4.00 (4/5)"
     assert all_hours(results) == "9.00 (9/10)"
 

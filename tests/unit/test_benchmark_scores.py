@@ -172,11 +172,7 @@ def test_wide() -> None:
     dice = wide(frame, "dice", "b")
     assert list(dice.columns) == ["z", "y"] and list(dice.index) == ["c1", "c2"]
     assert math.isnan(dice.loc["c1", "z"]) and dice.loc["c2", "y"] == 0.5
-    mean = wide(frame, "dice", None)
-    assert mean.loc["c1", "z"] == 0.5  # b is undefined there
-    assert mean.loc["c2", "z"] == pytest.approx(0.8)
     assert wide(frame, "volume_error_ml", "a").loc["c1", "z"] == 1.0  # without its sign
-    assert wide(frame, "volume_error_ml", None).loc["c2", "y"] == 0.5
 
 
 def test_csv_is_whole_and_keeps_every_digit(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.estimates import bootstrap_mean, holm, signed_rank_test
+from masksam_nnunet.inference.benchmark.nnunet_scores import check_against_nnunet
 from masksam_nnunet.inference.benchmark.results import Aggregate, Comparison, Kind, Method, Row
 from masksam_nnunet.inference.benchmark.statistics import (
     aggregates,
-    check_against_nnunet,
     comparisons,
     default_pairs,
     policies,

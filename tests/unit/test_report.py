@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from made_up_benchmark import STATS
+from made_up_benchmark import STATS, made_up_demo
 
 from masksam_nnunet.inference.demo_pictures import choose_cases
 from masksam_nnunet.inference.figures import CaseImages, choose_slices, draw_case, draw_curves, draw_inside
@@ -31,7 +31,7 @@ from masksam_nnunet.inference.report import (
     to_json,
     write_report,
 )
-from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, policies
+from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 from masksam_nnunet.json_files import write_json
 
 NAMES = ("<b>liver & co</b>", "vessel")
@@ -50,23 +50,12 @@ def made_up_method(name: str, dice: float) -> MethodResult:
 def report() -> Report:
     methods = [made_up_method("nnU-Net", 0.8), made_up_method("MaskSAM", 0.75)]
     picture = Picture('A "picture" <i>', "of & for", PNG)
-    return Report(
+    return made_up_demo(
+        methods,
+        NAMES,
+        picture,
         dataset="Dataset999_<script>alert(1)</script>",
-        phantoms=True,
-        fold=0,
-        cases=["case_b", "case_a"],
-        training_cases=8,
-        configuration="3d_fullres",
-        batch_size=2,
-        minutes=4.0,
-        device="2 CPU cores",
-        versions={"torch": "2.x"},
-        scoring=policies(methods[0].scores, has_ignore_label=False),
         notes=["A note on <patients>."],
-        methods=methods,
-        classes={name: "#e69f00" for name in NAMES},
-        curves=picture,
-        case_pictures=[picture],
         inside_pictures=[picture],
         commands=['nnUNetv2_predict -i "$OUT/in" -o "$OUT/out"'],
     )
