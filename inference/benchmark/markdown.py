@@ -36,8 +36,8 @@ def to_markdown(results: BenchmarkResults, lookup: Lookup) -> str:
         f"# Benchmark on {escape(results.dataset)}",
         f"{escape(results.configuration)}, {len(results.folds)} folds, {cases} cases. Means over cases with bootstrap "
         "95 % confidence intervals in brackets; n is given where a score is undefined in some cases. Bold: "
-        "significantly better than the second best of its group; nothing bold: the data do not tell the two apart, or they "
-        "were not compared.",
+        "significantly better than the second best of its group; nothing bold: the data do not tell the two apart, or "
+        "they were not compared.",
         *_findings(results),
         "## Means over classes",
         _overall(overall(lookup)),
