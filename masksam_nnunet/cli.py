@@ -19,7 +19,7 @@ import typer
 from masksam_nnunet import __version__, cli_benchmark, cli_datasets, cli_export
 from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
 from masksam_nnunet.cli_options import SeveralValues
-from masksam_nnunet.cli_predict import masksam_predictor, take_batch_size
+from masksam_nnunet.cli_predict import masksam_predictor, take_options
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import WeightsError
 
@@ -145,10 +145,10 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def predict(context: typer.Context) -> None:
-    """nnUNetv2_predict in batches, frozen weights held once; its arguments and --batch-size, -tr as in train."""
+    """nnUNetv2_predict in batches, or by an ensemble of models; its arguments and a few more (-h), -tr as in train."""
     module = "nnunetv2.inference.predict_from_raw_data"
-    arguments, batch_size = take_batch_size(context.args)
-    within = partial(masksam_predictor, batch_size=batch_size, show_help=_asks_help(arguments))
+    arguments, options = take_options(context.args)
+    within = partial(masksam_predictor, options=options, show_help=_asks_help(arguments))
     _run_nnunet("predict", module, "predict_entry_point", arguments, ("nnUNet_results",), within)
 
 

@@ -33,19 +33,22 @@ BASELINES: Mapping[str, tuple[str, str]] = {
 """Trainer and plans of each, by the name that the command line takes."""
 
 
-def parse_methods(trainers: Sequence[str], plans: Sequence[str], configuration: str) -> tuple[Method, ...]:
+def parse_methods(
+    trainers: Sequence[str], plans: Sequence[str], configuration: str, option: str = "--trainers"
+) -> tuple[Method, ...]:
     """The methods that the command line names.
 
     Args:
         trainers: class names as nnU-Net finds them, ``TRAINER@PLANS``, or names of :data:`BASELINES`.
         plans: none, one for all trainers that name none of their own, or one for each trainer.
         configuration: nnU-Net's, such as ``3d_fullres``.
+        option: what the user named them by, for the messages.
 
     Raises:
         BenchmarkError: unknown trainers, numbers that do not match, plans named twice, the same method twice.
     """
     if not trainers:
-        raise BenchmarkError("--trainers: name at least one, for example --trainers nnUNetTrainer MaskSAMTrainer")
+        raise BenchmarkError(f"{option}: name at least one, for example {option} nnUNetTrainer MaskSAMTrainer")
     if len(plans) not in (0, 1, len(trainers)):
         raise BenchmarkError(
             f"--plans holds {len(plans)} names for {len(trainers)} trainers: give one for all, or one for each"
@@ -53,43 +56,43 @@ def parse_methods(trainers: Sequence[str], plans: Sequence[str], configuration: 
     each = len(plans) == len(trainers) and len(plans) > 1
     methods = []
     for number, text in enumerate(trainers):
-        trainer, own = _split(text)
+        trainer, own = _split(text, option)
         given = plans[number] if each else plans[0] if plans else None
         if own is not None and each and given != own:
-            raise BenchmarkError(f"--trainers {text} has the plans {own}, but --plans gives it {given}: leave one out")
-        find_trainer(trainer)
+            raise BenchmarkError(f"{option} {text} has the plans {own}, but --plans gives it {given}: leave one out")
+        find_trainer(trainer, option)
         method = Method(trainer, own or given or DEFAULT_PLANS, configuration)
         if method in methods:
             raise BenchmarkError(
-                f"--trainers: {method.trainer} with {method.plans} is named twice; leave one out, or give it other "
+                f"{option}: {method.trainer} with {method.plans} is named twice; leave one out, or give it other "
                 "plans: TRAINER@PLANS"
             )
         methods.append(method)
     return tuple(methods)
 
 
-def _split(text: str) -> tuple[str, str | None]:
+def _split(text: str, option: str) -> tuple[str, str | None]:
     """The trainer, and the plans that it names itself."""
     name, at, plans = text.partition("@")
     if at and not (name and plans):
-        raise BenchmarkError(f"--trainers {text!r}: write TRAINER@PLANS, for example nnUNetTrainer@nnUNetPlans")
+        raise BenchmarkError(f"{option} {text!r}: write TRAINER@PLANS, for example nnUNetTrainer@nnUNetPlans")
     if name in BASELINES:
         trainer, its_plans = BASELINES[name]
         return trainer, plans or its_plans
     return name, plans or None
 
 
-def find_trainer(name: str) -> type[Any]:
+def find_trainer(name: str, option: str = "--trainers") -> type[Any]:
     """The class that nnU-Net finds for this name, with MaskSAM's trainers among those it looks at.
 
     Raises:
         BenchmarkError: if it finds none.
     """
-    return _find_trainer(name, ext_trainer_value(os.environ.get(EXT_TRAINER)))
+    return _find_trainer(name, ext_trainer_value(os.environ.get(EXT_TRAINER)), option)
 
 
 @cache
-def _find_trainer(name: str, folders: str) -> type[Any]:
+def _find_trainer(name: str, folders: str, option: str) -> type[Any]:
     before = os.environ.get(EXT_TRAINER)
     os.environ[EXT_TRAINER] = folders
     try:
@@ -100,7 +103,7 @@ def _find_trainer(name: str, folders: str) -> type[Any]:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"baselines by name are {', '.join(BASELINES)};"
         raise BenchmarkError(
-            f"--trainers {name}: nnU-Net finds no such trainer ({error}); {hint} Trainers of your own are found in the "
+            f"{option} {name}: nnU-Net finds no such trainer ({error}); {hint} Trainers of your own are found in the "
             f"folders that {EXT_TRAINER} names"
         ) from error
     finally:

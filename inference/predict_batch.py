@@ -1,0 +1,143 @@
+"""Predict cases one after another, by nnU-Net's own steps; one that fails costs itself only."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+from numpy.typing import NDArray
+
+from .errors import CaseError, PredictError, in_short
+from .postprocessing import Postprocessing
+from .predict_cases import Case, preprocess_case
+from .predictor import MaskSAMPredictor
+from .whole_files import draft
+from .workers import Task, Workers
+
+_WAITING = 2
+"""Predictions that may wait for a free export process: they are large, and the network can be faster."""
+
+
+def predict_cases(
+    predictor: MaskSAMPredictor,
+    cases: Sequence[Case],
+    out: Path,
+    probabilities: bool = False,
+    preprocessing: int = 0,
+    export: int = 0,
+    previous: Path | None = None,
+    postprocessing: Postprocessing | None = None,
+) -> dict[str, str]:
+    """Write the label map of each case, ``CASE`` + the dataset's file ending, once it is whole.
+
+    Args:
+        predictor: with a model loaded.
+        cases: to predict.
+        out: folder of the predictions; made if it is missing.
+        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
+        preprocessing: processes that read and preprocess; 0 for none but this one.
+        export: processes that resample and write; 0 for none but this one.
+        previous: for a cascade, the folder of the previous stage's label maps.
+        postprocessing: done on the label maps.
+
+    Returns:
+        What was wrong, by name, of the cases that have no prediction now.
+
+    Raises:
+        PredictError: the disk is full or not writable.
+    """
+    plans, configuration, dataset_json = (
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )  # fmt: skip
+    failed: dict[str, str] = {}
+    exports: deque[tuple[Case, Task]] = deque()
+    ending = dataset_json["file_ending"]
+    segmentations = [None if previous is None else previous / (case.name + ending) for case in cases]
+    calls = [
+        (case, segmentation, plans, configuration, dataset_json, predictor.verbose_preprocessing)
+        for case, segmentation in zip(cases, segmentations, strict=True)
+    ]
+    with Workers(preprocessing) as readers, Workers(export) as writers:
+
+        def collect(left: int) -> None:
+            while len(exports) > left:
+                case, task = exports.popleft()
+                try:
+                    writers.result(task)
+                except CaseError as error:
+                    failed[case.name] = str(error)
+
+        prepared = readers.in_order(preprocess_case, calls)
+        for number, (case, task) in enumerate(zip(cases, prepared, strict=True), start=1):
+            try:
+                data, properties = readers.result(task)
+                print(f"Predicting {case.name} ({number} of {len(cases)})", flush=True)
+                logits = _logits(predictor, data)
+            except CaseError as error:
+                failed[case.name] = str(error)
+                print(f"{case.name} cannot be predicted: {error}", flush=True)
+                continue
+            exports.append((
+                case,
+                writers.start(
+                    export_case, logits, properties, configuration, plans, dataset_json, out / case.name,
+                    probabilities, postprocessing,
+                ),
+            ))  # fmt: skip
+            del data, logits
+            collect(export + _WAITING if export else 0)
+        collect(0)
+    compute_gaussian.cache_clear()
+    empty_cache(predictor.device)
+    return failed
+
+
+def _logits(predictor: MaskSAMPredictor, data: NDArray[np.float32]) -> NDArray[np.float16]:
+    try:
+        logits: NDArray[np.float16] = (
+            predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
+        )
+    except (CaseError, PredictError):
+        raise
+    except Exception as error:  # of any network
+        raise CaseError(f"the network cannot predict it: {in_short(error)}") from error
+    return logits
+
+
+def export_case(
+    logits: NDArray[np.float16],
+    properties: dict[str, Any],
+    configuration: Any,
+    plans: Any,
+    dataset_json: Mapping[str, Any],
+    target: Path,
+    probabilities: bool,
+    postprocessing: Postprocessing | None,
+) -> None:
+    """Resample and write a prediction by nnU-Net's own function, whole or not at all.
+
+    Args:
+        logits: (K, x, y, z).
+        properties: what preprocessing tells of the case.
+        configuration: nnU-Net's ConfigurationManager.
+        plans: its PlansManager.
+        dataset_json: the model's.
+        target: folder and name of the case.
+        probabilities: whether to write them too; without post-processing, as in nnU-Net.
+        postprocessing: done on the label map.
+
+    Raises:
+        PredictError: the disk is full or not writable.
+    """
+    ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
+    with draft(target, ending, reader, probabilities) as name:
+        export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(name), probabilities)
+        if postprocessing is not None:
+            postprocessing.apply(name.with_name(name.name + ending), reader)

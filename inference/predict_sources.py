@@ -1,0 +1,46 @@
+"""The models that a command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .benchmark.results import Method
+from .postprocessing import Postprocessing, find_postprocessing, read_postprocessing
+from .predict_ensemble import parse_members
+from .predict_models import TrainedModel, trained_models
+
+
+def find_sources(
+    dataset: str,
+    trainer: str,
+    plans: str,
+    configuration: str,
+    folds: Sequence[int | str],
+    checkpoint: str,
+    ensemble: Sequence[str] = (),
+    postprocessing: str | None = None,
+) -> tuple[list[TrainedModel], Postprocessing | None]:
+    """Find what nnU-Net's options name, or ``--ensemble``.
+
+    Args:
+        dataset: ``-d``, number or name.
+        trainer: ``-tr``; not used for an ensemble.
+        plans: ``-p``; for members of an ensemble that name none.
+        configuration: ``-c``; for members of an ensemble that name none, or empty.
+        folds: ``-f``, of all models.
+        checkpoint: ``-chk``, of all models.
+        ensemble: members, see :func:`parse_members`.
+        postprocessing: a file, or "auto".
+
+    Raises:
+        PredictError: members that make no ensemble; no such post-processing.
+        ModelError: no such dataset or model.
+    """
+    methods = parse_members(ensemble, plans, configuration) if ensemble else [Method(trainer, plans, configuration)]
+    models = trained_models(dataset, methods, folds, checkpoint)
+    if postprocessing is None:
+        return models, None
+    if postprocessing == "auto":
+        return models, find_postprocessing([model.folder for model in models], folds)
+    return models, read_postprocessing(Path(postprocessing))
