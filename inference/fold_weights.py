@@ -32,18 +32,18 @@ def own_tensors(network: nn.Module, others: Iterable[Mapping[str, Any]]) -> list
     first: dict[str, Tensor] = {}  # the first fold's, where a later one differs
     folds: list[dict[str, Tensor]] = [{}]
     for state in others:
-        doubtful = [n for n, t in held.items() if n not in first and not (n in state and _same(state[n], t))]
+        doubtful = [n for n, t in held.items() if n not in first and not (n in state and same_bits(state[n], t))]
         before = {name: held[name].clone() for name in doubtful}  # all else is what the first fold has
         network.load_state_dict(state)
         del state  # or it would stay while the next one is read
-        first |= {name: t for name, t in before.items() if not _same(held[name], t)}
-        folds.append({name: held[name].clone() for name, t in first.items() if not _same(held[name], t)})
+        first |= {name: t for name, t in before.items() if not same_bits(held[name], t)}
+        folds.append({name: held[name].clone() for name, t in first.items() if not same_bits(held[name], t)})
     load_own_tensors(network, first)
     return [first | own for own in folds]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit."""
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit: NaNs too, and zeros with their signs."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     a, b = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
