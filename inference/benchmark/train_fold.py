@@ -6,9 +6,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
@@ -20,6 +24,7 @@ from .errors import BenchmarkError
 from .fold_record import PROCESS_FILE, FoldRecord, Inputs, PartKind
 from .fold_state import FoldState, Stage, fold_state, locked
 from .results import Method
+from .slurm_jobs import jobs_in_queue
 
 LOG_FILE = "benchmark_train.log"
 COMMAND = "nnUNetv2_train"
@@ -127,20 +132,22 @@ class FoldJob:
         module = "masksam_nnunet.inference.benchmark.nnunet_process"
         exit_status: int | None = None
         try:
-            run_logged(
-                line,
-                [sys.executable, "-m", module, *process, *arguments],
-                environment,
-                self.log,
-                # SLURM signals all processes of a job; only submitit's shall act on it, and then ends the training.
-                # Pre-emption may begin with SIGTERM long before submitit's signal.
-                shielded_from=[preemption_signal(), *([signal.SIGTERM] if self._on_slurm else [])],
-                catch_sigterm=_SUBMITIT_EXECUTOR not in os.environ,
-                end_with=signal.SIGUSR1,  # MaskSAM's trainers save and exit
-            )
+            with _noted(signal.SIGTERM) as terminated:
+                run_logged(
+                    line,
+                    [sys.executable, "-m", module, *process, *arguments],
+                    environment,
+                    self.log,
+                    # SLURM signals all processes of a job; only submitit's shall act on it, and then ends the training.
+                    shielded_from=[preemption_signal()],
+                    catch_sigterm=_SUBMITIT_EXECUTOR not in os.environ,
+                    end_with=signal.SIGUSR1,  # MaskSAM's trainers save and exit
+                )
             exit_status = 0
         except CommandError as error:
             exit_status = error.code
+            if terminated.is_set() and self._on_slurm:
+                requeue_if_running()
             raise BenchmarkError(f"{self.name}: {error}") from error
         finally:
             record.end_part(exit_status)
@@ -178,6 +185,36 @@ class FoldJob:
         if self.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         return environment
+
+
+@contextmanager
+def _noted(number: signal.Signals) -> Iterator[threading.Event]:
+    """Whether a signal comes; who handles it still does."""
+    came = threading.Event()
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield came
+        return
+
+    def note(*arguments: Any) -> None:
+        came.set()
+        before(*arguments)
+
+    signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        signal.signal(number, before)
+
+
+def requeue_if_running() -> None:
+    """Have submitit requeue this SLURM job, of which SLURM has ended the training by SIGTERM: it will pre-empt it.
+
+    A job that its user has cancelled is not running any more for SLURM, and stays so. Does not return if it requeues.
+    """
+    if jobs_in_queue().get(os.environ["SLURM_JOB_ID"]) == "RUNNING":
+        os.kill(os.getpid(), preemption_signal())
+        time.sleep(60)  # submitit's handler ends this process
 
 
 def preemption_signal() -> signal.Signals:
