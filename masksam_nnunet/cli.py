@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet import __version__, cli_benchmark, cli_datasets, cli_export
+from masksam_nnunet import __version__, cli_benchmark, cli_datasets, cli_explain, cli_export, cli_submit
 from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
 from masksam_nnunet.cli_options import SeveralValues
 from masksam_nnunet.cli_predict import masksam_predictor, take_options
@@ -249,7 +249,9 @@ def _with_trainer(arguments: list[str]) -> list[str]:
 
 cli_benchmark.register(app)
 cli_datasets.register(app)
+cli_explain.register(app)
 cli_export.register(app)
+cli_submit.register(app)
 
 if __name__ == "__main__":
     main()

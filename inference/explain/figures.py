@@ -1,0 +1,165 @@
+"""Pictures of one slice: what the model says of it, and what each of its queries does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from ..drawing import png, wrapped
+from ..label_maps import Classes
+from ..panels import NOTE, box, colour_of, fill, grid, overlay, style_of
+from .facts import QueryFacts, SliceFacts
+from .volume import picture_edges
+from .windows import SliceQueries
+
+NEUTRAL = "#cccccc"
+"""Of queries that chose background or "no object"; ignored voxels are of this colour too."""
+UNCERTAINTY_MAP = "cividis"  # rises evenly in brightness, for every kind of colour vision
+_BIT = Normalize(0, 1)  # the same in all pictures, so that they can be compared
+_IN_LINE = 4
+_PLACES = {
+    "top": (0.5, 0.99, "center", "top"),
+    "bottom": (0.5, 0.01, "center", "bottom"),
+    "left": (0.01, 0.5, "left", "center"),
+    "right": (0.99, 0.5, "right", "center"),
+}
+
+
+@dataclass(frozen=True)
+class SliceImages:
+    """One slice on the network's grid, all (H, W).
+
+    Attributes:
+        image: first channel.
+        label: label values, or None.
+        result: label values.
+        entropy: in bits.
+        disagreement: in bits, or None.
+        aspect: height of a pixel over its width.
+        window: (low, high) of the grey values, the same for all slices.
+        directions: where rising (row, column) lead, or None.
+    """
+
+    image: NDArray[np.float32]
+    label: NDArray[np.integer[Any]] | None
+    result: NDArray[np.integer[Any]]
+    entropy: NDArray[np.float32]
+    disagreement: NDArray[np.float32] | None
+    aspect: float
+    window: tuple[float, float]
+    directions: tuple[str, str] | None
+
+
+def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) -> bytes:
+    """The slice, its label, the result, and the uncertainty, side by side."""
+    maps = {"uncertainty (entropy)": images.entropy}
+    if images.disagreement is not None:
+        maps["disagreement of folds"] = images.disagreement
+    titles = ["image", *(["label"] if images.label is not None else []), "result"]
+    figure, axes = grid(1, len(titles) + len(maps), images.image.shape, images.aspect)
+    for ax, title in zip(axes[0], titles, strict=False):
+        _show(ax, images, images.image)
+        ax.set_title(title, fontsize=10)
+        if title == "label" and images.label is not None:
+            overlay(ax, images.label, classes)
+            if classes.ignore_label is not None:
+                _hatch(ax, images.label == classes.ignore_label)
+        if title == "result":
+            overlay(ax, images.result, classes)
+    _letters(axes[0, 0], images.directions)
+    _outline(axes[0, 0], queries, images.image.shape)
+    for ax, (title, bits) in zip(axes[0, len(titles) :], maps.items(), strict=True):
+        ax.imshow(bits, cmap=UNCERTAINTY_MAP, norm=_BIT, aspect=images.aspect, interpolation="nearest")
+        for values in classes.foreground.values():
+            inside = np.isin(images.result, values)
+            if inside.any() and not inside.all():
+                ax.contour(inside.astype(float), levels=[0.5], colors="white", linewidths=0.7)
+        ax.set_title(title, fontsize=10)
+    scale = ScalarMappable(_BIT, UNCERTAINTY_MAP)
+    bar = figure.colorbar(scale, ax=axes[0, len(titles) :].tolist(), fraction=0.05, pad=0.02, extend="max")
+    bar.set_label("bits", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return png(figure)
+
+
+def draw_queries(images: SliceImages, queries: SliceQueries, facts: SliceFacts, classes: Classes) -> bytes:
+    """For each shown query a column of two: its draft, mask and box, and below it the final mask."""
+    shown = [query for query in facts.queries if query.shown]
+    columns = min(_IN_LINE, len(shown))
+    bands = math.ceil(len(shown) / columns)
+    rows, cols = queries.inside
+    corner = (queries.corner[1] + rows.start, queries.corner[2] + cols.start)
+    shape = (rows.stop - rows.start, cols.stop - cols.start)
+    part = images.image[corner[0] : corner[0] + shape[0], corner[1] : corner[1] + shape[1]]
+    figure, axes = grid(2 * bands, columns, shape, images.aspect)
+    for ax in axes.flat[:]:
+        ax.set_visible(False)
+    for place, query in enumerate(shown):
+        above, below = (axes[2 * (place // columns) + row, place % columns] for row in (0, 1))
+        colour, style = _look(query, classes)
+        for ax in (above, below):
+            ax.set_visible(True)
+            _show(ax, images, part)
+        n = query.number - 1
+        fill(above, queries.drafts[n][rows, cols], colour, style)
+        box(above, queries.boxes[n] - np.array([cols.start, rows.start] * 2), colour, style=style)
+        above.set_title(_title(query), fontsize=8)
+        fill(below, queries.masks[n][rows, cols], colour, style)
+        if not query.contributes:
+            below.text(0.5, 0.03, "adds nothing to the result", transform=below.transAxes, **NOTE, ha="center")
+        for ax in (above, below):  # boxes may leave the patch: the picture must not grow with them
+            ax.set_xlim(-0.5, shape[1] - 0.5)
+            ax.set_ylim(shape[0] - 0.5, -0.5)
+    for band in range(bands):
+        axes[2 * band, 0].set_ylabel("draft: mask and box", fontsize=8)
+        axes[2 * band + 1, 0].set_ylabel("final mask", fontsize=8)
+    return png(figure)
+
+
+def _title(query: QueryFacts) -> str:
+    first = f"query {query.number}: {wrapped(query.class_name, 22, lines=2)} {query.probability:.2f}"
+    return f"{first}\nno object {query.no_object:.2f}, adds {100 * query.share:.0f} %"
+
+
+def _look(query: QueryFacts, classes: Classes) -> tuple[str, str]:
+    if not query.kept:
+        return NEUTRAL, "dotted"
+    if query.class_name not in classes.foreground:
+        return NEUTRAL, "solid"
+    return colour_of(classes)[query.class_name], style_of(classes)[query.class_name]
+
+
+def _show(ax: Axes, images: SliceImages, image: NDArray[np.float32]) -> None:
+    low, high = images.window
+    ax.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=images.aspect, interpolation="nearest")
+
+
+def _letters(ax: Axes, directions: Sequence[str] | None) -> None:
+    for edge, letter in picture_edges(directions).items() if directions else ():
+        x, y, horizontal, vertical = _PLACES[edge]
+        ax.text(x, y, letter, transform=ax.transAxes, **NOTE, ha=horizontal, va=vertical)
+
+
+def _outline(ax: Axes, queries: SliceQueries, shape: Sequence[int]) -> None:
+    """The window, where it is not the whole slice."""
+    rows, columns = queries.inside
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    if (height, width) == tuple(shape):
+        return
+    corner = (queries.corner[2] + columns.start - 0.5, queries.corner[1] + rows.start - 0.5)
+    ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1, linestyle="dashed"))
+
+
+def _hatch(ax: Axes, mask: NDArray[np.bool_]) -> None:
+    if mask.any():
+        ax.contourf(mask.astype(float), levels=[0.5, np.inf], colors="none", hatches=["////"])
+        fill(ax, mask.astype(float), NEUTRAL, "dotted")
