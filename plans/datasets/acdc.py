@@ -60,7 +60,7 @@ def read_acdc(source: Path, *, partial: bool = False) -> Conversion:
         frames[part] = {}
         for patient in patients:
             folder = root / part / patient
-            named, found = _named_frames(folder)
+            named, found = named_frames(folder)
             defects += [f"{part}/{patient}: {text}" for text in found]
             frames[part] |= named
             for case in named:
@@ -100,7 +100,7 @@ def _patients(folder: Path, official: range, partial: bool) -> tuple[list[str], 
     return [name for name in present if name in known], defects
 
 
-def _named_frames(folder: Path) -> tuple[dict[str, str], list[str]]:
+def named_frames(folder: Path) -> tuple[dict[str, str], list[str]]:
     """ED or ES for each of a patient's two cases, as Info.cfg says, and what is wrong with them."""
     try:
         text = (folder / "Info.cfg").read_text(encoding="utf-8", errors="replace")
