@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,29 @@ _WAITING = 2
 """Predictions that may wait for a free export process: they are large, and the network can be faster."""
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """How cases are predicted and written.
+
+    Attributes:
+        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
+        preprocessing: processes that read and preprocess; 0 for none but this one.
+        export: processes that resample and write; 0 for none but this one.
+        postprocessing: done on the label maps.
+    """
+
+    probabilities: bool = False
+    preprocessing: int = 0
+    export: int = 0
+    postprocessing: Postprocessing | None = None
+
+
 def predict_cases(
     predictor: MaskSAMPredictor,
     cases: Sequence[Case],
     out: Path,
-    probabilities: bool = False,
-    preprocessing: int = 0,
-    export: int = 0,
+    options: PredictOptions = PredictOptions(),
     previous: Path | None = None,
-    postprocessing: Postprocessing | None = None,
 ) -> dict[str, str]:
     """Write the label map of each case, ``CASE`` + the dataset's file ending, once it is whole.
 
@@ -41,11 +56,8 @@ def predict_cases(
         predictor: with a model loaded.
         cases: to predict.
         out: folder of the predictions; made if it is missing.
-        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
-        preprocessing: processes that read and preprocess; 0 for none but this one.
-        export: processes that resample and write; 0 for none but this one.
+        options: see there.
         previous: for a cascade, the folder of the previous stage's label maps.
-        postprocessing: done on the label maps.
 
     Returns:
         What was wrong, by name, of the cases that have no prediction now.
@@ -64,7 +76,7 @@ def predict_cases(
         (case, segmentation, plans, configuration, dataset_json, predictor.verbose_preprocessing)
         for case, segmentation in zip(cases, segmentations, strict=True)
     ]
-    with Workers(preprocessing) as readers, Workers(export) as writers:
+    with Workers(options.preprocessing) as readers, Workers(options.export) as writers:
 
         def collect(left: int) -> None:
             while len(exports) > left:
@@ -84,15 +96,13 @@ def predict_cases(
                 failed[case.name] = str(error)
                 print(f"{case.name} cannot be predicted: {error}", flush=True)
                 continue
-            exports.append((
-                case,
-                writers.start(
-                    export_case, logits, properties, configuration, plans, dataset_json, out / case.name,
-                    probabilities, postprocessing,
-                ),
-            ))  # fmt: skip
+            written = writers.start(
+                export_case, logits, properties, configuration, plans, dataset_json, out / case.name,
+                options.probabilities, options.postprocessing,
+            )  # fmt: skip
+            exports.append((case, written))
             del data, logits
-            collect(export + _WAITING if export else 0)
+            collect(options.export + _WAITING if options.export else 0)
         collect(0)
     compute_gaussian.cache_clear()
     empty_cache(predictor.device)
@@ -107,7 +117,7 @@ def _logits(predictor: MaskSAMPredictor, data: NDArray[np.float32]) -> NDArray[n
     except (CaseError, PredictError):
         raise
     except Exception as error:  # of any network
-        raise CaseError(f"the network cannot predict it: {in_short(error)}") from error
+        raise CaseError(f"the network of {predictor.trainer_name} cannot predict it: {in_short(error)}") from error
     return logits
 
 

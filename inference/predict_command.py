@@ -14,7 +14,7 @@ from masksam_nnunet.json_files import read_json, write_json
 
 from .errors import PredictError
 from .postprocessing import Postprocessing
-from .predict_batch import predict_cases
+from .predict_batch import PredictOptions, predict_cases
 from .predict_cases import Case, find_cases
 from .predict_ensemble import Ensemble, predict_ensemble
 from .predict_models import Model, previous_stage, reader_of
@@ -42,7 +42,7 @@ class PredictCommand:
     def __init__(self, source: Source, batch_size: int | None, **settings: Any) -> None:
         self._source = source
         self._settings = settings
-        self._make_predictor = partial(MaskSAMPredictor, batch_size=batch_size, **settings)
+        self.make_predictor = partial(MaskSAMPredictor, batch_size=batch_size, **settings)
         self._models: Sequence[Model] = ()
         self._postprocessing: Postprocessing | None = None
 
@@ -109,23 +109,20 @@ class PredictCommand:
             "part_id": part_id,
             "masksam": self._identity(),
         }
-        options = {
-            "probabilities": save_probabilities,
-            "preprocessing": num_processes_preprocessing,
-            "export": num_processes_segmentation_export,
-            "postprocessing": self._postprocessing,
-        }
+        options = PredictOptions(
+            save_probabilities, num_processes_preprocessing, num_processes_segmentation_export, self._postprocessing
+        )
         wanted = cases if overwrite else self._not_done(cases, out, save_probabilities)
         print(f"{len(wanted)} cases to predict; {len(cases) - len(wanted)} were done before", flush=True)
         if ensemble is not None:
             self._begin(wanted, out, arguments)
-            failed |= predict_ensemble(ensemble, self._make_predictor, wanted, out, resume=not overwrite, **options)
+            failed |= predict_ensemble(ensemble, self.make_predictor, wanted, out, not overwrite, options)
         elif wanted:
-            predictor = self._make_predictor()
+            predictor = self.make_predictor()
             first.load(predictor)
             self._begin(wanted, out, arguments)
             stage = previous if previous_stage(first) else None
-            failed |= predict_cases(predictor, wanted, out, previous=stage, **options)
+            failed |= predict_cases(predictor, wanted, out, options, stage)
         if failed:
             raise PredictError(_listed(failed, out))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from .benchmark.errors import BenchmarkError
 from .benchmark.methods import parse_methods
 from .benchmark.results import Method
 from .errors import CaseError, PredictError
-from .postprocessing import Postprocessing
-from .predict_batch import predict_cases
+from .predict_batch import PredictOptions, predict_cases
 from .predict_cases import Case
 from .predict_models import Model, check_averaging, previous_stage, reader_of
 from .predictor import MaskSAMPredictor
@@ -108,10 +107,7 @@ def predict_ensemble(
     cases: Sequence[Case],
     out: Path,
     resume: bool,
-    probabilities: bool = False,
-    preprocessing: int = 0,
-    export: int = 0,
-    postprocessing: Postprocessing | None = None,
+    options: PredictOptions,
 ) -> dict[str, str]:
     """Write the label map of each case, once it is whole; one model is in memory at a time.
 
@@ -121,10 +117,7 @@ def predict_ensemble(
         cases: to predict.
         out: folder of the predictions.
         resume: take what a model has predicted already.
-        probabilities: keep the mean probabilities.
-        preprocessing: see :func:`predict_cases`.
-        export: see :func:`predict_cases`.
-        postprocessing: done on the label maps.
+        options: for the result.
 
     Returns:
         What was wrong, by name, of the cases that have no prediction now.
@@ -133,6 +126,7 @@ def predict_ensemble(
         PredictError: the disk is full or not writable.
     """
     failed: dict[str, str] = {}
+    of_members = replace(options, probabilities=True, postprocessing=None)
     folders = [out / MEMBERS / model.name for model in ensemble.models]
     for model, folder in zip(ensemble.models, folders, strict=True):
         ending, reader = model.dataset_json["file_ending"], reader_of(model)
@@ -147,11 +141,10 @@ def predict_ensemble(
         predictor = make_predictor()
         model.load(predictor)
         stage = ensemble.stages.get(model.name)
-        wrong = predict_cases(predictor, wanted, folder, True, preprocessing, export, stage)
-        failed |= {case: f"{model.name}: {reason}" for case, reason in wrong.items()}
+        failed |= predict_cases(predictor, wanted, folder, of_members, stage)
         del predictor
     whole = [case for case in cases if case.name not in failed]
-    failed |= _merge(ensemble.models, folders, whole, out, probabilities, export, postprocessing)
+    failed |= _merge(ensemble.models, folders, whole, out, options)
     _remove_empty(out / MEMBERS)
     return failed
 
@@ -161,8 +154,7 @@ def merge_case(
     target: Path,
     plans: Any,
     dataset_json: Mapping[str, Any],
-    probabilities: bool,
-    postprocessing: Postprocessing | None,
+    options: PredictOptions,
 ) -> None:
     """Average the members' probabilities of one case; then remove these.
 
@@ -171,20 +163,19 @@ def merge_case(
         target: folder and name of the result.
         plans: nnU-Net's PlansManager.
         dataset_json: of the dataset.
-        probabilities: whether to keep their mean.
-        postprocessing: done on the label map.
+        options: for the result.
 
     Raises:
         PredictError: the disk is full or not writable.
     """
     ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
-    with draft(target, ending, reader, probabilities) as name:
+    with draft(target, ending, reader, options.probabilities) as name:
         merge_files(
             [f"{member}.npz" for member in members], str(name), ending, reader, plans.get_label_manager(dataset_json),
-            probabilities,
+            options.probabilities,
         )  # fmt: skip
-        if postprocessing is not None:
-            postprocessing.apply(name.with_name(name.name + ending), reader)
+        if options.postprocessing is not None:
+            options.postprocessing.apply(name.with_name(name.name + ending), reader)
     for member in members:
         remove(member, ending)
 
@@ -194,18 +185,15 @@ def _merge(
     folders: Sequence[Path],
     cases: Sequence[Case],
     out: Path,
-    probabilities: bool,
-    processes: int,
-    postprocessing: Postprocessing | None,
+    options: PredictOptions,
 ) -> dict[str, str]:
     failed = {}
     plans = PlansManager(models[0].plans)
     calls = [
-        ([folder / case.name for folder in folders], out / case.name, plans, models[0].dataset_json, probabilities,
-         postprocessing)
+        ([folder / case.name for folder in folders], out / case.name, plans, models[0].dataset_json, options)
         for case in cases
-    ]  # fmt: skip
-    with Workers(processes) as workers:
+    ]
+    with Workers(options.export) as workers:
         for case, task in zip(cases, workers.in_order(merge_case, calls), strict=True):
             try:
                 workers.result(task)

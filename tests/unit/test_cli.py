@@ -224,18 +224,19 @@ def test_prediction_is_by_our_predictor_for_the_time_of_the_call(
         if fails:
             raise weights.WeightsError("no SAM")
 
-    theirs = object()
-    module = SimpleNamespace(predict_entry_point=entry, nnUNetPredictor=theirs)
+    theirs = {name: object() for name in ("nnUNetPredictor", "get_output_folder", "maybe_mkdir_p")}
+    module = SimpleNamespace(predict_entry_point=entry, **theirs)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(cli, "import_module", lambda name: module)
     result = invoke("predict", *words.split(), *PREDICT.split(), "-tr", "X")
     assert result.exit_code == fails, result.output
     from masksam_nnunet.inference.predictor import MaskSAMPredictor
 
-    (predictor,) = made
+    (command,) = made
+    predictor = command.make_predictor()
     assert isinstance(predictor, MaskSAMPredictor) and predictor.verbose
     assert (predictor.batches and predictor.batches.size) == size
-    assert module.nnUNetPredictor is theirs
+    assert {name: getattr(module, name) for name in theirs} == theirs
 
 
 @pytest.mark.parametrize("words", ["--batch-size 0", "--batch-size=-2", "--batch-size two", "--batch-size=1.5"])
