@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from masksam_nnunet.environment import TRAINING_STATS_FILE
+from masksam_nnunet.errors import CheckpointFileError
 from masksam_nnunet.json_files import read_json
 
 from .errors import DemoError
@@ -93,16 +93,18 @@ class History:
 
 
 def read_log(checkpoint: Path) -> Mapping[str, Any]:
-    """nnU-Net's log in a checkpoint of our own training, the weights left alone; unpickling runs what the file says.
+    """nnU-Net's log in a checkpoint; the weights are left alone, and no code of the file is run.
 
     Raises:
         DemoError: if the file cannot be read as nnU-Net's checkpoint.
     """
-    import torch  # not where a job only waits for its training: it takes a gigabyte
+    from masksam_nnunet.checkpoints import load_checkpoint  # torch, not where a job only waits: it takes a gigabyte
 
     try:
-        log: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        log: Mapping[str, Any] = load_checkpoint(checkpoint)["logging"]
+    except CheckpointFileError as error:
+        raise DemoError(str(error)) from error
+    except KeyError as error:
         raise _unreadable(checkpoint, error) from error
     return log
 

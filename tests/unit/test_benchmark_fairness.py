@@ -129,7 +129,7 @@ class Grid:
     def checkpoint(self, method: Method, fold: int, seconds: float, epochs: int = 10) -> None:
         ends = [seconds * (i + 1) / epochs for i in range(epochs)]
         log = {"epoch_start_timestamps": [0.0, *ends[:-1]], "epoch_end_timestamps": ends}
-        self.save({"logging": log}, method, fold)
+        self.save({"network_weights": {}, "logging": log}, method, fold)
 
     def save(self, content: dict[str, Any], method: Method, fold: int) -> None:
         """A checkpoint older than the predictions, if there are any."""

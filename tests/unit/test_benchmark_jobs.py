@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from rich.console import Console
 from simple_jobs import SimpleJob
 from submitit.helpers import DelayedSubmission
 
-from masksam_nnunet.inference.benchmark import fold_record, slurm_jobs
+from masksam_nnunet.inference.benchmark import fold_record, local_jobs, slurm_jobs
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.executors import Status, failures
 from masksam_nnunet.inference.benchmark.fold_record import PROCESS_FILE, FoldRecord, Inputs, read_fold_compute
@@ -76,6 +78,34 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     state = subprocess.run(["ps", "-p", str(numbers[0]), "-o", "stat="], capture_output=True).stdout
     assert state == b"" or state.startswith(b"Z")
     assert not (tmp_path / "long").exists()
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_job_that_cannot_be_started_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [SimpleJob(tmp_path, "a"), SimpleJob(tmp_path, "b")]
+    submit = local_jobs.LocalExecutor.submit
+
+    def full_disk_at_first(executor: Any, job: Any) -> Any:
+        monkeypatch.setattr(local_jobs.LocalExecutor, "submit", submit)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local_jobs.LocalExecutor, "submit", full_disk_at_first)
+    first, second = LocalGrid(tmp_path / "jobs", ["cpu"]).run(jobs)
+    assert first.error is not None and "No space left" in first.error and "run again" in first.error
+    assert second.error is None
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [("cpu", "3,5", None), ("1", "3,5", "5"), ("cuda", "GPU-a, GPU-b", "GPU-a"), ("1", "", "1"), ("cuda", None, "0")],
+)
+def test_gpus_count_among_those_that_are_visible(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, expected: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local_jobs.gpu_name(device) == expected
 
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +174,7 @@ def write_log(fold: Path, epochs: int) -> None:
         "epoch_start_timestamps": [100.0 * n for n in range(epochs)],
         "epoch_end_timestamps": [100.0 * n + 7 for n in range(epochs)],
     }
-    torch.save({"logging": log}, fold / "checkpoint_final.pth")
+    torch.save({"network_weights": {}, "logging": log}, fold / "checkpoint_final.pth")
 
 
 def test_compute_is_added_up_over_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
