@@ -81,9 +81,7 @@ def benchmark(
     memory: Annotated[float | None, typer.Option(metavar="GB", help="SLURM: for each job.", show_default=False)] = None,
     slurm: Annotated[
         list[str] | None,
-        typer.Option(
-            "--slurm", metavar="KEY[=VALUE]", help="More for sbatch: account=lab.", show_default=False
-        ),
+        typer.Option("--slurm", metavar="KEY[=VALUE]", help="More for sbatch: account=lab.", show_default=False),
     ] = None,
     wait: Annotated[bool, typer.Option(help="SLURM: stay until all jobs have ended.")] = False,
 ) -> None:
