@@ -51,14 +51,23 @@ def overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> Non
         fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour, styles[name])
 
 
-def fill(ax: Axes, mask: NDArray[Any], colour: str, style: str = "solid") -> None:
+def fill(ax: Axes, mask: NDArray[Any], colour: str, style: str = "solid", tint: float = 0.25) -> None:
     """A tinted area with its contour, where ``mask`` (H, W) exceeds a half."""
     if not (mask > 0.5).any():
         return
-    framed = np.pad(mask, 1)  # so that the contour closes at the picture's border
-    x, y = np.arange(framed.shape[1]) - 1, np.arange(framed.shape[0]) - 1
-    ax.contourf(x, y, framed, levels=[0.5, np.inf], colors=[colour], alpha=0.25)
+    x, y, framed = _framed(mask)
+    if tint:
+        ax.contourf(x, y, framed, levels=[0.5, np.inf], colors=[colour], alpha=tint)
     ax.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=1.3, linestyles=style)
+
+
+def hatch(ax: Axes, mask: NDArray[np.bool_], colour: str) -> None:
+    """A hatched area, where ``mask`` (H, W) holds."""
+    if mask.any():
+        x, y, framed = _framed(mask.astype(float))
+        drawn = ax.contourf(x, y, framed, levels=[0.5, np.inf], colors="none", hatches=["///"])
+        drawn.set_edgecolor(colour)
+        drawn.set_linewidth(0)
 
 
 def box(ax: Axes, edges: NDArray[np.floating[Any]], colour: str, text: str = "", style: str = "solid") -> None:
@@ -67,3 +76,9 @@ def box(ax: Axes, edges: NDArray[np.floating[Any]], colour: str, text: str = "",
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4, linestyle=style))
     if text:
         ax.text(x0, y0, text, **NOTE | {"color": colour, "fontsize": 6}, va="bottom", ha="left", clip_on=True)
+
+
+def _framed(mask: NDArray[Any]) -> tuple[NDArray[np.int_], NDArray[np.int_], NDArray[Any]]:
+    """Columns, rows and values of ``mask`` with an edge of zeros, so that contours close at the picture's border."""
+    framed = np.pad(mask, 1)
+    return np.arange(framed.shape[1]) - 1, np.arange(framed.shape[0]) - 1, framed

@@ -23,10 +23,12 @@ class Case:
     Attributes:
         name: of its files, without channel and ending; its label map is named so.
         files: one for each channel, or one that holds them all, as in nnU-Net.
+        numbered: whether the files' names tell their channels, as in nnU-Net's folders.
     """
 
     name: str
     files: tuple[Path, ...]
+    numbered: bool = True
 
 
 def find_cases(folder: Path, ending: str) -> tuple[list[Case], dict[str, str]]:
@@ -87,9 +89,10 @@ def read_case(case: Case, reader: Any, channels: Sequence[str]) -> tuple[NDArray
         CaseError: a file cannot be read, is not whole, holds NaN, or does not lie on the first one's grid; the
             channels are not the model's.
     """
-    numbers = [int(re.findall(r"_(\d{4})\.", file.name)[-1]) for file in case.files]
-    if numbers != list(range(len(numbers))):
-        raise CaseError(f"it has the channels {numbers}, but channels are numbered 0, 1, ... without gaps")
+    if case.numbered:
+        numbers = [int(re.findall(r"_(\d{4})\.", file.name)[-1]) for file in case.files]
+        if numbers != list(range(len(numbers))):
+            raise CaseError(f"it has the channels {numbers}, but channels are numbered 0, 1, ... without gaps")
     volumes = [_read_file(file, reader) for file in case.files]
     array, properties = volumes[0]
     grid = Grid.of(array, properties)

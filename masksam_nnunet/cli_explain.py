@@ -13,7 +13,7 @@ import typer
 from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
 from masksam_nnunet.cli_options import SeveralValues
 from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.errors import FetchError
 
 
 class _CaseAnywhere(SeveralValues):
@@ -110,6 +110,6 @@ def explain(
     try:
         with contextlib.redirect_stdout(sys.stderr):  # nnU-Net talks; the path alone is for pipes
             page = explain(request)
-    except (PlanError, LabelMapError, WeightsError, ConfigError) as error:
+    except (PlanError, LabelMapError, FetchError, ConfigError) as error:
         fail(str(error))
     typer.echo(page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -14,6 +15,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from masksam_nnunet.json_files import read_json
 
+from ..predict_cases import channel_names
 from .errors import ExplainError
 
 _NEAR = 5  # names to offer for an unknown one
@@ -28,12 +30,14 @@ class CaseFiles:
         images: one file per channel, or one that holds all.
         label: its label map, if there is one.
         origin: where it was found, in words.
+        numbered: whether the images' names tell their channels.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path | None
     origin: str
+    numbered: bool = True
 
 
 def find_case(
@@ -58,7 +62,7 @@ def find_case(
     else:
         found = _of_dataset(dataset, description, case)
     if label is not None:
-        found = CaseFiles(found.name, found.images, label, found.origin)
+        found = dataclasses.replace(found, label=label)
     if found.label is not None and not found.label.is_file():
         raise ExplainError(f"--label {found.label}: there is no such file; name the label map, or leave the option out")
     return found
@@ -86,14 +90,14 @@ def _given(description: Mapping[str, Any], case: str | None, images: tuple[Path,
     for file in images:
         if not file.is_file():
             raise ExplainError(f"--image {file}: there is no such file")
-    channels = len(description["channel_names"])
-    if len(images) > channels:
+    channels = channel_names(description)
+    if len(images) > len(channels):
         raise ExplainError(
-            f"--image: {len(images)} files, but the model was trained on {channels} channels "
-            f"({', '.join(map(str, description['channel_names'].values()))}); give one file per channel, in this order"
+            f"--image: {len(images)} files, but the model was trained on {len(channels)} channels "
+            f"({', '.join(channels)}); give one file per channel, in this order"
         )
     name = case or re.sub(r"(_\d{4})?(\.nii)?\.[^.]+$", "", images[0].name)
-    return CaseFiles(_safe(name), images, None, "files given with --image")
+    return CaseFiles(_safe(name), images, None, "files given with --image", numbered=False)
 
 
 def _safe(name: str) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..drawing import png, wrapped
 from ..label_maps import Classes
-from ..panels import NOTE, box, colour_of, fill, grid, overlay, style_of
+from ..panels import NOTE, box, colour_of, fill, grid, hatch, overlay, style_of
 from .facts import QueryFacts, SliceFacts
 from .volume import picture_edges
 from .windows import SliceQueries
@@ -24,7 +24,6 @@ from .windows import SliceQueries
 NEUTRAL = "#cccccc"
 """Of queries that chose background or "no object"; ignored voxels are of this colour too."""
 UNCERTAINTY_MAP = "cividis"  # rises evenly in brightness, for every kind of colour vision
-_BIT = Normalize(0, 1)  # the same in all pictures, so that they can be compared
 _IN_LINE = 4
 _PLACES = {
     "top": (0.5, 0.99, "center", "top"),
@@ -66,26 +65,29 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
         maps["disagreement of folds"] = images.disagreement
     titles = ["image", *(["label"] if images.label is not None else []), "result"]
     figure, axes = grid(1, len(titles) + len(maps), images.image.shape, images.aspect)
+    figure.set_layout_engine("compressed")  # panels of one size beside the colour bar
+    bits_shown = Normalize(0, most_bits(classes))  # the same in all pictures, so that they can be compared
     for ax, title in zip(axes[0], titles, strict=False):
         _show(ax, images, images.image)
         ax.set_title(title, fontsize=10)
         if title == "label" and images.label is not None:
             overlay(ax, images.label, classes)
             if classes.ignore_label is not None:
-                _hatch(ax, images.label == classes.ignore_label)
+                hatch(ax, images.label == classes.ignore_label, NEUTRAL)
         if title == "result":
             overlay(ax, images.result, classes)
     _letters(axes[0, 0], images.directions)
     _outline(axes[0, 0], queries, images.image.shape)
     for ax, (title, bits) in zip(axes[0, len(titles) :], maps.items(), strict=True):
-        ax.imshow(bits, cmap=UNCERTAINTY_MAP, norm=_BIT, aspect=images.aspect, interpolation="nearest")
+        ax.imshow(bits, cmap=UNCERTAINTY_MAP, norm=bits_shown, aspect=images.aspect, interpolation="nearest")
         for values in classes.foreground.values():
             inside = np.isin(images.result, values)
             if inside.any() and not inside.all():
                 ax.contour(inside.astype(float), levels=[0.5], colors="white", linewidths=0.7)
         ax.set_title(title, fontsize=10)
-    scale = ScalarMappable(_BIT, UNCERTAINTY_MAP)
-    bar = figure.colorbar(scale, ax=axes[0, len(titles) :].tolist(), fraction=0.05, pad=0.02, extend="max")
+    extend = "max" if len(classes.heads) > 4 and not classes.has_regions else "neither"
+    scale = ScalarMappable(bits_shown, UNCERTAINTY_MAP)
+    bar = figure.colorbar(scale, ax=axes[0, len(titles) :].tolist(), fraction=0.05, pad=0.02, extend=extend)
     bar.set_label("bits", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return png(figure)
@@ -110,19 +112,24 @@ def draw_queries(images: SliceImages, queries: SliceQueries, facts: SliceFacts, 
             ax.set_visible(True)
             _show(ax, images, part)
         n = query.number - 1
-        fill(above, queries.drafts[n][rows, cols], colour, style)
+        draft, mask = (masks[n][rows, cols] for masks in (queries.drafts, queries.masks))
+        _mask(above, draft, colour, style, images.aspect)
         box(above, queries.boxes[n] - np.array([cols.start, rows.start] * 2), colour, style=style)
         above.set_title(_title(query), fontsize=8)
-        fill(below, queries.masks[n][rows, cols], colour, style)
+        _mask(below, mask, colour, style, images.aspect)
+        if not (draft > 0.5).any():
+            _remark(above, "draft mask nowhere above one half")
         if not query.contributes:
-            below.text(0.5, 0.03, "adds nothing to the result", transform=below.transAxes, **NOTE, ha="center")
-        for ax in (above, below):  # boxes may leave the patch: the picture must not grow with them
-            ax.set_xlim(-0.5, shape[1] - 0.5)
-            ax.set_ylim(shape[0] - 0.5, -0.5)
+            _remark(below, "adds nothing to the foreground")
     for band in range(bands):
         axes[2 * band, 0].set_ylabel("draft: mask and box", fontsize=8)
         axes[2 * band + 1, 0].set_ylabel("final mask", fontsize=8)
     return png(figure)
+
+
+def most_bits(classes: Classes) -> float:
+    """The end of the scale of uncertainty: the most there can be, at most that of four classes."""
+    return 1.0 if classes.has_regions else min(2.0, math.log2(len(classes.heads)))
 
 
 def _title(query: QueryFacts) -> str:
@@ -138,9 +145,24 @@ def _look(query: QueryFacts, classes: Classes) -> tuple[str, str]:
     return colour_of(classes)[query.class_name], style_of(classes)[query.class_name]
 
 
+def _mask(ax: Axes, mask: NDArray[np.float32], colour: str, style: str, aspect: float) -> None:
+    """A tint as strong as the probability (H, W), a line at one half; hatched where colour alone would be lost."""
+    tint = np.empty((*mask.shape, 4))
+    tint[..., :3], tint[..., 3] = to_rgb(colour), 0.55 * mask
+    ax.imshow(tint, aspect=aspect, interpolation="nearest")
+    fill(ax, mask, colour, style, tint=0)
+    if colour == NEUTRAL:
+        hatch(ax, mask > 0.5, colour)
+
+
+def _remark(ax: Axes, text: str) -> None:
+    ax.text(0.5, 0.03, text, transform=ax.transAxes, **NOTE, ha="center")
+
+
 def _show(ax: Axes, images: SliceImages, image: NDArray[np.float32]) -> None:
     low, high = images.window
     ax.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=images.aspect, interpolation="nearest")
+    ax.autoscale(False)  # boxes and contours may leave the picture, which must not grow with them
 
 
 def _letters(ax: Axes, directions: Sequence[str] | None) -> None:
@@ -157,9 +179,3 @@ def _outline(ax: Axes, queries: SliceQueries, shape: Sequence[int]) -> None:
         return
     corner = (queries.corner[2] + columns.start - 0.5, queries.corner[1] + rows.start - 0.5)
     ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1, linestyle="dashed"))
-
-
-def _hatch(ax: Axes, mask: NDArray[np.bool_]) -> None:
-    if mask.any():
-        ax.contourf(mask.astype(float), levels=[0.5, np.inf], colors="none", hatches=["////"])
-        fill(ax, mask.astype(float), NEUTRAL, "dotted")

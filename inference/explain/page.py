@@ -121,7 +121,7 @@ def orientation_words(directions: Sequence[str] | None) -> str | None:
     if directions is None:
         return None
     depth, rows, columns = (_WORDS[letter] for letter in directions)
-    return f"top to bottom leads to {rows}, left to right to {columns}; slices are counted towards {depth}"
+    return f"down is {rows}, rightwards is {columns}, and slices are counted towards {depth}"
 
 
 def to_json(explanation: Explanation, files: Sequence[str]) -> dict[str, Any]:

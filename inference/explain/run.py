@@ -18,13 +18,14 @@ from ..drawing import CLASS_COLOURS
 from ..label_maps import Classes, class_mask
 from ..page import Picture
 from ..panels import colour_of, style_of
+from ..predict_models import previous_stage
 from ..versions import versions
 from .case import CaseFiles, find_case, fold_of
 from .errors import ExplainError
 from .facts import LEAST_SHARE, SliceFacts, slice_facts
 from .figures import SliceImages, draw_overview, draw_queries
 from .folder import RECORD, fresh_folder
-from .model import Model, find_model, load_predictor
+from .model import Explained, find_model, load_predictor
 from .overlays import write_colour_table, write_label_table, write_volume
 from .page import Explanation, Overlay, SlicePage, render, to_json
 from .slices import check_slices, choose_slices, read_slices
@@ -86,8 +87,7 @@ def explain(request: Request) -> Path:
     model = find_model(
         request.dataset, request.trainer, request.plans, request.configuration, request.folds, request.checkpoint
     )
-    dataset = model.folder.parent.name
-    files = find_case(dataset, model.dataset_json, request.case, request.images, request.label)
+    files = find_case(model.dataset, model.trained.dataset_json, request.case, request.images, request.label)
     previous = _previous(model, files, request.previous)
     out = Path(f"explain_{files.name}") if request.out is None else request.out
     with fresh_folder(out) as folder:
@@ -111,13 +111,13 @@ def explain(request: Request) -> Path:
             origin=files.origin,
             files=[file.name for file in files.images],
             label=files.label.name if files.label else None,
-            seen=None if request.images else fold_of(dataset, files.name, model.folds),
-            dataset=dataset,
+            seen=None if request.images else fold_of(model.dataset, files.name, model.folds),
+            dataset=model.dataset,
             trainer=request.trainer,
             plans=request.plans,
             configuration=request.configuration,
             folds=model.folds,
-            checkpoint=model.checkpoint,
+            checkpoint=model.trained.checkpoint,
             backbone=model.config.backbone,
             num_queries=model.config.num_queries,
             regions=model.classes.has_regions,
@@ -155,22 +155,22 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _previous(model: Model, files: CaseFiles, folder: Path | None) -> Path | None:
+def _previous(model: Explained, files: CaseFiles, folder: Path | None) -> Path | None:
     """The label map that a cascade's second stage is given besides the image."""
-    if model.cascade is None:
+    stage = previous_stage(model.trained)
+    if stage is None:
         if folder is not None:
             raise ExplainError("-prev_stage_predictions: only a cascade's configuration takes them; leave them out")
         return None
-    name = files.name + model.dataset_json["file_ending"]
+    name = files.name + model.trained.dataset_json["file_ending"]
     if folder is None:
         raise ExplainError(
-            f"{model.folder.name} is the second stage of a cascade: predict the case with {model.cascade} first, and "
+            f"{model.trained.name} is the second stage of a cascade: predict the case with {stage} first, and "
             f"name the folder that holds {name} with -prev_stage_predictions"
         )
     if not (folder / name).is_file():
         raise ExplainError(
-            f"-prev_stage_predictions {folder}: holds no {name}; predict this case with "
-            f"{model.cascade}, into this folder"
+            f"-prev_stage_predictions {folder}: holds no {name}; predict this case with {stage}, into this folder"
         )
     return folder / name
 
@@ -242,7 +242,7 @@ def caption_of(facts: SliceFacts) -> str:
 
 
 def _write_overlays(
-    folder: Path, volume: Volume, measured: Measured, queries: Queries, model: Model
+    folder: Path, volume: Volume, measured: Measured, queries: Queries, model: Explained
 ) -> Iterator[Overlay]:
     names, colours = _labels(model)
     segmentation = volume.segmentation(measured.logits)
@@ -279,11 +279,11 @@ def _volume(folder: Path, name: str, array: NDArray[Any], volume: Volume, shows:
     return Overlay(name, shows)
 
 
-def _labels(model: Model) -> tuple[dict[int, str], Mapping[int, str]]:
+def _labels(model: Explained) -> tuple[dict[int, str], Mapping[int, str]]:
     """Name and colour of each value that a segmentation holds."""
     values: dict[str, int] = {name: values[0] for name, values in model.classes.foreground.items()}
     if model.classes.has_regions:  # where regions overlap, the last one's value stands
-        order = [int(value) for value in model.dataset_json["regions_class_order"]]
+        order = [int(value) for value in model.trained.dataset_json["regions_class_order"]]
         values = dict(zip(model.classes.foreground, order, strict=True))
     by_value = {value: name for name, value in sorted(values.items(), key=lambda item: item[1])}
     colours = colour_of(model.classes)

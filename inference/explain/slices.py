@@ -53,7 +53,9 @@ def check_slices(wanted: Sequence[int], volume: Volume) -> None:
 
 
 def choose_slices(foreground: NDArray[np.integer], entropy: NDArray[np.floating], count: int = AUTO) -> list[int]:
-    """Slices with much foreground and much uncertainty, one of each of ``count`` stretches of the object.
+    """Slices with much foreground and much uncertainty, spread over the object.
+
+    One of each of ``count`` stretches of it, none beside another where the stretches leave the choice.
 
     Args:
         foreground: (S,) voxels of foreground in each slice.
@@ -63,4 +65,9 @@ def choose_slices(foreground: NDArray[np.integer], entropy: NDArray[np.floating]
     candidates = np.flatnonzero(foreground) if foreground.any() else np.arange(len(foreground))
     score = sum(values / values.max() if values.max() > 0 else 0.0 * values for values in (foreground, entropy))
     stretches = np.array_split(candidates, min(count, len(candidates)))
-    return [int(stretch[np.argmax(score[stretch])]) for stretch in stretches]
+    chosen: list[int] = []
+    for stretch in stretches:
+        # At least half a stretch after the one before.
+        free = stretch[stretch >= chosen[-1] + max(1, len(stretch) / 2)] if chosen else stretch
+        chosen.append(int(free[np.argmax(score[free])]))
+    return chosen

@@ -12,11 +12,12 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from nibabel import aff2axcodes
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..label_maps import Classes, LabelMap, check_values, read_label_map
+from ..errors import CaseError
+from ..label_maps import Classes, Grid, check_values, read_label_map
+from ..predict_cases import Case, preprocess_case
 from ..predictor import MaskSAMPredictor
 from .case import CaseFiles
 from .errors import ExplainError
@@ -33,14 +34,12 @@ class Volume:
     Attributes:
         data: (C, D, H, W) float32, what the network is given.
         label: (D, H, W) label values, -1 outside the crop's non-zero part; or None.
-        truth: the label on the source's grid, or None.
         properties: nnU-Net's.
         predictor: whose plans made it.
     """
 
     data: Tensor
     label: NDArray[np.int16] | None
-    truth: NDArray[np.integer[Any]] | None
     properties: Mapping[str, Any]
     predictor: MaskSAMPredictor
 
@@ -134,43 +133,19 @@ def read_case(predictor: MaskSAMPredictor, files: CaseFiles, classes: Classes, p
         previous: a cascade's label map of the stage before.
 
     Raises:
-        ExplainError: an image cannot be read, has other channels than the model, or the label lies on another grid.
+        ExplainError: an image cannot be used (see :func:`..predict_cases.read_case`), or the label lies elsewhere.
         LabelMapError: the label is damaged or holds other values than the model's dataset.json.
     """
     description = predictor.dataset_json
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    names = [str(file) for file in files.images]
+    plans, settings = predictor.plans_manager, predictor.configuration_manager
+    case = Case(files.name, files.images, files.numbered)
     try:
-        data, seg, properties = preprocessor.run_case(
-            names, previous and str(previous), predictor.plans_manager, predictor.configuration_manager, description
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # each reader has errors of its own
-        reason = " ".join(str(error).split())[-300:] or repr(error)
-        raise ExplainError(
-            f"{', '.join(names)} cannot be read as one case: damaged, of another format than its name says, or files "
-            f"of different grids ({reason}); copy it anew, or name other files"
-        ) from error
-    channels = len(description["channel_names"])
-    if len(data) != channels:
-        raise ExplainError(
-            f"{', '.join(names)}: {len(data)} channels, but the model was trained on {channels} "
-            f"({', '.join(map(str, description['channel_names'].values()))}); give one file for each, in this order"
-        )
-    if not np.isfinite(data).all():
-        raise ExplainError(f"{', '.join(names)}: NaN or infinite voxels; replace them, with the background's value")
-    if previous is not None:
-        data = np.vstack(
-            (data, convert_labelmap_to_one_hot(seg[0], predictor.label_manager.foreground_labels, data.dtype))
-        )
-    truth = (
-        None if files.label is None else _read_label(files, files.label, description, classes, predictor, properties)
-    )
-    label = None
-    if truth is not None:
-        label = _to_network(truth, predictor, properties, data.shape[1:])
-    return Volume(torch.from_numpy(data).float().contiguous(), label, truth, properties, predictor)
+        data, properties = preprocess_case(case, previous, plans, settings, description, verbose=False)
+    except CaseError as error:
+        raise ExplainError(f"case {files.name!r}: {error}") from error
+    truth = None if files.label is None else _read_label(files.name, files.label, classes, predictor, properties)
+    label = None if truth is None else _to_network(truth, predictor, properties, data.shape[1:])
+    return Volume(torch.from_numpy(data), label, properties, predictor)
 
 
 def picture_edges(directions: Sequence[str]) -> dict[str, str]:
@@ -180,41 +155,25 @@ def picture_edges(directions: Sequence[str]) -> dict[str, str]:
 
 
 def _read_label(
-    files: CaseFiles,
-    label: Path,
-    description: Mapping[str, Any],
-    classes: Classes,
-    predictor: MaskSAMPredictor,
-    properties: Mapping[str, Any],
+    case: str, label: Path, classes: Classes, predictor: MaskSAMPredictor, properties: Mapping[str, Any]
 ) -> NDArray[np.integer[Any]]:
-    ending = description["file_ending"]
+    """The label map on the source's grid, (D, H, W) of nnU-Net's reader."""
+    ending = predictor.dataset_json["file_ending"]
     if not label.name.endswith(ending):
         raise ExplainError(f"--label {label}: must end in {ending!r}, as all files of this dataset; convert it")
-    read = read_label_map(label.parent, label.name.removesuffix(ending), description)
-    check_values(label, files.name, read, classes)
-    _check_same_grid(label, read, predictor, properties)
-    return read.labels
-
-
-def _check_same_grid(label: Path, read: LabelMap, predictor: MaskSAMPredictor, properties: Mapping[str, Any]) -> None:
+    read = read_label_map(label.parent, label.name.removesuffix(ending), predictor.dataset_json)
+    check_values(label, case, read, classes)
     backward = predictor.plans_manager.transpose_backward
-    shape = tuple(int(properties["shape_before_cropping"][axis]) for axis in backward)
-    pairs: dict[str, tuple[Any, Any]] = {"shape": (shape, read.labels.shape)}
-    pairs["spacing"] = (tuple(float(s) for s in properties["spacing"]), read.spacing)
-    geometry = {
-        **properties.get("sitk_stuff", {}),
-        "affine": properties.get("nibabel_stuff", {}).get("original_affine"),
-    }
-    pairs |= {name: (geometry.get(name), place) for name, place in read.placement.items()}
-    for name, (image, mine) in pairs.items():
-        if image is None:  # read by another reader
-            continue
-        one, other = np.asarray(image, float), np.asarray(mine, float)
-        if one.shape != other.shape or not np.allclose(one, other, rtol=1e-3, atol=1e-3):
-            raise ExplainError(
-                f"--label {label}: its {name} is {other.tolist()}, the image's {one.tolist()}; name the label that was "
-                "drawn on this image, or resample it to the image's grid"
-            )
+    shape = [int(properties["shape_before_cropping"][axis]) for axis in backward]
+    image = Grid.of(np.broadcast_to(0, (1, *shape)), properties)
+    difference = image.difference(read.grid)
+    if difference is not None:
+        what, one, other = difference
+        raise ExplainError(
+            f"{label}: its {what} is {other}, the image's {one}; name the label map that was drawn on this image "
+            "(--label), or resample it to the image's grid"
+        )
+    return read.labels
 
 
 def _to_network(
