@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,9 +122,7 @@ def write_label_map(predicted: Path, target: Path, geometry: Geometry) -> Mappin
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sitk.WriteImage(result, str(draft), True)
-        if not np.array_equal(
-            sitk.GetArrayViewFromImage(sitk.ReadImage(str(draft))), sitk.GetArrayViewFromImage(result)
-        ):
+        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(draft))), labels):
             raise RuntimeError("what was written is not what is read back")
         os.replace(draft, target)
     except (OSError, RuntimeError) as error:
@@ -131,7 +130,8 @@ def write_label_map(predicted: Path, target: Path, geometry: Geometry) -> Mappin
             f"cannot write {target} ({in_short(error)}): make room, and let the user write there"
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
     return dict(zip(map(int, values), map(int, counts), strict=True))
 
 

@@ -1,0 +1,150 @@
+"""The container's entry point as the platform runs it, without a container engine.
+
+Where the system lets us (Linux, ``unshare``): a mount namespace with a read-only root, fresh ``/tmp`` and a small
+``/dev/shm``, input and model read-only; a network namespace without any network; a user without a name, capabilities or
+home, in an empty environment. Elsewhere: as ``nobody`` if we are root, in an empty environment, with all connections
+refused by an audit hook. :attr:`Contained.how` says which.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+USER = 54321  # one that no system has
+MODULE = "masksam_nnunet.inference.docker"
+_END = "--- left behind:"
+_NO_CONNECTIONS = """
+import sys
+def refuse(event, _):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise RuntimeError(f"no network: {event}")
+sys.addaudithook(refuse)
+"""
+
+
+@dataclass(frozen=True)
+class Contained:
+    """How it ended.
+
+    Attributes:
+        how: "namespaces" or "unprivileged".
+        left: what is in /tmp, or the scratch folder, afterwards.
+    """
+
+    how: str
+    code: int
+    stdout: str
+    stderr: str
+    left: str
+
+
+def namespaces() -> bool:
+    """Whether we may have namespaces of our own."""
+    if not shutil.which("unshare") or not shutil.which("setpriv"):
+        return False
+    probe = ["unshare", *_as_root(), "--mount", "--net", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+def run_contained(source: Path, output: Path, model: Path, *options: str, code: str = "") -> Contained:
+    """Run the entry point, or Python ``code`` in its place; ``output`` is made writable for its user."""
+    output.mkdir(exist_ok=True)
+    output.chmod(0o777)
+    return (_isolated if namespaces() else _unprivileged)(source, output, model, options, code)
+
+
+def _as_root() -> list[str]:
+    return [] if os.geteuid() == 0 else ["--map-root-user"]
+
+
+def _command(options: Sequence[str], code: str) -> list[str]:
+    return [sys.executable, "-c", code] if code else [sys.executable, "-m", MODULE, *options]
+
+
+def _isolated(source: Path, output: Path, model: Path, options: Sequence[str], code: str) -> Contained:
+    places = ["--input", "/mnt/input", "--output", "/mnt/output", "--model", "/mnt/model"]
+    command = shlex.join(_command([*places, *options], code))
+    # Python, packages and checkout stay where they are, even below folders that others may not enter.
+    needed = sorted({Path(sys.base_prefix).resolve(), Path(sys.prefix), ROOT})
+    needed = [path for path in needed if not any(other in path.parents for other in needed)]
+    covers = {path: cover for path in needed if (cover := _closed_folder(path))}
+    lines = ["set -eu", "mount -t tmpfs -o mode=755 tmpfs /mnt"]
+    for name, folder in (("input", source), ("output", output), ("model", model)):
+        lines += [f"mkdir /mnt/{name}", f"mount --bind {shlex.quote(str(folder))} /mnt/{name}"]
+        lines += [f"mount -o remount,bind,ro /mnt/{name}"] if name != "output" else []
+    for number, path in enumerate(covers):
+        lines += [f"mkdir /mnt/{number}", f"mount --bind {shlex.quote(str(path))} /mnt/{number}"]
+    lines += ["mount -t tmpfs -o mode=1777 tmpfs /tmp"]
+    lines += [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(c)}" for c in sorted({*covers.values()} - {"/tmp"})]
+    for number, path in enumerate(covers):
+        place = shlex.quote(str(path))
+        lines += [f"mkdir -p {place}", f"mount --bind /mnt/{number} {place}", f"mount -o remount,bind,ro {place}"]
+    lines += [f"mount -o remount,ro {shlex.quote(c)}" for c in sorted({*covers.values()} - {"/tmp"})]
+    lines += [
+        "mount -t tmpfs -o mode=1777,size=64m tmpfs /dev/shm",
+        "mount -o remount,ro /mnt",
+        "mount -o remount,bind,ro /",
+        "cd /tmp",
+        "set +e",
+        f"setpriv {_drop()} env -i PATH=/usr/bin:/bin OMP_NUM_THREADS=1 {command}",
+        "code=$?",
+        f"echo '{_END}'",
+        f"ls -A /tmp /dev/shm | grep -v -e ':$' -e '^$' {''.join(_not_ours(covers))}",
+        "exit $code",
+    ]
+    unshare = ["unshare", *_as_root(), "--mount", "--net", "sh", "-c", "\n".join(lines)]
+    done = subprocess.run(unshare, capture_output=True, text=True, timeout=300)
+    stdout, _, left = done.stdout.partition(_END)
+    return Contained("namespaces", done.returncode, stdout, done.stderr, left.strip())
+
+
+def _drop() -> str:
+    user = f"--reuid {USER} --regid {USER} --clear-groups " if os.geteuid() == 0 else ""
+    return f"{user}--bounding-set -all --inh-caps -all --no-new-privs"
+
+
+def _closed_folder(path: Path) -> str:
+    """The folder above ``path`` that must be covered so that another user reaches it; empty if none."""
+    if path.is_relative_to("/tmp"):
+        return "/tmp"
+    closed = [folder for folder in reversed(path.parents) if not folder.stat().st_mode & 0o001]
+    return str(closed[0]) if closed else ""
+
+
+def _not_ours(covers: dict[Path, str]) -> list[str]:
+    """Options of grep for what was put into /tmp so that Python runs."""
+    return [f" -e {shlex.quote('^' + path.parts[2] + '$')}" for path, cover in covers.items() if cover == "/tmp"]
+
+
+def _unprivileged(source: Path, output: Path, model: Path, options: Sequence[str], code: str) -> Contained:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        for target, folder in (("input", source), ("model", model)):
+            shutil.copytree(folder, root / target)
+        for target in ("output", "scratch", "guard"):
+            (root / target).mkdir()
+            (root / target).chmod(0o777 if target != "guard" else 0o755)
+        (root / "guard" / "sitecustomize.py").write_text(_NO_CONNECTIONS)
+        places = [word for x in ("input", "output", "model", "scratch") for word in (f"--{x}", str(root / x))]
+        done = subprocess.run(
+            _command([*places, *options], code),
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "guard")},
+            cwd=root / "scratch",
+            user=65534 if os.geteuid() == 0 else None,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        left = " ".join(path.name for path in (root / "scratch").iterdir())
+        shutil.copytree(root / "output", output, dirs_exist_ok=True)
+        return Contained("unprivileged", done.returncode, done.stdout, done.stderr, left)
