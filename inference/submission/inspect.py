@@ -168,9 +168,9 @@ def _parts(folder: Path, rules: Rules, task: str | None) -> list[tuple[Path, Rul
 
 def _inspect_part(folder: Path, rules: Rules, request: Request, dataset: Path | None) -> Inspection:
     """One folder of predictions; its entries, defects and notes."""
-    names, source = _model_labels(folder, request.dataset_json, dataset)
+    names = _model_labels(folder, request.dataset_json, dataset)
     table = match_labels(names, rules)
-    defects = [f"{source.name}: {defect}" if not defect.startswith("label") else defect for defect in table.defects]
+    defects = list(table.defects)
     notes = list(table.notes)
     place = request.images
     if place is None and dataset is not None and (dataset / "imagesTs").is_dir():
@@ -206,13 +206,13 @@ def _inspect_part(folder: Path, rules: Rules, request: Request, dataset: Path | 
     return Inspection(rules.title, entries, tuple(defects), tuple(notes), rules.unconfirmed)
 
 
-def _model_labels(folder: Path, given: Path | None, dataset: Path | None) -> tuple[dict[str, int], Path]:
+def _model_labels(folder: Path, given: Path | None, dataset: Path | None) -> dict[str, int]:
     places = [given] if given else [folder / "dataset.json", *([dataset / "dataset.json"] if dataset else [])]
     for path in places:
         if given is None and not path.is_file():
             continue
         try:
-            return model_labels(read_json(path), str(path)), path
+            return model_labels(read_json(path), str(path))
         except (OSError, ValueError) as error:
             if isinstance(error, SubmissionError):
                 raise

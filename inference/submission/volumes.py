@@ -129,7 +129,7 @@ def _odd_voxels(volume: nibabel.Nifti1Image, stored: NDArray[Any]) -> tuple[int,
     if not np.issubdtype(stored.dtype, np.floating):
         return 0, 0.0
     scaling = cast(ArrayProxy, volume.dataobj)
-    rounding = 0.0 if (scaling.slope, scaling.inter) == (1, 0) else 0.01  # scaling in a header leaves 0.9999
+    rounding = 0.0 if (scaling.slope, scaling.inter) == (1, 0) else 2e-4  # scaling in a header leaves 0.9999
     with np.errstate(invalid="ignore"):  # inf - inf
         odd = stored[~(np.abs(stored - np.rint(stored)) <= rounding)]
     return odd.size, float(odd[0]) if odd.size else 0.0
@@ -168,8 +168,8 @@ def _itk_grid(path: Path) -> Grid:
 
 
 def _numbers(value: object) -> str:
-    parts = np.ravel(np.asarray(value, dtype=float))
-    return "(" + ", ".join(f"{part:.4g}" for part in parts) + ")"
+    parts = np.ravel(np.asarray(value, dtype=float)).round(6)  # no -0
+    return "(" + ", ".join(f"{part + 0.0:.4g}" for part in parts) + ")"
 
 
 def _in_short(error: Exception) -> str:
