@@ -70,7 +70,7 @@ def submit(
     if (out is None) != check:
         raise typer.BadParameter("give either --out FILE or --check")
     from masksam_nnunet.inference.submission.errors import SubmissionError
-    from masksam_nnunet.inference.submission.inspect import Request, inspect
+    from masksam_nnunet.inference.submission.inspection import Request, inspect
     from masksam_nnunet.inference.submission.package import package, refusal, require_place
 
     request = Request(challenge.value, predictions, images, dataset, dataset_json, rules, task)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .archive import Member, write_archive
 from .errors import SubmissionError
-from .inspect import Inspection, Request
+from .inspection import Inspection, Request
 from .volumes import submitted_file
 
 

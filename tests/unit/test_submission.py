@@ -35,7 +35,7 @@ from typer.testing import CliRunner, Result
 from masksam_nnunet.cli import app
 from masksam_nnunet.inference.submission import archive as archive_module
 from masksam_nnunet.inference.submission.errors import SubmissionError
-from masksam_nnunet.inference.submission.inspect import Inspection, Request, inspect
+from masksam_nnunet.inference.submission.inspection import Inspection, Request, inspect
 from masksam_nnunet.inference.submission.package import package
 from masksam_nnunet.inference.submission.rules import CHALLENGES, load_rules
 from masksam_nnunet.plans.datasets.convert import convert
