@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
-import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
+
+from masksam_nnunet.plans.image_reading import Grid, ImageFileError, NotLabelsError, placement, read_labels
+from masksam_nnunet.plans.nifti_files import check_whole, stored_floats
+
+__all__ = [
+    "Classes",
+    "Grid",
+    "LabelMap",
+    "LabelMapError",
+    "check_same_geometry",
+    "check_values",
+    "check_whole",
+    "class_mask",
+    "read_label_map",
+    "read_volume",
+    "stored_floats",
+]
 
 
 class LabelMapError(ValueError):
@@ -65,41 +76,6 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Where voxels lie.
-
-    Attributes:
-        shape: (D, H, W).
-        spacing: millimetres along (D, H, W).
-        placement: what the reader tells of origin and direction, by name; empty for formats without.
-    """
-
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    placement: Mapping[str, NDArray[np.float64]]
-
-    @classmethod
-    def of(cls, array: NDArray[Any], properties: Mapping[str, Any]) -> Grid:
-        """The grid of what nnU-Net's readers return: (C, D, H, W) and its properties."""
-        return cls(array.shape[1:], tuple(float(step) for step in properties["spacing"]), _placement(properties))
-
-    def difference(self, other: Grid) -> tuple[str, object, object] | None:
-        """What differs by more than headers round, and both values; None if nothing does."""
-        if self.shape != other.shape:
-            return "shape", self.shape, other.shape
-        if not np.allclose(self.spacing, other.spacing, rtol=1e-3, atol=1e-4):
-            return "spacing", self.spacing, other.spacing
-        for name in self.placement.keys() & other.placement.keys():
-            one, two = self.placement[name], other.placement[name]
-            # 0.05 mm: rounding in headers, not another position.
-            if one.shape != two.shape or not np.allclose(
-                one, two, rtol=1e-4, atol=0.05 if name != "direction" else 1e-3
-            ):
-                return name, one.tolist(), two.tolist()
-        return None
-
-
-@dataclass(frozen=True)
 class LabelMap:
     """A segmentation with its grid.
 
@@ -134,11 +110,16 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
     path = Path(folder) / (case + dataset_json["file_ending"])
     if not path.is_file():
         raise LabelMapError(f"case {case!r} has no label map: {path} does not exist")
-    array, properties = _read_seg(path, case, dataset_json)
+    try:
+        array, properties = read_labels(path, dataset_json)
+    except NotLabelsError as error:
+        raise LabelMapError(
+            f"case {case!r}: {error}; predict this case again, and give label maps, not probabilities"
+        ) from error
+    except ImageFileError as error:
+        raise LabelMapError(f"case {case!r}: {error}") from error
     depth, height, width = (float(step) for step in properties["spacing"])
-    _check_labels(path, case, array[0])
-    _check_labels(path, case, stored_floats(path))
-    return LabelMap(np.rint(array[0]).astype(np.int32), (depth, height, width), _placement(properties))
+    return LabelMap(np.rint(array[0]).astype(np.int32), (depth, height, width), placement(properties))
 
 
 def check_values(path: Path, case: str, label_map: LabelMap, classes: Classes) -> None:
@@ -175,97 +156,3 @@ def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> Non
 def class_mask(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:
     """Where a label map holds one of ``values``; same shape."""
     return np.isin(labels, list(values))
-
-
-def _check_labels(path: Path, case: str, values: NDArray[np.floating[Any]]) -> None:
-    """Refuse what no label map holds; scaling in a header leaves 0.9999, but 0.5 is a probability."""
-    with np.errstate(invalid="ignore"):  # inf - inf
-        odd = values[~(np.abs(values - np.rint(values)) < 0.01)]
-    if odd.size:
-        raise LabelMapError(
-            f"case {case!r}: {path} is no label map: {odd.size} voxels are NaN, infinite or no whole numbers, such as "
-            f"{odd[0]}; predict this case again, and give label maps, not probabilities"
-        )
-
-
-def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
-    """What a NIfTI file of floating point numbers holds, else nothing: ITK reads NaN and infinity as 0."""
-    stored = _nifti_data(path)
-    if stored is None or not np.issubdtype(stored.dtype, np.floating):
-        return np.empty(0)
-    return np.asanyarray(stored)
-
-
-def _nifti_data(path: Path) -> Any:
-    """nibabel's view of the voxels, of which only the header has been read; None for what it cannot read."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return None
-    try:
-        image: Any = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, zlib.error):  # ITK reads more than nibabel does
-        return None
-    return image.dataobj
-
-
-_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
-
-
-def _read_seg(
-    path: Path, case: str, dataset_json: Mapping[str, Any]
-) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
-    """The label map (1, D, H, W) and nnU-Net's properties, by the first of its readers that can read the file."""
-    try:
-        check_whole(path)
-        # Without the file as an example: nnU-Net would read it once more only to try.
-        return _reader(dataset_json).read_seg(str(path))
-    except MemoryError:
-        raise
-    except _DAMAGED as error:
-        raise _unreadable(path, case, error) from error
-    except Exception as error:  # each reader has errors of its own
-        try:
-            return _reader(dataset_json, str(path)).read_seg(str(path))
-        except Exception:
-            raise _unreadable(path, case, error) from error
-
-
-def _reader(dataset_json: Mapping[str, Any], example: str | None = None) -> Any:
-    with contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for each reader that fails
-        return determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
-
-
-def check_whole(path: Path) -> None:
-    """Refuse a file that is cut off or damaged, gzipped or NIfTI: ITK fills what it cannot read with noise.
-
-    Raises:
-        EOFError, gzip.BadGzipFile, zlib.error, OSError: what is wrong.
-    """
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"  # not by name: ITK reads plain files that end in .gz too
-    size = path.stat().st_size
-    if compressed:
-        size = 0
-        with gzip.open(path) as stream:
-            while block := stream.read(1 << 22):
-                size += len(block)
-    stored = _nifti_data(path)
-    if stored is not None:
-        needed = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
-        if size < needed:
-            raise EOFError(f"it holds {size} bytes where its header tells of {needed}")
-
-
-def _unreadable(path: Path, case: str, error: Exception) -> LabelMapError:
-    reason = " ".join(str(error).split())[-300:] or repr(error)
-    return LabelMapError(
-        f"case {case!r}: {path} cannot be read; it is truncated, damaged or of another format than its name says: "
-        f"make it again, or copy it anew ({reason})"
-    )
-
-
-def _placement(properties: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
-    if "sitk_stuff" in properties:
-        return {name: np.asarray(properties["sitk_stuff"][name], dtype=float) for name in ("origin", "direction")}
-    if "nibabel_stuff" in properties:
-        return {"affine": np.asarray(properties["nibabel_stuff"]["original_affine"], dtype=float)}
-    return {}

@@ -16,12 +16,13 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet import __version__, cli_benchmark, cli_datasets, cli_explain, cli_export, cli_submit
+from masksam_nnunet import __version__, cli_benchmark, cli_check, cli_datasets, cli_explain, cli_export, cli_submit
 from masksam_nnunet.cli_fail import ext_trainer_or_fail, fail
 from masksam_nnunet.cli_options import SeveralValues
 from masksam_nnunet.cli_predict import masksam_predictor, take_options
 from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.errors import FetchError, TrainingError, WeightsError
+from masksam_nnunet.stop_signals import REQUEUE, passed_on
 
 DEFAULT_TRAINER = "MaskSAMTrainer"
 
@@ -140,7 +141,13 @@ def weights(
 def train(context: typer.Context) -> None:
     """nnUNetv2_train with MaskSAM's trainers; all arguments are nnU-Net's, -tr defaults to MaskSAMTrainer."""
     required = ("nnUNet_preprocessed", "nnUNet_results")
-    _run_nnunet("train", "nnunetv2.run.run_training", "run_training_entry", context.args, required)
+    with passed_on():
+        try:
+            _run_nnunet("train", "nnunetv2.run.run_training", "run_training_entry", context.args, required)
+        except Exception as error:
+            if getattr(error, "exit_code", None) == REQUEUE:  # of a rank, in PyTorch's ProcessExitedException
+                raise typer.Exit(REQUEUE) from error
+            raise
 
 
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
@@ -149,7 +156,8 @@ def predict(context: typer.Context) -> None:
     module = "nnunetv2.inference.predict_from_raw_data"
     arguments, options = take_options(context.args)
     within = partial(masksam_predictor, options=options, show_help=_asks_help(arguments))
-    _run_nnunet("predict", module, "predict_entry_point", arguments, ("nnUNet_results",), within)
+    required = () if options.model else ("nnUNet_results",)
+    _run_nnunet("predict", module, "predict_entry_point", arguments, required, within)
 
 
 @app.command(cls=SeveralValues)
@@ -235,7 +243,7 @@ def _run_nnunet(
     try:
         with within(nnunet):
             getattr(nnunet, entry)()
-    except (WeightsError, ConfigError) as error:
+    except (FetchError, TrainingError, ConfigError) as error:
         fail(str(error))
 
 
@@ -248,6 +256,7 @@ def _with_trainer(arguments: list[str]) -> list[str]:
 
 
 cli_benchmark.register(app)
+cli_check.register(app)
 cli_datasets.register(app)
 cli_explain.register(app)
 cli_export.register(app)

@@ -176,8 +176,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         """What the file holds, of which other configurations are kept; empty where there is none."""
         if not self.file.is_file():
             return {}
-        earlier = _read_plans(self.file, "remove it and plan again")
-        if DECISIONS not in earlier:
+        earlier = _read_plans(self.file, self.dataset_name, "remove it and plan again")
+        if not isinstance(earlier.get(DECISIONS), dict):
             raise PlanError(
                 f"--plans-name {self.plans_identifier}: {self.file} holds plans that masksam did not make; "
                 "choose another name"
@@ -188,7 +188,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         file = self.folder / f"{BASE_PLANS}.json"
         if self._shares_data and file.is_file():
             remedy = f"remove it and run nnUNetv2_plan_experiment -d {number_of(self.dataset_name)}"
-            return _read_plans(file, remedy)
+            return _read_plans(file, self.dataset_name, remedy)
         stock = _InMemory(
             self.dataset_name,
             preprocessor_name=self.preprocessor_name,
@@ -263,15 +263,31 @@ def _with_parents(names: Sequence[str]) -> set[str]:
     return {*names, FULL, LOW} if CASCADE in names else set(names)
 
 
-def _read_plans(file: Path, remedy: str) -> dict[str, Any]:
+_SETTINGS = ("patch_size", "batch_size", "spacing", "median_image_size_in_voxels", "architecture", "data_identifier")
+
+
+def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
+    """Plans of ``dataset`` with what planning reads of them.
+
+    Raises:
+        PlanError: there is something else in the file.
+    """
     try:
         plans = read_json(file)
-        if not isinstance(plans["configurations"], dict):
-            raise TypeError("configurations is no object")
     except ValueError as error:
         raise PlanError(f"{file} is not JSON: {error}; {remedy}") from error
-    except (TypeError, LookupError) as error:
-        raise PlanError(f"{file} holds no plans ({error}); {remedy}") from error
+    configurations = plans.get("configurations") if isinstance(plans, dict) else None
+    if not isinstance(configurations, dict) or not configurations:
+        raise PlanError(f"{file} holds no plans; {remedy}")
+    if plans.get("dataset_name") != dataset:
+        raise PlanError(
+            f"{file} holds plans of {plans.get('dataset_name')!r}; move them with "
+            f"nnUNetv2_move_plans_between_datasets, or {remedy}"
+        )
+    for name, settings in configurations.items():
+        lacks = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
+        if lacks and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
+            raise PlanError(f"{file}: {name} lacks {', '.join(lacks)}: it is damaged or of another nnU-Net; {remedy}")
     result: dict[str, Any] = plans
     return result
 

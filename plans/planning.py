@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import subdirs
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
@@ -22,9 +23,10 @@ from .architecture import BASE_PLANS
 from .errors import PlanError
 from .planner import CASCADE, MaskSAMPlanner, Request
 from .presets import Preset, load_preset
-from .raw_data import number_of, read_raw_dataset
+from .raw_check import require_sound_case
+from .raw_data import RawDataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST
-from .splits import split_warning
+from .splits import overlaps, read_splits, split_warning
 from .summary import Planned, tell
 
 PLANS_NAME = "MaskSAMPlans"
@@ -71,8 +73,9 @@ def plan_dataset(
             f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity"
         )
     raw = read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1)
-
-    splits = _splits(raw.folder, preprocessed)
+    _check_fingerprint(preprocessed / "dataset_fingerprint.json", len(raw.images), number_of(name))
+    require_sound_case(raw, next(iter(raw.images)))
+    splits = _splits(raw, preprocessed)
 
     backbones = LARGEST_FIRST if backbone == "auto" else (backbone,)
     with console.status("planning") as status, _in_words(name, preprocessed):
@@ -87,23 +90,47 @@ def plan_dataset(
         plans = planner.plan_experiment()
     unprocessed = _unprocessed(plans, planner.planned, planner.folder, list(raw.images))
     planned = Planned(plans, planner.file, planner.planned, unprocessed)
-    tell(console, planned, recipe, split_warning(raw.images, splits, number_of(name)))
+    patients = split_warning(raw.images, splits, number_of(name))
+    tell(
+        console,
+        planned,
+        recipe,
+        [*(f"splits_final.json: {text}" for text in overlaps(splits or ())), *([patients] if patients else [])],
+    )
     return planned
 
 
-def _splits(raw: Path, preprocessed: Path) -> Any:
+def _check_fingerprint(file: Path, cases: int, number: int) -> None:
+    """Refuse a fingerprint that is damaged or was taken when the dataset had other cases."""
+    remedy = f"extract it anew: nnUNetv2_extract_fingerprint -d {number} --clean"
+    try:
+        content = read_json(file)
+        sizes = [content[key] for key in ("spacings", "shapes_after_crop")]
+        sound = all(math.isfinite(step) and step > 0 for size in sizes for row in size for step in row)
+        numbers = {len(size) for size in sizes}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise PlanError(f"{file} is damaged or no fingerprint ({type(error).__name__}: {error}); {remedy}") from error
+    if not sound:
+        raise PlanError(f"{file} holds sizes or voxel sizes that are not positive; {remedy}")
+    if numbers != {cases}:
+        raise PlanError(
+            f"{file} is of {' and '.join(map(str, sorted(numbers)))} cases, the dataset has {cases}; {remedy}"
+        )
+
+
+def _splits(raw: RawDataset, preprocessed: Path) -> list[dict[str, list[str]]] | None:
     """The folds that training will use, or None. nnU-Net's planner stops without a word where the two files differ."""
     ours, theirs = (
-        read_json(folder / "splits_final.json") if (folder / "splits_final.json").is_file() else None
-        for folder in (preprocessed, raw)
+        read_splits(file, raw.images) if (file := folder / "splits_final.json").is_file() else None
+        for folder in (preprocessed, raw.folder)
     )
     if ours is None or theirs is None:
         return ours or theirs
     for one, other in zip(theirs, ours, strict=False):
         if any(set(one[part]) != set(other[part]) for part in ("train", "val")):
             raise PlanError(
-                f"{raw / 'splits_final.json'} and {preprocessed / 'splits_final.json'} hold different folds, which "
-                "nnU-Net's planner refuses; remove the one that is not wanted (masksam split --force writes both)"
+                f"{raw.folder / 'splits_final.json'} and {preprocessed / 'splits_final.json'} hold different folds, "
+                "which nnU-Net's planner refuses; remove the one that is not wanted (masksam split --force writes both)"
             )
     return ours
 
@@ -113,24 +140,26 @@ def _in_words(name: str, preprocessed: Path) -> Iterator[None]:
     """What nnU-Net's planner and the file system raise, as an error that says what to do."""
     try:
         yield
+    except PlanError:
+        raise
     except OSError as error:
         raise PlanError(
             f"cannot write the plans into {preprocessed}: {error}; make room or make it writable"
         ) from error
-    except (AssertionError, LookupError, ValueError, TypeError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise PlanError(
             f"{name}: planning failed with {type(error).__name__}: {error}; check dataset.json and the fingerprint: "
             f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
         ) from error
 
 
-def find_dataset(dataset: str) -> str:
-    """The full name of a dataset given by number or name.
+def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed")) -> str:
+    """The full name of a dataset given by number or name; ``variables`` must be set.
 
     Raises:
         PlanError: if nnU-Net's folders are not named, or hold no such dataset.
     """
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+    for variable in variables:
         if not os.environ.get(variable):
             raise PlanError(
                 f"{variable} is not set: export nnU-Net's folders nnUNet_raw and nnUNet_preprocessed first (where the "
@@ -144,7 +173,11 @@ def find_dataset(dataset: str) -> str:
     except (RuntimeError, AssertionError, ValueError) as error:
         there = [folder for folder in subdirs(str(raw), join=False) if folder.startswith("Dataset")]
         if "More than one" in str(error):
-            raise PlanError(f"-d {dataset}: several datasets have this number; give the name: {there}") from error
+            names = ", ".join(map(str, find_candidate_datasets(int(dataset))))
+            raise PlanError(
+                f"-d {dataset}: several datasets in nnU-Net's folders have this number: {names}; give each a number of "
+                "its own, or the name here"
+            ) from error
         raise PlanError(f"-d {dataset}: no such dataset; {raw} holds {', '.join(there) or 'none'}") from error
     if not (raw / name).is_dir():
         raise PlanError(f"-d {dataset}: {raw} holds no {name}; planning reads its dataset.json and labels")

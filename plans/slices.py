@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from .errors import PlanError
+from .image_reading import ImageFileError, NotLabelsError, read_labels
+from .threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,19 @@ def count_targets(labels: Mapping[str, Path], dataset_json: Mapping[str, Any], s
     named = {int(label) for label in manager.all_labels}
     if manager.ignore_label is not None:
         named.add(int(manager.ignore_label))
-    example = str(next(iter(labels.values())))
-    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
 
     def count(entry: tuple[str, Path]) -> tuple[int, str, int]:
         case, path = entry
         try:
-            volume, _ = reader.read_seg(str(path))
-        except Exception as error:  # each format's reader has its own
-            raise PlanError(f"case {case!r}: {path} cannot be read as a label map: {error}") from error
+            volume, _ = read_labels(path, dataset_json)
+        except NotLabelsError as error:
+            raise PlanError(f"case {case!r}: {error}; write whole numbers into it") from error
+        except ImageFileError as error:
+            raise PlanError(f"case {case!r}: {error}") from error
         per_slice = _targets_of_slices(case, path, np.moveaxis(volume[0], slice_axis, 0), groups, named)
         return int(per_slice.max()), case, int(per_slice.argmax())
 
-    # Threads: decompression and NumPy leave the interpreter's lock. Few: each holds a volume in float32.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        counts = list(pool.map(count, labels.items()))
+    counts = in_threads(count, list(labels.items()))
     most, case, index = max(counts, key=lambda found: found[0])
     return SliceCount(most, case, index, len(counts))
 

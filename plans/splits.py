@@ -7,10 +7,13 @@ split by case validates on patients seen in training.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from masksam_nnunet.json_files import read_json
 from masksam_nnunet.plans.errors import PlanError
 
 NUM_FOLDS = 5
@@ -96,6 +99,58 @@ def patient_folds(
         {part: [case for p in fold[part] for case in groups[str(p)]] for part in ("train", "val")}
         for fold in by_patient
     ]
+
+
+def read_splits(path: Path, cases: Iterable[str]) -> list[dict[str, list[str]]]:
+    """The folds in a splits_final.json.
+
+    Args:
+        path: of the file.
+        cases: names of all training cases.
+
+    Raises:
+        PlanError: it cannot be read, is no list of folds, or names cases that are not there.
+    """
+    remedy = "write it anew with masksam split, or remove it: nnU-Net then splits by case"
+    try:
+        splits = read_json(path)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path} cannot be read as JSON: {error}; {remedy}") from error
+    if not isinstance(splits, list) or not splits or not all(_is_fold(fold) for fold in splits):
+        raise PlanError(f'{path} is no list of folds {{"train": [CASE, ...], "val": [CASE, ...]}}; {remedy}')
+    known = set(cases)
+    for number, fold in enumerate(splits):
+        unknown = sorted({*fold["train"], *fold["val"]} - known)
+        if unknown:
+            raise PlanError(
+                f"{path}: fold {number} names {len(unknown)} cases that the dataset does not have: {_some(unknown)}; "
+                f"{remedy}"
+            )
+        if not fold["train"]:
+            raise PlanError(f"{path}: fold {number} trains on no case; {remedy}")
+    result: list[dict[str, list[str]]] = splits
+    return result
+
+
+def overlaps(splits: Sequence[Mapping[str, Iterable[str]]]) -> list[str]:
+    """A sentence for each thing in which folds are no cross-validation."""
+    found = []
+    times = Counter(case for fold in splits for case in set(fold["val"]))
+    for number, fold in enumerate(splits):
+        both = sorted(set(fold["train"]) & set(fold["val"]))
+        if both:
+            found.append(f"fold {number} validates cases that it trains on: {_some(both)}")
+    twice = sorted(case for case, count in times.items() if count > 1)
+    if twice:
+        found.append(f"several folds validate the same cases: {_some(twice)}")
+    return found
+
+
+def _is_fold(fold: object) -> bool:
+    return isinstance(fold, dict) and all(
+        isinstance(fold.get(part), list) and all(isinstance(case, str) for case in fold[part])
+        for part in ("train", "val")
+    )
 
 
 def split_warning(

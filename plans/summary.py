@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Planned:
     unprocessed: list[str]
 
 
-def tell(console: Console, planned: Planned, recipe: Preset | None, warning: str | None) -> None:
+def tell(console: Console, planned: Planned, recipe: Preset | None, warnings: Sequence[str]) -> None:
     """Print it."""
 
     def say(text: str, **style: Any) -> None:  # paths and commands are to be copied whole
@@ -59,7 +60,7 @@ def tell(console: Console, planned: Planned, recipe: Preset | None, warning: str
         say(f"The published setting ({recipe.name}, {recipe.dice} mean Dice in the paper) means here:")
         for note in recipe.notes:
             say(f"  - {note}")
-    if warning is not None:
+    for warning in warnings:
         say(f"warning: {warning}", style="yellow")
     say(f"Plans: {planned.file}")
     steps = []

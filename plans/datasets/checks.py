@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.arrayproxy import ArrayProxy
-from rich.console import Console
-from rich.progress import track
 
 from masksam_nnunet.json_files import read_json
 from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.plans.nifti_files import check_whole
+from masksam_nnunet.plans.threads import in_threads
 
 ENDING = ".nii.gz"
 _SHOWN = 5
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,12 +120,7 @@ def require_sound(
     _refuse(source, [*defects, *absent], remedy)
 
     examine = partial(_examine, source, frozenset(labels))
-    console = Console(stderr=True)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # unpacking releases the interpreter's lock
-        results = track(
-            threads.map(examine, volumes), "checking", len(volumes), console=console, disable=not console.is_terminal
-        )
-        found = [defect for result in results for defect in result]
+    found = [defect for result in in_threads(examine, volumes, "checking") for defect in result]
     _refuse(source, found, remedy)
 
 
@@ -169,13 +159,6 @@ def _examine(source: Path, labels: frozenset[int], volume: Volume) -> list[str]:
 
 
 def _whole_shape(path: Path) -> tuple[int, ...]:
-    """The shape of a compressed NIfTI file, once it is read to its end and its checksum is right."""
-    length = 0
-    with gzip.open(path) as file:
-        while block := file.read(_BLOCK):
-            length += len(block)
-    data = cast(ArrayProxy, open_nifti(path).dataobj)
-    needed = data.offset + math.prod(data.shape) * data.dtype.itemsize
-    if length < needed:
-        raise ValueError(f"{length} bytes, its header says {needed}")
-    return tuple(data.shape)
+    """The shape of a NIfTI file, once it is read to its end and its checksum is right."""
+    check_whole(path)
+    return tuple(open_nifti(path).shape)

@@ -305,5 +305,5 @@ def test_a_label_that_dataset_json_does_not_name(preprocessed: Path, tmp_path: P
 def test_a_damaged_label_map(preprocessed: Path, tmp_path: Path) -> None:
     file = tmp_path / "nnUNet_raw" / KIND.dataset / "labelsTr" / "case_03.nii.gz"
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(PlanError, match=r"case 'case_03': .* cannot be read as a label map"):
+    with pytest.raises(PlanError, match=r"case 'case_03': .* cannot be read; it is truncated, damaged"):
         plan()

@@ -36,7 +36,8 @@ def make_dataset(folder: Path, cases: list[str]) -> None:
         (folder / part).mkdir(parents=True)
         for case in cases:
             (folder / part / f"{case}{ending}").touch()
-    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
+    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "heart": 1}, "file_ending": ".nii.gz"}
+    description |= {"numTraining": len(cases)}
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
