@@ -18,6 +18,10 @@ class CheckpointFileError(FetchError):
     """One of nnU-Net's checkpoints is missing, damaged or untrusted. What, what was seen, the remedy."""
 
 
+class TrainingError(RuntimeError):
+    """A training cannot go on, be gone on with, or be saved. What, what was seen, the remedy."""
+
+
 def unwritable(error: OSError, path: Path) -> FetchError:
     """The ``FetchError`` for an operating system error met while ``path``, in the cache, was written."""
     reason = error.strerror or str(error)

@@ -34,8 +34,10 @@ class PublishedTrainer(MaskSAMTrainer):
         settings = self.published.optimizer
         options: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         if settings.name == "SGD":
-            return torch.optim.SGD(trained, **options, momentum=settings.momentum or 0.0, nesterov=True)
-        return torch.optim.AdamW(trained, **options, eps=settings.eps or 1e-8)
+            return torch.optim.SGD(
+                trained, **options, momentum=settings.momentum or 0.0, nesterov=True, fused=self.fused
+            )
+        return torch.optim.AdamW(trained, **options, eps=settings.eps or 1e-8, fused=self.fused)
 
 
 class MaskSAMTrainer_acdc(PublishedTrainer):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
+from masksam_nnunet.json_files import write_json
 
+from .batches import Batches
+from .lasting import LastingTrainer
+from .save_interval import SaveInterval
 from .variants import MaskSAMTrainer_vit_t
 
 PROGRESS_EVERY = 2.0  # seconds
@@ -40,7 +45,7 @@ def budget_seconds() -> float:
     return 60 * minutes
 
 
-class nnUNetTrainer_budget(nnUNetTrainer):
+class nnUNetTrainer_budget(LastingTrainer):
     """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``; its polynomial schedule ends with the budget.
 
     The budget is divided into at most ten epochs, each of which ends with a short validation that counts too. Writes
@@ -49,6 +54,8 @@ class nnUNetTrainer_budget(nnUNetTrainer):
     Saves its latest checkpoint after every epoch, so that one that was broken off goes on (``--c``) with the seconds
     and iterations that the checkpoint had used. Writing checkpoints does not count: how often is not the method's.
     """
+
+    save_default = SaveInterval(epochs=1)
 
     def __init__(
         self,
@@ -62,9 +69,9 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 10
         self.num_val_iterations_per_epoch = 5
-        self.save_every = 1
         self.iterations_done = 0
-        self._started = self._reported = 0.0
+        self._started = self._reported = self._epoch_end = 0.0
+        self._own: Mapping[str, Any] = {}  # of the checkpoint that was loaded
         self._epochs: list[tuple[float, int]] = []
         self._peak_before = 0.0
 
@@ -78,59 +85,72 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         """Share of the budget that is used, in [0, 1]."""
         return min(1.0, self.elapsed / self.budget)
 
-    def run_training(self) -> None:
-        """nnU-Net's own loop, with epochs that end by the clock: fewer of them where an iteration is slow."""
-        self.on_train_start()
+    def on_loop_start(self) -> None:
         self._started = time.monotonic() - self._restore()
-        share = self.budget / self.num_epochs
-        while self.elapsed < self.budget:
-            end = min(self.budget, (self.elapsed // share + 1) * share)
-            self.on_epoch_start()
-            self.on_train_epoch_start()
-            train_outputs = [self.train_step(next(self.dataloader_train))]
-            while self.elapsed < end:
-                train_outputs.append(self.train_step(next(self.dataloader_train)))
-            self.on_train_epoch_end(train_outputs)
-            self._validate(end + VALIDATION_SHARE * share)
-            self.on_epoch_end()
-        self._write_stats()
-        self.on_train_end()
 
-    def _validate(self, end: float) -> None:
-        """nnU-Net's validation on patches, of as many as fit: it counts as training time."""
-        with torch.no_grad():
-            self.on_validation_epoch_start()
-            outputs = [self.validation_step(next(self.dataloader_val))]
-            while len(outputs) < self.num_val_iterations_per_epoch and self.elapsed < end:
-                outputs.append(self.validation_step(next(self.dataloader_val)))
-            self.on_validation_epoch_end(outputs)
+    def training_goes_on(self) -> bool:
+        return self.elapsed < self.budget
+
+    def run_epoch(self, train: Batches, validation: Batches) -> None:
+        """Epochs end by the clock: there are fewer of them where an iteration is slow."""
+        share = self.budget / self.num_epochs
+        self._epoch_end = min(self.budget, (self.elapsed // share + 1) * share)
+        super().run_epoch(train, validation)
+
+    def epoch_goes_on(self, done: int) -> bool:
+        return not done or self.elapsed < self._epoch_end
+
+    def validation_goes_on(self, done: int) -> bool:
+        """As many patches as fit: it counts as training time."""
+        end = self._epoch_end + VALIDATION_SHARE * self.budget / self.num_epochs
+        return not done or (done < self.num_val_iterations_per_epoch and self.elapsed < end)
+
+    def on_train_end(self) -> None:
+        self._write_stats()
+        super().on_train_end()
+
+    def own_state(self) -> dict[str, Any]:
+        return super().own_state() | {
+            "seconds": self.elapsed,
+            "iterations": self.iterations_done,
+            "epochs": list(self._epochs),
+            "peak_memory_mb": self._peak(),
+        }
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        super().load_own_state(state)
+        self._own = state
 
     def _restore(self) -> float:
         """Seconds that a training which now goes on had used at its checkpoint; its iterations are taken over."""
+        before = self._own or self._told_beside_the_checkpoint()
+        self._epochs = [(float(s), int(n)) for s, n in before.get("epochs", [])]
+        self._peak_before = float(before.get("peak_memory_mb", 0.0))
+        self.iterations_done = int(before.get("iterations", 0))
+        return float(before.get("seconds", 0.0))
+
+    def _told_beside_the_checkpoint(self) -> Mapping[str, Any]:
+        """What earlier versions left in a file instead of the checkpoint, by epoch."""
         file = Path(self.output_folder) / BUDGET_PROGRESS_FILE
         if self.current_epoch == 0 or not file.is_file():
-            return 0.0
-        before = json.loads(file.read_text())
-        self._peak_before = float(before.get("peak_memory_mb", 0.0))
-        # By epoch: the checkpoint may be older than the moment of the break, or be the best instead of the latest.
-        self._epochs = [(float(s), int(n)) for s, n in before.get("epochs", [])][: self.current_epoch]
-        if len(self._epochs) < self.current_epoch:  # written by an earlier version
-            self._epochs = [(float(before["seconds"]), int(before["iterations"]))] * self.current_epoch
-        seconds, self.iterations_done = self._epochs[-1]
-        return seconds
+            return {}
+        before: dict[str, Any] = json.loads(file.read_text())
+        # The checkpoint may be older than the moment of the break, or be the best instead of the latest.
+        epochs = before.get("epochs", [])[: self.current_epoch]
+        if len(epochs) < self.current_epoch:  # written by a still earlier version
+            epochs = [(before["seconds"], before["iterations"])] * self.current_epoch
+        seconds, iterations = epochs[-1]
+        return {**before, "epochs": epochs, "seconds": seconds, "iterations": iterations}
 
     def on_epoch_end(self) -> None:
         self._epochs.append((self.elapsed, self.iterations_done))
-        self._write_progress(None)  # before the checkpoint, which is of no use without it
+        self._write_progress(None)
         super().on_epoch_end()
 
-    def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net, but a kill in the middle leaves the earlier file whole; the budget's clock stands still."""
+    def save(self, file: Path, must: bool) -> None:
+        """The budget's clock stands still meanwhile."""
         before = time.monotonic()
-        partial = f"{filename}.part"
-        super().save_checkpoint(partial)
-        if self.local_rank == 0 and not self.disable_checkpointing:
-            os.replace(partial, filename)
+        super().save(file, must)
         self._started += time.monotonic() - before
 
     def set_learning_rate(self) -> None:
@@ -144,7 +164,8 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         self.iterations_done += 1
         if time.monotonic() - self._reported > PROGRESS_EVERY:
             self._reported = time.monotonic()
-            self._write_progress(float(outputs["loss"]))
+            loss = float(outputs["loss"])
+            self._write_progress(loss if math.isfinite(loss) else None)
         return outputs
 
     def _write_progress(self, loss: float | None) -> None:
@@ -183,10 +204,10 @@ class nnUNetTrainer_budget(nnUNetTrainer):
         )
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        file = Path(self.output_folder) / name
-        partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(content, indent=1))
-        partial.replace(file)
+        try:
+            write_json(Path(self.output_folder) / name, content)
+        except OSError as error:  # a full disk is no reason to end a training
+            self.print_to_log_file(f"WARNING: {name} could not be written: {error}")
 
 
 class MaskSAMTrainer_vit_t_budget(nnUNetTrainer_budget, MaskSAMTrainer_vit_t):

@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from masksam_nnunet import weights
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.criterion import MaskSAMCriterion
-from masksam_nnunet.environment import LEAN_CHECKPOINTS, RANDOM_INIT, SLICES_AT_ONCE, number_in, switched_on
+from masksam_nnunet.environment import (
+    LEAN_CHECKPOINTS,
+    MAX_SKIPPED,
+    RANDOM_INIT,
+    SLICES_AT_ONCE,
+    number_in,
+    switched_on,
+)
+from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.lean import lean_state_dicts, sam_sha256, set_sam_sha256
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.precision import autocast, autocast_dtype
 
 from .config_check import check_preset, check_results_folder, check_shared_data, resolve_config
+from .lasting import LastingTrainer
+from .nonfinite import FiniteGuard, Iteration, can_skip, ready_to_skip
 from .schedule import WarmupPolyLR
 
 SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
 """Learning rate and warm-up iterations for a frozen SAM, and for the tiny network, which starts from nothing."""
 
 
-class MaskSAMTrainer(nnUNetTrainer):
+MOST_SKIPPED, SKIPPED_SHARE, FEWEST_SKIPPED = 100, 0.5, 10
+"""Iterations without a step that end a training: in a row; the share of an epoch, if there are at least so many."""
+SKIPPED = "skipped"
+"""The name beside the loss terms."""
+
+
+class MaskSAMTrainer(LastingTrainer):
     """Trains MaskSAM with a frozen SAM: ViT-B on plain plans, else the backbone that MaskSAM plans name.
 
     nnU-Net's schedule of 1000 epochs of 250 iterations, for a fair comparison. AdamW, as nnU-Net's maintainers advise
@@ -60,7 +76,10 @@ class MaskSAMTrainer(nnUNetTrainer):
         check_preset(plans, configuration, self.preset, name)
         check_shared_data(plans, configuration)
         check_results_folder(plans, configuration, fold, self.config, name)
+        most_skipped = number_in(MAX_SKIPPED) or MOST_SKIPPED
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.most_skipped = most_skipped
+        self._guard: FiniteGuard | None = None
         self.set_recipe()
         self.enable_deep_supervision = False
         self.iteration = 0
@@ -104,10 +123,7 @@ class MaskSAMTrainer(nnUNetTrainer):
     @property
     def masksam(self) -> MaskSAM:
         """The network without the wrappers of DDP and torch.compile."""
-        network = self.network
-        if isinstance(network, DistributedDataParallel):
-            network = network.module
-        return network._orig_mod if isinstance(network, OptimizedModule) else network  # type: ignore[return-value]
+        return self.bare_network  # type: ignore[return-value]
 
     def _do_i_compile(self) -> bool:
         # Stock nnU-Net compiles on CUDA unless told not to. Here it is opt-in (nnUNet_compile=1): what it gains has
@@ -127,7 +143,7 @@ class MaskSAMTrainer(nnUNetTrainer):
     # ---- optimisation --------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolyLR]:
-        optimizer = self.make_optimizer([p for p in self.network.parameters() if p.requires_grad])
+        optimizer = ready_to_skip(self.make_optimizer([p for p in self.network.parameters() if p.requires_grad]))
         # A short variant must reach its learning rate too.
         warmup = min(self.warmup_iterations, self.num_epochs * self.num_iterations_per_epoch // 10)
         return optimizer, WarmupPolyLR(optimizer, self.initial_lr, self.num_epochs, warmup)
@@ -138,7 +154,12 @@ class MaskSAMTrainer(nnUNetTrainer):
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.initial_lr)
+        return torch.optim.AdamW(groups, lr=self.initial_lr, fused=self.fused)
+
+    @property
+    def fused(self) -> bool | None:
+        """Of optimizers: the fused ones can leave a step out."""
+        return True if can_skip(self.device) else None
 
     def _build_loss(self) -> nn.Module:
         semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss
@@ -158,7 +179,7 @@ class MaskSAMTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self._load_sam()
-        self.iteration = self.current_epoch * self.num_iterations_per_epoch
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch + self.done_of_epoch
         super().on_train_start()
 
     def _load_sam(self) -> None:
@@ -231,38 +252,82 @@ class MaskSAMTrainer(nnUNetTrainer):
             output = self.network(data)
         loss, terms = self.criterion(output, target)
 
+        checked = self.guard.checked(loss)
         if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.scale(checked).backward()
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            bad, norms = self.guard.clip(self.gradient_clip)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
-            self.optimizer.step()
+            checked.backward()
+            bad, norms = self.guard.clip(self.gradient_clip)
+            self.guard.step(self.optimizer, bad)
+        loss = loss.detach()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.guard.note(bad, Iteration(self.iteration, rate, batch, loss, terms, norms))
         self.iteration += 1
-        return {"loss": loss.detach(), **terms}  # on the device: waiting for them would idle it
+        return {"loss": loss, **terms, SKIPPED: bad}  # on the device: waiting for them would idle it
+
+    @property
+    def guard(self) -> FiniteGuard:
+        """Over the steps of this training."""
+        if self._guard is None:
+            parts: dict[str, list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in self.masksam.named_parameters():
+                if parameter.requires_grad:
+                    parts[name.split(".")[0]].append(parameter)
+            self._guard = FiniteGuard(parts, self.most_skipped)
+        return self._guard
+
+    def trouble(self) -> str | None:
+        """Too many iterations in a row whose loss or gradient is not finite."""
+        lines = self.guard.look()
+        if self.guard.skipped <= self.guard.limit:  # the log need not hold every one of them
+            for line in lines:
+                self.print_to_log_file(f"WARNING: no step, the loss or its gradient is not finite: {line}")
+        return self._diagnosis(f"in {self.guard.in_a_row} iterations in a row") if self.guard.too_many else None
+
+    def _diagnosis(self, how_often: str) -> str:
+        latest = "\n  ".join(self.guard.descriptions()) or "the latest iterations were finite"
+        return (
+            f"the loss or its gradient was not finite {how_often}, in epoch {self.current_epoch} at the last:\n  "
+            f"{latest}\nNo step was made in these iterations, and the checkpoints of before are kept. If the input is "
+            "not finite, mend those cases and preprocess again; else look at their labels, or train with a lower "
+            f"learning rate (a trainer's initial_lr). {MAX_SKIPPED} sets how many in a row are too many"
+        )
+
+    def restored(self, outputs: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: value.to(self.device) for name, value in outputs.items()}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         table = torch.stack([torch.stack(list(outputs.values())) for outputs in train_outputs]).cpu().numpy()
-        train_outputs = [dict(zip(train_outputs[0], values, strict=True)) for values in table]
+        every = [dict(zip(train_outputs[0], values, strict=True)) for values in table]
+        # With several ranks the same on all of them: their gradients are one.
+        made = [outputs for outputs in every if not outputs[SKIPPED]]
+        self._tell_of_skipped(len(every) - len(made), len(every))
+        train_outputs = made or every
         super().on_train_epoch_end(train_outputs)
         means = {name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}
         if self.is_ddp:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)
             means = {name: float(np.mean([m[name] for m in gathered])) for name in means}
-        means.pop("loss")
+        del means["loss"], means[SKIPPED]
         self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only
             for name, value in means.items():
                 logger.log(f"train_losses/{name}", value, self.current_epoch)
 
-    def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net, but a kill in the middle leaves the earlier file whole; without SAM's weights where asked."""
-        partial = f"{filename}.part"
+    def _tell_of_skipped(self, skipped: int, iterations: int) -> None:
+        if skipped:
+            self.print_to_log_file(
+                f"{skipped} of {iterations} iterations of this epoch made no step: their loss or gradient is not finite"
+            )
+        if skipped >= FEWEST_SKIPPED and skipped > SKIPPED_SHARE * iterations:
+            raise TrainingError(self._diagnosis(f"in {skipped} of an epoch's {iterations} iterations"))
+
+    def network_weights(self) -> Mapping[str, Tensor]:
+        """Without SAM's frozen weights where lean checkpoints are asked for."""
         with lean_state_dicts(self.masksam) if switched_on(LEAN_CHECKPOINTS) else nullcontext():
-            super().save_checkpoint(partial)
-        if self.local_rank == 0 and not self.disable_checkpointing:  # the rank that writes
-            os.replace(partial, filename)
+            return super().network_weights()

@@ -137,7 +137,7 @@ def test_slow_iterations_do_not_overrun_the_budget_by_more_than_one_epoch(
     for hook in ("on_train_start", "on_train_epoch_start", "on_epoch_start", "on_epoch_end", "on_train_end"):
         monkeypatch.setattr(trainer, hook, lambda: None)
     monkeypatch.setattr(trainer, "on_train_epoch_end", lambda outputs: None)
-    monkeypatch.setattr(trainer, "_validate", lambda end: None)
+    monkeypatch.setattr(trainer, "_validate", lambda *_: None)
     trainer.dataloader_train = iter([None] * 20)  # type: ignore[assignment]
     trainer.run_training()
     assert trainer.iterations_done == 2

@@ -28,6 +28,7 @@ from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans.architecture import NETWORK_CLASS, read_config, write_config
 from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_vit_h, MaskSAMTrainer_vit_t
+from masksam_nnunet.trainers.lasting import LastingTrainer
 
 CPU = torch.device("cpu")
 
@@ -72,9 +73,12 @@ def test_signatures_are_nnunets() -> None:
 
 
 def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
-    own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer"}
-    own |= {"_load_sam", "_read_sam", "_tell_it_is_not_sam"}
-    for name, value in vars(MaskSAMTrainer).items():
+    own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard"}
+    own |= {"_load_sam", "_read_sam", "_tell_it_is_not_sam", "_diagnosis", "_tell_of_skipped"}
+    own |= {name for name in vars(LastingTrainer) if name.startswith("_")}
+    own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
+    own |= {"bare_network", "network_weights", "own_state", "load_own_state", "done_of_epoch", "restored"}
+    for name, value in [*vars(LastingTrainer).items(), *vars(MaskSAMTrainer).items()]:
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
 

@@ -1,0 +1,151 @@
+"""Iterations whose loss or gradient is not finite: left out, counted, and told of, without waiting for the device.
+
+The device itself decides whether the optimizer moves, by the ``found_inf`` of PyTorch's fused optimizers, which their
+gradient scaler uses too. Their number reaches the host by a copy that nobody waits for, and is looked at one iteration
+later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_KEPT = 3  # iterations whose details are at hand: the host is at most two ahead of what it knows
+
+
+def can_skip(device: torch.device) -> bool:
+    """Whether fused optimizers leave a step out by themselves there."""
+    return device.type in ("cpu", "cuda")
+
+
+def ready_to_skip(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, so that its first step can be left out too, and checkpoints of unfused ones continued.
+
+    Fused SGD takes momentum that a first step, left out, has not filled for the second step's.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
+
+    def as_here(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**g, "fused": f, "foreach": None} for g, f in zip(state["param_groups"], fused, strict=True)]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(as_here)
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What can be told of an iteration; its tensors are on the device, but for the batch's."""
+
+    number: int
+    rate: float
+    batch: Mapping[str, Any]
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    norms: Tensor
+    """(parts,)"""
+
+
+class FiniteGuard:
+    """Lets no step be made that would spoil the weights.
+
+    Args:
+        parts: the trained parameters by the part of the network that they belong to.
+        limit: as many iterations in a row without a step are too many.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[nn.Parameter]], limit: int) -> None:
+        self.parts = {name: list(parameters) for name, parameters in parts.items() if len(parameters)}
+        self.limit = limit
+        self.in_a_row = self.skipped = 0
+        """As far as the host knows."""
+        self._told = -1
+        device = next(p.device for parameters in self.parts.values() for p in parameters)
+        self._counts = torch.zeros(2, device=device)  # in a row, in all
+        self._on_host = torch.zeros(2, pin_memory=device.type == "cuda")
+        self._latest: deque[Iteration] = deque(maxlen=_KEPT)
+
+    def checked(self, loss: Tensor) -> Tensor:
+        """The loss to be differentiated: one that is not finite makes every gradient NaN, on all ranks."""
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def clip(self, largest: float) -> tuple[Tensor, Tensor]:
+        """Clip the gradient, if it is finite, to this norm.
+
+        Returns:
+            1.0 where it is not finite, else 0.0; the norms of the parts (parts,).
+        """
+        device = self._counts.device
+        gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in self.parts.items()}
+        norms = torch.stack([nn.utils.get_total_norm(g).to(device) for g in gradients.values()])
+        total = _total(norms)
+        finite = total.isfinite()
+        everything = [p for group in self.parts.values() for p in group]
+        nn.utils.clip_grads_with_norm_(everything, largest, torch.where(finite, total, 0.0))
+        return (~finite).float(), norms
+
+    def step(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+        """The optimizer's step, unless the gradient is bad."""
+        if not can_skip(bad.device):
+            if not bad.item():
+                optimizer.step()
+            return
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, bad
+        try:
+            optimizer.step()
+        finally:
+            del fused.grad_scale, fused.found_inf
+
+    def note(self, bad: Tensor, iteration: Iteration) -> None:
+        """Count an iteration."""
+        self._latest.append(iteration)
+        self._counts = torch.stack([(self._counts[0] + 1) * bad, self._counts[1] + bad])
+        self._on_host.copy_(self._counts, non_blocking=True)
+
+    def look(self) -> list[str]:
+        """What has come to be known since the last look: a description of each iteration left out."""
+        in_a_row, skipped = (int(x) for x in self._on_host.tolist())
+        new, self.in_a_row, self.skipped = skipped - self.skipped, in_a_row, skipped
+        return self.descriptions(after=self._told) if new else []
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the limit is reached."""
+        return self.in_a_row >= self.limit
+
+    def descriptions(self, after: int = -1) -> list[str]:
+        """The latest iterations, from after this number on, that were left out, in words; waits for the device."""
+        left_out = [it for it in self._latest if it.number > after and not _total(it.norms).isfinite()]
+        self._told = max([self._told, *(it.number for it in left_out)])
+        return [self._describe(it) for it in left_out]
+
+    def _describe(self, it: Iteration) -> str:
+        terms = [f"{name} {value.item():.4g}" for name, value in it.terms.items() if not bool(value.isfinite())]
+        what = f"terms that are not finite: {', '.join(terms)}" if terms else "all its terms are finite"
+        norms = ", ".join(f"{name} {norm:.4g}" for name, norm in zip(self.parts, it.norms.tolist(), strict=True))
+        return (
+            f"iteration {it.number}, learning rate {it.rate:.4g}: loss {it.loss.item():.4g} ({what}); norms of the "
+            f"gradient: {norms}; {_cases(it.batch)}"
+        )
+
+
+def _total(norms: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(norms)
+
+
+def _cases(batch: Mapping[str, Any]) -> str:
+    data: Tensor = batch["data"]
+    names = [str(key) for key in batch.get("keys", range(len(data)))]
+    bad = [name for name, image in zip(names, data, strict=True) if not bool(image.isfinite().all())]
+    inputs = f"the input holds values that are not finite in {', '.join(bad)}" if bad else "the input is finite"
+    return f"cases: {', '.join(names)}; {inputs}"
