@@ -13,10 +13,12 @@ from .rules import Rules
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Attributes:
-    values: the challenge's value for each value that a prediction may hold.
-    defects: names of the model or of the challenge without a partner.
-    notes: labels of the challenge that stay empty.
+    """A model's labels in a challenge.
+
+    Attributes:
+        values: the challenge's value for each value that a prediction may hold.
+        defects: names of the model or of the challenge without a partner.
+        notes: labels of the challenge that stay empty.
     """
 
     values: Mapping[int, int]
