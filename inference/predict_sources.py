@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .benchmark.results import Method
+from .errors import PredictError
+from .portable.predict_model import PortablePredictModel
 from .postprocessing import Postprocessing, find_postprocessing, read_postprocessing
 from .predict_ensemble import parse_members
 from .predict_models import TrainedModel, trained_models
@@ -44,3 +46,19 @@ def find_sources(
     if postprocessing == "auto":
         return models, find_postprocessing([model.folder for model in models], folds)
     return models, read_postprocessing(Path(postprocessing))
+
+
+def portable_source(
+    folder: str, folds: Sequence[int | str] | None = None, postprocessing: str | None = None
+) -> tuple[list[PortablePredictModel], Postprocessing | None]:
+    """A portable model, and a post-processing from a file; nothing of the model is read yet.
+
+    Raises:
+        PredictError: no such post-processing.
+    """
+    if postprocessing == "auto":
+        raise PredictError(
+            f"--postprocessing auto: {folder} is a portable model, which holds none; name a postprocessing.pkl"
+        )
+    models = [PortablePredictModel(Path(folder), folds)]
+    return models, None if postprocessing is None else read_postprocessing(Path(postprocessing))

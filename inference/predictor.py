@@ -5,21 +5,25 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from itertools import combinations
-from os.path import join
+from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
+from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.json_files import read_json
+
 from .batches import Batches, automatic_size
 from .fold_weights import load_own_tensors, own_tensors
+from .networks import network_to_predict
 
 Window = tuple[slice | int, ...]
 """nnU-Net's index of a window in (C, x, y, z): all channels, then a slice for each axis, or an int for a 2D one."""
@@ -55,7 +59,12 @@ class MaskSAMPredictor(nnUNetPredictor):
         use_folds: tuple[int | str, ...] | str | None,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
-        """As nnU-Net's; checkpoints are read one at a time."""
+        """As nnU-Net's; checkpoints are read one at a time, as tensors, numbers and texts: no code in them is run.
+
+        Raises:
+            FileNotFoundError: no folds.
+            CheckpointFileError: a checkpoint is missing or damaged, or holds more than that.
+        """
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)
         folds = [use_folds] if isinstance(use_folds, str) else list(use_folds)
@@ -64,10 +73,18 @@ class MaskSAMPredictor(nnUNetPredictor):
                 f"use_folds = {use_folds!r}: none to predict with, or no fold in {model_training_output_dir} has a "
                 f"{checkpoint_name}. Name the folds that are trained."
             )
-        super().initialize_from_trained_model_folder(model_training_output_dir, folds[:1], checkpoint_name)
-        self.list_of_parameters = []  # it held the first checkpoint's tensors: the network has copies of them
-        others = (join(model_training_output_dir, f"fold_{fold}", checkpoint_name) for fold in folds[1:])
-        self.list_of_parameters = own_tensors(self._plain_network, map(_saved_weights, others))
+        root = Path(model_training_output_dir)
+        files = [root / f"fold_{fold}" / checkpoint_name for fold in folds]
+        plans, dataset_json = PlansManager(str(root / "plans.json")), read_json(root / "dataset.json")
+        first = load_checkpoint(files[0])
+        name, trainer = first["init_args"]["configuration"], first["trainer_name"]
+        network = network_to_predict(plans, name, dataset_json, trainer)
+        network.load_state_dict(first["network_weights"])
+        axes = first.get("inference_allowed_mirroring_axes")
+        del first  # the network has copies
+        configuration = plans.get_configuration(name)
+        super().manual_initialization(network, plans, configuration, None, dataset_json, trainer, axes)
+        self.list_of_parameters = own_tensors(network, (load_checkpoint(file)["network_weights"] for file in files[1:]))
 
     def manual_initialization(
         self,
@@ -175,9 +192,3 @@ class MaskSAMPredictor(nnUNetPredictor):
         """The axes of (C, *patch) to flip, for each mirror; the first flips none."""
         axes = [axis + 1 for axis in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
         return [chosen for count in range(len(axes) + 1) for chosen in combinations(axes, count)]
-
-
-def _saved_weights(checkpoint: str) -> dict[str, Any]:
-    """A checkpoint's network weights. They stay in the file until used, but for files of torch's old format."""
-    mapped = is_zipfile(checkpoint)
-    return torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=mapped)["network_weights"]

@@ -12,9 +12,10 @@ from typing import Any
 import typer
 
 from masksam_nnunet.cli_fail import fail
+from masksam_nnunet.errors import FetchError
 
-BATCH_SIZE, ENSEMBLE, POSTPROCESSING, KEEP = (
-    "--batch-size", "--ensemble", "--postprocessing", "--keep-probabilities"
+BATCH_SIZE, ENSEMBLE, POSTPROCESSING, KEEP, MODEL = (
+    "--batch-size", "--ensemble", "--postprocessing", "--keep-probabilities", "--model"
 )  # fmt: skip
 HELP = f"""
 of masksam predict, beside nnU-Net's:
@@ -24,6 +25,8 @@ of masksam predict, beside nnU-Net's:
                         Average the probabilities of several models, for example {ENSEMBLE}
                         nnUNetTrainer@nnUNetPlans:3d_fullres MaskSAMTrainer@MaskSAMPlans:3d_fullres; names as in
                         masksam benchmark --trainers, -p and -c for those that name none, -f for all; instead of -tr.
+  {MODEL} FOLDER        Predict with a portable model, which masksam export --format safetensors or masksam import
+                        --unpack wrote; instead of -d, -tr, -p, -c and -chk. All of its folds unless -f names some.
   {POSTPROCESSING} FILE|auto
                         Apply a postprocessing.pkl of nnU-Net; auto: the one that its cross-validation wrote for this
                         model or pair and these folds.
@@ -40,6 +43,9 @@ class Options:
     batch_size: int | None = None
     ensemble: tuple[str, ...] = ()
     postprocessing: str | None = None
+    model: str | None = None
+    all_folds: bool = False
+    """Whether none was named; nnU-Net's command then says 0 to 4."""
 
 
 @dataclass
@@ -71,14 +77,17 @@ def take_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
             found["ensemble"] = (*found.get("ensemble", ()), *given)
             if not any(given):
                 fail(f"{ENSEMBLE} names no model: write two or more, TRAINER[@PLANS][:CONFIGURATION]")
-        elif name in (BATCH_SIZE, POSTPROCESSING):
+        elif name in (BATCH_SIZE, POSTPROCESSING, MODEL):
             value = value if equals else words.pop(0) if words else ""
-            found[name.strip("-").replace("-", "_")] = _positive(value) if name == BATCH_SIZE else _file(value)
+            found[name.strip("-").replace("-", "_")] = _positive(value) if name == BATCH_SIZE else _file(name, value)
         else:
             rest.append("--save_probabilities" if word == KEEP else word)
     if "ensemble" in found:
         # nnU-Net's command insists on them; here they name nothing, unless the user gives -c too.
         rest = ["-c", "", "-tr", ENSEMBLE.strip("-"), *rest]
+    if "model" in found:
+        found["all_folds"] = not any(word.startswith("-f") for word in rest)
+        rest = ["-d", "", "-c", "", "-tr", MODEL.strip("-"), *rest]
     return rest, Options(**found)
 
 
@@ -91,9 +100,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _file(text: str) -> str:
+def _file(option: str, text: str) -> str:
     if not text or text.startswith("-"):
-        fail(f"{POSTPROCESSING} = {text!r}: give a postprocessing.pkl of nnU-Net, or auto")
+        wanted = {POSTPROCESSING: "a postprocessing.pkl of nnU-Net, or auto", MODEL: "a portable model's folder"}
+        fail(f"{option} = {text!r}: give {wanted[option]}")
     return text
 
 
@@ -113,7 +123,7 @@ def masksam_predictor(nnunet: ModuleType, options: Options, show_help: bool = Fa
     vars(nnunet).update(ours)
     try:
         yield
-    except PlanError as error:
+    except (PlanError, FetchError) as error:
         fail(str(error))
     finally:
         vars(nnunet).update(theirs)
@@ -123,9 +133,13 @@ def masksam_predictor(nnunet: ModuleType, options: Options, show_help: bool = Fa
 
 def _models(named: _Named, options: Options, folds: Sequence[int | str], checkpoint: str) -> tuple[Any, Any]:
     """The models to predict with, and the post-processing or None."""
-    from masksam_nnunet.inference.predict_sources import find_sources
+    from masksam_nnunet.inference.predict_sources import find_sources, portable_source
 
     dataset, trainer, plans, configuration = named.values
+    if options.model is not None:
+        if options.ensemble or (dataset, trainer, configuration) != ("", MODEL.strip("-"), ""):
+            fail(f"{MODEL} {options.model} names the model: leave -d, -tr, -c and {ENSEMBLE} out")
+        return portable_source(options.model, None if options.all_folds else folds, options.postprocessing)
     if options.ensemble and trainer != ENSEMBLE.strip("-"):
         fail(f"-tr {trainer}: {ENSEMBLE} names the trainers; leave -tr out")
     return find_sources(

@@ -102,7 +102,9 @@ class _Bounded(io.FileIO):
     """A file of which little is read at once: zipfile takes a whole list of contents at the length that it claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= 2 * _CHUNK:
+        if size is None or size < 0:
+            size = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        if size > 2 * _CHUNK:
             raise zipfile.BadZipFile("its list of contents is larger than any model's")
         return super().read(size)
 

@@ -147,8 +147,12 @@ def read_description(folder: Path) -> Description:
         PortableError: it is missing, unreadable or not one.
     """
     file = folder / MODEL
+    if folder.is_file():
+        raise PortableError(f"{folder} is a file: masksam import {folder} --unpack FOLDER makes a folder of it")
     if not file.is_file():
-        raise PortableError(f"{folder} is no portable model: it has no {MODEL}; masksam export --format safetensors")
+        raise PortableError(
+            f"{folder} is no portable model: it has no {MODEL}; masksam export --format safetensors writes one"
+        )
     try:
         return Description.from_json(read_foreign_json(file))
     except PortableError as error:

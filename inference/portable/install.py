@@ -6,15 +6,16 @@ They need pickled checkpoints. Those are written from the checked tensors, with 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..export import CHECKPOINT
 from .archive import unpack
@@ -87,7 +88,7 @@ def unpack_model(source: Path, target: Path) -> Path:
     return target
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unpacked(source: Path) -> Iterator[Path]:
     """The folder of a portable model, unpacked for a while where it is a zip file."""
     if source.is_dir():
@@ -109,6 +110,7 @@ def _unpacked(source: Path) -> Iterator[Path]:
 
 
 def _install(model: PortableModel, source: Path, target: Path) -> None:
+    new = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     draft, earlier = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "earlier"))
     try:
@@ -126,13 +128,17 @@ def _install(model: PortableModel, source: Path, target: Path) -> None:
             os.rename(earlier, target)
         for rest in (draft, earlier):
             shutil.rmtree(rest, ignore_errors=True)
+        if new and not target.exists():
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()
 
 
-def _checkpoint(model: PortableModel, fold: str, state: dict[str, Any]) -> dict[str, Any]:
+def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """What nnU-Net's predictor and its ``-pretrained_weights`` read of a checkpoint, and what says where it is from."""
     about = model.description
+    copies: dict[int, Tensor] = {}  # out of the one large storage that a safetensors file is
     return {
-        "network_weights": state,
+        "network_weights": {name: copies.setdefault(id(t), t.clone()) for name, t in state.items()},
         "trainer_name": about.trainer,
         "init_args": {
             "plans": model.plans.plans,

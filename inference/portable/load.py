@@ -86,18 +86,37 @@ def read_model(folder: Path, folds: Sequence[int | str] | None = None) -> Portab
     Raises:
         PortableError: as :func:`load_portable`.
     """
-    description = read_description(folder)
-    chosen = _chosen(folder, description, folds)
-    common = [name for name in (PLANS, DATASET, SHARED) if name in description.files]
-    verify(folder, description, [*common, *map(fold_file, chosen)])
-    dataset_json = read_foreign_json(folder / DATASET)
+    description, plans, dataset_json, chosen = read_plans(folder, folds)
+    verify(folder, description, [name for name in (SHARED, *map(fold_file, chosen)) if name in description.files])
     try:
-        plans = check_model(description, read_foreign_json(folder / PLANS), dataset_json)
         states = read_states(folder, description, chosen)
         network = network_with(description, plans, dataset_json, dict(zip(chosen, states, strict=True)))
     except PortableError as error:
         raise PortableError(f"{folder} cannot be used: {error}") from error
     return PortableModel(description, plans, dataset_json, chosen, states, network)
+
+
+def read_plans(
+    folder: Path, folds: Sequence[int | str] | None = None
+) -> tuple[Description, PlansManager, dict[str, Any], tuple[str, ...]]:
+    """Read and check all but the weights: the description, plans and dataset.json of a model, and its ``folds``.
+
+    Raises:
+        PortableError: as :func:`load_portable`.
+    """
+    description = read_description(folder)
+    chosen = _chosen(folder, description, folds)
+    verify(folder, description, [PLANS, DATASET])
+    dataset_json = read_foreign_json(folder / DATASET)
+    try:
+        return (
+            description,
+            check_model(description, read_foreign_json(folder / PLANS), dataset_json),
+            dataset_json,
+            chosen,
+        )
+    except PortableError as error:
+        raise PortableError(f"{folder} cannot be used: {error}") from error
 
 
 def network_with(
