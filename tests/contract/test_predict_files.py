@@ -1,0 +1,313 @@
+"""What ``masksam predict`` reads and writes: every bad case with its reason, no half file, post-processing."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from container_models import image, write_image
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.postprocessing.remove_connected_components import (
+    load_postprocess_save,
+    remove_all_but_largest_component_from_segmentation,
+)
+
+from masksam_nnunet.inference.errors import CaseError, PredictError
+from masksam_nnunet.inference.postprocessing import find_postprocessing, read_postprocessing
+from masksam_nnunet.inference.predict_cases import Case, find_cases, read_case
+from masksam_nnunet.inference.predict_ensemble import parse_members
+from masksam_nnunet.inference.whole_files import draft, files_of, is_whole
+
+GZ = ".nii.gz"
+T1, T2 = "a_0000.nii.gz", "a_0001.nii.gz"
+
+
+# --- cases --------------------------------------------------------------------------------------------------------
+
+
+def test_cases_of_a_folder(tmp_path: Path) -> None:
+    for name in ("b_0000", "a.1_0001", "a.1_0000", "é ü_0000", "odd"):
+        (tmp_path / f"{name}{GZ}").touch()
+    (tmp_path / "._b_0000.nii.gz").touch()
+    (tmp_path / "notes.txt").touch()
+    cases, odd = find_cases(tmp_path, GZ)
+    assert [case.name for case in cases] == ["a.1", "b", "é ü"]
+    assert [file.name for file in cases[0].files] == ["a.1_0000.nii.gz", "a.1_0001.nii.gz"]
+    assert odd == {"odd.nii.gz": "its name has no channel number: rename it to odd_0000.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "-i .*: there is no such folder"),
+        (lambda folder: folder.touch(), "-i .* is a file: name the folder"),
+        (lambda folder: folder.mkdir(), "-i .*: the folder is empty; images are named CASE_0000.nii.gz"),
+        (lambda folder: write_image(folder / "a_0000.mha"), "none with the ending .* there are .mha"),
+        (lambda folder: write_image(folder / "a.nii.gz"), "no file has a channel number, such as a.nii.gz"),
+    ],
+)
+def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+    make(tmp_path / "in")
+    with pytest.raises(PredictError, match=message):
+        find_cases(tmp_path / "in", GZ)
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO(), NibabelIO()])
+def test_channels_are_read_as_by_nnunet(tmp_path: Path, reader: Any) -> None:
+    files = tuple(write_image(tmp_path / name, seed) for seed, name in enumerate((T1, T2)))
+    data, properties = read_case(Case("a", files), reader, ["T1", "T2"])
+    expected, its_properties = reader.read_images([str(file) for file in files])
+    np.testing.assert_array_equal(data, expected)
+    assert data.dtype == expected.dtype and repr(properties) == repr(its_properties)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def cut_inside(file: Path) -> None:
+    """The voxels are cut off, the gzip around them is whole."""
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1000]))
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    file.write_bytes(content)
+
+
+def put_nan(file: Path) -> None:
+    volume = nibabel.load(file)
+    voxels = volume.get_fdata(dtype=np.float32)
+    voxels[0, 0, :2] = np.nan, np.inf
+    nibabel.save(nibabel.Nifti1Image(voxels, volume.affine), file)
+
+
+def change(**setters: object) -> Callable[[Path], None]:
+    def apply(file: Path) -> None:
+        volume = sitk.ReadImage(str(file))
+        for name, value in setters.items():
+            getattr(volume, f"Set{name}")(value)
+        sitk.WriteImage(volume, str(file))
+
+    return apply
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda file: file.write_bytes(b""), "is empty (0 bytes): copy it anew"),
+    "truncated": (cut, "cannot be read; it is truncated"),
+    "truncated inside": (cut_inside, "cannot be read; it is truncated"),
+    "damaged": (damage, "cannot be read; it is truncated, damaged"),
+    "text": (lambda file: file.write_text("no image"), "of another format than its name says"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "cannot be read"),
+    "a broken link": (lambda file: (file.unlink(), file.symlink_to("nowhere")), "cannot be read"),
+    "NaN": (put_nan, "holds 2 voxels that are NaN or infinite"),
+    "size": (lambda file: write_image(file, size=(40, 35, 5)), "differ in shape ((5, 36, 40) and (5, 35, 40))"),
+    "spacing": (change(Spacing=(0.9, 1.1, 2.0)), "differ in spacing"),
+    "origin": (change(Origin=(0.0, 3.25, 120.125)), "a_0000.nii.gz and a_0001.nii.gz differ in origin"),
+    "direction": (change(Direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), "differ in direction"),
+    "too few": (lambda file: file.unlink(), "it has 1 channels (a_0000.nii.gz), the model was trained on 2 (T1, T2)"),
+    "too many": (lambda file: write_image(file.with_name("a_0002.nii.gz")), "it has 3 channels"),
+    "a gap": (lambda file: file.rename(file.with_name("a_0003.nii.gz")), "it has the channels [0, 3]"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_cases(tmp_path: Path, what: str) -> None:
+    for seed, name in enumerate((T1, T2)):
+        write_image(tmp_path / name, seed)
+    spoil, message = BAD[what]
+    spoil(tmp_path / T2)
+    (case,), _ = find_cases(tmp_path, GZ)
+    with pytest.raises(CaseError) as error:
+        read_case(case, SimpleITKIO(), ["T1", "T2"])
+    assert message in str(error.value)
+
+
+def test_rounding_in_headers_is_no_other_grid(tmp_path: Path) -> None:
+    files = tuple(write_image(tmp_path / name) for name in (T1, T2))
+    change(Origin=(-17.501, 3.251, 120.125))(files[1])
+    assert read_case(Case("a", files), SimpleITKIO(), ["T1", "T2"])[0].shape == (2, 5, 36, 40)
+
+
+# --- files that are whole ---------------------------------------------------------------------------------------------
+
+
+def write_prediction(target: Path, probabilities: bool = True) -> None:
+    """What nnU-Net's export writes, in its order."""
+    if probabilities:
+        np.savez_compressed(f"{target}.npz", probabilities=np.random.default_rng(0).random((2, 5, 6, 7)))
+        Path(f"{target}.pkl").write_bytes(pickle.dumps({"spacing": [1, 1, 1]}))
+    sitk.WriteImage(sitk.Cast(image() > 0, sitk.sitkUInt8), f"{target}{GZ}")
+
+
+def test_a_draft_replaces_what_was_there_once_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "case.1"
+    for _ in range(2):
+        with draft(target, GZ, SimpleITKIO(), True) as name:
+            write_prediction(name)
+            assert name.name == "case.1" and not is_whole(name.with_name("other"), GZ, SimpleITKIO(), False)
+        assert is_whole(target, GZ, SimpleITKIO(), True)
+    assert sorted(file.name for file in target.parent.iterdir()) == ["case.1.nii.gz", "case.1.npz", "case.1.pkl"]
+    before = {file: file.read_bytes() for file in files_of(target, GZ)}
+    with pytest.raises(ValueError, match="broken"), draft(target, GZ, SimpleITKIO(), True) as name:
+        Path(f"{name}{GZ}").write_bytes(b"half")
+        raise ValueError("broken")
+    assert {file: file.read_bytes() for file in target.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("what", [*range(3), "missing", "half"])
+def test_what_is_not_whole_is_not_done(tmp_path: Path, what: int | str) -> None:
+    target = tmp_path / "case"
+    write_prediction(target)
+    assert is_whole(target, GZ, SimpleITKIO(), True)
+    if isinstance(what, int):
+        cut(files_of(target, GZ)[what])
+    elif what == "missing":
+        files_of(target, GZ)[0].unlink()
+    else:  # of the archive's member
+        damage(files_of(target, GZ)[0])
+    assert not is_whole(target, GZ, SimpleITKIO(), True)
+    assert is_whole(target, GZ, SimpleITKIO(), False) == (what != 2)
+
+
+def test_a_full_disk_ends_the_batch_in_words(tmp_path: Path) -> None:
+    with (
+        pytest.raises(PredictError, match=r"cannot write the prediction of a to .*: No space left .* --continue_pred"),
+        draft(tmp_path / "a", GZ, SimpleITKIO(), False),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # ITK tells of no error; what it wrote shows it.
+    with pytest.raises(PredictError, match="cannot be read back"), draft(tmp_path / "a", GZ, SimpleITKIO(), False) as a:
+        write_prediction(a, probabilities=False)
+        cut(Path(f"{a}{GZ}"))
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from masksam_nnunet.inference.whole_files import draft
+with draft(Path(sys.argv[1]), ".nii.gz", None, False) as name:
+    Path(f"{name}.nii.gz").write_bytes(Path(sys.argv[2]).read_bytes()[:-50])
+    print("half", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_kill_while_a_file_is_written(tmp_path: Path) -> None:
+    write_prediction(tmp_path / "other", probabilities=False)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(out / "case"), str(tmp_path / f"other{GZ}")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not is_whole(out / "case", GZ, SimpleITKIO(), False)
+    assert not list(out.glob(f"*{GZ}")), "nothing that nnU-Net's own command would take for done either"
+    with draft(out / "case", GZ, SimpleITKIO(), False) as name:
+        write_prediction(name, probabilities=False)
+    assert [file.name for file in out.iterdir()] == ["case.nii.gz"]
+
+
+# --- post-processing --------------------------------------------------------------------------------------------------
+
+
+def write_postprocessing(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [{"labels_or_regions": [np.int64(1), np.int64(2)]}, {"labels_or_regions": np.int64(1)}]
+    file.write_bytes(pickle.dumps(([remove_all_but_largest_component_from_segmentation] * 2, arguments)))
+    return file
+
+
+def test_postprocessing_as_nnunet_does_it(tmp_path: Path) -> None:
+    found = read_postprocessing(write_postprocessing(tmp_path / "postprocessing.pkl"))
+    rng = np.random.default_rng(0)
+    volume = sitk.GetImageFromArray((rng.random((5, 36, 40)) < 0.3).astype(np.uint8) * 2)
+    mine, theirs = tmp_path / "mine.nii.gz", tmp_path / "theirs.nii.gz"
+    sitk.WriteImage(volume, str(mine))
+    functions, arguments = pickle.loads((tmp_path / "postprocessing.pkl").read_bytes())
+    load_postprocess_save(str(mine), str(theirs), SimpleITKIO(), functions, arguments)
+    before = sitk.GetArrayFromImage(volume)
+    found.apply(mine, SimpleITKIO())
+    one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in (mine, theirs))
+    np.testing.assert_array_equal(one, other)
+    assert (one != before).any()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["MASKSAM_EVIL"],)
+
+
+def test_postprocessing_runs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_EVIL", str(tmp_path / "evil"))
+    file = tmp_path / "postprocessing.pkl"
+    for content in (pickle.dumps(([Evil()], [{}])), pickle.dumps(([shutil.rmtree], [{}])), b"\x80", pickle.dumps(3)):
+        file.write_bytes(content)
+        with pytest.raises(PredictError, match=r"--postprocessing .* is no post-processing of nnU-Net"):
+            read_postprocessing(file)
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(PredictError, match=r"cannot be read: No such file .* or auto"):
+        read_postprocessing(tmp_path / "none.pkl")
+
+
+def test_postprocessing_auto(tmp_path: Path) -> None:
+    a, b = tmp_path / "A__P__c", tmp_path / "B__P__c"
+    one = write_postprocessing(a / "crossval_results_folds_0_1" / "postprocessing.pkl")
+    pair = write_postprocessing(tmp_path / "ensembles" / "ensemble___B__P__c___A__P__c___0_1" / "postprocessing.pkl")
+    assert find_postprocessing([a], [0, 1]).file == one
+    assert find_postprocessing([a, b], [0, 1]).file == pair
+    for models, folds, message in (
+        ([b], [0, 1], "there is no .*B__P__c.*nnUNetv2_find_best_configuration"),
+        ([a, b], [0, 1, 2], "there is no .* or "),
+        ([a, b, tmp_path / "C"], [0, 1], "not for 3 models"),
+        ([a], ["all"], "not for 1 models with folds all"),
+    ):
+        with pytest.raises(PredictError, match=message):
+            find_postprocessing(models, folds)
+
+
+# --- members ----------------------------------------------------------------------------------------------------------
+
+
+def test_members_as_in_the_benchmark() -> None:
+    texts = ["nnunet", "resenc-l:2d", "MaskSAMTrainer@MaskSAMPlans:3d_lowres", "MaskSAMTrainer_vit_t"]
+    members = parse_members(texts, "SomePlans", "3d_fullres")
+    assert [member.key for member in members] == [
+        "nnUNetTrainer__nnUNetPlans__3d_fullres",
+        "nnUNetTrainer__nnUNetResEncUNetLPlans__2d",
+        "MaskSAMTrainer__MaskSAMPlans__3d_lowres",
+        "MaskSAMTrainer_vit_t__SomePlans__3d_fullres",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "configuration", "message"),
+    [
+        ("nnunet MaskSAMTrainer:2d", "", "--ensemble nnunet: no configuration; write TRAINER"),
+        ("nnunet:2d MaskSAMTrainer:", "2d", "--ensemble MaskSAMTrainer:: no configuration"),
+        ("nnunet@:2d MaskSAMTrainer:2d", "", "--ensemble 'nnunet@': write TRAINER@PLANS"),
+        ("nnunet nnUNetTrainer@nnUNetPlans:2d", "2d", "is named before; leave one out"),
+        ("nnunet", "2d", "two models or more"),
+        ("nnunet MaskSAMTrainr", "2d", "--ensemble MaskSAMTrainr: nnU-Net finds no such trainer .* MaskSAMTrainer"),
+    ],
+)
+def test_members_that_make_no_ensemble(texts: str, configuration: str, message: str) -> None:
+    with pytest.raises(PredictError, match=message):
+        parse_members(texts.split(), "nnUNetPlans", configuration)
