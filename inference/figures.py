@@ -15,10 +15,9 @@ from .drawing import METHOD_COLOURS, literal, png, tidy, wrapped
 from .history import History
 from .inside import InsideView
 from .label_maps import Classes, class_mask
-from .panels import NOTE, box, colour_of, fill, grid, overlay
+from .panels import NOTE, box, colour_of, fill, grid, overlay, surroundings
 
 _PANELS_IN_LINE = 5
-_MARGIN = 12  # pixels around the structures in a cropped view
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ def draw_curves(histories: Mapping[str, History]) -> bytes:
 def draw_case(images: CaseImages, classes: Classes) -> bytes:
     """Two slices of a case: the image alone, with the truth, and with each method's prediction."""
     slices = choose_slices(images, classes)
-    view = _crop(images.image.shape[1:], [images.truth, *images.predictions.values()])
+    maps = [images.truth, *images.predictions.values()]
+    view = surroundings(np.any([(labels > 0).any(axis=0) for labels in maps], axis=0))
     low, high = np.percentile(images.image, (0.5, 99.8))
     panels: list[tuple[str, NDArray[np.integer[Any]] | None]] = [("image", None), ("truth", images.truth)]
     panels += list(images.predictions.items())
@@ -142,15 +142,3 @@ def _slices_with_objects(view: InsideView, heads: Sequence[str], count: int = 3)
         return [view.image.shape[0] // 2]
     places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1]
     return sorted({int(candidates[round(place)]) for place in places})
-
-
-def _crop(shape: Sequence[int], label_maps: Sequence[NDArray[np.integer[Any]]]) -> tuple[slice, slice]:
-    """The in-plane window around all that is labelled in any slice, with a margin."""
-    labelled = np.any([(labels > 0).any(axis=0) for labels in label_maps], axis=0)
-    if not labelled.any():
-        return slice(0, shape[0]), slice(0, shape[1])
-    window = []
-    for axis, size in enumerate(shape):
-        places = np.flatnonzero(labelled.any(axis=1 - axis))
-        window.append(slice(max(int(places[0]) - _MARGIN, 0), min(int(places[-1]) + _MARGIN + 1, size)))
-    return window[0], window[1]

@@ -20,6 +20,7 @@ NOTE: dict[str, Any] = {
     "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0},
 }
 """Text that can be read on any image."""
+_MARGIN = 12  # pixels around the structures in a cropped view
 
 
 def colour_of(classes: Classes) -> dict[str, str]:
@@ -42,6 +43,17 @@ def grid(rows: int, columns: int, shape: Sequence[int], aspect: float) -> tuple[
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     return figure, axes
+
+
+def surroundings(found: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Rows and columns around all that was found in a plane (H, W), with a margin; the whole plane if nothing was."""
+    if not found.any():
+        return slice(0, found.shape[0]), slice(0, found.shape[1])
+    window = []
+    for axis, size in enumerate(found.shape):
+        places = np.flatnonzero(found.any(axis=1 - axis))
+        window.append(slice(max(int(places[0]) - _MARGIN, 0), min(int(places[-1]) + _MARGIN + 1, size)))
+    return window[0], window[1]
 
 
 def overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> None:

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from ..drawing import png, wrapped
 from ..label_maps import Classes
-from ..panels import NOTE, box, colour_of, fill, grid, hatch, overlay, style_of
+from ..panels import NOTE, box, colour_of, fill, grid, hatch, overlay, style_of, surroundings
 from .facts import QueryFacts, SliceFacts
 from .volume import picture_edges
 from .windows import SliceQueries
 
 NEUTRAL = "#cccccc"
 """Of queries that chose background or "no object"; ignored voxels are of this colour too."""
+NOT_NEEDED = "dotted"
+"""Line style of "no object", which has no tint."""
 UNCERTAINTY_MAP = "cividis"  # rises evenly in brightness, for every kind of colour vision
 _IN_LINE = 4
 _PLACES = {
@@ -94,16 +96,15 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
 
 
 def draw_queries(images: SliceImages, queries: SliceQueries, facts: SliceFacts, classes: Classes) -> bytes:
-    """For each shown query a column of two: its draft, mask and box, and below it the final mask."""
+    """For each shown query two panels: its draft, mask and box, and below it the final mask."""
     shown = [query for query in facts.queries if query.shown]
     columns = min(_IN_LINE, len(shown))
     bands = math.ceil(len(shown) / columns)
-    rows, cols = queries.inside
-    corner = (queries.corner[1] + rows.start, queries.corner[2] + cols.start)
-    shape = (rows.stop - rows.start, cols.stop - cols.start)
-    part = images.image[corner[0] : corner[0] + shape[0], corner[1] : corner[1] + shape[1]]
-    figure, axes = grid(2 * bands, columns, shape, images.aspect)
-    for ax in axes.flat[:]:
+    rows, cols = queries_view(images, queries, facts)  # of the window
+    at = (queries.corner[1], queries.corner[2])
+    part = images.image[rows.start + at[0] : rows.stop + at[0], cols.start + at[1] : cols.stop + at[1]]
+    figure, axes = grid(2 * bands, columns, part.shape, images.aspect)
+    for ax in axes.flat:
         ax.set_visible(False)
     for place, query in enumerate(shown):
         above, below = (axes[2 * (place // columns) + row, place % columns] for row in (0, 1))
@@ -117,7 +118,7 @@ def draw_queries(images: SliceImages, queries: SliceQueries, facts: SliceFacts, 
         box(above, queries.boxes[n] - np.array([cols.start, rows.start] * 2), colour, style=style)
         above.set_title(_title(query), fontsize=8)
         _mask(below, mask, colour, style, images.aspect)
-        if not (draft > 0.5).any():
+        if not query.draft_pixels:
             _remark(above, "draft mask nowhere above one half")
         if not query.contributes:
             _remark(below, "adds nothing to the foreground")
@@ -127,19 +128,49 @@ def draw_queries(images: SliceImages, queries: SliceQueries, facts: SliceFacts, 
     return png(figure)
 
 
+def queries_view(images: SliceImages, queries: SliceQueries, facts: SliceFacts) -> tuple[slice, slice]:
+    """Rows and columns of the window that pictures of its queries show: all of foreground there is, and around it.
+
+    That is the result, the label, and masks and boxes of the queries that contribute.
+    """
+    found = np.zeros(queries.size[1:], bool)
+    _, row, column = queries.corner
+    part_rows, part_columns = queries.inside
+    inside = (
+        slice(part_rows.start + row, part_rows.stop + row),
+        slice(part_columns.start + column, part_columns.stop + column),
+    )
+    for labels in (images.result, images.label):
+        if labels is not None:
+            found[queries.inside] |= labels[inside] > 0
+    for query in facts.queries:
+        if query.contributes:
+            found |= queries.masks[query.number - 1] > 0.5
+            x0, y0, x1, y1 = (max(0, round(float(edge))) for edge in queries.boxes[query.number - 1])
+            found[y0:y1, x0:x1] = True
+    rows, cols = surroundings(found[queries.inside])
+    return (
+        slice(rows.start + part_rows.start, rows.stop + part_rows.start),
+        slice(cols.start + part_columns.start, cols.stop + part_columns.start),
+    )
+
+
 def most_bits(classes: Classes) -> float:
     """The end of the scale of uncertainty: the most there can be, at most that of four classes."""
     return 1.0 if classes.has_regions else min(2.0, math.log2(len(classes.heads)))
 
 
 def _title(query: QueryFacts) -> str:
-    first = f"query {query.number}: {wrapped(query.class_name, 22, lines=2)} {query.probability:.2f}"
-    return f"{first}\nno object {query.no_object:.2f}, adds {100 * query.share:.0f} %"
+    named = f"{wrapped(query.class_name, 22, lines=2)} {query.probability:.2f}"
+    nothing, adds = f"no object {query.no_object:.2f}", f"adds {100 * query.share:.0f} %"
+    if not query.kept:
+        named, nothing = nothing, named
+    return f"query {query.number}: {named}\n{nothing}, {adds}"
 
 
 def _look(query: QueryFacts, classes: Classes) -> tuple[str, str]:
     if not query.kept:
-        return NEUTRAL, "dotted"
+        return NEUTRAL, NOT_NEEDED
     if query.class_name not in classes.foreground:
         return NEUTRAL, "solid"
     return colour_of(classes)[query.class_name], style_of(classes)[query.class_name]
@@ -147,6 +178,9 @@ def _look(query: QueryFacts, classes: Classes) -> tuple[str, str]:
 
 def _mask(ax: Axes, mask: NDArray[np.float32], colour: str, style: str, aspect: float) -> None:
     """A tint as strong as the probability (H, W), a line at one half; hatched where colour alone would be lost."""
+    if style == NOT_NEEDED:
+        fill(ax, mask, colour, style, tint=0)
+        return
     tint = np.empty((*mask.shape, 4))
     tint[..., :3], tint[..., 3] = to_rgb(colour), 0.55 * mask
     ax.imshow(tint, aspect=aspect, interpolation="nearest")

@@ -23,7 +23,7 @@ from ..versions import versions
 from .case import CaseFiles, find_case, fold_of
 from .errors import ExplainError
 from .facts import LEAST_SHARE, SliceFacts, slice_facts
-from .figures import SliceImages, draw_overview, draw_queries
+from .figures import SliceImages, draw_overview, draw_queries, queries_view
 from .folder import RECORD, fresh_folder
 from .model import Explained, find_model, load_predictor
 from .overlays import write_colour_table, write_label_table, write_volume
@@ -224,20 +224,39 @@ def _slice_page(
         + "the result of all windows and folds, and how uncertain it is.",
         draw_overview(images, mine, classes),
     )
-    drawn = Picture(f"Queries of slice {source}", caption_of(facts), draw_queries(images, mine, facts, classes))
+    caption = caption_of(facts, queries_view(images, mine, facts), images.image.shape)
+    drawn = Picture(f"Queries of slice {source}", caption, draw_queries(images, mine, facts, classes))
     digits = len(str(volume.source_slices - 1))
     for name, item in (("overview", overview), ("queries", drawn)):
         (folder / f"slice_{source:0{digits}d}_{name}.png").write_bytes(item.png)
     return SlicePage(facts, overview, drawn)
 
 
-def caption_of(facts: SliceFacts) -> str:
-    """What the picture of a slice's queries shows, and what it leaves out."""
+def caption_of(facts: SliceFacts, view: tuple[slice, slice], plane: Sequence[int]) -> str:
+    """What the picture of a slice's queries shows, and what it leaves out.
+
+    Args:
+        facts: of the slice.
+        view: rows and columns of the window that are drawn.
+        plane: (H, W) of the whole slice.
+    """
     total, shown, adding = len(facts.queries), facts.shown, facts.contributing
     return (
         f"{shown} of {total} queries shown, those that add most first; {adding} of {total} add at least "
         f"{100 * LEAST_SHARE:.0f} % of the slice's foreground score. Above each draft: class with probability, "
-        "probability of “no object”, and share."
+        f"probability of “no object”, and share.{_cut(facts, view, plane)}"
+    )
+
+
+def _cut(facts: SliceFacts, view: tuple[slice, slice], plane: Sequence[int]) -> str:
+    rows, columns = (
+        slice(part.start + start, part.stop + start) for part, start in zip(view, facts.corner[1:], strict=True)
+    )
+    if (rows.stop - rows.start, columns.stop - columns.start) == tuple(plane):
+        return ""
+    return (
+        f" Cut to where there is foreground: rows {rows.start} to {rows.stop - 1}, columns {columns.start} to "
+        f"{columns.stop - 1} of the network's slice."
     )
 
 
