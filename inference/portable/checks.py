@@ -10,7 +10,7 @@ import inspect
 import math
 import pydoc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os.path import join
 from typing import Any
 
@@ -76,7 +76,7 @@ def check_model(description: Description, plans: Any, dataset_json: Any) -> Plan
     except Exception as error:  # inheritance that is missing or circular, or an architecture of old plans that is not
         raise PortableError(f"{PLANS}: no configuration {description.configuration}: {_short(error)}") from error
     _check_configuration(configuration, channels)
-    _check_intensities(plans, channels)
+    _check_intensities(plans, configuration.normalization_schemes)
     _check_architecture(configuration, description)
     try:
         manager.get_label_manager(dataset_json)
@@ -167,14 +167,15 @@ def _check_resampling(values: Mapping[str, Any], key: str) -> None:
         raise PortableError(f"{PLANS}: {key}_kwargs: {error}") from error
 
 
-def _check_intensities(plans: Mapping[str, Any], channels: int) -> None:
+def _check_intensities(plans: Mapping[str, Any], schemes: Sequence[str]) -> None:
     key = "foreground_intensity_properties_per_channel"
     by_channel = plans.get(key, plans.get("foreground_intensity_properties_by_modality"))
-    for channel in map(str, range(channels)):
-        values = by_channel.get(channel) if isinstance(by_channel, dict) else None
+    for channel, scheme in enumerate(schemes):
+        values = by_channel.get(str(channel)) if isinstance(by_channel, dict) else None
+        needed = _INTENSITIES if scheme == "CTNormalization" else ()
         _check(
-            isinstance(values, dict) and all(_is_number(values.get(name)) for name in _INTENSITIES),
-            f"{PLANS}: {key} lacks {', '.join(_INTENSITIES)} of channel {channel}",
+            isinstance(values, dict) and all(_is_number(values.get(name)) for name in needed),
+            f"{PLANS}: {key} lacks those of channel {channel}, or {', '.join(_INTENSITIES)} for CTNormalization",
         )
 
 

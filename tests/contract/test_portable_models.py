@@ -1,0 +1,548 @@
+"""Portable models: predictions bit for bit as from nnU-Net's checkpoints, nothing unpickled, nothing half written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from container_models import write_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from plain_plans import DATASET
+from portable_models import MASKSAM, masksam_model, sign, stock_model
+from small_sam import SMALL_SAM, install_small_sam
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+from masksam_nnunet import cli
+from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.inference.export import CHECKPOINT
+from masksam_nnunet.inference.portable import install
+from masksam_nnunet.inference.portable import write as writing
+from masksam_nnunet.inference.portable.errors import PortableError
+from masksam_nnunet.inference.portable.install import import_model, unpack_model
+from masksam_nnunet.inference.portable.load import is_portable, load_portable, read_model
+from masksam_nnunet.inference.portable.write import write_portable
+from masksam_nnunet.inference.predictor import MaskSAMPredictor
+from masksam_nnunet.modeling.sam_parts import SPECS
+from masksam_nnunet.plans.architecture import NETWORK_CLASS
+
+FOLDS = ("0", "1")
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path / "nnUNet_results"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A portable model of two folds of vit_t."""
+    root = tmp_path_factory.mktemp("sound")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EXT_TRAINER, str(trainer_folder()))
+        return write_portable(masksam_model(root), root / "model", FOLDS).output
+
+
+@pytest.fixture()
+def model(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def predictor(cls: type[nnUNetPredictor]) -> nnUNetPredictor:
+    options = {"batch_size": 1} if issubclass(cls, MaskSAMPredictor) else {}
+    return cls(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False, **options)
+
+
+def logits(load: Callable[[nnUNetPredictor], None], cls: type[nnUNetPredictor] = nnUNetPredictor) -> Tensor:
+    made = predictor(cls)
+    load(made)
+    return made.predict_logits_from_preprocessed_data(
+        torch.randn(1, 4, 40, 32, generator=torch.Generator().manual_seed(0))
+    )
+
+
+def from_nnunet(folder: Path) -> Callable[[nnUNetPredictor], None]:
+    return lambda made: made.initialize_from_trained_model_folder(str(folder), (0, 1))
+
+
+def from_portable(folder: Path) -> Callable[[nnUNetPredictor], None]:
+    return lambda made: load_portable(made, folder)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit_t", "ViT", "ViT, lean", "U-Net"])
+def test_predictions_are_nnunets_bit_for_bit(
+    kind: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "U-Net":
+        folder = stock_model(results)
+    elif kind == "vit_t":
+        folder = masksam_model(results)
+    else:
+        sam = install_small_sam(tmp_path / "cache", monkeypatch) if kind == "ViT, lean" else None
+        monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
+        folder = masksam_model(results, "vit_b", sam=sam)
+    expected = logits(from_nnunet(folder))
+    output = tmp_path / "portable"
+    done = write_portable(folder, output, FOLDS)
+    assert done.completed == (kind == "ViT, lean")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    shutil.move(folder, tmp_path / "away")
+    for cls in (nnUNetPredictor, MaskSAMPredictor):
+        assert torch.equal(logits(from_portable(output), cls), expected), cls
+    one = predictor(nnUNetPredictor)
+    load_portable(one, output, [1])
+    assert len(one.list_of_parameters) == 1 and one.allowed_mirroring_axes == (0, 2)
+    state = safetensors.torch.load_file(output / "fold_1.safetensors")
+    if kind.startswith("ViT"):
+        shared = safetensors.torch.load_file(output / "shared.safetensors")
+        frozen = {name for name, p in one.network.named_parameters() if not p.requires_grad}
+        assert frozen and frozen <= shared.keys() and not frozen & state.keys()
+        assert not {name for name, p in one.network.named_parameters() if p.requires_grad and p.any()} & shared.keys()
+    if kind == "U-Net":
+        assert not any(name.startswith("decoder.encoder.") for name in state), "a tensor with two names is stored once"
+    import_model(output, results)
+    installed = results / DATASET / folder.name
+    assert torch.equal(logits(from_nnunet(installed)), expected)
+    for fold in FOLDS:
+        checkpoint = torch.load(installed / f"fold_{fold}" / CHECKPOINT, weights_only=True)  # nothing but plain types
+        before = torch.load(tmp_path / "away" / f"fold_{fold}" / CHECKPOINT, weights_only=True)["network_weights"]
+        assert all(torch.equal(checkpoint["network_weights"][name], value) for name, value in before.items())
+    assert (installed / "plans.json").read_bytes() == (tmp_path / "away" / "plans.json").read_bytes()
+
+
+def test_the_same_model_gives_the_same_bytes(results: Path, tmp_path: Path) -> None:
+    folder = masksam_model(results)
+    for name in ("one", "two"):
+        write_portable(folder, tmp_path / f"{name}.zip", FOLDS)
+        write_portable(folder, tmp_path / name, FOLDS)
+        assert write_portable(folder, tmp_path / name, FOLDS, force=True).output.is_dir()
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert contents[0] == contents[1]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "one").iterdir()} == {0o666 & ~umask}
+
+
+# --- pickle -----------------------------------------------------------------------------------------------------------
+
+_FOUND: list[str] | None = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "pickle.find_class" and _FOUND is not None:
+        _FOUND.append(".".join(map(str, arguments)))
+
+
+sys.addaudithook(_watch)  # for good: it can only be switched off
+
+
+@contextmanager
+def no_pickle(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """While it lasts, unpickling raises, and what Python's own C code finds for a pickle is listed."""
+    global _FOUND
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    with patch.context() as here:
+        for place, name in (
+            (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"),
+            (importlib.import_module("torch._weights_only_unpickler"), "load"),
+        ):  # fmt: skip
+            here.setattr(place, name, refuse)
+        _FOUND = []
+        try:
+            yield _FOUND
+        finally:
+            _FOUND = None
+
+
+def test_the_guard_notices_pickles(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = masksam_model(results)
+    with no_pickle(monkeypatch), pytest.raises(AssertionError, match="unpickled"):
+        logits(from_nnunet(folder))
+    text = pickle.dumps(Path("x"))
+    loads = pickle.loads
+    with no_pickle(monkeypatch) as found:
+        loads(text)
+    assert found
+
+
+def test_importing_and_predicting_unpickle_nothing(
+    results: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_portable(masksam_model(tmp_path), tmp_path / "model.zip", FOLDS)
+    write_image(tmp_path / "images" / "case_0000.nii.gz", size=(32, 32, 4))
+    # What is imported on the way may use pickle.
+    importlib.import_module("masksam_nnunet.inference.predict_sources")
+    importlib.import_module("masksam_nnunet.inference.predict_command")
+    logits(from_portable(sound))
+    with no_pickle(monkeypatch) as found:
+        unpack_model(tmp_path / "model.zip", tmp_path / "unpacked")
+        import_model(tmp_path / "model.zip", results)
+        logits(from_portable(tmp_path / "unpacked"), MaskSAMPredictor)
+        words = f"-i {tmp_path}/images -o {tmp_path}/out -device cpu -npp 0 -nps 0 --disable_tta".split()
+        done = run("predict", "--model", sound, *words)
+        assert done.exit_code == 0, done.output
+    assert found == []
+    assert (tmp_path / "out" / "case.nii.gz").is_file()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_commands_from_export_to_prediction(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = masksam_model(results)
+    expected = logits(from_nnunet(folder))
+    words = ["export", "-d", DATASET, "-f", "0", "1", "--format", "safetensors", "-o"]
+    done = run(*words, tmp_path / "out" / "model.zip")
+    assert done.exit_code == 0 and done.stdout == f"{tmp_path}/out/model.zip\n", done.output
+    assert "masksam import" in done.stderr and "2 folds" in done.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.zip"]
+    again = run(*words, tmp_path / "out" / "model.zip")
+    assert again.exit_code == 1 and "is there already" in again.stderr and "--force" in again.stderr
+    assert run(*words, tmp_path / "out" / "model.zip", "--force").exit_code == 0
+    done = run("import", tmp_path / "out" / "model.zip", "--to", tmp_path / "else")
+    installed = tmp_path / "else" / DATASET / MASKSAM
+    assert done.exit_code == 0 and done.stdout == f"{installed}\n", done.output
+    assert f"-d {DATASET} -c 3d_fullres -tr MaskSAMTrainer -p nnUNetPlans -f 0 1" in done.stderr
+    assert torch.equal(logits(from_nnunet(installed)), expected)
+    done = run("import", tmp_path / "out" / "model.zip")
+    assert done.exit_code == 1 and f"{folder} is there already" in done.stderr
+    assert torch.equal(logits(from_nnunet(folder)), expected)
+    done = run("import", tmp_path / "out" / "model.zip", "--unpack", tmp_path / "unpacked")
+    assert done.exit_code == 0 and torch.equal(logits(from_portable(tmp_path / "unpacked")), expected)
+    monkeypatch.delenv("nnUNet_results")
+    done = run("import", tmp_path / "out" / "model.zip")
+    assert done.exit_code == 1 and "nnUNet_results not set" in done.stderr
+    assert run("import", tmp_path / "out" / "model.zip", "--unpack", "x", "--force").exit_code == 2
+
+
+def test_predict_with_a_model_takes_no_other(sound: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    words = f"-i {tmp_path}/images -o {tmp_path}/out -device cpu".split()
+    for more, said in (
+        (["-d", "4"], "leave -d, -tr, -c and --ensemble out"),
+        (["-f", "0", "7"], "has no fold 7; it has 0 1"),
+        (["--postprocessing", "auto"], "portable model, which holds none"),
+    ):
+        done = run("predict", "--model", sound, *words, *more)
+        assert done.exit_code == 1 and said in done.stderr, done.output
+    done = run("predict", "--model", tmp_path / "images", *words)
+    assert done.exit_code == 1 and "is no portable model: it has no model.json" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_portable_is_refused_and_nothing_is_left(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = masksam_model(results)
+    output = tmp_path / "out" / "model"
+    export = ["export", "-d", DATASET, "--format", "safetensors", "-o", output]
+    output.mkdir(parents=True)
+    (output / "thesis.txt").write_text("mine")
+    done = run(*export, "-f", "0", "--force")
+    assert done.exit_code == 1 and "is no portable model, so --force does not replace it" in done.stderr
+    assert (output / "thesis.txt").read_text() == "mine"
+    shutil.rmtree(output)
+    done = run(*export, "-f", "0", "1", "2")
+    assert done.exit_code == 1 and "name the folds to export: -f 0 1" in done.stderr
+    other = torch.load(folder / "fold_1" / CHECKPOINT, weights_only=True)
+    odd = other | {"inference_allowed_mirroring_axes": (0, 1, 2)}
+    lacking = other | {"network_weights": dict(list(other["network_weights"].items())[1:])}
+    nameless = {"network_weights": other["network_weights"]}
+    for content, said in ((odd, "differ in inference_allowed"), (lacking, "only some"), (nameless, "configuration")):
+        torch.save(content, folder / "fold_1" / CHECKPOINT)
+        done = run(*export, "-f", "0", "1")
+        assert done.exit_code == 1 and said in done.stderr, done.output
+    alone = run(*export[:-1], output, "-f", "1")
+    assert alone.exit_code == 1 and "does not say its configuration" in alone.stderr
+    torch.save(other, folder / "fold_1" / CHECKPOINT)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["2d"] = plans["configurations"]["3d_fullres"]
+    (folder / "plans.json").write_text(json.dumps(plans))
+    shutil.copytree(folder, folder.with_name(folder.name.replace("3d_fullres", "2d")))
+    done = run(*export, "-f", "0")
+    assert done.exit_code == 1 and "of one configuration, there are several: name one of 2d 3d_fullres" in done.stderr
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_portable(folder, output, FOLDS)
+    before = {file: file.read_bytes() for file in output.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("masksam_nnunet.inference.portable.weights.save_file", full_disk)
+        with pytest.raises(PortableError, match=r"cannot write .*No space left on device.*make room"):
+            write_portable(folder, output, FOLDS, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_portable(folder, output, FOLDS, force=True)
+    assert before == {file: file.read_bytes() for file in output.iterdir()}
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_broken_import_leaves_what_was_there(
+    results: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = import_model(model, results).folder
+    before = {file: file.read_bytes() for file in folder.rglob("*.*")}
+    with pytest.raises(PortableError, match=r"is there already.*--force"):
+        import_model(model, results)
+
+    def broken(content: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise RuntimeError("file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(install.torch, "save", broken)
+        for target in (results, tmp_path / "new"):
+            with pytest.raises(PortableError, match=r"cannot write .*file write failed"):
+                import_model(model, target, force=True)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*.*")}
+    assert list(folder.parent.iterdir()) == [folder] and not list((tmp_path / "new").iterdir())
+    (folder / "plans.json").unlink()
+    with pytest.raises(PortableError, match="no model's folder, so --force does not replace it"):
+        import_model(model, results, force=True)
+    assert (folder / "fold_0" / CHECKPOINT).is_file()
+
+
+# --- what comes from elsewhere ----------------------------------------------------------------------------------------
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change top-level values of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_configuration(folder: Path, **changes: Any) -> None:
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"].update(changes)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    sign(folder)
+
+
+def network_of(name: str, more: dict[str, Any] | None = None, imported: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "network_class_name": name,
+        "arch_kwargs": {"strides": [[1] * 3], **(more or {})},
+        "_kw_requires_import": list(imported),
+    }
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(PortableError) as error:
+        read_model(folder)
+    assert str(folder) in str(error.value)
+    return str(error.value)
+
+
+def test_files_that_are_not_those_that_were_written(model: Path) -> None:
+    assert is_portable(model) and read_model(model).folds == FOLDS
+    for name in ("plans.json", "dataset.json", "shared.safetensors", "fold_1.safetensors"):
+        file = model / name
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert f"{file} is not the file that was written" in refusal(model)
+        file.rename(model / "away")
+        assert f"{file} is missing, or no regular file" in refusal(model)
+        file.symlink_to("away")
+        assert f"{file} is missing, or no regular file" in refusal(model)
+        file.unlink()
+        (model / "away").unlink()
+        file.write_bytes(before)
+    assert len(read_model(model).states) == 2
+    (model / "fold_1.safetensors").unlink()
+    assert read_model(model, [0]).folds == ("0",), "what is not asked for is not needed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "other"}, "it has no"),
+        ({"format_version": 2}, "format_version = 2"),
+        ({"format_version": True}, "format_version = True"),
+        ({"versions": None}, "missing or unknown: versions"),
+        ({"more": 1}, "missing or unknown: more"),
+        ({"dataset": "Dataset001_../../x"}, "dataset = "),
+        ({"dataset": "/tmp"}, "dataset = "),
+        ({"plans": "a__b"}, "plans = "),
+        ({"plans": ".."}, "plans = "),
+        ({"configuration": "x/y"}, "configuration = "),
+        ({"trainer": "os.system"}, "trainer = "),
+        ({"trainer": "nnUNetDataLoader"}, "must inherit from 'nnUNetTrainer'"),
+        ({"folds": ["0", "0"]}, "folds = "),
+        ({"folds": ["../1"]}, "folds = "),
+        ({"folds": []}, "folds = "),
+        ({"trainer": "Other"}, "Could not find requested nnunet trainer Other"),
+        ({"folds": ["0"], "epochs": {}}, "files are missing or unknown: fold_1.safetensors"),
+        ({"mirroring_axes": [3]}, "mirroring_axes = "),
+        ({"same_as": {"a": "b"}}, "does not fit same_as"),
+        ({"same_as": {"a": "b", "b": "c"}}, "same_as refers"),
+        ({"network": {}}, "is not the network that model.json describes"),
+    ],
+)
+def test_descriptions_that_cannot_be(model: Path, changes: dict[str, Any], said: str) -> None:
+    edit(model / "model.json", **changes)
+    assert said in refusal(model)
+    assert is_portable(model) == ("format" not in changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"preprocessor_name": "isfile"}, "preprocessor_name = 'isfile' is no DefaultPreprocessor"),
+        ({"resampling_fn_data": "recursive_find_python_class"}, "is no resampling of nnU-Net's"),
+        ({"resampling_fn_seg_kwargs": {"odd": 1}}, "resampling_fn_seg_kwargs: got an unexpected keyword argument"),
+        ({"normalization_schemes": ["np"]}, "is no ImageNormalization"),
+        ({"normalization_schemes": []}, "do not have 1 entries"),
+        ({"patch_size": [3, 32, 2**40]}, "patch_size = "),
+        ({"spacing": [1, 1, -1]}, "spacing = "),
+        ({"inherits_from": "3d_fullres"}, "no configuration 3d_fullres"),
+        ({"previous_stage": 3}, "previous_stage = 3"),
+    ],
+)
+def test_plans_that_cannot_be(model: Path, changes: dict[str, Any], said: str) -> None:
+    edit_configuration(model, **changes)
+    assert said in refusal(model)
+
+
+class Touched(nn.Module):
+    """What a plan must not be able to name."""
+
+    calls = 0
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        type(self).calls += 1
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (network_of("subprocess.Popen", {"args": ["touch", "made"]}), "'subprocess.Popen' is no network"),
+        (network_of("test_portable_models.Touched"), "is no network of nnU-Net's"),
+        (network_of("dynamic_network_architectures.architectures.unet.torch"), "is no network of nnU-Net's"),
+        (network_of(NETWORK_CLASS, {"config": {}}), "missing keys"),
+        (
+            network_of(
+                "dynamic_network_architectures.architectures.unet.PlainConvUNet", {"conv_op": "os.system"}, ("conv_op",)
+            ),
+            "conv_op = 'os.system' is no part",
+        ),
+        (
+            network_of("dynamic_network_architectures.architectures.unet.PlainConvUNet", {"n_stages": 10**9}),
+            "n_stages = 1000000000, more than 100",
+        ),
+    ],
+)
+def test_networks_that_plans_may_not_name(model: Path, network: dict[str, Any], said: str) -> None:
+    edit(model / "model.json", network=network)
+    edit_configuration(model, architecture=network)
+    assert said in refusal(model)
+    assert Touched.calls == 0 and not Path("made").exists()
+
+
+def test_weights_of_another_network(model: Path) -> None:
+    file = model / "fold_1.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    for content, said in (
+        ({key: value for key, value in tensors.items() if key != name}, "1 missing, such as"),
+        (tensors | {"more": torch.ones(1)}, "1 unexpected, such as 'more'"),
+        (tensors | {name: torch.ones(3)}, "1 of another shape"),
+    ):
+        safetensors.torch.save_file(content, file)
+        sign(model)
+        assert "the weights of fold 1 are not those of the network" in (message := refusal(model)) and said in message
+    content = json.loads((model / "plans.json").read_text())
+    config = content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["config"]
+    config["num_queries"] = 5
+    network = content["configurations"]["3d_fullres"]["architecture"]
+    safetensors.torch.save_file(tensors, file)
+    edit(model / "model.json", network=network)
+    edit_configuration(model, architecture=network)
+    assert "are not those of the network" in refusal(model)
+    config["patch_size"] = [4096, 4096, 4096]  # would take gigabytes if it were built before it is compared
+    edit(model / "model.json", network=network)
+    edit_configuration(model, architecture=network)
+    assert "are not those of the network" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"file_ending": "/../../x.nii.gz"}, "file_ending = "),
+        ({"file_ending": ".png"}, "is none that SimpleITKIO has"),
+        ({"labels": {"background": 0, "a": 10**9}}, "labels = "),
+        ({"labels": {"organ": 1}}, "labels: RuntimeError: Background label not declared"),
+        ({"labels": None}, "labels = None"),
+        ({"channel_names": {}}, "channel_names = {} names no channels"),
+        ({"regions_class_order": "12"}, "regions_class_order = '12'"),
+        ({"labels": {"background": 0, "a": 1}}, "are not those of the network"),
+    ],
+)
+def test_datasets_that_cannot_be(model: Path, changes: dict[str, Any], said: str) -> None:
+    edit(model / "dataset.json", **changes)
+    sign(model)
+    assert said in refusal(model)
+
+
+def test_readers_label_managers_and_orders(model: Path) -> None:
+    for key, value in (
+        ("image_reader_writer", "np"), ("image_reader_writer", 3), ("label_manager", "torch"),
+        ("transpose_forward", [0, 1, 1]), ("transpose_backward", [2, 1, 0]), ("dataset_name", "Dataset001_Other"),
+        ("configurations", []), ("foreground_intensity_properties_per_channel", {}),
+    ):  # fmt: skip
+        before = (model / "plans.json").read_text()
+        edit(model / "plans.json", **{key: value})
+        sign(model)
+        assert key in refusal(model)
+        (model / "plans.json").write_text(before)
+    (model / "dataset.json").write_text("[" * 100_000)
+    sign(model)
+    assert "is not JSON" in refusal(model)
+
+
+def test_ct_needs_its_intensities(model: Path) -> None:
+    edit_configuration(model, normalization_schemes=["CTNormalization"])
+    assert read_model(model)
+    plans = json.loads((model / "plans.json").read_text())
+    edit(model / "plans.json", foreground_intensity_properties_per_channel={"0": {"mean": 1.0, "std": float("nan")}})
+    sign(model)
+    assert plans["foreground_intensity_properties_per_channel"] and "for CTNormalization" in refusal(model)
+
+
+def test_folds_are_named_or_all(model: Path) -> None:
+    assert read_model(model, ["1", 1]).folds == ("1",)
+    for folds, said in ([[2], "has no fold 2; it has 0 1"], ["all", "has no fold all"], [[], "no fold of"]):
+        with pytest.raises(PortableError, match=said):
+            read_model(model, folds)  # type: ignore[arg-type]
