@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Two test files at a time, each on a core of its own: most of a test is one process that waits for another.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 LOCK_ARGS ?=
@@ -67,10 +69,10 @@ lint: venv
 
 # pytest comes last: its closing lines are what is read.
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-long: venv
-	$(BIN)/pytest -m long $(PYTEST_ARGS)
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 lock: $(filter $(BIN)/uv,$(UV))
 	env -u PIP_FIND_LINKS -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL $(UV) pip compile pyproject.toml --extra dev \
