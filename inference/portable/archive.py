@@ -116,7 +116,7 @@ def _members(archive: zipfile.ZipFile, file: Path, limits: Limits) -> dict[str, 
     for info in archive.infolist():
         prefix, slash, name = info.filename.rpartition("/")
         kind = stat.S_IFMT(info.external_attr >> 16)
-        if info.is_dir() and kind in (0, stat.S_IFDIR) and _is_plain(prefix) and not info.file_size:
+        if not name and slash and kind in (0, stat.S_IFDIR) and _is_plain(prefix) and not info.file_size:
             prefixes.add(prefix + "/")
             continue
         prefixes.add(prefix + slash)

@@ -1,0 +1,376 @@
+"""Portable models changed at random: read, or refused in words; nothing run, nothing written outside.
+
+How many inputs: EXAMPLES for each of the four tests in the default suite, LONG of them under ``-m long``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import random
+import shutil
+import stat
+import struct
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from portable_models import masksam_model, sign, stock_model
+
+from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.inference.portable.archive import Limits, unpack
+from masksam_nnunet.inference.portable.description import is_file_of_a_model
+from masksam_nnunet.inference.portable.errors import PortableError
+from masksam_nnunet.inference.portable.load import is_portable, read_model
+from masksam_nnunet.inference.portable.write import write_portable
+
+EXAMPLES, LONG = 300, 5000
+FILES = ("model.json", "plans.json", "dataset.json")
+CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+
+# ---- what may not happen ---------------------------------------------------------------------------------------------
+
+_EVENTS: list[str] | None = None
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _EVENTS is None:
+        return
+    if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"):
+        _EVENTS.append(f"{event} {arguments!r}")
+    file, _, flags = arguments if event == "open" else (0, 0, 0)
+    if not isinstance(file, int) and isinstance(flags, int) and flags & _WRITING:  # a number is open already
+        _EVENTS.append(f"open {file}")
+
+
+sys.addaudithook(_watch)  # for good: it can only be switched off
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Programs that are started, pickles, connections, and files that are opened to be written."""
+    global _EVENTS
+    _EVENTS = events = []
+    try:
+        yield events
+    finally:
+        _EVENTS = None
+
+
+def test_the_watch_sees(tmp_path: Path) -> None:
+    with watched() as events:
+        os.system("true")
+        (tmp_path / "x").write_text("")
+    assert [event.split()[0] for event in events] == ["os.system", "open"]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """A MaskSAM's and a U-Net's portable model, each of one fold of two."""
+    root = tmp_path_factory.mktemp("models")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv(EXT_TRAINER, str(trainer_folder()))
+        made = [masksam_model(root / "results"), stock_model(root / "results")]
+        yield [write_portable(folder, root / str(number), ("0", "1")).output for number, folder in enumerate(made)]
+    torch.set_num_threads(threads)
+
+
+def read(folder: Path) -> bool:
+    """Whether the model can be read; if not, it is refused in words that name it."""
+    before = {file.name: file.stat().st_mtime_ns for file in folder.parent.rglob("*")}
+    with watched() as events, contextlib.redirect_stdout(io.StringIO()):
+        is_portable(folder)
+        try:
+            model = read_model(folder)
+        except PortableError as error:
+            assert str(folder) in str(error)
+            model = None
+    assert events == []
+    assert before == {file.name: file.stat().st_mtime_ns for file in folder.parent.rglob("*")}
+    assert model is None or not any(p.is_meta for p in model.network.parameters())
+    return model is not None
+
+
+@contextlib.contextmanager
+def copied(folder: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as root:
+        yield Path(shutil.copytree(folder, Path(root) / "model"))
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 5), st.floats(), st.text(max_size=5),
+    st.sampled_from([
+        2**31, 2**63, -(2**70), 10**400, 1e308, 0.5, [], {}, [[]], [0], [1, 2, 3], {"a": 0}, {"0": {}}, [None] * 3,
+        "os.system", "torch.load", "torch.nn.Conv3d", "torch.nn.modules.conv.Conv2d", "numpy", "..", "/etc/passwd",
+        "../../x", "a\0b", "\ud800", "all", "nnUNetTrainer", "DefaultPreprocessor", "isfile", "np", "torch", "{}",
+        "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", "masksam_nnunet.modeling.MaskSAM",
+        "masksam_nnunet.weights.fetch", ".nii.gz", "2d", "3d_fullres", "[" * 50,
+    ]),
+)  # fmt: skip
+ACTIONS = st.sampled_from(("replace", "replace", "replace", "delete", "add", "swap"))
+CHANGES = st.lists(st.tuples(st.integers(0, 2**32), ACTIONS, LEAVES), min_size=1, max_size=3)
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """All paths in a JSON value."""
+    if path:
+        yield path
+    if isinstance(content, (dict, list)):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from places(content[key], (*path, key))
+
+
+def change(content: Any, seed: int, action: str, value: Any) -> Any:
+    """A copy with one place changed."""
+    result = copy.deepcopy(content)
+    every = list(places(result))
+    if not every:
+        return value
+    rng = random.Random(seed)
+    *above, last = rng.choice(every)
+    place = result
+    for key in above:
+        place = place[key]
+    if action == "replace":
+        place[last] = value
+    elif action == "delete":
+        del place[last]
+    elif action == "add" and isinstance(place[last], (dict, list)):
+        place[last] = {**place[last], "more": value} if isinstance(place[last], dict) else [*place[last], value]
+    elif action == "swap":
+        other = result
+        *above, key = rng.choice(every)
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            for step in above:
+                other = other[step]
+            place[last], other[key] = copy.deepcopy(other[key]), copy.deepcopy(place[last])
+    return result
+
+
+def json_case(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
+    with copied(models[which]) as folder:
+        for name in FILES:
+            content = json.loads((folder / name).read_text())
+            for seed, action, value in changes.get(name, []):
+                content = change(content, seed, action, value)
+            (folder / name).write_text(json.dumps(content))
+            if name == "plans.json" and follow:
+                with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OSError):
+                    # As in a model that was made so: the description says what the plans say.
+                    description = json.loads((folder / "model.json").read_text())
+                    description["network"] = content["configurations"]["3d_fullres"]["architecture"]
+                    (folder / "model.json").write_text(json.dumps(description))
+        with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OSError):
+            sign(folder)
+        read(folder)
+
+
+JSON_CASES = given(
+    which=st.integers(0, 1),
+    changes=st.dictionaries(st.sampled_from(FILES), CHANGES, min_size=1, max_size=2),
+    follow=st.booleans(),
+)
+
+
+@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
+@JSON_CASES
+def test_json(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
+    json_case(models, which, changes, follow)
+
+
+@pytest.mark.long
+@settings(max_examples=LONG, **CHECKS)
+@JSON_CASES
+def test_json_long(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
+    json_case(models, which, changes, follow)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(("flip", "flip", "set", "cut", "insert", "repeat")),
+        st.floats(0, 1, exclude_max=True),
+        st.binary(min_size=1, max_size=8),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def edited(content: bytes, edits: list[tuple[str, float, bytes, bool]], head: int) -> bytes:
+    """``content`` changed at some shares of it, or of its first ``head`` bytes."""
+    result = bytearray(content)
+    for kind, share, value, at_head in edits:
+        place = int(share * (min(head, len(result)) if at_head else len(result)))
+        if kind == "cut":
+            del result[place:]
+        elif kind == "insert":
+            result[place:place] = value
+        elif kind == "repeat":
+            result[place:place] = result[place : place + 100 * len(value)]
+        elif kind == "flip" and place < len(result):
+            result[place] ^= 1 << (value[0] % 8)
+        else:
+            result[place : place + len(value)] = value
+    return bytes(result)
+
+
+def bytes_case(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
+    with copied(models[which]) as folder:
+        file = folder / name
+        if not file.exists():  # the U-Net's folds share nothing
+            file = folder / "fold_0.safetensors"
+        before = file.read_bytes()
+        head = 8 + struct.unpack("<Q", before[:8])[0] if file.suffix == ".safetensors" else len(before)
+        after = edited(before, edits, head)
+        file.write_bytes(after)
+        if signed and file.name != "model.json":
+            sign(folder)
+        sound = read(folder)
+        assert not sound or signed or after == before or file.name == "model.json", (
+            "a changed file passed for the first"
+        )
+
+
+BYTES_CASES = given(
+    which=st.integers(0, 1),
+    name=st.sampled_from((*FILES, "fold_0.safetensors", "fold_1.safetensors", "shared.safetensors")),
+    edits=EDITS,
+    signed=st.sampled_from((True, True, True, False)),
+)
+
+
+@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
+@BYTES_CASES
+def test_bytes(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
+    bytes_case(models, which, name, edits, signed)
+
+
+@pytest.mark.long
+@settings(max_examples=LONG, **CHECKS)
+@BYTES_CASES
+def test_bytes_long(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
+    bytes_case(models, which, name, edits, signed)
+
+
+# ---- headers of safetensors ------------------------------------------------------------------------------------------
+
+TENSOR_LEAVES = st.one_of(
+    LEAVES, st.sampled_from(["F8_E4M3", "F64", "I8", "BOOL", "C64", "U64", "F4", [0, 2**63], [2**62, 4], [10, 2]])
+)
+
+
+def header_case(models: list[Path], which: int, fold: int, changes: list[tuple[int, str, Any]], length: int) -> None:
+    with copied(models[which]) as folder:
+        file = folder / f"fold_{fold}.safetensors"
+        content = file.read_bytes()
+        size = struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8 : 8 + size])
+        for seed, action, value in changes:
+            header = change(header, seed, action, value)
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", (len(text) + length) % 2**64) + text + content[8 + size :])
+        sign(folder)
+        read(folder)
+
+
+HEADER_CASES = given(
+    which=st.integers(0, 1),
+    fold=st.integers(0, 1),
+    changes=st.lists(st.tuples(st.integers(0, 2**32), ACTIONS, TENSOR_LEAVES), min_size=1, max_size=3),
+    length=st.sampled_from((0, 0, 0, 0, 1, -1, 2**40, 2**63)),
+)
+
+
+@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
+@HEADER_CASES
+def test_headers(models: list[Path], which: int, fold: int, changes: Any, length: int) -> None:
+    header_case(models, which, fold, changes, length)
+
+
+@pytest.mark.long
+@settings(max_examples=LONG, **CHECKS)
+@HEADER_CASES
+def test_headers_long(models: list[Path], which: int, fold: int, changes: Any, length: int) -> None:
+    header_case(models, which, fold, changes, length)
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+
+NAMES = st.one_of(
+    st.sampled_from((*FILES, "shared.safetensors", "fold_0.safetensors", "fold_all.safetensors")),
+    st.sampled_from(("a/", "a/model.json", "../model.json", "/tmp/x", "..", "", "a\\b", "a/../../model.json", "x\0y")),
+    st.builds("".join, st.lists(st.sampled_from(("..", "/", "\\", "a", "model.json", "\0", "~", "é")), max_size=5)),
+    st.text(max_size=12),
+)  # fmt: skip
+MODES = st.sampled_from((0, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFDIR | 0o755, 0o177777))
+METHODS = st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
+CONTENTS = st.one_of(st.binary(max_size=40), st.integers(0, 2**21).map(bytes))
+MEMBERS = st.lists(st.tuples(NAMES, MODES, METHODS, CONTENTS), max_size=5)
+LIMITS = Limits(files=4, file_bytes=2**20, total_bytes=2**20 + 1000)
+
+
+def archive_case(members: list[tuple[str, int, int, bytes]], edits: Any, sound: bool) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        box = Path(root) / "a" / "b" / "c"
+        box.mkdir(parents=True)
+        file = box / "model.zip"
+        with zipfile.ZipFile(file, "w") as archive, contextlib.suppress(UnicodeError, IndexError):
+            for name, mode, method, content in members:
+                info = zipfile.ZipInfo("x")
+                info.filename, info.external_attr, info.compress_type = name, mode << 16, method
+                archive.writestr(info, content)
+        if not sound:
+            written = file.read_bytes()
+            file.write_bytes(edited(written, edits, len(written)))
+        before = sorted(Path(root).rglob("*"))
+        target = box / "target"
+        with watched() as events:
+            try:
+                unpack(file, target, LIMITS)
+            except PortableError as error:
+                assert str(file) in str(error)
+                assert not target.exists()
+        assert all(event.startswith(f"open {target}{os.sep}") for event in events)
+        inside = sorted(target.iterdir()) if target.exists() else []
+        assert sorted(Path(root).rglob("*")) == sorted([*before, *inside, *([target] if target.exists() else [])])
+        assert all(path.is_file() and not path.is_symlink() and is_file_of_a_model(path.name) for path in inside)
+        assert len(inside) <= LIMITS.files and sum(path.stat().st_size for path in inside) <= LIMITS.total_bytes
+
+
+ARCHIVE_CASES: Callable[..., Any] = given(members=MEMBERS, edits=EDITS, sound=st.booleans())
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
+@ARCHIVE_CASES
+def test_archives(members: Any, edits: Any, sound: bool) -> None:
+    archive_case(members, edits, sound)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@settings(max_examples=LONG, **CHECKS)
+@ARCHIVE_CASES
+def test_archives_long(members: Any, edits: Any, sound: bool) -> None:
+    archive_case(members, edits, sound)
