@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ def run_demo(out: Path, data: Path | None, minutes: float, batch_size: int, fold
     folder = DemoFolder.open(out, settings)
     steps = {"data": 3.0, "preprocess": 45.0} | {m.trainer: 60 * minutes + 30 for m in METHODS} | {"report": 25.0}
     console = Console()
-    with DemoProgress(console, steps) as progress:
+    with DemoProgress(console, steps) as progress, _disk_in_words(folder.root):
         run = DemoSteps(folder, progress, nnunet_environment(folder.raw, folder.preprocessed, folder.results))
         dataset = run.place_data(given)
         configuration = run.preprocess(dataset)
@@ -57,6 +59,16 @@ def run_demo(out: Path, data: Path | None, minutes: float, batch_size: int, fold
             page = write_report(folder.root, report)
     print_end(console, page, report)
     return page
+
+
+@contextlib.contextmanager
+def _disk_in_words(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DemoError(
+            f"--out {out} cannot be written: {error}; make room or make it writable, then give the same command again"
+        ) from error
 
 
 def _settings(given: RawDataset | None, minutes: float, batch_size: int, fold: int, seed: int) -> DemoSettings:

@@ -82,7 +82,12 @@ class DemoFolder:
         elif root.is_dir() and any(root.iterdir()):
             raise DemoError(f"--out {root} is not empty and holds no demo; give a new or empty folder")
         folder = cls(root, settings, finished)
-        folder._save()
+        try:
+            folder._save()
+        except OSError as error:
+            raise DemoError(
+                f"--out {root} cannot be written: {error.strerror or error}; name another folder"
+            ) from error
         return folder
 
     @property

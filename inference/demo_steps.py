@@ -16,6 +16,7 @@ from rich.progress import TaskID
 
 from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
 from masksam_nnunet.json_files import read_json, write_json
+from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from masksam_nnunet.plans.splits import group_by_patient, patient_folds
 
@@ -100,6 +101,7 @@ class DemoSteps:
         return configuration
 
     def _plan(self, dataset: RawDataset, plans_file: Path) -> None:
+        require_sound_dataset(dataset.folder)
         processes = str(PROCESSES)
         arguments = ["-d", dataset.number, "-c", _FULL, "-npfp", processes, "-np", processes]
         run_nnunet(

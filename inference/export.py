@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
@@ -16,7 +17,9 @@ from torch import nn
 
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import CheckpointFileError
+from masksam_nnunet.json_files import read_json
 from masksam_nnunet.modeling.lean import is_lean
+from masksam_nnunet.plans.architecture import open_configuration
 
 from .errors import ExportError
 from .model_folders import find_models
@@ -66,6 +69,8 @@ def export_model(
     files = [fold_checkpoint(model, fold, _FOLD_FILES) for model in models for fold in folds]
     completed = {file: checkpoint for model in models for file, checkpoint in _completed(model, files).items()}
     part = output.with_name(f"{output.name}.part")
+    if output.is_dir():
+        raise ExportError(f"cannot write {output}: it is a folder; name a file in it (-o)")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         names = tuple(model.name.split("__")[2] for model in models)
@@ -81,7 +86,8 @@ def export_model(
             f"cannot write {output}: {error.strerror or error}; make room or name another file (-o)"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return Export(output, len(files), len(completed))
 
 
@@ -93,6 +99,16 @@ def model_folders(
     for file in (model / name for model in models for name in needed):
         if not file.is_file():
             raise ExportError(f"{file} is missing: without it the model cannot be used elsewhere")
+        try:
+            content = read_json(file)
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+            if file.name == "plans.json":
+                open_configuration(content, file.parent.name.split("__")[2])
+        except ValueError as error:  # ConfigError is one
+            raise ExportError(
+                f"{file} is damaged or of another version: {error} Copy it anew from where the model was trained"
+            ) from error
     return results, models
 
 

@@ -7,17 +7,21 @@ cascades, and plans moved between datasets, stay right.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 BACKBONES = ("vit_t", "vit_b", "vit_l", "vit_h")
 UPSAMPLING = (1, 2, 4)
+MAX_SIZE = 2**15
+"""Of anything counted in voxels, channels or queries: more is a slip of the pen, and no memory holds it."""
 MATCHING = ("slice", "volume")
 PROMPTS = ("soft", "hard")
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
+
+
+_LARGEST = 1e30
 
 
 class ConfigError(ValueError):
@@ -69,12 +73,13 @@ def _check(ok: bool, option: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{option} = {value!r} is not allowed: {remedy}.")
 
 
-def _is_int(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+def _is_int(value: object, minimum: int, maximum: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def _is_number(value: object, minimum: float = 0.0) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= minimum
+    # Compared, not asked whether it is finite: JSON holds integers that no float does.
+    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= _LARGEST
 
 
 @dataclass(frozen=True)
@@ -164,12 +169,27 @@ class MaskSAMConfig(_JsonConfig):
         _check(
             len(self.patch_size) in (2, 3), "patch_size", self.patch_size, "give (D, H, W), or (H, W) for a 2D network"
         )
-        _check(self.upsample in UPSAMPLING, "upsample", self.upsample, f"choose one of {UPSAMPLING}")
-        _check(_is_int(self.num_queries, 1), "num_queries", self.num_queries, "give an integer >= 1")
+        _check(
+            _is_int(self.upsample, 1) and self.upsample in UPSAMPLING,
+            "upsample",
+            self.upsample,
+            f"choose one of {UPSAMPLING}",
+        )
+        _check(
+            _is_int(self.num_queries, 1, MAX_SIZE),
+            "num_queries",
+            self.num_queries,
+            f"give an integer from 1 to {MAX_SIZE}",
+        )
         object.__setattr__(self, "generator_widths", _int_tuple("generator_widths", self.generator_widths))
         _check(len(self.generator_widths) == 3, "generator_widths", self.generator_widths, "give three integers")
         for name in ("stem_width", "head_width"):
-            _check(_is_int(getattr(self, name), 1), name, getattr(self, name), "give an integer >= 1")
+            _check(
+                _is_int(getattr(self, name), 1, MAX_SIZE),
+                name,
+                getattr(self, name),
+                f"give an integer from 1 to {MAX_SIZE}",
+            )
         _check(
             _is_number(self.adapter_ratio) and 0 < self.adapter_ratio <= 1,
             "adapter_ratio",
@@ -205,8 +225,8 @@ class MaskSAMConfig(_JsonConfig):
 
 
 def _int_tuple(option: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(_is_int(v, 1) for v in value):
-        raise ConfigError(f"{option} = {value!r} is not allowed: give a list of integers >= 1.")
+    if not isinstance(value, list | tuple) or not all(_is_int(v, 1, MAX_SIZE) for v in value):
+        raise ConfigError(f"{option} = {value!r} is not allowed: give a list of integers from 1 to {MAX_SIZE}.")
     return tuple(value)
 
 

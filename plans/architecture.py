@@ -14,6 +14,7 @@ NETWORK_CLASS = "masksam_nnunet.modeling.MaskSAM"
 DECISIONS = "masksam"
 """The key of plans under which ``masksam plan`` keeps what it decided; nnU-Net leaves it alone."""
 _CONFIG_KEY = "config"
+_READ = ("patch_size", "batch_size", "spacing", "normalization_schemes", "data_identifier", "architecture")
 
 
 def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
@@ -24,12 +25,38 @@ def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
     """
     if configuration.network_arch_class_name != NETWORK_CLASS:
         return None
-    kwargs = configuration.network_arch_init_kwargs
-    if _CONFIG_KEY not in kwargs:
+    kwargs = configuration.configuration["architecture"].get("arch_kwargs")
+    if not isinstance(kwargs, dict) or _CONFIG_KEY not in kwargs:
+        found = sorted(kwargs) if isinstance(kwargs, dict) else kwargs
         raise ConfigError(
-            f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs: {sorted(kwargs)}. Plan again."
+            f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs: {found}. Plan again."
         )
     return MaskSAMConfig.from_json(kwargs[_CONFIG_KEY])
+
+
+def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, MaskSAMConfig | None]:
+    """A configuration of plans from a file, as nnU-Net resolves it, and its MaskSAM config; None for another network.
+
+    Raises:
+        ConfigError: the plans are damaged, lack the configuration or what nnU-Net reads of it, or are of another
+            version.
+    """
+    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+        raise ConfigError("there are no configurations in these plans: they are damaged, or no plans. Plan again.")
+    if name not in plans["configurations"]:
+        raise ConfigError(f"these plans have no configuration {name!r}, but {sorted(plans['configurations'])}.")
+    try:
+        configuration = PlansManager(plans).get_configuration(name)
+        lacking = [key for key in _READ if key not in configuration.configuration]
+        architecture = configuration.configuration.get("architecture")
+        if lacking or not isinstance(architecture, dict) or not isinstance(architecture.get("network_class_name"), str):
+            raise LookupError(f"it lacks {', '.join(lacking) or 'a network_class_name'}")
+    except Exception as error:  # nnU-Net takes plans as they come, and trips over them in many ways
+        raise ConfigError(
+            f"configuration {name!r} of these plans cannot be used ({type(error).__name__}: {error}): they are damaged "
+            "or of another version of nnU-Net. Plan again."
+        ) from error
+    return configuration, read_config(configuration)
 
 
 def write_config(plans: dict[str, Any], configuration_name: str, config: MaskSAMConfig) -> None:

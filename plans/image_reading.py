@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from .nifti_files import DamagedFileError, check_whole, stored_floats
 
 
+_LARGEST_LABEL = 2**24  # float32, in which nnU-Net reads, counts no further
+
+
 class ImageFileError(ValueError):
     """An image file cannot be used. The message names the file, what is wrong with it, and the remedy."""
 
@@ -93,7 +96,7 @@ def read_labels(path: Path, dataset_json: Mapping[str, Any]) -> tuple[NDArray[np
     for values in (array, stored_floats(path)):
         with np.errstate(invalid="ignore"):  # inf - inf
             # Scaling in a header leaves 0.9999, but 0.5 is a probability.
-            odd = values[~(np.abs(values - np.rint(values)) < 0.01)]
+            odd = values[~((np.abs(values - np.rint(values)) < 0.01) & (np.abs(values) < _LARGEST_LABEL))]
         if odd.size:
             raise NotLabelsError(
                 f"{path} is no label map: {odd.size} voxels are NaN, infinite or no whole numbers, such as {odd[0]}"

@@ -58,7 +58,7 @@ def plan_dataset(
     console = console or Console()
     if backbone not in ("auto", *BACKBONES):
         raise PlanError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(BACKBONES)}")
-    if not gpu_memory_gb > 0:
+    if not (math.isfinite(gpu_memory_gb) and gpu_memory_gb > 0):
         raise PlanError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
     if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:
         raise PlanError(
@@ -162,8 +162,8 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
     for variable in variables:
         if not os.environ.get(variable):
             raise PlanError(
-                f"{variable} is not set: export nnU-Net's folders nnUNet_raw and nnUNet_preprocessed first (where the "
-                "raw data are not at hand, plan where they are and copy the plans file)"
+                f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first (where the "
+                "raw data are not at hand, work where they are; a plans file can be copied)"
             )
     raw = Path(os.environ["nnUNet_raw"])
     if not raw.is_dir():
@@ -180,7 +180,7 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
             ) from error
         raise PlanError(f"-d {dataset}: no such dataset; {raw} holds {', '.join(there) or 'none'}") from error
     if not (raw / name).is_dir():
-        raise PlanError(f"-d {dataset}: {raw} holds no {name}; planning reads its dataset.json and labels")
+        raise PlanError(f"-d {dataset}: {raw} holds no {name}, whose dataset.json and labels are needed")
     return name
 
 

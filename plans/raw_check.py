@@ -25,6 +25,7 @@ from .splits import overlaps, read_splits
 from .threads import in_threads
 
 _SPLITS = "splits_final.json"
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,19 @@ def _twins(cases: Mapping[str, _Case]) -> Iterator[str]:
     for names in same.values():
         if len(names) > 1:
             yield f"cases {', '.join(names)} have the same image; a fold may train on one and validate the other"
+
+
+def require_sound_dataset(folder: Path) -> None:
+    """Read a whole raw dataset before work that would take longer.
+
+    Raises:
+        PlanError: the first things that are wrong with it.
+    """
+    result = check_raw_dataset(folder)
+    if result.defects:
+        more = f"\n  ... and {len(result.defects) - _SHOWN} more" if len(result.defects) > _SHOWN else ""
+        shown = "".join(f"\n  {defect}" for defect in result.defects[:_SHOWN])
+        raise PlanError(f"{folder} cannot be used:{shown}{more}")
 
 
 def require_sound_case(dataset: RawDataset, case: str) -> None:

@@ -74,6 +74,11 @@ def read_description(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
         raise PlanError(f"{path} lacks {', '.join(missing)}: it is not the official one; unpack the download again")
+    odd = [key for key in keys if not isinstance(content[key], dict | list)]
+    if odd:
+        raise PlanError(
+            f"{path}: {odd[0]} is {content[odd[0]]!r}, no list: it is not the official one; unpack it again"
+        )
     description: dict[str, Any] = content
     return description
 

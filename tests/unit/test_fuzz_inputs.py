@@ -1,0 +1,212 @@
+"""Fuzzing of what users hand in: no crash without a clear error, no memory for what a header claims, nothing written
+outside the target. docs/robustness.md states the numbers of inputs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from configs import tiny_config
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from mutations import json_values, mutated, nifti_files
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from plain_plans import DATASET, dataset_json, plain_plans, region_dataset_json
+
+from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
+from masksam_nnunet.inference.label_maps import Classes, LabelMapError, read_label_map
+from masksam_nnunet.plans.architecture import open_configuration, write_config
+from masksam_nnunet.plans.datasets.checks import Volume, require_sound
+from masksam_nnunet.plans.datasets.hippocampus import unpack
+from masksam_nnunet.plans.description import description_defects
+from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.plans.nifti_files import DamagedFileError, check_whole
+from masksam_nnunet.plans.planner import _read_plans
+from masksam_nnunet.plans.splits import overlaps, read_splits
+
+DEFAULT, LONG = 500, 20_000
+"""Inputs of each kind: here and in ``make test-long``."""
+
+
+def masksam_plans() -> dict[str, Any]:
+    plans = plain_plans((3, 32, 48))
+    write_config(plans, "3d_fullres", tiny_config())
+    return plans
+
+
+def dumped(value: Any, folder: Path) -> Path:
+    """A file of JSON as Python writes it: NaN and large numbers too."""
+    file = folder / "splits_final.json"
+    file.write_text(json.dumps(value), encoding="utf-8")
+    return file
+
+
+# --- what is fuzzed: inputs, and what must hold of each -----------------------------------------------------
+
+
+def config(value: Any, folder: Path) -> None:
+    for kind in (MaskSAMConfig, LossConfig):
+        try:
+            made = kind.from_json(value)
+        except ConfigError:
+            continue
+        assert kind.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False))) == made
+
+
+def plans(value: Any, folder: Path) -> None:
+    name = "3d_fullres"
+    with suppress(ConfigError):
+        _, found = open_configuration(value, name)
+        assert found is None or isinstance(found, MaskSAMConfig)
+    with suppress(PlanError):
+        assert _read_plans(dumped(value, folder), DATASET, "plan again")["dataset_name"] == DATASET
+
+
+def description(value: Any, folder: Path) -> None:
+    """What passes is what nnU-Net takes."""
+    if description_defects(value):
+        return
+    manager = LabelManager(dict(value["labels"]), value.get("regions_class_order"))
+    found = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
+    assert (np.ediff1d(found) == 1).all() and len(manager.all_labels) > 1  # as its verify_dataset_integrity has it
+    assert Classes.from_dataset_json(value).foreground
+
+
+def splits(value: Any, folder: Path) -> None:
+    with suppress(PlanError):
+        overlaps(read_splits(dumped(value, folder), "abcde"))
+
+
+def nifti(content: bytes, folder: Path) -> None:
+    file = folder / "case.nii.gz"
+    file.write_bytes(content)
+    with pytest.raises((LabelMapError, NothingWrong)):
+        found = read_label_map(folder, "case", dataset_json())
+        assert found.labels.ndim == 3 and np.isfinite(found.spacing).all() and min(found.spacing) > 0
+        raise NothingWrong
+    with pytest.raises((PlanError, NothingWrong)):
+        require_sound(folder, [Volume(file, file)], range(3), "download it again")
+        raise NothingWrong
+    try:
+        check_whole(file)
+        image = sitk.ReadImage(str(file))  # what has passed has the size that its bytes pay for
+    except (DamagedFileError, RuntimeError):  # ITK's: directions that are none, more than five dimensions
+        return
+    assert math.prod(image.GetSize()) <= len(WHOLE)
+
+
+class NothingWrong(Exception):
+    """The input was good."""
+
+
+def tar(members: list[tuple[str, bytes, str]], folder: Path) -> None:
+    archive, target = folder / "a.tar", folder / "inner" / "target"
+    with tarfile.open(archive, "w") as opened:
+        for name, kind, link in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, link
+            info.size = 4 if kind == tarfile.REGTYPE else 0
+            opened.addfile(info, io.BytesIO(b"data") if info.size else None)
+    target.mkdir(parents=True, exist_ok=True)
+    with suppress(PlanError, OSError):  # the caller puts the file system's into words
+        unpack(archive, target)
+    outside = [path for path in folder.rglob("*") if target not in (path, *path.parents)]
+    assert set(outside) == {archive, target.parent}
+    assert not any(path.is_symlink() for path in target.rglob("*"))
+
+
+WHOLE = nibabel.Nifti1Image(
+    np.arange(60, dtype=np.uint8).reshape(5, 4, 3) % 3, np.diag([1.0, 2.0, 3.0, 1.0])
+).to_bytes()
+_names = st.lists(
+    st.sampled_from(("..", ".", "", "a", "b.nii", "/", "/tmp/masksam_out", "ü", "x" * 300)), min_size=1, max_size=4
+)
+_members = st.tuples(
+    _names.map("/".join).filter(lambda name: name.strip("/")),
+    st.sampled_from((tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
+    st.sampled_from(("", "a", "../..", "/etc/passwd")),
+)
+FOLDS = [{"train": ["a", "b", "c"], "val": ["d"]}, {"train": ["a", "d"], "val": ["b", "c"]}]
+KINDS: dict[str, tuple[Callable[[Any, Path], None], st.SearchStrategy[Any]]] = {
+    "config": (config, mutated(tiny_config().to_json()) | mutated(LossConfig().to_json()) | json_values),
+    "plans": (plans, mutated(masksam_plans()) | mutated(plain_plans()) | json_values),
+    "dataset.json": (
+        description,
+        mutated(dataset_json(4) | {"numTraining": 3})
+        | mutated(region_dataset_json(ignore=True) | {"numTraining": 3})
+        | json_values,
+    ),
+    "splits_final.json": (splits, mutated(FOLDS) | json_values),
+    "NIfTI": (nifti, nifti_files(WHOLE)),
+    "tar": (tar, st.lists(_members, min_size=1, max_size=3)),
+}
+
+
+def fuzz(kind: str, number: int, folder: Path, derandomize: bool) -> None:
+    check, inputs = KINDS[kind]
+    count = 0
+
+    @settings(
+        max_examples=number,
+        derandomize=derandomize,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(inputs)
+    def one(value: Any) -> None:
+        nonlocal count
+        count += 1
+        place = folder / str(count)
+        place.mkdir()
+        check(value, place)
+
+    one()
+    print(f"{kind}: {count} inputs")
+    assert count >= number
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    sitk.ProcessObject.GlobalWarningDisplayOff()  # ITK tells of every odd header
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_input_crashes(kind: str, tmp_path: Path) -> None:
+    fuzz(kind, DEFAULT, tmp_path, derandomize=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_input_crashes_in_many_more(kind: str, tmp_path: Path) -> None:
+    fuzz(kind, LONG, tmp_path, derandomize=False)
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "tar"])
+def test_what_was_not_changed_is_taken(kind: str, tmp_path: Path) -> None:
+    """Else the fuzzing would show no more than that everything is refused."""
+    if kind == "config":
+        assert MaskSAMConfig.from_json(tiny_config().to_json()) == tiny_config()
+    elif kind == "plans":
+        assert open_configuration(masksam_plans(), "3d_fullres")[1] == tiny_config()
+        assert open_configuration(plain_plans(), "3d_fullres")[1] is None
+    elif kind == "dataset.json":
+        assert description_defects(dataset_json(4) | {"numTraining": 3}) == []
+        assert description_defects(region_dataset_json(ignore=True) | {"numTraining": 3}) == []
+    elif kind == "splits_final.json":
+        assert overlaps(read_splits(dumped(FOLDS, tmp_path), "abcde")) == []
+    else:
+        (tmp_path / "case.nii.gz").write_bytes(WHOLE)
+        assert read_label_map(tmp_path, "case", dataset_json()).labels.shape == (3, 4, 5)
