@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -212,7 +213,21 @@ def _end(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=5)
+    kill_after(family, 5)
+
+
+def kill_after(family: Sequence[psutil.Process], seconds: float) -> None:
+    """Wait for processes to end, then kill those that have not. Zombies have: they only wait for their parent."""
+    deadline = time.monotonic() + seconds
+    while (alive := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for member in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import psutil
 import torch
 from submitit import Job, LocalExecutor
 
-from ..commands import SAVE_SECONDS, termination_as_exit
+from ..commands import SAVE_SECONDS, kill_after, termination_as_exit
 from .errors import BenchmarkError
 from .executors import FOREVER_MINUTES, GridJob, Outcome, Status, Watch, outcome_of
 
@@ -141,11 +142,10 @@ def _ended_with_us(running: dict[str, tuple[GridJob, str, Job[object]]]) -> Iter
         family = []
         for _, _, submitted in running.values():
             with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(int(submitted.job_id))
-                family += [*process.children(recursive=True), process]
-            submitted.cancel()
-        _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                controller = psutil.Process(int(submitted.job_id))
+                family += [*controller.children(recursive=True), controller]
+                # Not the controller, which would leave them a second: their trainings may have something to save.
+                for task in controller.children() or [controller]:
+                    task.send_signal(signal.SIGINT)
+        kill_after(family, _END_SECONDS)
         raise

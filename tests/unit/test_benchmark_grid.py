@@ -71,7 +71,7 @@ def grid(*methods: Method, **changes: object) -> Grid:
 @pytest.fixture()
 def any_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net's look-up imports all its trainers, which takes seconds."""
-    monkeypatch.setattr(methods_module, "find_trainer", lambda name: object)
+    monkeypatch.setattr(methods_module, "find_trainer", lambda *names: object)
 
 
 @pytest.mark.usefixtures("any_trainer")
