@@ -75,10 +75,10 @@ def fold_of(dataset: str, case: str, folds: Sequence[str]) -> str | None:
     if not preprocessed or not file.is_file():
         return None
     splits = read_json(file)
-    seen = [
-        f for f in folds if f == "all" or (f.isdecimal() and int(f) < len(splits) and case in splits[int(f)]["train"])
-    ]
-    unseen = [f for f in folds if f not in seen]
+    if not any(case in part for split in splits for part in split.values()):
+        return "in no part of the split: not seen in training"
+    seen = [fold for fold in folds if fold == "all" or (int(fold) < len(splits) and case in splits[int(fold)]["train"])]
+    unseen = [fold for fold in folds if fold not in seen]
     if not seen:
         return f"a validation case of fold {', '.join(folds)}: not seen in training"
     return f"in the training set of fold {', '.join(seen)}" + (

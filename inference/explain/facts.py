@@ -171,4 +171,4 @@ def _label_iou(
 
 def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     union = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / union if union else math.nan
+    return float(np.count_nonzero(one & other) / union) if union else math.nan

@@ -1,0 +1,406 @@
+"""``masksam explain`` on models written by hand: what a made-up network says is what page and files say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from configs import tiny_config
+from kinds_of_data import OBLIQUE
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from numpy.typing import NDArray
+from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json
+from small_sam import install_small_sam
+from typer.testing import CliRunner, Result
+
+from masksam_nnunet import cli, weights
+from masksam_nnunet.config import Grid
+from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.inference.explain import figures
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
+from masksam_nnunet.modeling.network import MaskSAMOutput
+from masksam_nnunet.plans.architecture import write_config
+from masksam_nnunet.trainers import MaskSAMTrainer
+
+TRAINER = "MaskSAMTrainer_vit_t"
+PATCH = (4, 32, 32)
+BOX = (0.25, 0.125, 0.5, 0.375)
+SIZE = (9, 44, 40)  # of the source's array, (z, y, x)
+EDGE = 3  # zeros around what nnU-Net keeps, in every axis but the last
+
+
+@pytest.fixture(autouse=True)
+def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folders(tmp_path, monkeypatch)
+    monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_model(
+    root: Path, plans: dict[str, Any], description: dict[str, Any], configuration: str = "3d_fullres", folds: int = 1
+) -> Path:
+    """A model of random weights, whose folds differ."""
+    model = root / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__{configuration}"
+    manager = PlansManager(plans)
+    settings = manager.get_configuration(configuration)
+    network = MaskSAMTrainer.build_network_architecture(
+        manager,
+        settings,
+        determine_num_input_channels(manager, settings, description),
+        manager.get_label_manager(description).num_segmentation_heads,
+    )
+    for fold in range(folds):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        save_fold(model, fold, network.state_dict(), configuration)
+    (model / "plans.json").write_text(json.dumps(plans))
+    (model / "dataset.json").write_text(json.dumps(description))
+    return model
+
+
+def save_fold(model: Path, fold: int, state: dict[str, Any], configuration: str = "3d_fullres") -> None:
+    folder = model / f"fold_{fold}"
+    folder.mkdir(parents=True)
+    content = {
+        "network_weights": state,
+        "trainer_name": TRAINER,
+        "init_args": {"configuration": configuration},
+        "inference_allowed_mirroring_axes": (1,),
+    }
+    torch.save(content, folder / "checkpoint_final.pth")
+
+
+def plans_with(
+    patch: tuple[int, ...] = PATCH, queries: int = 4, regions: bool = False, backbone: str = "vit_t", **more: Any
+) -> dict[str, Any]:
+    plans = plain_plans(patch)
+    plans.update(foreground_intensity_properties_per_channel={"0": {}}, **more)
+    config = tiny_config(patch_size=patch, num_queries=queries, regions=regions, backbone=backbone)
+    write_config(plans, "3d_fullres", config)
+    return plans
+
+
+def made_up_image() -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """An image of 10, with an organ of 100 and one of 50, zeros at its edges; and where the organs are."""
+    image, labels = np.full(SIZE, 10, np.float32), np.zeros(SIZE, np.uint8)
+    labels[2:7, 10:22, 8:30] = 1
+    labels[3:6, 26:34, 12:20] = 2
+    image[labels == 1], image[labels == 2] = 100, 50
+    image[:, :EDGE], image[:, -EDGE:], image[0] = 0, 0, 0
+    return image, labels
+
+
+def write(file: Path, array: NDArray[Any], shift: float = 0.0) -> Path:
+    image = sitk.GetImageFromArray(array)
+    image.SetOrigin((-17.5 + shift, 3.25, 120.0))
+    image.SetDirection(OBLIQUE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(file))
+    return file
+
+
+def write_case(root: Path, case: str = "case_1", labelled: bool = True) -> Path:
+    raw = root / "nnUNet_raw" / DATASET
+    image, labels = made_up_image()
+    if labelled:
+        write(raw / "labelsTr" / f"{case}.nii.gz", labels)
+    return write(raw / "imagesTr" / f"{case}_0000.nii.gz", image)
+
+
+def explain(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, ["explain", "-d", "42", "-c", "3d_fullres", "-tr", TRAINER, *map(str, words)])
+
+
+def record(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "explain.json").read_text())
+    return content
+
+
+class Page(HTMLParser):
+    """Text, and what the page fetches."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.fetched: list[str] = []
+        self.cells: list[list[str]] = []
+        self.cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cell = True
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.cell:
+            self.cells[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def made_up_parts(network: MaskSAM, x: torch.Tensor) -> MaskSAMOutput:
+    """Query 3 is sure of the first organ and finds what is bright, query 5 of the second one; 14 others are idle."""
+    batch, number, size = len(x), network.config.num_queries, x.shape[2:]
+    classes = torch.zeros(batch, size[0], number, network.num_classes + 1)
+    classes[..., -1] = 12.0
+    masks = torch.full((batch, size[0], number, *size[1:]), -12.0)
+    for query, head in ((2, 1), (4, 2)):
+        classes[:, :, query, head], classes[:, :, query, -1] = 12.0, 0.0
+    bright, middle = x[:, 0] > 1.5, (x[:, 0] > 0.5) & (x[:, 0] < 1.5)
+    masks[:, :, 2][bright], masks[:, :, 4][middle] = 12.0, 12.0
+    drafts = torch.full((batch, size[0], number, *network.grid.masks), -9.0)
+    boxes = torch.tensor(BOX).expand(batch, size[0], number, 4)
+    return MaskSAMOutput(classes, masks, drafts, boxes)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
+def test_page_pictures_and_overlays_say_what_the_network_says(
+    axes: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, backward = list(axes), [axes.index(axis) for axis in range(3)]
+    patch = tuple((4, 32, 32)[axis] for axis in axes) if axes == (0, 1, 2) else (32, 8, 32)
+    plans = plans_with(patch, queries=16, transpose_forward=forward, transpose_backward=backward)
+    write_model(tmp_path, plans, dataset_json())
+    source = write_case(tmp_path)
+    image, labels = made_up_image()
+    drawn: list[Any] = []
+    png = figures.png
+    monkeypatch.setattr(MaskSAM, "parts", made_up_parts)
+    monkeypatch.setattr(figures, "png", lambda figure: (drawn.append(figure), png(figure))[1])
+    slices = (4, 5) if axes[0] == 0 else (15, 18)
+    result = explain("-f", 0, "case_1", "--slices", *slices, "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == "out/explain.html"
+    out, facts = tmp_path / "out", record(tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {*facts["files"], "explain.json"}
+
+    # The result is the two organs; each voxel is owed to its query; the network is sure everywhere.
+    read = {name: sitk.ReadImage(str(out / f"{name}.nii.gz")) for name in ("segmentation", "queries", "uncertainty")}
+    arrays = {name: sitk.GetArrayFromImage(volume) for name, volume in read.items()}
+    np.testing.assert_array_equal(arrays["segmentation"], labels)
+    np.testing.assert_array_equal(arrays["queries"], np.choose(labels, [0, 3, 5]))
+    assert arrays["uncertainty"].dtype == np.float32 and 0 <= arrays["uncertainty"].max() < 0.01
+    assert arrays["segmentation"].dtype == arrays["queries"].dtype == np.uint8
+    theirs = sitk.ReadImage(str(source))
+    for name, volume in read.items():
+        for geometry in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            # A NIfTI header holds directions as a quaternion of 32-bit numbers.
+            np.testing.assert_allclose(getattr(volume, geometry)(), getattr(theirs, geometry)(), atol=1e-6)
+        ours = nibabel.load(out / f"{name}.nii.gz").affine
+        np.testing.assert_allclose(ours, nibabel.load(source).affine, atol=1e-5)
+
+    # Numbers in source slices; boxes on the network's grid.
+    assert [item["source"] for item in facts["slices"]] == list(slices)
+    assert facts["slice_axis"] == ("k" if axes[0] == 0 else "i")
+    kept = np.argwhere(image.transpose(axes)).min(0)  # what nnU-Net cuts off before
+    padded = Grid.of(tiny_config(patch_size=patch)).padded  # boxes are shares of this plane
+    for item in facts["slices"]:
+        there = labels.transpose(axes)[item["source"]]
+        assert item["network"] == item["source"] - kept[0] and item["foreground"] == np.count_nonzero(there)
+        by_number = {query["number"]: query for query in item["queries"]}
+        assert len(by_number) == 16 and sum(query["shown"] for query in by_number.values()) == 12
+        expected = np.array(BOX) * np.array([padded[1], padded[0]] * 2)
+        expected += np.array(item["corner"])[[2, 1, 2, 1]]
+        for number, organ in ((3, 1), (5, 2)):
+            query = by_number[number]
+            assert query["class_name"] == f"organ {organ}" and query["kept"] and query["probability"] > 0.999
+            np.testing.assert_allclose(query["box"], expected, atol=1e-4)
+            window = [slice(max(c, 0), c + n) for c, n in zip(item["corner"][1:], patch[1:], strict=True)]
+            inside = there[tuple(slice(s.start + k, s.stop + k) for s, k in zip(window, kept[1:], strict=True))]
+            assert query["mask_pixels"] == np.count_nonzero(inside == organ) and query["draft_pixels"] == 0
+            if query["mask_pixels"]:
+                assert query["label_iou"] == 1.0
+        assert all(not query["kept"] for number, query in by_number.items() if number not in (3, 5))
+
+    # The same in words, and in what was drawn.
+    html = (out / "explain.html").read_text()
+    page = Page(html)
+    assert "12 of 16 queries shown" in page.text and "What a query is" in page.text
+    assert "makes 16 queries" in page.text and "It is not SAM" in page.text
+    assert all(f"Slice {index}" in page.text for index in slices)
+    assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
+    assert not re.search(r"https?://|@import|url\(|<script", html)
+    rows = [row for row in page.cells if len(row) == 10 and row[0].isdecimal()]
+    stated = [query for item in facts["slices"] for query in item["queries"]]
+    assert len(rows) == len(stated) == 32
+    for row, query in zip(rows, stated, strict=True):
+        box = " ".join(f"{edge:.1f}" for edge in query["box"])
+        assert row[:2] == [str(query["number"]), query["class_name"]] and row[5] == box
+        assert row[2:5] == [f"{query['probability']:.2f}", f"{query['no_object']:.2f}", f"{100 * query['share']:.0f} %"]
+    for item, figure in zip(facts["slices"], drawn[1::2], strict=True):
+        titled = [ax for ax in figure.axes if ax.get_visible() and ax.get_title()]
+        assert len(titled) == 12
+        sizes = {(ax.patches[0].get_width(), ax.patches[0].get_height()) for ax in titled}
+        assert sizes == {(0.25 * padded[1], 0.25 * padded[0])}
+        first = item["queries"][0]
+        assert titled[0].get_title().startswith(f"query {first['number']}: {first['class_name']} 1.00")
+
+
+def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
+    model = write_model(tmp_path, plans_with(), dataset_json(), folds=2)
+    source = write_case(tmp_path, labelled=False)
+    result = explain("-f", 0, 1, "case_1")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "explain_case_1"
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0, 1))
+    predictor.predict_from_files_sequential([[str(source)]], [str(tmp_path / "stock")])
+    expected, received = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        for file in (tmp_path / "stock.nii.gz", out / "segmentation.nii.gz")
+    )
+    assert len(np.unique(expected)) > 1, "a prediction of one class shows nothing"
+    np.testing.assert_array_equal(received, expected)
+    entropy, disagreement = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{name}.nii.gz"))) for name in ("uncertainty", "disagreement")
+    )
+    assert entropy.max() > 0.1 and disagreement.max() > 0.001 and (disagreement <= entropy + 1e-4).all()
+    assert disagreement.min() >= 0 and not entropy[0].any()  # nnU-Net cuts it off
+    page = Page((out / "explain.html").read_text())
+    assert "folds 0, 1" in page.text and "Shown are those of fold 0" in page.text
+    assert "IoU with label" not in page.text and len(record(out)["slices"]) == 4
+
+
+def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) -> None:
+    description = region_dataset_json(ignore=True)
+    write_model(tmp_path, plans_with(regions=True), description)
+    image, labels = made_up_image()
+    labels[6:] = 4  # ignored
+    files = write(tmp_path / "some where" / "Ünknown.nii.gz", image), write(tmp_path / "truth.nii.gz", labels)
+    result = explain("--image", files[0], "--label", files[1], "--slices", "auto", "--disable_tta", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "explain_Ünknown"
+    facts = record(out)
+    assert facts["regions"] and facts["seen"] is None and not facts["mirrored"] and facts["label"] == "truth.nii.gz"
+    names = re.findall(r'^ +(\d+).*"(.*)"$', (out / "segmentation.label").read_text(), re.MULTILINE)
+    assert names == [("0", "Clear Label"), ("1", "whole"), ("2", "core")]
+    assert {query["class_name"] for query in facts["slices"][0]["queries"]} <= {"whole", "core"}
+    text = Page((out / "explain.html").read_text()).text
+    assert "A voxel belongs to a region" in text and "in the label: ignored" in text
+
+    model = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres"
+    model.rename(model.with_name("other"))
+    write_model(tmp_path, plans_with((32, 32)), dataset_json())
+    result = explain("--image", files[0], "--slices", 4, "-o", "flat", "--disable_tta")
+    assert result.exit_code == 0, result.output
+    facts = record(tmp_path / "flat")
+    (item,) = facts["slices"]
+    assert item["size"] == [1, 32, 32] and item["off_centre"] == 0 and item["corner"][0] == item["network"] == 3
+    # The slices that are not all zero, and in each two windows by two.
+    assert facts["windows"] == 8 * 4
+
+
+def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Path) -> None:
+    plans = plans_with()
+    configurations = plans["configurations"]
+    configurations["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
+    configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    write_model(tmp_path, plans, dataset_json(), "3d_cascade_fullres")
+    write_case(tmp_path)
+    cascade = ("-c", "3d_cascade_fullres", "case_1", "--slices", 4, "--disable_tta", "-o", "out")
+    result = explain(*cascade)
+    assert result.exit_code == 1 and "predict the case with 3d_lowres first" in result.stderr
+    result = explain(*cascade, "-prev_stage_predictions", tmp_path)
+    assert result.exit_code == 1 and "holds no case_1.nii.gz; predict this case" in " ".join(result.stderr.split())
+    result = explain(*cascade, "-prev_stage_predictions", tmp_path / "nnUNet_raw" / DATASET / "labelsTr")
+    assert result.exit_code == 0, result.output
+    assert record(tmp_path / "out")["configuration"] == "3d_cascade_fullres"
+
+
+def test_what_cannot_be_explained_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path, plans_with(), dataset_json())
+    write_case(tmp_path)
+    image, labels = made_up_image()
+    shifted = write(tmp_path / "shifted.nii.gz", labels, shift=5.0)
+    strange = write(tmp_path / "strange.nii.gz", labels + 7)
+    torn = tmp_path / "torn.nii.gz"
+    torn.write_bytes(write(tmp_path / "whole.nii.gz", image).read_bytes()[:500])
+    stock = model.with_name("nnUNetTrainer__nnUNetPlans__3d_fullres")
+    stock.mkdir()
+    (stock / "plans.json").write_text(json.dumps(plain_plans(PATCH)))
+    (stock / "dataset.json").write_text(json.dumps(dataset_json()))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").touch()
+    before = sorted(tmp_path.iterdir())
+    table: list[tuple[str, str]] = [
+        ("case_2", "CASE 'case_2' is none of the 1 cases"),
+        ("case_2", "near it: case_1"),
+        ("", "no case: name one of the dataset"),
+        ("case_1 -tr nnUNetTrainer", "PlainConvUNet, no MaskSAM: it has no queries to show."),
+        ("case_1 -tr nnUNetTrainer", f"Name a trained MaskSAM (-tr); there are: {model.name}"),
+        ("case_1 -tr Other", "no model Other__nnUNetPlans__3d_fullres"),
+        ("case_1 -f 0 3", "fold 3; name those that have: -f 0"),
+        ("case_1 -f x", "-f x: is no fold"),
+        ("case_1 -chk checkpoint_best.pth", "has no checkpoint_best.pth of fold 0"),
+        ("case_1 --slices 4 40", "--slices 40: the image has 9 slices along its axis k, counted from 0: name some"),
+        ("case_1 --slices 0 4", "--slices 0: all zero, so that nnU-Net cuts them off and the network never"),
+        ("case_1 --slices middle", "'middle' is no slice"),
+        ("case_1 --device tpu:x", "--device tpu:x: not usable here"),
+        (f"case_1 --out {full}", "holds mine.txt, no output of masksam explain"),
+        (f"case_1 --out {torn}", "is a file; name a folder"),
+        (f"case_1 --label {shifted}", "its origin is"),
+        (f"case_1 --label {strange}", "holds the label values 7, 8, 9, but dataset.json has only 0, 1, 2"),
+        (f"case_1 --label {model / 'plans.json'}", "must end in '.nii.gz'"),
+        (f"new --image {torn}", "truncated, damaged or of another format"),
+        (f"case_1 -prev_stage_predictions {full}", "only a cascade's configuration takes them"),
+    ]  # fmt: skip
+    for words, said in table:
+        result = explain(*words.split())
+        assert result.exit_code == 1 and said in " ".join(result.stderr.split()), (words, result.output)
+        assert "Traceback" not in result.output and not result.stdout
+        assert sorted(tmp_path.iterdir()) == before, words
+    with monkeypatch.context() as patch:
+        patch.delenv("nnUNet_raw")
+        assert "nnUNet_raw not set" in explain("case_1", "-d", DATASET).stderr
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    result = explain("case_1")
+    assert result.exit_code == 1 and "checkpoint_final.pth is cut off" in result.stderr
+
+
+def test_a_lean_checkpoint_needs_sams_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = install_small_sam(tmp_path / "cache", monkeypatch)
+    plans = plans_with(backbone="vit_b")
+    manager = PlansManager(plans)
+    network: Any = MaskSAMTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 3)
+    new = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    set_sam_sha256(network, weights.load_sam(network.sam_parts(), "vit_b", file, new).sha256)
+    model = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres"
+    with lean_state_dicts(network):
+        save_fold(model, 0, network.state_dict())
+    (model / "plans.json").write_text(json.dumps(plans))
+    (model / "dataset.json").write_text(json.dumps(dataset_json()))
+    write_case(tmp_path)
+    assert explain("case_1", "--slices", 4, "--disable_tta").exit_code == 0
+    assert "It is not SAM" not in (tmp_path / "explain_case_1" / "explain.html").read_text()
+    file.rename(tmp_path / "away")
+    result = explain("case_1", "-o", "out")
+    assert result.exit_code == 1 and "lean checkpoint" in result.stderr and not (tmp_path / "out").exists()
