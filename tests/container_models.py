@@ -20,9 +20,9 @@ from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
 
 PATCH = (3, 32, 32)
-SIZE = (40, 36, 5)
-"""(x, y, z) of the images: eight windows."""
-SPACING = (0.9, 1.1, 1.5)
+SIZE = (30, 28, 4)
+"""(x, y, z) of the images: two windows."""
+SPACING = (0.9, 1.1, 1.0)
 
 
 def build_network(plans: dict[str, Any], channels: int) -> nn.Module:
@@ -96,9 +96,10 @@ def write_inputs_json(folder: Path, **sockets: str) -> None:
     (folder / "inputs.json").write_text(json.dumps(entries))
 
 
-def same_geometry(one: sitk.Image, other: sitk.Image) -> bool:
-    """To the last bit."""
-    return all(
-        getattr(one, f"Get{name}")() == getattr(other, f"Get{name}")()
+def same_geometry(one: sitk.Image, other: sitk.Image, precision: float = 0.0) -> bool:
+    """To the last bit, or within ``precision``: NIfTI keeps directions as three numbers of a quaternion in float32."""
+    pairs = [
+        (getattr(one, f"Get{name}")(), getattr(other, f"Get{name}")())
         for name in ("Size", "Spacing", "Origin", "Direction")
-    )
+    ]
+    return all(np.allclose(a, b, rtol=0, atol=precision) for a, b in pairs)

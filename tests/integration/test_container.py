@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing.process
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import SimpleITK as sitk
 import torch
+from configs import tiny_config
 from contained import run_contained
 from container_models import add_fold, build_network, same_geometry, write_image, write_inputs_json, write_model
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -29,8 +32,10 @@ from masksam_nnunet.inference.docker.algorithm import run
 from masksam_nnunet.inference.docker.errors import ModelFolderError, OptionError, OutputError
 from masksam_nnunet.inference.docker.models import find_model
 from masksam_nnunet.inference.docker.options import Settings, app
+from masksam_nnunet.inference.portable.write import export_portable
 from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.modeling.sam_parts import SPECS
+from masksam_nnunet.plans.architecture import write_config
 
 pytestmark = pytest.mark.integration
 
@@ -53,7 +58,6 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three folds, below a folder of another name, as an unpacked archive has it."""
-    torch.manual_seed(1)
     return write_model(tmp_path_factory.mktemp("models") / "Dataset042_Hand" / "model", folds=3)
 
 
@@ -146,7 +150,9 @@ def test_channels_and_another_reader(tmp_path: Path) -> None:
     assert same_geometry(sitk.ReadImage(str(result)), sitk.ReadImage(str(t2)))
     expected = nnunet_labels(model, [t2, adc], tmp_path, (0,))
     other = nnunet_labels(model, [adc, t2], tmp_path, (0,))
-    assert (labels(result) == expected).mean() > 0.999 and (labels(result) != other).mean() > 0.02
+    telling = expected != other
+    assert telling.any() and (labels(result) == expected)[telling].all()
+    assert (labels(result) == expected).mean() > 0.999
 
 
 def test_flat_folders_as_amos_wants_them(model: Path, tmp_path: Path) -> None:
@@ -155,20 +161,24 @@ def test_flat_folders_as_amos_wants_them(model: Path, tmp_path: Path) -> None:
     (written,) = (tmp_path / "output").iterdir()
     assert written.name == "amos_0001.nii.gz"
     result = sitk.ReadImage(str(written))
-    assert result.GetPixelID() == sitk.sitkUInt8 and same_geometry(result, sitk.ReadImage(str(file)))
+    assert result.GetPixelID() == sitk.sitkUInt8 and same_geometry(result, sitk.ReadImage(str(file)), 1e-6)
     assert (labels(written) == nnunet_labels(model, [file], tmp_path, (1,))).mean() > 0.999
 
 
 @pytest.mark.parametrize(
     ("seconds", "way", "used"),
-    [(0.01, "3 folds, 4 mirrors", (0, 1, 2)), (5.0, "3 folds, no mirroring", (0, 1, 2)),
-     (15.0, "1 fold, no mirroring", (0,)), (1e6, "1 fold, no mirroring", (0,))],
-)  # fmt: skip
+    [
+        (0.01, "3 folds, 4 mirrors", (0, 1, 2)),
+        (15.0, "3 folds, no mirroring", (0, 1, 2)),
+        (60.0, "2 folds, no mirroring", (0, 1)),
+        (1e6, "1 fold, no mirroring", (0,)),
+    ],
+)
 def test_what_fits_into_the_time(
     seconds: float, way: str, used: tuple[int, ...], model: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A window is said to take so long; eight of them, and 270 seconds."""
+    """A window is said to take so long; there are two, and 270 seconds."""
     monkeypatch.setattr(timed, "seconds_per_window", lambda *_: seconds)
     monkeypatch.setattr("masksam_nnunet.inference.docker.time_limit.Deadline.passed", lambda _: 0.0)
     file = write_image(tmp_path / "input/a.nii.gz")
@@ -199,13 +209,18 @@ def test_windows_are_measured_and_folds_that_take_too_long_left_out(
     file = write_image(tmp_path / "input/a.nii.gz")
     assert run(settings(tmp_path, model, time_limit=5)) == 0
     printed = capfd.readouterr().out
-    assert "8 windows of 0.0" in printed and "stopped after 2 of 3 folds" in printed
+    assert "2 windows of 0.0" in printed and "stopped after 2 of 3 folds" in printed
     assert (labels(tmp_path / "output/a.nii.gz") == nnunet_labels(model, [file], tmp_path, (0, 1))).mean() > 0.999
 
 
-def test_memory_does_not_grow_with_cases(model: Path, tmp_path: Path) -> None:
-    """Peak of one case and of four alike, above what is held before."""
-    size = (96, 96, 48)
+def test_memory_does_not_grow_with_cases(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak of one case and of four alike, above what is held before; without the network, which would take minutes."""
+
+    def logits(_: Any, data: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield torch.randn(3, *data.shape[1:]).half()
+
+    monkeypatch.setattr(timed.MaskSAMPredictor, "logits_of_folds", logits)
+    size = (128, 120, 64)
     peaks = {}
     for cases in (1, 4):
         root = tmp_path / str(cases)
@@ -222,16 +237,12 @@ def test_memory_does_not_grow_with_cases(model: Path, tmp_path: Path) -> None:
 
 
 def test_lean_checkpoints_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from configs import tiny_config
-
-    from masksam_nnunet.plans.architecture import write_config
-
     monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
     file = install_small_sam(tmp_path / "cache", monkeypatch)
     model = write_model(tmp_path / "model", folds=0)
     plans = plain_plans((3, 32, 32))
     write_config(plans, "3d_fullres", tiny_config(patch_size=(3, 32, 32), backbone="vit_b"))
-    (model / "plans.json").write_text(__import__("json").dumps(plans))
+    (model / "plans.json").write_text(json.dumps(plans))
     network = build_network(plans, 1)
     set_sam_sha256(network, weights.SAM_RELEASES["vit_b"].sha256)
     with lean_state_dicts(network):
@@ -280,7 +291,7 @@ def test_where_the_model_is_looked_for(model: Path, tmp_path: Path) -> None:
     (tmp_path / "mounted").mkdir()
     assert find_model((tmp_path / "absent", tmp_path / "mounted", model)) == model  # an empty folder is not a model's
     assert find_model((model.parents[1],)) == model
-    with pytest.raises(ModelFolderError, match="no model in .*mounted"):
+    with pytest.raises(ModelFolderError, match=r"no model in .*mounted"):
         find_model((tmp_path / "mounted",))
     for name in "ab":
         (tmp_path / "two" / name).mkdir(parents=True)
@@ -291,7 +302,7 @@ def test_where_the_model_is_looked_for(model: Path, tmp_path: Path) -> None:
 
 def test_folds_and_devices_that_are_not_there(model: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "input/a.nii.gz")
-    with pytest.raises(ModelFolderError, match="no checkpoint_final.pth of fold 7; it has 0, 1, 2"):
+    with pytest.raises(ModelFolderError, match=r"no checkpoint_final\.pth of fold 7; it has 0, 1, 2"):
         run(settings(tmp_path, model, folds=("0", "7")))
     with pytest.raises(OptionError, match="--device nonsense: there is no such device"):
         run(Settings(tmp_path / "input", tmp_path / "output", (model,), tmp_path, device="nonsense"))
@@ -331,8 +342,6 @@ def test_exit_codes(
 
 def test_portable_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pickle, the same labels."""
-    from masksam_nnunet.inference.portable.write import export_portable
-
     results = tmp_path / "results"
     model = write_model(results / "Dataset042_Hand" / "MaskSAMTrainer__nnUNetPlans__3d_fullres", folds=2)
     monkeypatch.setenv("nnUNet_results", str(results))
@@ -348,8 +357,6 @@ def test_portable_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_help_is_quick() -> None:
     """The command's help imports neither PyTorch nor nnU-Net."""
-    import sys
-
     code = (
         "import sys, typer.testing\n"
         "from masksam_nnunet.inference.docker.options import app\n"

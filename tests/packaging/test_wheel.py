@@ -56,7 +56,8 @@ def test_every_source_file_is_in_its_place(names: set[str]) -> None:
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and not re.search(r"\.pyc$|/\.", f"/{path.relative_to(ROOT / folder).as_posix()}")
+        if path.is_file()
+        and not re.search(r"\.pyc$|/\.|/Dockerfile$|\.sh$", f"/{path.relative_to(ROOT / folder).as_posix()}")
     }
     shipped = {name for name in names if ".dist-info/" not in name}
     assert shipped == expected

@@ -223,7 +223,7 @@ def test_formats_that_the_reader_has_are_linked_and_others_converted(tmp_path: P
         assert [file.is_symlink() for file in case.files] == [number == 0, True]
         arrays, properties = reader.read_images([str(file) for file in case.files])
         assert arrays.shape[0] == 2 and np.allclose(arrays[0], arrays[1])
-        assert sorted(properties["spacing"]) == pytest.approx([0.9, 1.1, 1.5])
+        assert sorted(properties["spacing"]) == pytest.approx([0.9, 1.0, 1.1])
 
 
 def test_a_colour_picture_becomes_what_its_model_reads(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_label_maps_have_the_images_geometry(largest: int, kind: int, tmp_path: 
 def test_a_label_map_of_another_size_and_an_unwritable_output(tmp_path: Path) -> None:
     source = write_image(tmp_path / "a.mha")
     sitk.WriteImage(sitk.Image([3, 4, 5], sitk.sitkUInt8), str(tmp_path / "labels.nii.gz"))
-    with pytest.raises(CaseError, match=re.escape("(3, 4, 5) voxels, the image (40, 36, 5)")):
+    with pytest.raises(CaseError, match=re.escape("(3, 4, 5) voxels, the image (30, 28, 4)")):
         write_label_map(tmp_path / "labels.nii.gz", tmp_path / "out.mha", Geometry.of(source))
     (tmp_path / "file").touch()
     geometry = Geometry.of(tmp_path / "labels.nii.gz")

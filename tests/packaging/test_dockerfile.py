@@ -1,0 +1,139 @@
+"""The container's Dockerfile: linted, and true to what it names; no container engine is needed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from masksam_nnunet.inference.docker.options import IN_IMAGE, app
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "inference" / "docker"
+DOCKERFILE = re.sub(r"(?m)^\s*#.*\n", "", (FOLDER / "Dockerfile").read_text()).replace("\\\n", " ")
+INSTRUCTIONS = re.findall(r"(?m)^([A-Z]+) (.*)$", DOCKERFILE)
+
+
+def arguments(name: str) -> list[str]:
+    return [text for instruction, text in INSTRUCTIONS if instruction == name]
+
+
+def lint(text: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).parent / "hadolint"
+    return subprocess.run([program, "--failure-threshold", "style", "-"], input=text, capture_output=True, text=True)
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = lint((FOLDER / "Dockerfile").read_text())
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint_finds_something_where_there_is_something() -> None:
+    done = lint("FROM python:latest\nRUN cd /x && pip install numpy\n")
+    assert done.returncode != 0 and "DL3007" in done.stdout
+
+
+def test_images_are_pinned_and_the_user_is_none_of_the_hosts() -> None:
+    stages = {text.split(" AS ")[1] for text in arguments("FROM") if " AS " in text}
+    images = {text.split(" AS ")[0] for text in arguments("FROM")} - stages
+    assert images and all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", image) for image in images)
+    (user,) = arguments("USER")
+    assert user == "1000:1000" and "useradd --uid 1000" in DOCKERFILE
+    assert arguments("FROM")[-1] in stages, "the last stage has no model inside: it needs no further context"
+
+
+def test_what_is_copied_is_there_and_gets_into_the_context() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {name for text in arguments("COPY") if not text.startswith("--from") for name in text.split()[:-1]}
+    assert copied == allowed
+    for name in copied:
+        assert (ROOT / name).exists()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values()
+    assert {folder.split("/")[0] for folder in packages} <= copied
+
+
+def test_packages_are_hashed_and_only_tools_are_taken_out() -> None:
+    runs = " ".join(arguments("RUN"))
+    assert "--no-deps --require-hashes -r requirements.lock" in runs
+    assert all(
+        "--no-index" in run or "--require-hashes" in run for run in re.findall(r"pip (?:install|wheel)[^&]*", runs)
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dev, needed = (
+        {re.split(r"[<>=!~ ;\[]", text)[0].lower() for text in texts}
+        for texts in (project["optional-dependencies"]["dev"], project["dependencies"])
+    )
+    removed = re.search(r"pip uninstall --yes ([\w -]+?) *&&", runs)
+    assert removed and set(removed[1].split()) <= dev - needed
+
+
+def test_entry_point_and_variables_are_the_commands() -> None:
+    assert arguments("ENTRYPOINT") == ['["python", "-m", "masksam_nnunet.inference.docker"]']
+    known = {param.envvar for param in typer.main.get_command(app).params if param.envvar}
+    assert set(re.findall(r"MASKSAM_\w+", DOCKERFILE)) <= known
+    assert any(text.endswith(f" {IN_IMAGE}/") for text in arguments("COPY"))
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Path:
+    """A program in Docker's place, which writes down what it is told."""
+    program = tmp_path / "docker"
+    program.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word" >> "$LOG"; done\necho image\n')
+    program.chmod(0o755)
+    return program
+
+
+def container(docker: Path, *words: object, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    log = docker.with_name("log")
+    environment = {**os.environ, "DOCKER": str(docker), "LOG": str(log), **variables}
+    done = subprocess.run(
+        [FOLDER / "container.sh", *map(str, words)], env=environment, capture_output=True, text=True, cwd=docker.parent
+    )
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def test_script_builds(docker: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    done, words = container(docker, "build", "my model", TIME_LIMIT="60", CHANNELS="t2,adc", TAG="other")
+    assert done.returncode == 0, done.stderr
+    assert words[0] == "build" and words[-1] == str(ROOT)
+    options = list(itertools.pairwise(words))
+    for pair in (
+        ("--platform", "linux/amd64"),
+        ("--file", str(FOLDER / "Dockerfile")),
+        ("--tag", "other"),
+        ("--build-arg", "TIME_LIMIT=60"),
+        ("--build-arg", "CHANNELS=t2,adc"),
+        ("--target", "with-model"),
+        ("--build-context", f"model={tmp_path / 'my model'}"),
+    ):
+        assert pair in options
+
+
+def test_script_tries_what_the_platform_does(docker: Path, tmp_path: Path) -> None:
+    for name in ("in", "model"):
+        (tmp_path / name).mkdir()
+    done, words = container(docker, "try", "in", "out put", "model", GPUS="none")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out put").stat().st_mode & 0o007 == 0o007
+    for word in ("--read-only", "none", "/tmp", f"{tmp_path}/in:/input:ro", f"{tmp_path}/out put:/output",
+                 f"{tmp_path}/model:/opt/ml/model:ro"):  # fmt: skip
+        assert word in words
+    assert "--gpus" not in words and words[-1] == "masksam"
+
+
+def test_script_saves_whole_files_and_explains_itself(docker: Path, tmp_path: Path) -> None:
+    done, words = container(docker, "save", "image.tar.gz")
+    assert done.returncode == 0 and words == ["save", "masksam"]
+    assert subprocess.run(["gzip", "-dc", tmp_path / "image.tar.gz"], capture_output=True).stdout == b"image\n"
+    for wrong in ((), ("try", "in"), ("nonsense",), ("build", "nowhere")):
+        done, _ = container(docker, *wrong)
+        assert done.returncode == 2 and done.stderr
+    assert "container.sh build [MODEL]" in container(docker)[0].stderr
