@@ -19,7 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from masksam_nnunet.errors import CheckpointFileError
 
 # What makes numpy's scalars and arrays of numbers, as nnU-Net's logs hold them; under numpy 1 it had another address.
-_MAKERS = (np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0])
+_MAKERS: tuple[Any, ...] = (np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0])
 _SAFE: list[Any] = [
     *((maker, f"numpy.{core}.multiarray.{maker.__name__}") for maker in _MAKERS for core in ("_core", "core")),
     *(np.ndarray, np.dtype),

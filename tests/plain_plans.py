@@ -8,6 +8,13 @@ from typing import Any
 import pytest
 
 DATASET = "Dataset042_Hand"
+SMALL_UNET: dict[str, Any] = {
+    "n_stages": 2, "features_per_stage": [4, 8], "kernel_sizes": [[3] * 3] * 2, "strides": [[1] * 3, [2] * 3],
+    "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True,
+    "conv_op": "torch.nn.Conv3d", "norm_op": "torch.nn.BatchNorm3d", "norm_op_kwargs": {}, "dropout_op": None,
+    "nonlin": "torch.nn.ReLU",
+}  # fmt: skip
+"""Arguments of a U-Net of nnU-Net's whose modules have several names, with buffers that are trained."""
 
 
 def plain_plans(

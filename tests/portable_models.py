@@ -12,7 +12,7 @@ from configs import tiny_config
 from container_models import PATCH, add_fold, build_network
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from plain_plans import DATASET, dataset_json, plain_plans
+from plain_plans import DATASET, SMALL_UNET, dataset_json, plain_plans
 from torch import nn
 
 from masksam_nnunet import weights
@@ -36,7 +36,7 @@ def _folder(results: Path, name: str, plans: dict[str, Any]) -> Path:
     return folder
 
 
-def changed(network: nn.Module) -> nn.Module:
+def trained(network: nn.Module) -> nn.Module:
     """The network with other values of what is trained."""
     with torch.no_grad():
         for parameter in network.parameters():
@@ -55,27 +55,22 @@ def masksam_model(results: Path, backbone: str = "vit_t", folds: int = 2, sam: P
         new = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         set_sam_sha256(network, weights.load_sam(network.sam_parts(), backbone, sam, new).sha256)
         with lean_state_dicts(network):
-            add_fold(folder, 0, changed(network))
+            add_fold(folder, 0, trained(network))
     for fold in range(int(sam is not None), folds):
-        add_fold(folder, fold, changed(network))
+        add_fold(folder, fold, trained(network))
     return folder
 
 
 def stock_model(results: Path) -> Path:
     """Two folds of a U-Net of nnU-Net's, whose modules have several names, and buffers that are trained."""
     plans = _plans((4, 16, 16))
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = {
-        "n_stages": 2, "features_per_stage": [4, 8], "kernel_sizes": [[3] * 3] * 2, "strides": [[1] * 3, [2] * 3],
-        "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True,
-        "conv_op": "torch.nn.Conv3d", "norm_op": "torch.nn.BatchNorm3d", "norm_op_kwargs": {}, "dropout_op": None,
-        "nonlin": "torch.nn.ReLU",
-    }  # fmt: skip
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = SMALL_UNET
     folder = _folder(results, STOCK, plans)
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
     network = nnUNetTrainer.build_network_architecture(manager, configuration, 1, 3, False)
     for fold in range(2):
-        changed(network)(torch.randn(2, 1, 4, 16, 16))  # in training mode: statistics move
+        trained(network)(torch.randn(2, 1, 4, 16, 16))  # in training mode: statistics move
         add_fold(folder, fold, network, "nnUNetTrainer")
     return folder
 

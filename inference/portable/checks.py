@@ -86,7 +86,8 @@ def check_model(description: Description, plans: Any, dataset_json: Any) -> Plan
 
 
 def _check_orientation(plans: Mapping[str, Any]) -> None:
-    forward, backward = plans.get("transpose_forward"), plans.get("transpose_backward")
+    forward: Any = plans.get("transpose_forward")
+    backward: Any = plans.get("transpose_backward")
     orders = [order for order in (forward, backward) if _all(order, 3, _is_whole) and sorted(order) == [0, 1, 2]]
     _check(
         len(orders) == 2 and [orders[0][axis] for axis in orders[1]] == [0, 1, 2],
@@ -113,14 +114,15 @@ def _check_dataset(dataset_json: Mapping[str, Any]) -> int:
         f"{DATASET}: regions_class_order = {order!r:.80} is not a list of labels",
     )
     key = "modality" if "modality" in dataset_json else "channel_names"
-    names = dataset_json.get(key)
+    names: Any = dataset_json.get(key)
     _check(isinstance(names, dict) and 0 < len(names) < 1000, f"{DATASET}: {key} = {names!r:.80} names no channels")
-    return len(names)  # type: ignore[arg-type]
+    return len(names)
 
 
 def _check_configuration(configuration: ConfigurationManager, channels: int) -> None:
     values = configuration.configuration
-    patch, spacing = values.get("patch_size"), values.get("spacing")
+    patch: Any = values.get("patch_size")
+    spacing = values.get("spacing")
     _check(
         isinstance(patch, list)
         and len(patch) in (2, 3)
@@ -129,15 +131,16 @@ def _check_configuration(configuration: ConfigurationManager, channels: int) -> 
         f"{PLANS}: patch_size = {patch!r:.80} is not two or three sizes up to {LARGEST_AXIS}",
     )
     _check(
-        _all(spacing, len(patch), lambda v: _is_number(v) and v > 0),  # type: ignore[arg-type]
-        f"{PLANS}: spacing = {spacing!r:.80} is not {len(patch)} positive numbers",  # type: ignore[arg-type]
+        _all(spacing, len(patch), lambda v: _is_number(v) and v > 0),
+        f"{PLANS}: spacing = {spacing!r:.80} is not {len(patch)} positive numbers",
     )
-    schemes, masked = values.get("normalization_schemes"), values.get("use_mask_for_norm")
+    schemes: Any = values.get("normalization_schemes")
+    masked = values.get("use_mask_for_norm")
     _check(
         _all(schemes, channels, lambda v: isinstance(v, str)) and _all(masked, channels, lambda v: isinstance(v, bool)),
         f"{PLANS}: normalization_schemes and use_mask_for_norm do not have {channels} entries, one for each channel",
     )
-    for scheme in set(schemes):  # type: ignore[arg-type]
+    for scheme in set(schemes):
         _part(
             {"normalization_schemes": scheme},
             "normalization_schemes",
@@ -153,7 +156,7 @@ def _check_configuration(configuration: ConfigurationManager, channels: int) -> 
 
 def _check_resampling(values: Mapping[str, Any], key: str) -> None:
     function = _found(values, key, "preprocessing.resampling")
-    arguments = values.get(f"{key}_kwargs")
+    arguments: Any = values.get(f"{key}_kwargs")
     known = inspect.isfunction(function) and function.__module__.startswith("nnunetv2.preprocessing.resampling.")
     _check(known, f"{PLANS}: {key} = {values.get(key)!r:.80} is no resampling of nnU-Net's")
     _check(

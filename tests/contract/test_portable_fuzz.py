@@ -34,7 +34,7 @@ from masksam_nnunet.inference.portable.errors import PortableError
 from masksam_nnunet.inference.portable.load import is_portable, read_model
 from masksam_nnunet.inference.portable.write import write_portable
 
-EXAMPLES, LONG = 300, 5000
+EXAMPLES, LONG = 300, 2000
 FILES = ("model.json", "plans.json", "dataset.json")
 CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 

@@ -17,7 +17,8 @@ from float16 import sum_tolerance
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from plain_plans import dataset_json, plain_plans
+from plain_plans import SMALL_UNET, dataset_json, plain_plans
+from portable_models import trained
 from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor, nn
 
@@ -75,15 +76,6 @@ class Model:
         predictor = cls(**settings)
         predictor.initialize_from_trained_model_folder(str(self.folder), tuple(range(self.folds)))
         return predictor
-
-
-def trained(network: nn.Module) -> nn.Module:
-    """The network with other values of what is trained."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return network
 
 
 def masksam_model(folder: Path, folds: int, dims: int = 3, backbone: str = "vit_b") -> tuple[Model, Any]:
@@ -185,12 +177,7 @@ def test_lean_and_full_checkpoints_of_one_sam(tmp_path: Path, monkeypatch: pytes
 def test_stock_networks_and_compiled_ones(tmp_path: Path) -> None:
     """A U-Net whose modules have several names, and buffers that are trained; nothing of it is frozen."""
     plans = plain_plans((8, 16, 16))
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = {
-        "n_stages": 2, "features_per_stage": [4, 8], "kernel_sizes": [[3] * 3] * 2, "strides": [[1] * 3, [2] * 3],
-        "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True,
-        "conv_op": "torch.nn.Conv3d", "norm_op": "torch.nn.BatchNorm3d", "norm_op_kwargs": {}, "dropout_op": None,
-        "nonlin": "torch.nn.ReLU",
-    }  # fmt: skip
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = SMALL_UNET
     model = Model(tmp_path, plans, "nnUNetTrainer", (0,))
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
