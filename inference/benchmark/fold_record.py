@@ -245,8 +245,8 @@ def read_fold_compute(fold_folder: Path) -> FoldCompute:
 
 def _wall_seconds(parts: Sequence[Mapping[str, Any]]) -> float | None:
     """From each trainer's making to its validation or its end, over all parts; None where one did not tell."""
-    taken = [(part["process"] or {}).get("wall_seconds") for part in parts]
-    return float(sum(taken)) if taken and None not in taken else None
+    told = [float(part["process"]["wall_seconds"]) for part in parts if "wall_seconds" in (part["process"] or {})]
+    return sum(told) if told and len(told) == len(parts) else None
 
 
 def _budget_stats(fold_folder: Path) -> Mapping[str, Any]:
