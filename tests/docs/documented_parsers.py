@@ -86,17 +86,16 @@ def _read_nnunet(name: str, arguments: list[str]) -> None:
     found = list(entry_points(group="console_scripts", name=name))
     if not found:
         raise Misread(f"{name} is no command of nnU-Net")
-    parse = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args
 
-    def parse_only(self: argparse.ArgumentParser, *_: Any) -> None:
-        for action in self._actions:
-            if getattr(action.type, "__module__", "").startswith("nnunetv2"):
-                action.type = None  # it would look the dataset up
-        parse(self, arguments)
+    def parse_only(self: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        _, unknown = parse(self, arguments)  # some commands pass over what they do not know
+        if unknown:
+            raise Misread(f"{name} {arguments}: does not know {unknown}")
         raise _Parsed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
         patch.setattr(sys, "argv", [name, *arguments])
         try:
             found[0].load()()
