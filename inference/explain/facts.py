@@ -111,16 +111,16 @@ def slice_facts(
         most: how many queries are drawn at most.
     """
     shares = queries.shares(classes.has_regions)
-    order = sorted(range(len(shares)), key=lambda n: (-round(shares[n], 6), queries.probabilities[n, -1], n))
+    order = sorted(range(len(shares)), key=lambda n: (-round(float(shares[n]), 6), queries.probabilities[n, -1], n))
     drawn = set(order[:most])
     middle = queries.corner[0] + (queries.size[0] - 1) / 2
     return SliceFacts(
         source=source,
-        network=queries.slice,
+        network=queries.index,
         window=(queries.window, queries.windows),
         corner=queries.corner,
         size=queries.size,
-        off_centre=abs(queries.slice - middle),
+        off_centre=abs(queries.index - middle),
         foreground=int(np.count_nonzero(result > 0)),
         mean_entropy=float(entropy.mean()),
         queries=tuple(_query(queries, n, float(shares[n]), n in drawn, label, classes) for n in order),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,9 @@ def check_slices(wanted: Sequence[int], volume: Volume) -> None:
         )
 
 
-def choose_slices(foreground: NDArray[np.integer], entropy: NDArray[np.floating], count: int = AUTO) -> list[int]:
+def choose_slices(
+    foreground: NDArray[np.integer[Any]], entropy: NDArray[np.floating[Any]], count: int = AUTO
+) -> list[int]:
     """Slices with much foreground and much uncertainty, spread over the object.
 
     One of each of ``count`` stretches of it, none beside another where the stretches leave the choice.
@@ -63,7 +66,10 @@ def choose_slices(foreground: NDArray[np.integer], entropy: NDArray[np.floating]
         count: how many; fewer where there are fewer slices.
     """
     candidates = np.flatnonzero(foreground) if foreground.any() else np.arange(len(foreground))
-    score = sum(values / values.max() if values.max() > 0 else 0.0 * values for values in (foreground, entropy))
+    score = np.zeros(len(foreground))
+    for values in (foreground, entropy):
+        if values.max() > 0:
+            score += values / values.max()
     stretches = np.array_split(candidates, min(count, len(candidates)))
     chosen: list[int] = []
     for stretch in stretches:

@@ -29,7 +29,7 @@ class SliceQueries:
     """What each of the N queries of one slice of one window makes of it.
 
     Attributes:
-        slice: on the network's grid.
+        index: of the slice on the network's grid.
         window: number of the window, from 1.
         windows: how many there are.
         corner: (d, h, w) of the window's first voxel on the network's grid; negative where the volume was padded.
@@ -41,7 +41,7 @@ class SliceQueries:
         inside: rows and columns of the window that lie in the volume.
     """
 
-    slice: int
+    index: int
     window: int
     windows: int
     corner: Corner
@@ -194,7 +194,7 @@ def _read(
         for start, length, whole in zip(corner[1:], size[1:], volume[1:], strict=True)
     )
     return SliceQueries(
-        slice=index,
+        index=index,
         window=number + 1,
         windows=count,
         corner=corner,
