@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,21 @@ class PredictOptions:
     postprocessing: Postprocessing | None = None
 
 
+class Crew(contextlib.ExitStack):
+    """The processes of these options, for one model after another: they take seconds to start."""
+
+    def __init__(self, options: PredictOptions) -> None:
+        super().__init__()
+        self.readers = self.enter_context(Workers(options.preprocessing))
+        self.writers = self.enter_context(Workers(options.export))
+
+
 def predict_cases(
     predictor: MaskSAMPredictor,
     cases: Sequence[Case],
     out: Path,
-    options: PredictOptions = PredictOptions(),
+    options: PredictOptions,
+    crew: Crew,
     previous: Path | None = None,
 ) -> dict[str, str]:
     """Write the label map of each case, ``CASE`` + the dataset's file ending, once it is whole.
@@ -57,6 +68,7 @@ def predict_cases(
         cases: to predict.
         out: folder of the predictions; made if it is missing.
         options: see there.
+        crew: of these options.
         previous: for a cascade, the folder of the previous stage's label maps.
 
     Returns:
@@ -76,34 +88,34 @@ def predict_cases(
         (case, segmentation, plans, configuration, dataset_json, predictor.verbose_preprocessing)
         for case, segmentation in zip(cases, segmentations, strict=True)
     ]
-    with Workers(options.preprocessing) as readers, Workers(options.export) as writers:
 
-        def collect(left: int) -> None:
-            while len(exports) > left:
-                case, task = exports.popleft()
-                try:
-                    writers.result(task)
-                except CaseError as error:
-                    failed[case.name] = str(error)
-
-        prepared = readers.in_order(preprocess_case, calls)
-        for number, (case, task) in enumerate(zip(cases, prepared, strict=True), start=1):
+    def collect(left: int) -> None:
+        while len(exports) > left:
+            case, task = exports.popleft()
             try:
-                data, properties = readers.result(task)
-                print(f"Predicting {case.name} ({number} of {len(cases)})", flush=True)
-                logits = _logits(predictor, data)
+                crew.writers.result(task)
             except CaseError as error:
                 failed[case.name] = str(error)
-                print(f"{case.name} cannot be predicted: {error}", flush=True)
-                continue
-            written = writers.start(
-                export_case, logits, properties, configuration, plans, dataset_json, out / case.name,
-                options.probabilities, options.postprocessing,
-            )  # fmt: skip
-            exports.append((case, written))
-            del data, logits
-            collect(options.export + _WAITING if options.export else 0)
-        collect(0)
+
+    prepared = crew.readers.in_order(preprocess_case, calls)
+    for number, (case, task) in enumerate(zip(cases, prepared, strict=True), start=1):
+        try:
+            data, properties = crew.readers.result(task)
+            print(f"Predicting {case.name} ({number} of {len(cases)})", flush=True)
+            logits = _logits(predictor, data)
+        except CaseError as error:
+            failed[case.name] = str(error)
+            print(f"{case.name} cannot be predicted: {error}", flush=True)
+            continue
+        written = crew.writers.start(
+            export_case, logits, properties, configuration, plans, dataset_json, out / case.name,
+            options.probabilities, options.postprocessing,
+        )  # fmt: skip
+        exports.append((case, written))
+        del data, logits
+        collect(options.export + _WAITING if options.export else 0)
+    collect(0)
+
     compute_gaussian.cache_clear()
     empty_cache(predictor.device)
     return failed

@@ -14,7 +14,7 @@ from masksam_nnunet.json_files import read_json, write_json
 
 from .errors import PredictError
 from .postprocessing import Postprocessing
-from .predict_batch import PredictOptions, predict_cases
+from .predict_batch import Crew, PredictOptions, predict_cases
 from .predict_cases import Case, find_cases
 from .predict_ensemble import Ensemble, predict_ensemble
 from .predict_models import Model, previous_stage, reader_of
@@ -116,13 +116,15 @@ class PredictCommand:
         print(f"{len(wanted)} cases to predict; {len(cases) - len(wanted)} were done before", flush=True)
         if ensemble is not None:
             self._begin(wanted, out, arguments)
-            failed |= predict_ensemble(ensemble, self.make_predictor, wanted, out, not overwrite, options)
+            with Crew(options) as crew:
+                failed |= predict_ensemble(ensemble, self.make_predictor, wanted, out, not overwrite, options, crew)
         elif wanted:
             predictor = self.make_predictor()
             first.load(predictor)
             self._begin(wanted, out, arguments)
             stage = previous if previous_stage(first) else None
-            failed |= predict_cases(predictor, wanted, out, options, stage)
+            with Crew(options) as crew:
+                failed |= predict_cases(predictor, wanted, out, options, crew, stage)
         if failed:
             raise PredictError(_listed(failed, out))
 

@@ -15,12 +15,11 @@ from .benchmark.errors import BenchmarkError
 from .benchmark.methods import parse_methods
 from .benchmark.results import Method
 from .errors import CaseError, PredictError
-from .predict_batch import PredictOptions, predict_cases
+from .predict_batch import Crew, PredictOptions, predict_cases
 from .predict_cases import Case
 from .predict_models import Model, check_averaging, previous_stage, reader_of
 from .predictor import MaskSAMPredictor
 from .whole_files import draft, is_whole, remove
-from .workers import Workers
 
 MEMBERS = ".ensemble"
 """Folder, in that of the predictions, of what the members predict; what has been averaged is removed from it."""
@@ -108,6 +107,7 @@ def predict_ensemble(
     out: Path,
     resume: bool,
     options: PredictOptions,
+    crew: Crew,
 ) -> dict[str, str]:
     """Write the label map of each case, once it is whole; one model is in memory at a time.
 
@@ -118,6 +118,7 @@ def predict_ensemble(
         out: folder of the predictions.
         resume: take what a model has predicted already.
         options: for the result.
+        crew: of these options.
 
     Returns:
         What was wrong, by name, of the cases that have no prediction now.
@@ -141,10 +142,10 @@ def predict_ensemble(
         predictor = make_predictor()
         model.load(predictor)
         stage = ensemble.stages.get(model.name)
-        failed |= predict_cases(predictor, wanted, folder, of_members, stage)
+        failed |= predict_cases(predictor, wanted, folder, of_members, crew, stage)
         del predictor
     whole = [case for case in cases if case.name not in failed]
-    failed |= _merge(ensemble.models, folders, whole, out, options)
+    failed |= _merge(ensemble.models, folders, whole, out, options, crew)
     _remove_empty(out / MEMBERS)
     return failed
 
@@ -186,6 +187,7 @@ def _merge(
     cases: Sequence[Case],
     out: Path,
     options: PredictOptions,
+    crew: Crew,
 ) -> dict[str, str]:
     failed = {}
     plans = PlansManager(models[0].plans)
@@ -193,12 +195,11 @@ def _merge(
         ([folder / case.name for folder in folders], out / case.name, plans, models[0].dataset_json, options)
         for case in cases
     ]
-    with Workers(options.export) as workers:
-        for case, task in zip(cases, workers.in_order(merge_case, calls), strict=True):
-            try:
-                workers.result(task)
-            except CaseError as error:
-                failed[case.name] = f"the models' predictions cannot be averaged: {error}"
+    for case, task in zip(cases, crew.writers.in_order(merge_case, calls), strict=True):
+        try:
+            crew.writers.result(task)
+        except CaseError as error:
+            failed[case.name] = f"the models' predictions cannot be averaged: {error}"
     return failed
 
 

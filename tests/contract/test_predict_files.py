@@ -33,6 +33,7 @@ from masksam_nnunet.inference.predict_ensemble import parse_members
 from masksam_nnunet.inference.whole_files import draft, files_of, is_whole
 
 GZ = ".nii.gz"
+SIZE = (40, 36, 5)
 T1, T2 = "a_0000.nii.gz", "a_0001.nii.gz"
 
 
@@ -68,7 +69,7 @@ def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], m
 
 @pytest.mark.parametrize("reader", [SimpleITKIO(), NibabelIO()])
 def test_channels_are_read_as_by_nnunet(tmp_path: Path, reader: Any) -> None:
-    files = tuple(write_image(tmp_path / name, seed) for seed, name in enumerate((T1, T2)))
+    files = tuple(write_image(tmp_path / name, seed, SIZE) for seed, name in enumerate((T1, T2)))
     data, properties = read_case(Case("a", files), reader, ["T1", "T2"])
     expected, its_properties = reader.read_images([str(file) for file in files])
     np.testing.assert_array_equal(data, expected)
@@ -121,7 +122,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "origin": (change(Origin=(0.0, 3.25, 120.125)), "a_0000.nii.gz and a_0001.nii.gz differ in origin"),
     "direction": (change(Direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), "differ in direction"),
     "too few": (lambda file: file.unlink(), "it has 1 channels (a_0000.nii.gz), the model was trained on 2 (T1, T2)"),
-    "too many": (lambda file: write_image(file.with_name("a_0002.nii.gz")), "it has 3 channels"),
+    "too many": (lambda file: write_image(file.with_name("a_0002.nii.gz"), 0, SIZE), "it has 3 channels"),
     "a gap": (lambda file: file.rename(file.with_name("a_0003.nii.gz")), "it has the channels [0, 3]"),
 }
 
@@ -129,7 +130,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_cases(tmp_path: Path, what: str) -> None:
     for seed, name in enumerate((T1, T2)):
-        write_image(tmp_path / name, seed)
+        write_image(tmp_path / name, seed, SIZE)
     spoil, message = BAD[what]
     spoil(tmp_path / T2)
     (case,), _ = find_cases(tmp_path, GZ)
@@ -139,7 +140,7 @@ def test_bad_cases(tmp_path: Path, what: str) -> None:
 
 
 def test_rounding_in_headers_is_no_other_grid(tmp_path: Path) -> None:
-    files = tuple(write_image(tmp_path / name) for name in (T1, T2))
+    files = tuple(write_image(tmp_path / name, 0, SIZE) for name in (T1, T2))
     change(Origin=(-17.501, 3.251, 120.125))(files[1])
     assert read_case(Case("a", files), SimpleITKIO(), ["T1", "T2"])[0].shape == (2, 5, 36, 40)
 
@@ -152,7 +153,7 @@ def write_prediction(target: Path, probabilities: bool = True) -> None:
     if probabilities:
         np.savez_compressed(f"{target}.npz", probabilities=np.random.default_rng(0).random((2, 5, 6, 7)))
         Path(f"{target}.pkl").write_bytes(pickle.dumps({"spacing": [1, 1, 1]}))
-    sitk.WriteImage(sitk.Cast(image() > 0, sitk.sitkUInt8), f"{target}{GZ}")
+    sitk.WriteImage(sitk.Cast(image(0, SIZE) > 0, sitk.sitkUInt8), f"{target}{GZ}")
 
 
 def test_a_draft_replaces_what_was_there_once_it_is_whole(tmp_path: Path) -> None:

@@ -1,0 +1,361 @@
+"""``masksam predict`` as it is called, on tiny networks: against nnU-Net's own commands, and with what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from container_models import write_image
+from method_pair import MASKSAM, STOCK, write_pair, write_unet
+from nnunetv2.ensembling.ensemble import ensemble_folders
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.postprocessing.remove_connected_components import (
+    apply_postprocessing_to_folder,
+    remove_all_but_largest_component_from_segmentation,
+)
+from plain_plans import DATASET
+from typer.testing import CliRunner, Result
+
+from masksam_nnunet import cli
+from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.inference.predict_command import PredictCommand
+from masksam_nnunet.inference.predict_models import TrainedModel
+from masksam_nnunet.inference.predictor import MaskSAMPredictor
+
+QUICK = ["-d", "42", "-device", "cpu", "--disable_tta", "--disable_progress_bar", "-step_size", "1"]
+ALONE = ["-npp", "0", "-nps", "0"]
+PAIR = ["--ensemble", "nnUNetTrainer", "MaskSAMTrainer@nnUNetPlans:3d_fullres", "-c", "3d_fullres", "-f", "0"]
+ONE = ["-tr", "nnUNetTrainer", "-c", "3d_fullres", "-f", "0"]
+SIZE = (40, 36, 5)  # several windows
+KEEP_LARGEST = (
+    [remove_all_but_largest_component_from_segmentation] * 2,
+    [{"labels_or_regions": 1}, {"labels_or_regions": 2}],
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return write_pair(tmp_path_factory.mktemp("models") / "nnUNet_results", folds=2, channels=2).parent
+
+
+@pytest.fixture(autouse=True)
+def _nnunet(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setenv(name, str(models.with_name(name)))
+    monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
+    monkeypatch.setenv("nnUNet_results", str(models))
+    monkeypatch.setattr("multiprocessing.cpu_count", lambda: 1)  # as many threads nnU-Net's command takes
+    monkeypatch.setattr("sys.argv", ["masksam"])
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three cases of two channels."""
+    return write_images(tmp_path / "images", "abc")
+
+
+def write_images(folder: Path, names: str) -> Path:
+    for number, name in enumerate(names):
+        for channel in range(2):
+            write_image(folder / f"{name}_{channel:04d}.nii.gz", 10 * number + channel, SIZE)
+    return folder
+
+
+def predict(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, ["predict", *map(str, words), *QUICK, *([] if "-npp" in words else ALONE)])
+
+
+def labels(folder: Path) -> dict[str, Any]:
+    return {
+        file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in sorted(folder.glob("[!.]*.nii.gz"))
+    }
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.nii.gz")}
+
+
+def by_nnunet(model: Path, images: Path, out: Path, folds: tuple[int, ...]) -> Path:
+    """What nnU-Net's own predictor writes, with probabilities."""
+    predictor = nnUNetPredictor(1.0, True, False, False, torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), folds)
+    out.mkdir()
+    predictor.predict_from_files_sequential(str(images), str(out), save_probabilities=True)
+    return out
+
+
+def test_an_ensemble_is_what_nnunets_commands_make(
+    models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both methods, both folds, in processes of their own; then probabilities and post-processing."""
+    members = [by_nnunet(models / DATASET / name, images, tmp_path / name, (0, 1)) for name in (STOCK, MASKSAM)]
+    theirs, theirs_pp = tmp_path / "theirs", tmp_path / "theirs_pp"
+    with monkeypatch.context() as patch:  # in this process
+        patch.setattr("multiprocessing.get_context", lambda _: SimpleNamespace(Pool=ThreadPool))
+        ensemble_folders([str(m) for m in members], str(theirs), save_merged_probabilities=True, num_processes=1)
+        apply_postprocessing_to_folder(
+            str(theirs), str(theirs_pp), *KEEP_LARGEST, str(members[0] / "plans.json"), num_processes=1
+        )
+    pair = models / DATASET / "ensembles" / f"ensemble___{MASKSAM}___{STOCK}___0_1"
+    pair.mkdir(parents=True, exist_ok=True)
+    (pair / "postprocessing.pkl").write_bytes(pickle.dumps(KEEP_LARGEST))
+    out = tmp_path / "out"
+    words = ["-i", images, "-o", out, *PAIR, 1, "--postprocessing", "auto", "--keep-probabilities"]
+    result = predict(*words, "-npp", 1, "-nps", 1, "--batch-size", 1)
+    assert result.exit_code == 0, result.output
+    expected, found = labels(theirs_pp), labels(out)
+    assert found.keys() == expected.keys() and len(found) == 3
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+        file = name.replace(".nii.gz", ".npz")
+        one, other = (np.load(folder / file)["probabilities"].astype(float) for folder in (out, theirs))
+        np.testing.assert_array_equal(one, other)
+        assert other.std() > 0.05
+    assert any((labels(theirs)[name] != array).any() for name, array in expected.items()), "nothing to post-process"
+    for name in ("dataset.json", "plans.json"):
+        assert json.loads((out / name).read_text()) == json.loads((models / DATASET / STOCK / name).read_text())
+    arguments = json.loads((out / "predict_from_raw_data_args.json").read_text())
+    assert arguments["save_probabilities"] is True
+    assert [model["model"] for model in arguments["masksam"]["models"]] == [STOCK, MASKSAM]
+    assert sorted(p.name for p in out.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_bad_case_costs_itself_only_and_the_rest_is_not_done_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = images / "b_0001.nii.gz"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2])
+    for out, words in ((tmp_path / "one", ONE), (tmp_path / "pair", PAIR)):
+        bad.write_bytes(whole[: len(whole) // 2])
+        result = predict("-i", images, "-o", out, *words)
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+        assert "error: 1 case could not be predicted:\n  b: " in result.stderr and "truncated" in result.stderr
+        assert "--continue_prediction" in result.stderr
+        assert list(labels(out)) == ["a.nii.gz", "c.nii.gz"] and not (out / ".ensemble").exists()
+        before = times(out)
+        bad.write_bytes(whole)
+        result = predict("-i", images, "-o", out, *words, "--continue_prediction")
+        assert result.exit_code == 0, result.output
+        assert "1 cases to predict; 2 were done before" in result.stdout
+        after = times(out)
+        assert list(labels(out)) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+        assert {name: after[name] for name in before} == before
+
+
+def test_a_case_that_a_network_cannot_predict(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first model's predictions are kept, and taken the second time."""
+    predicted: list[str] = []
+    broken = True
+    real = MaskSAMPredictor.predict_logits_from_preprocessed_data
+
+    def logits(self: MaskSAMPredictor, data: torch.Tensor) -> torch.Tensor:
+        predicted.append(self.trainer_name)
+        if broken and predicted.count("MaskSAMTrainer") == 2 and self.trainer_name == "MaskSAMTrainer":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, data)
+
+    monkeypatch.setattr(MaskSAMPredictor, "predict_logits_from_preprocessed_data", logits)
+    out = tmp_path / "out"
+    result = predict("-i", images, "-o", out, *PAIR)
+    assert result.exit_code == 1
+    assert "b: the network of MaskSAMTrainer cannot predict it: OutOfMemoryError: CUDA out of memory" in result.stderr
+    assert list(labels(out)) == ["a.nii.gz", "c.nii.gz"]
+    broken = False
+    predicted.clear()
+    assert predict("-i", images, "-o", out, *PAIR, "--continue_prediction").exit_code == 0
+    assert predicted == ["MaskSAMTrainer"], "of all that is missing, one prediction of one model"
+    assert list(labels(out)) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"] and not (out / ".ensemble").exists()
+
+
+def test_damaged_predictions_are_made_again(images: Path, tmp_path: Path) -> None:
+    """As nnU-Net's own command leaves one when it is killed while it writes."""
+    out = tmp_path / "out"
+    assert predict("-i", images, "-o", out, *ONE).exit_code == 0
+    expected = labels(out)
+    file = out / "b.nii.gz"
+    file.write_bytes(file.read_bytes()[:-40])
+    before = times(out)
+    result = predict("-i", images, "-o", out, *ONE, "--continue_prediction")
+    assert result.exit_code == 0 and "1 cases to predict; 2 were done before" in result.stdout
+    found = labels(out)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert {name for name, time in times(out).items() if time != before[name]} == {"b.nii.gz"}
+
+
+def test_predictions_of_other_models_are_not_mixed(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert predict("-i", images, "-o", out, *ONE).exit_code == 0
+    before = times(out)
+    for words in ([*ONE, "1"], PAIR, [*ONE, "-tr", "MaskSAMTrainer"]):
+        result = predict("-i", images, "-o", out, *words, "--continue_prediction")
+        assert result.exit_code == 1 and "--continue_prediction: " in result.stderr and "models = " in result.stderr
+    assert times(out) == before
+
+
+def test_a_second_run_that_is_broken_off_leaves_nothing_of_the_first(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert predict("-i", images, "-o", out, *ONE).exit_code == 0
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskSAMPredictor, "predict_logits_from_preprocessed_data", interrupted)
+        predict("-i", images, "-o", out, *ONE, "-tr", "MaskSAMTrainer")
+    result = predict("-i", images, "-o", out, *ONE, "-tr", "MaskSAMTrainer", "--continue_prediction")
+    assert result.exit_code == 0 and "3 cases to predict" in result.stdout
+
+
+def test_parts(models: Path, images: Path, tmp_path: Path) -> None:
+    """Two commands for one folder; what one has done the other leaves."""
+    out = tmp_path / "out"
+    found = [TrainedModel(models / DATASET / name, (0,)) for name in (STOCK, MASKSAM)]
+    settings = {"tile_step_size": 1.0, "use_mirroring": False, "device": torch.device("cpu"), "allow_tqdm": False}
+    for part, done in ((1, ["b"]), (0, ["a", "b", "c"])):
+        command = PredictCommand(lambda folds, checkpoint: (found, None), None, **settings)
+        command.initialize_from_trained_model_folder("", (0,), "checkpoint_final.pth")
+        command.predict_from_files(
+            str(images), str(out), save_probabilities=False, overwrite=True, num_processes_preprocessing=0,
+            num_processes_segmentation_export=0, folder_with_segs_from_prev_stage=None, num_parts=2, part_id=part,
+        )  # fmt: skip
+        assert list(labels(out)) == [f"{name}.nii.gz" for name in done]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-i", "{none}", *ONE], "-i .*: there is no such folder"),
+        (["-i", "{empty}", *PAIR], "-i .*: the folder is empty"),
+        (["-o", "{file}", *ONE], "-o .*: no folder to write to"),
+        (["-o", "{images}", *ONE], "-o .* is the folder of the images"),
+        ([*ONE, "3"], "-f 0 3: .*has no checkpoint_final.pth of fold 3; name those that have: -f 0 1"),
+        ([*ONE, "-c", "2d"], "holds no model nnUNetTrainer__nnUNetPlans__2d; there are: MaskSAMTrainer__"),
+        ([*ONE, "-d", "7"], "-d 7: .*Could not find"),
+        ([*PAIR, "-tr", "nnUNetTrainer"], "-tr nnUNetTrainer: --ensemble names the trainers"),
+        (["--ensemble", "-c", "2d"], "--ensemble names no model"),
+        ([*ONE, "-prev_stage_predictions", "{none}"], "-prev_stage_predictions .*: there is no such folder"),
+        ([*ONE, "--postprocessing", "auto"], "--postprocessing auto: there is no "),
+        ([*ONE, "-npp", "-1", "-nps", "0"], "-npp -1: a number of processes"),
+    ],
+)
+def test_early_errors(images: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    places = {name: str(tmp_path / name) for name in ("none", "empty", "file", "images")}
+    words = [word.format(**places) for word in words]
+    base = [] if "-i" in words else ["-i", images]
+    base += [] if "-o" in words else ["-o", tmp_path / "out"]
+    # Ours come last, as argparse takes the last.
+    result = CliRunner().invoke(cli.app, ["predict", *QUICK, *ALONE, *map(str, base), *words])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert re.search(f"^error: .*{message}", result.stderr, re.DOTALL)
+    assert not (tmp_path / "out").exists() and sorted(os.listdir(images)) == sorted(
+        f"{name}_{channel:04d}.nii.gz" for name in "abc" for channel in range(2)
+    )
+
+
+@pytest.fixture
+def own_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to spoil; the dataset's folder."""
+    shutil.copytree(models, tmp_path / "results")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return tmp_path / "results" / DATASET
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "what"),
+    [
+        ("dataset.json", {"labels": {"background": 0, "organ 1": 1}}, "labels"),
+        ("dataset.json", {"channel_names": {"0": "CT"}}, "channels"),
+        ("dataset.json", {"file_ending": ".mha"}, "the file ending"),
+        ("dataset.json", {"regions_class_order": [2, 1]}, "the order of regions"),
+        ("plans.json", {"dataset_name": "Dataset007_Other"}, "the dataset"),
+        ("plans.json", {"image_reader_writer": "NibabelIO"}, "the reader of images"),
+    ],
+)
+def test_models_that_cannot_be_averaged(
+    own_models: Path, images: Path, tmp_path: Path, file: str, changes: dict[str, object], what: str
+) -> None:
+    edit(own_models / MASKSAM / file, **changes)
+    result = predict("-i", images, "-o", tmp_path / "out", *PAIR)
+    assert result.exit_code == 1
+    assert f"--ensemble: {STOCK} and {MASKSAM} differ in {what} (" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cascade_needs_its_previous_stage(own_models: Path, images: Path, tmp_path: Path) -> None:
+    """Two stages of stock nnU-Net beside a MaskSAM: refused without the first; then each gets what it needs."""
+    low, cascade = (own_models / f"nnUNetTrainer__nnUNetPlans__3d_{name}" for name in ("lowres", "cascade_fullres"))
+    for folder, more in ((low, 0), (cascade, 2)):
+        write_unet(folder, 1, 2, more_inputs=more)
+        plans = json.loads((folder / "plans.json").read_text())
+        stage = plans["configurations"].pop("3d_fullres")
+        name = folder.name.rpartition("__")[2]
+        plans["configurations"]["3d_lowres"] = dict(stage)
+        plans["configurations"]["3d_cascade_fullres"] = {**stage, "previous_stage": "3d_lowres"}
+        (folder / "plans.json").write_text(json.dumps(plans))
+        for file in folder.glob("fold_*/checkpoint_final.pth"):
+            checkpoint = torch.load(file, weights_only=False)
+            checkpoint["init_args"]["configuration"] = name
+            torch.save(checkpoint, file)
+    out = tmp_path / "out"
+    members = ["nnUNetTrainer:3d_cascade_fullres", "MaskSAMTrainer:3d_fullres"]
+    words = ["-i", images, "-o", out, "-f", "0", "--ensemble", *members]
+    result = predict(*words)
+    assert result.exit_code == 1 and not out.exists()
+    assert "is a cascade and needs the predictions of nnUNetTrainer__nnUNetPlans__3d_lowres: add" in result.stderr
+    assert "nnUNetTrainer@nnUNetPlans:3d_lowres to the ensemble, or give -prev_stage_predictions" in result.stderr
+
+    alone = ["-i", images, "-tr", "nnUNetTrainer", "-f", "0"]
+    result = predict(*alone, "-o", out, "-c", "3d_cascade_fullres")
+    assert result.exit_code == 1 and "is a cascade: predict these images with its 3d_lowres model" in result.stderr
+    assert predict(*alone, "-o", tmp_path / "low", "-c", "3d_lowres").exit_code == 0
+    (tmp_path / "low" / "b.nii.gz").unlink()
+    result = predict(*words, "-prev_stage_predictions", tmp_path / "low")
+    assert result.exit_code == 1 and "b.nii.gz, the previous stage's prediction, is missing" in result.stderr
+    given = labels(out)
+    assert list(given) == ["a.nii.gz", "c.nii.gz"]
+
+    # The first stage as a member is predicted first, wherever it is named.
+    result = predict(*words, "nnUNetTrainer:3d_lowres", "-o", tmp_path / "three")
+    assert result.exit_code == 0, result.output
+    assert list(labels(tmp_path / "three")) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert result.stdout.index("3d_lowres: 3 cases") < result.stdout.index("3d_cascade_fullres: 3 cases")
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_checkpoint_that_is_cut_off(own_models: Path, images: Path, tmp_path: Path, size: int) -> None:
+    os.truncate(own_models / STOCK / "fold_0" / "checkpoint_final.pth", size)
+    result = predict("-i", images, "-o", tmp_path / "out", *PAIR)
+    assert result.exit_code == 1 and "fold_0/checkpoint_final.pth is cut off: copy it anew" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_plans_file(own_models: Path, images: Path, tmp_path: Path) -> None:
+    (own_models / STOCK / "plans.json").write_text('{"configurations"')
+    result = predict("-i", images, "-o", tmp_path / "out", *ONE)
+    assert result.exit_code == 1 and "plans.json cannot be read" in result.stderr and "restore it" in result.stderr
