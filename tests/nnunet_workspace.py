@@ -34,6 +34,19 @@ class Workspace:
             self.root / f"nnUNet_{n}" for n in ("raw", "preprocessed", "results")
         )
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a command: nothing of the caller's own nnU-Net."""
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("MASKSAM_", "nnUNet_"))},
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            "nnUNet_extTrainer": os.pathsep.join([str(trainer_folder()), str(SHORT_TRAINERS)]),
+            "nnUNet_def_n_proc": "1",
+            **self.extra,
+        }
+
     def run(self, *command: object, fails: bool = False, **env: str) -> str:
         """Run one of the environment's commands; its output. Asserts that it works, or that it fails."""
         name, *arguments = map(str, command)
@@ -48,16 +61,7 @@ class Workspace:
     def _run(self, command: list[str], fails: bool, env: dict[str, str]) -> str:
         done = subprocess.run(
             command,
-            env={
-                **{k: v for k, v in os.environ.items() if not k.startswith(("MASKSAM_", "nnUNet_"))},
-                "nnUNet_raw": str(self.raw),
-                "nnUNet_preprocessed": str(self.preprocessed),
-                "nnUNet_results": str(self.results),
-                "nnUNet_extTrainer": os.pathsep.join([str(trainer_folder()), str(SHORT_TRAINERS)]),
-                "nnUNet_def_n_proc": "1",
-                **self.extra,
-                **env,
-            },
+            env=self.environment | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

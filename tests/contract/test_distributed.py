@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.multiprocessing as mp
 from plain_plans import dataset_json, folders, plain_plans
 from torch.nn.parallel import DistributedDataParallel
 
+from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.trainers import MaskSAMTrainer_vit_t
 
 
@@ -53,12 +55,52 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Loader:
+    """A batch again and again; after some, this rank is asked to leave, or finds what cannot be trained on."""
+
+    def __init__(self, rank: int, trainer: MaskSAMTrainer_vit_t) -> None:
+        self.rank, self.trainer = rank, trainer
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        x, y = (value[self.rank : self.rank + 1].clone() for value in data())
+        if self.trainer.iteration == 2 and self.rank == 1:
+            x[:] = torch.nan  # its gradient is all ranks'
+        if self.trainer.iteration == 3 and self.rank == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return {"data": x, "target": y}
+
+
+def leaving_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    trainer = make_trainer()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    trainer.is_ddp, trainer.local_rank = True, rank
+    trainer.network = DistributedDataParallel(trainer.network)
+    trainer.dataloader_train = trainer.dataloader_val = Loader(rank, trainer)
+    trainer.on_train_start = lambda: None
+    trainer.run_training()
+
+
+def test_ranks_leave_together_when_one_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
+    with pytest.raises(mp.ProcessExitedException) as left:
+        mp.spawn(leaving_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    assert left.value.exit_code == 75
+    (file,) = (tmp_path / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")
+    outputs = load_checkpoint(file)["masksam_within_epoch"]["outputs"]
+    assert outputs["skipped"].tolist() == [0, 0, 1, 0], "the other rank's NaN is rank 0's too"
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
+        return int(probe.getsockname()[1])
+
+
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path, monkeypatch)
+    mp.spawn(rank_main, args=(free_port(), str(tmp_path)), nprocs=2)
     (_, gradients, state), (_, _, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
     for name, value in state.items():
         assert torch.equal(value, other[name]), f"{name} differs between ranks"

@@ -1,0 +1,259 @@
+"""Trainings that are killed, asked to leave, or find their newest checkpoint damaged, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from nnunet_workspace import Dataset, Workspace
+from nursery import Nursery, Training
+
+from masksam_nnunet.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.integration
+
+TRAINER = "WatchedMaskSAM"
+PATCH = [8, 16, 16]
+WAIT = 300.0  # seconds, on a machine that others use too
+
+
+@pytest.fixture(scope="module")
+def nursery(workspace: Workspace, dataset: Dataset) -> Iterator[Nursery]:
+    with (
+        workspace.plans(dataset.name, patch_size=PATCH),
+        Nursery(workspace.environment | {"nnUNet_n_proc_DA": "0"}) as prepared,
+    ):
+        yield prepared
+
+
+@dataclass
+class Fold:
+    """One training, in as many parts as it takes."""
+
+    nursery: Nursery
+    root: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.root.mkdir()
+        self.log, self.ledger = self.root / "log.txt", self.root / "ledger"
+
+    @property
+    def folder(self) -> Path:
+        return next((self.root / "results").glob("*/*/fold_0"))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        lines = self.ledger.read_text().splitlines() if self.ledger.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def start(self, **environment: str) -> Training:
+        own = {"nnUNet_results": str(self.root / "results"), "TEST_LEDGER": str(self.ledger)}
+        return self.nursery.start(
+            self.log,
+            own | self.environment | environment,
+            dataset_name_or_id="4",
+            configuration="3d_fullres",
+            fold=0,
+            trainer_class_name=TRAINER,
+            continue_training=True,  # as a script does that cannot know whether it is the first time
+        )
+
+    def wait_for(self, event: str, count: int = 1, after: int = 0) -> dict[str, Any]:
+        """The ``count``-th such event after the first ``after`` events of all."""
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            found = [entry for entry in self.events[after:] if entry["event"] == event]
+            if len(found) >= count:
+                return found[count - 1]
+            time.sleep(0.02)
+        raise AssertionError(f"no {event}:\n{self.log.read_text()[-4000:]}")
+
+    def finish(self, **environment: str) -> dict[str, Any]:
+        """Train to the end without a disturbance; the final checkpoint."""
+        assert self.start(**environment).wait() == 0, self.log.read_text()[-4000:]
+        return self.final()
+
+    def final(self) -> dict[str, Any]:
+        return load_checkpoint(self.folder / "checkpoint_final.pth")
+
+
+def steps_made(checkpoint: dict[str, Any]) -> set[int]:
+    """How many steps Adam counted, over all parameters."""
+    return {int(state["step"]) for state in checkpoint["optimizer_state"]["state"].values()}
+
+
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in one["network_weights"].items():
+        assert torch.equal(value, other["network_weights"][name]), name
+
+
+def kill_and_resume(fold: Fold, kills: int, seed: int) -> None:
+    """SIGKILL at random moments, some steps and a random part of a step after each start."""
+    draw = random.Random(seed)
+    for _ in range(kills):
+        before = len(fold.events)
+        saved = [e["iteration"] for e in fold.events if e["event"] == "saved" and "latest" in e["file"]]
+        training = fold.start()
+        started = fold.wait_for("start", after=before)
+        assert started["iteration"] >= max(saved, default=0), "what had been saved was lost"
+        steps = draw.randint(1, 5)
+        first = time.monotonic()
+        fold.wait_for("step", steps, before)
+        time.sleep(draw.random() * (time.monotonic() - first) / steps)
+        os.kill(training.pid, signal.SIGKILL)
+        assert training.wait() == -signal.SIGKILL
+
+
+def test_three_kills_change_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    """Batches are drawn by the number of the iteration here, so the very same weights must come out."""
+    settings = {"TEST_EPOCHS": "3", "TEST_ITERATIONS": "6", "MASKSAM_SAVE_EVERY": "1epochs,0.01min"}
+    whole = Fold(nursery, tmp_path / "whole", settings).finish()
+    killed = Fold(nursery, tmp_path / "killed", settings)
+    kill_and_resume(killed, 3, seed=1)
+    final = killed.finish()
+    assert steps_made(final) == steps_made(whole) == {18}
+    assert_same_weights(final, whole)
+    for name in ("train_losses", "lrs"):
+        np.testing.assert_allclose(final["logging"][name], whole["logging"][name], rtol=1e-6)
+    assert sorted(file.name for file in killed.folder.glob("checkpoint*")) == [
+        "checkpoint_best.pth",
+        "checkpoint_final.pth",
+    ]
+
+
+def test_it_saves_and_leaves_when_asked_and_goes_on(nursery: Nursery, tmp_path: Path) -> None:
+    """Each of the signals, within an epoch; in the validation; and, to the workers too, SIGTERM."""
+    settings = {"TEST_EPOCHS": "2", "TEST_ITERATIONS": "8"}
+    whole = Fold(nursery, tmp_path / "whole", settings).finish()
+    fold = Fold(nursery, tmp_path / "asked", settings)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        before = len(fold.events)
+        training = fold.start(TEST_STEP_SECONDS="0.3")
+        fold.wait_for("step", 2, before)
+        os.kill(training.pid, number)
+        os.kill(training.pid, number)  # twice at a time is once
+        assert training.wait() == 75, fold.log.read_text()[-4000:]
+        assert f"Ended by {number.name}: saved at epoch" in fold.log.read_text()
+        steps = [entry["iteration"] for entry in fold.events if entry["event"] == "step"]
+        assert steps == list(range(len(steps))), "each iteration once"
+        assert fold.events[-1] == {"event": "saved", "iteration": len(steps), "file": "checkpoint_latest.pth"}
+    final = fold.finish()
+    assert steps_made(final) == {16}
+    assert_same_weights(final, whole)
+    np.testing.assert_allclose(final["logging"]["train_losses"], whole["logging"]["train_losses"], rtol=1e-6)
+    assert {len(values) for values in final["logging"].values()} == {2}
+
+    before = len(fold.events)
+    training = fold.start(TEST_VALIDATION="1")
+    fold.wait_for("validation", after=before)
+    while "predicting" not in fold.log.read_text():
+        time.sleep(0.02)
+    os.kill(training.pid, signal.SIGTERM)
+    assert training.wait() == 75
+    assert not (fold.folder / "validation" / "summary.json").exists()
+
+
+def test_a_second_signal_ends_at_once_and_what_was_saved_stays(nursery: Nursery, tmp_path: Path) -> None:
+    fold = Fold(nursery, tmp_path / "twice", {"TEST_EPOCHS": "2", "TEST_ITERATIONS": "4"})
+    training = fold.start(TEST_STEP_SECONDS="0.3", MASKSAM_SAVE_EVERY="1epochs")
+    fold.wait_for("step", 5)  # the first epoch is saved
+    os.kill(training.pid, signal.SIGSTOP)
+    os.kill(training.pid, signal.SIGUSR1)
+    os.kill(training.pid, signal.SIGCONT)
+    while "SIGUSR1: this iteration is finished" not in fold.log.read_text():
+        time.sleep(0.02)
+    os.kill(training.pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    os.kill(training.pid, signal.SIGTERM)
+    os.kill(training.pid, signal.SIGCONT)
+    assert training.wait() == 75
+    assert fold.start().wait() == 0
+    assert steps_made(fold.final()) == {8}
+
+
+def test_a_dead_worker_is_told_of_and_what_was_trained_is_saved(nursery: Nursery, tmp_path: Path) -> None:
+    settings = {"TEST_EPOCHS": "1", "TEST_ITERATIONS": "40", "nnUNet_n_proc_DA": "1"}
+    fold = Fold(nursery, tmp_path / "worker", settings)
+    training = fold.start(TEST_STEP_SECONDS="0.2")
+    (worker,) = fold.wait_for("start")["workers"]
+    fold.wait_for("step", 3)
+    os.kill(worker, signal.SIGKILL)
+    assert training.wait() == 1
+    log = fold.log.read_text()
+    assert f"TrainingError: 1 of 1 data loading workers ended: process {worker} by SIGKILL; the system kills" in log
+    saved = fold.events[-1]
+    assert saved["event"] == "saved" and saved["iteration"] >= 3
+
+    before = len(fold.events)
+    training = fold.start(TEST_STEP_SECONDS="0.2")
+    started = fold.wait_for("start", after=before)
+    assert started["iteration"] == saved["iteration"]
+    fold.wait_for("step", 1, before)
+    os.kill(training.pid, signal.SIGKILL)  # and no worker of a killed training stays
+    training.wait()
+    end = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in started["workers"]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in started["workers"] if psutil.pid_exists(pid)]
+
+
+def test_masksam_train_hands_the_status_on(workspace: Workspace, dataset: Dataset, tmp_path: Path) -> None:
+    """SIGTERM to the command and to its workers, as SLURM sends it; and the error where all that was saved is lost."""
+    fold = workspace.results / dataset.name
+    ledger = tmp_path / "ledger"
+    command = ["masksam", "train", "4", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
+    environment = workspace.environment | {"TEST_LEDGER": str(ledger), "TEST_ITERATIONS": "100"}
+    environment |= {"nnUNet_n_proc_DA": "1", "TEST_STEP_SECONDS": "0.2"}
+    with workspace.plans(dataset.name, patch_size=PATCH), (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        end = time.monotonic() + WAIT
+        while not (ledger.is_file() and ledger.read_text().count('"step"') > 2) and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(WAIT) == 75, (tmp_path / "log").read_text()[-4000:]
+        saved = next(fold.glob(f"{TRAINER}__*/fold_0/checkpoint_latest.pth"))
+        saved.write_bytes(b"nothing")
+        output = workspace.run(*command, "--c", fails=True, nnUNet_n_proc_DA="0")
+    assert "error: no checkpoint in" in output and "Traceback" not in output
+
+
+@pytest.mark.long
+def test_twenty_kills_change_nothing_and_seeds_do(nursery: Nursery, tmp_path: Path) -> None:
+    """The same with 20 kills; what other seeds change is the noise that a result has."""
+    settings = {"TEST_EPOCHS": "8", "TEST_ITERATIONS": "12", "MASKSAM_SAVE_EVERY": "1epochs,0.02min"}
+    finals = [
+        Fold(nursery, tmp_path / f"seed{seed}", settings | {"TEST_SEED": str(seed)}).finish() for seed in range(5)
+    ]
+    killed = Fold(nursery, tmp_path / "killed", settings | {"TEST_SEED": "0"})
+    kill_and_resume(killed, 20, seed=7)
+    final = killed.finish()
+    results = {
+        name: [float(np.mean(each["logging"][name][-2:])) for each in (final, *finals)]
+        for name in ("train_losses", "val_losses", "mean_fg_dice")
+    }
+    for name, (found, *repeats) in results.items():
+        print(f"{name}: killed {found:.4f}; undisturbed, five seeds: {np.mean(repeats):.4f} +- {np.std(repeats):.4f}")
+    assert steps_made(final) == {96}
+    assert_same_weights(final, finals[0])
+    found, *repeats = results["train_losses"]
+    assert abs(found - np.mean(repeats)) < 3 * np.std(repeats, ddof=1) > 0
