@@ -236,6 +236,8 @@ def _run_nnunet(
         )
     # In the environment, not only here: the worker processes that nnU-Net spawns look trainers up too.
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    if command == "train" and not asks_help:
+        _require_device(arguments)
     sys.argv = [f"masksam {command}", *(arguments if asks_help else _with_trainer(arguments))]
     from masksam_nnunet.config import ConfigError
 
@@ -245,6 +247,20 @@ def _run_nnunet(
             getattr(nnunet, entry)()
     except (FetchError, TrainingError, ConfigError) as error:
         fail(str(error))
+
+
+def _require_device(arguments: list[str]) -> None:
+    """nnU-Net would leave a results folder and a traceback behind."""
+    named = dict(zip(arguments, arguments[1:], strict=False)).get("-device")
+    if named not in (None, "cuda"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        fail(
+            f"{'-device cuda' if named else 'no -device given, so cuda'}: PyTorch {torch.__version__} sees no GPU here; "
+            "train on a machine that has one, install a PyTorch for its driver, or add -device cpu"
+        )
 
 
 def _with_trainer(arguments: list[str]) -> list[str]:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from .nifti_files import DamagedFileError, check_whole, stored_floats
 
-
 _LARGEST_LABEL = 2**24  # float32, in which nnU-Net reads, counts no further
 
 

@@ -112,6 +112,9 @@ def _check_header(head: bytes, length: int) -> None:
     memory = psutil.virtual_memory().total
     if 4 * voxels > memory:  # float32, as nnU-Net reads it
         raise DamagedFileError(f"{grid} voxels do not fit into this machine's {memory} bytes of memory")
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if math.isfinite(slope) and slope != 0 and not math.isfinite(intercept):
+        raise DamagedFileError(f"its header scales voxels by {slope:g} and adds {intercept:g}")
     steps = [float(step) for step in header["pixdim"][1 : min(len(shape), 3) + 1]]
     if not all(math.isfinite(step) and step != 0 for step in steps):
         raise DamagedFileError(f"its header has the voxel size {steps}")

@@ -52,13 +52,13 @@ def mutated(draw: st.DrawFn, base: Any) -> Any:
                 continue
             how = draw(st.sampled_from(("replace", "replace", "remove", "add")))
             if how == "replace":
-                where[key] = draw(json_values)
+                where[key] = copy.deepcopy(draw(json_values))
             elif how == "remove":
                 del where[key]
             elif isinstance(where, dict):
-                where[draw(st.text(max_size=8))] = draw(json_values)
+                where[draw(st.text(max_size=8))] = copy.deepcopy(draw(json_values))
             else:
-                where.append(draw(json_values))
+                where.append(copy.deepcopy(draw(json_values)))
             break
     return result
 

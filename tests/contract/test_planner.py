@@ -297,7 +297,7 @@ def test_a_label_that_dataset_json_does_not_name(preprocessed: Path, tmp_path: P
     description = json.loads(file.read_text())
     description["labels"].pop("second")
     file.write_text(json.dumps(description))
-    with pytest.raises(PlanError, match=r"case 'case_00': .* holds the label 2, which dataset.json does not name"):
+    with pytest.raises(PlanError, match=r"case 'case_00': .* holds the labels? 2, which dataset.json does not name"):
         plan()
     assert not (preprocessed / "MaskSAMPlans.json").exists()
 

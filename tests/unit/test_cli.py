@@ -138,6 +138,7 @@ def nnunet(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], str]]:
 
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(cli, "import_module", Module)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     return calls
 
 
@@ -198,6 +199,16 @@ def test_missing_folders_are_named(
     assert all(name in message for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"))
     assert nnunet == []
     assert invoke("train", "--help").exit_code == 0
+
+
+@pytest.mark.parametrize("words", ["", "-device cuda"])
+def test_training_without_a_gpu_stops_at_once(nnunet: list[Any], monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = one_line_error(invoke("train", *TRAIN.split(), *words.split()))
+    assert "cuda: PyTorch" in message and "sees no GPU here" in message and "-device cpu" in message
+    assert nnunet == []
+    assert invoke("train", *TRAIN.split(), "-device", "cpu").exit_code == 0
+    assert len(nnunet) == 1
 
 
 def test_prediction_needs_the_results_only(nnunet: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +275,7 @@ def test_errors_of_weights_and_config_come_without_a_traceback(monkeypatch: pyte
 
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run_training_entry=fail))
-    result = invoke("train", *TRAIN.split(), "-tr", "X")
+    result = invoke("train", *TRAIN.split(), "-tr", "X", "-device", "cpu")
     assert result.exit_code == 1 and result.stderr == "error: no SAM checkpoint,\nfetch it\n"
 
 
@@ -288,10 +299,10 @@ def test_spawned_workers_find_the_trainers(tmp_path: Path) -> None:
         "    sys.exit(worker.exitcode)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "fake")}
-    command = [str(MASKSAM), "train", "4", "2d", "0", "-tr", "X"]
+    command = [str(MASKSAM), "train", "4", "2d", "0", "-tr", "X", "-device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"['4', '2d', '0', '-tr', 'X'] {trainer_folder()}\n"
+    assert done.stdout == f"['4', '2d', '0', '-tr', 'X', '-device', 'cpu'] {trainer_folder()}\n"
 
 
 # --- weights and demo -------------------------------------------------------------------------------------------------

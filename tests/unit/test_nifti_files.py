@@ -69,6 +69,7 @@ HUGE = [7, *[32767] * 7]
         (108, "<f", [0.0], "voxels begin at byte 0, before"),  # ITK is one voxel off
         (108, "<f", [math.nan], "voxels begin at byte nan"),
         (108, "<f", [1e30], "holds 592 bytes"),
+        (112, "<ff", [2.0, math.nan], "scales voxels by 2 and adds nan"),  # found by fuzzing
         (280, "<f", [math.nan], "places the image at NaN or infinity"),
         (292, "<f", [math.inf], "places the image at NaN or infinity"),
         (344, "<4s", [b"ni1\0"], "no NIfTI header with the data behind it"),
