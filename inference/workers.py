@@ -98,8 +98,8 @@ class Workers:
                 ).result()
             except BrokenProcessPool:
                 return None, CaseError(
-                    "the process that worked on it died, most likely killed because memory ran out (else it has said why): give it "
-                    "more, or predict this case by itself"
+                    "the process that worked on it died, most likely killed because memory ran out (else it says why): "
+                    "give it more, or predict this case by itself"
                 )
         return outcome
 

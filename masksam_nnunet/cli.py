@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -251,15 +252,15 @@ def _run_nnunet(
 
 def _require_device(arguments: list[str]) -> None:
     """nnU-Net would leave a results folder and a traceback behind."""
-    named = dict(zip(arguments, arguments[1:], strict=False)).get("-device")
+    named = dict(pairwise(arguments)).get("-device")
     if named not in (None, "cuda"):
         return
     import torch
 
     if not torch.cuda.is_available():
         fail(
-            f"{'-device cuda' if named else 'no -device given, so cuda'}: PyTorch {torch.__version__} sees no GPU here; "
-            "train on a machine that has one, install a PyTorch for its driver, or add -device cpu"
+            f"{'-device cuda' if named else 'no -device given, so cuda'}: PyTorch {torch.__version__} sees no GPU "
+            "here; train on a machine that has one, install a PyTorch for its driver, or add -device cpu"
         )
 
 

@@ -12,7 +12,7 @@ import math
 import zlib
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import nibabel
 import numpy as np
@@ -74,7 +74,7 @@ def _opened(path: Path) -> AbstractContextManager[IO[bytes]]:
     """The file, decompressed; by its content, not its name: ITK reads plain files that end in .gz too."""
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if compressed else path.open("rb")
+    return cast(AbstractContextManager[IO[bytes]], gzip.open(path) if compressed else path.open("rb"))
 
 
 def _form(head: bytes) -> tuple[Any, int]:

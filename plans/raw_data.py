@@ -130,9 +130,9 @@ def _inspect(folder: Path, description: dict[str, Any], option: str, min_cases: 
             f"dataset.json says numTraining = {description['numTraining']}, there are {len(files)} training cases; "
             "add what is missing or correct the number"
         )
-    images = {case: images for case, (images, _) in files.items()}
-    labels = {case: label for case, (_, label) in files.items()}
-    return RawDataset(folder, description, images, labels), defects
+    images_of = {case: images for case, (images, _) in files.items()}
+    label_of = {case: label for case, (_, label) in files.items()}
+    return RawDataset(folder, description, images_of, label_of), defects
 
 
 _Files = dict[str, tuple[tuple[Path, ...], Path]]

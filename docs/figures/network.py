@@ -5,6 +5,7 @@ Every shape in it is read from a real network, built without memory and run on f
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -89,14 +90,14 @@ class Drawing:
         self.label(x + w / 2, y + 0.1, text)
 
     def arrow(self, *points: tuple[float, float]) -> None:
-        for start, end in zip(points[:-2], points[1:-1], strict=True):
+        for start, end in pairwise(points[:-1]):
             self.axes.plot(*zip(start, end, strict=True), color=INK, lw=1.0, solid_capstyle="round")
-        self.axes.add_patch(
-            FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=9, lw=1.0, color=INK, shrinkA=0, shrinkB=0)
-        )  # fmt: skip
+        head = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0}
+        self.axes.add_patch(FancyArrowPatch(points[-2], points[-1], lw=1.0, color=INK, **head))
 
     def label(self, x: float, y: float, text: str, **options: object) -> None:
-        self.axes.text(x, y, text, fontsize=7.4, color=INK, linespacing=1.25, **{"ha": "center", "va": "center", **options})
+        centred = {"ha": "center", "va": "center"}
+        self.axes.text(x, y, text, fontsize=7.4, color=INK, linespacing=1.25, **centred | options)
 
 
 def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int]]) -> Drawing:
@@ -116,11 +117,43 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     n, k = CONFIG.num_queries, CLASSES
 
     d.box(0.2, 3.4, 1.3, 1.15, "patch", f"{words(found['input'][0])}\nC×D×H×W", PLAIN)
-    d.box(2.0, 3.4, 1.7, 1.15, "input stem", f"3D convolutions, ×{CONFIG.upsample},\nadded to the image\n{millions('stem')}", NEW)
-    d.box(4.9, 3.4, 2.2, 1.15, "SAM image encoder", f"ViT-B over {CONFIG.patch_size[0]} slices, frozen;\ntwo 3D adapters a block\n{millions('image_encoder')}", SAM)
-    d.box(4.9, 1.15, 2.2, 1.15, "prompt generator", f"3D decoder over five levels\ninstead of the user's clicks\n{millions('prompt_generator')}", NEW)
+    d.box(
+        2.0,
+        3.4,
+        1.7,
+        1.15,
+        "input stem",
+        f"3D convolutions, ×{CONFIG.upsample},\nadded to the image\n{millions('stem')}",
+        NEW,
+    )
+    d.box(
+        4.9,
+        3.4,
+        2.2,
+        1.15,
+        "SAM image encoder",
+        f"ViT-B over {CONFIG.patch_size[0]} slices, frozen;\ntwo 3D adapters a block\n{millions('image_encoder')}",
+        SAM,
+    )
+    d.box(
+        4.9,
+        1.15,
+        2.2,
+        1.15,
+        "prompt generator",
+        f"3D decoder over five levels\ninstead of the user's clicks\n{millions('prompt_generator')}",
+        NEW,
+    )
     d.box(8.3, 1.15, 1.8, 1.15, "SAM prompt encoder", f"frozen; {thousands(rows['prompt_encoder'])}", SAM)
-    d.box(8.3, 3.4, 1.8, 1.15, "SAM mask decoder", f"frozen; adapters along\nslices; class token\n{millions('mask_decoder')}", SAM)
+    d.box(
+        8.3,
+        3.4,
+        1.8,
+        1.15,
+        "SAM mask decoder",
+        f"frozen; adapters along\nslices; class token\n{millions('mask_decoder')}",
+        SAM,
+    )
     d.box(11.3, 3.4, 1.65, 1.15, "mask head", f"to the patch, with\nearly features\n{millions('mask_head')}", NEW)
     d.box(11.3, 1.15, 1.65, 1.15, "semantic output", f"log Σ class · mask\n{words(found['output'][0])}\nK×D×H×W", PLAIN)
     d.tag(5.3, 3.3, 1.4, "adapters")

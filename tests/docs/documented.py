@@ -20,7 +20,7 @@ NOT_RUN = {
     r"git clone": "needs the network",
     r"make (demo|test|bench|test-long)": "builds an environment of its own; takes up to half an hour",
     r"python benchmarks/": "takes an hour; make bench",
-    r"(MEMORY=\S+ )?(TAG=\S+ )?inference/docker/container.sh": "needs Docker; tests/unit and integration run its entry point",
+    r"(MEMORY=\S+ )?(TAG=\S+ )?inference/docker/container.sh": "needs Docker; other tests run its entry point",
     r"docker ": "needs Docker",
     r"sbatch|squeue|scancel": "needs SLURM; the script that is submitted is run, see SCRIPTS",
     r"masksam benchmark .*--executor slurm": "needs SLURM; tests/slurm/run.sh",

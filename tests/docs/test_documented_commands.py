@@ -171,7 +171,11 @@ def test_the_array_script(status: int, requeued: bool, tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "docs" / "cluster" / "train_fold.sh"), "27", "3d_fullres", "-p", "MaskSAMPlans"],
         cwd=tmp_path,
-        env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "9"},
+        env={
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "SLURM_ARRAY_JOB_ID": "9",
+        },
     )
     assert done.returncode == status
     calls = (tmp_path / "calls").read_text().splitlines()

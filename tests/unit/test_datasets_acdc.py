@@ -119,7 +119,11 @@ FRAME = f"{PATIENT}/patient090_frame04"
         (f"{PATIENT}/Info.cfg", lambda p: p.write_text("ED: 1\nES: 11\n"), "patient090_frame04.nii.gz is no frame"),
         (f"{FRAME}.nii.gz", _cut, "patient090_frame04.nii.gz is damaged"),
         (f"{FRAME}.nii.gz", _cut_content, "its header says"),
-        (f"{FRAME}.nii.gz", lambda p: p.write_bytes(b"<html>not found</html>"), "no NIfTI header with the data behind it, but begins with b'<html>not found"),
+        (
+            f"{FRAME}.nii.gz",
+            lambda p: p.write_bytes(b"<html>not found</html>"),
+            "but begins with b'<html>not found",
+        ),
         (f"{FRAME}.nii.gz", lambda p: p.write_bytes(gzip.compress(b"no image" * 99)), "is damaged"),
         (f"{FRAME}.nii.gz", lambda p: write_image(p, 1, channels=2), "expected 3 dimensions"),
         (f"{FRAME}_gt.nii.gz", _cut, "patient090_frame04_gt.nii.gz is damaged"),

@@ -1,8 +1,8 @@
-"""Makes documented commands fit two CPU cores and minutes: on PYTHONPATH while pages are run, in every process of theirs.
+"""Makes documented commands fit two CPU cores and minutes: on PYTHONPATH of all processes of theirs.
 
 Nothing is accepted here that the real commands would not accept. What is changed:
 
-- commands that train or predict get ``-device cpu`` (``--devices cpu``, ``--device cpu``) unless the line names a device,
+- commands that train or predict get ``-device cpu`` (``--devices cpu``, ``--device cpu``) unless the line names one,
   and trainings have no data loading workers;
 - a training is one epoch of one iteration, in batches of two; one that goes by the clock is ten seconds;
 - SAM's ViT-B, L and H are the tests' small SAM, and the released file is the one that DOCS_SAM_SHA256 names;
