@@ -121,7 +121,7 @@ def run_logged(
         stream.write(f"$ {line}\n")
         stream.flush()
         with termination_as_exit() if catch_sigterm else contextlib.nullcontext():
-            with _blocked(shielded_from):  # a blocked signal stays blocked in the child
+            with blocked(shielded_from):  # a blocked signal stays blocked in the child
                 process = subprocess.Popen(
                     list(words),
                     env=dict(environment),
@@ -151,7 +151,8 @@ def last_lines(log: Path, number: int = _TAIL_LINES) -> list[str]:
 
 
 @contextlib.contextmanager
-def _blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+def blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """While it lasts, these signals wait; in processes that are started meanwhile they do so for good."""
     if not signals:
         yield
         return

@@ -117,6 +117,9 @@ def benchmark(
         page = run.run_benchmark(definition, out or run.default_folder(definition), chosen, settings, wait)
     except BenchmarkError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is done is kept; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
     if page is not None:
         typer.echo(page)
 

@@ -17,6 +17,8 @@ class SimpleJob:
     name: str
     fails: bool = False
     seconds: float = 0.0
+    saves: float = 0.0
+    """Seconds that it takes to note that it was interrupted."""
 
     @property
     def log(self) -> Path:
@@ -28,7 +30,12 @@ class SimpleJob:
     def __call__(self) -> str:
         began = time.monotonic()
         (self.folder / f"{self.name}_began").touch()
-        time.sleep(self.seconds)
+        try:
+            time.sleep(self.seconds)
+        except KeyboardInterrupt:
+            time.sleep(self.saves)
+            (self.folder / f"{self.name}_saved").touch()
+            raise
         if self.fails:
             raise BenchmarkError(f"{self.name} has no data")
         (self.folder / self.name).write_text(f"{began} {time.monotonic()}")

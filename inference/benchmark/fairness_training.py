@@ -14,6 +14,7 @@ from masksam_nnunet.plans.architecture import read_config
 from .errors import BenchmarkError, CheckpointError
 from .fairness_models import model_configuration, side_by_side
 from .fold_record import FoldRecord, read_fold_compute, sha256_of
+from .fold_state import training_logs
 from .methods import has_budget
 from .names import row_names
 from .results import Finding, FoldCompute, Method
@@ -242,9 +243,8 @@ def _starts(methods: Sequence[Method], trained: Sequence[_Fold], results: Path) 
 
 
 def _log(folder: Path) -> str:
-    """nnU-Net's training logs; one file for each start."""
-    files = sorted(folder.glob("training_log_*.txt"))
-    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    """nnU-Net's training logs, one after the other."""
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in training_logs(folder))
 
 
 def _by_method(trained: Sequence[_Fold], name: str) -> dict[str, list[float]]:

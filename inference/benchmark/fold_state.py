@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from filelock import FileLock, Timeout
 
 from masksam_nnunet.json_files import read_json
 
+from ..commands import SAVE_SECONDS
 from .errors import BenchmarkError
 
 LOCK_FILE = "benchmark.lock"
-LOCK_SECONDS = 5.0
+LOCK_SECONDS = SAVE_SECONDS + 5
+"""A training that its benchmark has left behind ends within these."""
+_TRAINED, _VALIDATED = "Training done.", "Validation complete"
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
 
@@ -119,9 +123,29 @@ def _lacking(validation: Path, cases: Sequence[str], file_ending: str, npz: bool
 
 
 def _outdated(folder: Path) -> str | None:
-    """Whether predictions are older than the checkpoint: of an earlier training of the same fold."""
+    """Whether predictions are older than the checkpoint: of an earlier training of the same fold.
+
+    nnU-Net's logs tell, in the order of their starts; files' times only where there are none, since copies have others.
+    """
+    told = [line for file in training_logs(folder) for line in _ends(file)]
+    if _TRAINED in told:
+        if told[-1] == _VALIDATED:
+            return None
+        return "nnU-Net's log has no complete validation after the training: its predictions are an earlier one's"
     scored, trained = (file.stat().st_mtime_ns for file in (folder / "validation" / "summary.json", folder / FINAL))
     return f"its predictions are older than {FINAL}" if scored < trained else None
+
+
+def training_logs(folder: Path) -> list[Path]:
+    """nnU-Net's logs of a fold, one for each start, the earliest first."""
+    # Numbers without leading zeros for month and day: not in the order of their letters.
+    return sorted(folder.glob("training_log_*.txt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+
+
+def _ends(log: Path) -> list[str]:
+    """Ends of training and validation, in the order of the log."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return re.findall(rf"^[\d\-]+ [\d:.]+: ({re.escape(_TRAINED)}|{re.escape(_VALIDATED)})\s*$", text, re.MULTILINE)
 
 
 def _is_whole(file: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,10 @@ import psutil
 import torch
 from submitit import Job, LocalExecutor
 
-from ..commands import SAVE_SECONDS, kill_after, termination_as_exit
+from ..commands import SAVE_SECONDS, blocked, kill_after, termination_as_exit
 from .errors import BenchmarkError
 from .executors import FOREVER_MINUTES, GridJob, Outcome, Status, Watch, outcome_of
+from .tied_job import TiedJob
 
 _LOOK_SECONDS = 0.5
 _END_SECONDS = SAVE_SECONDS + 5
@@ -107,8 +109,10 @@ class LocalGrid:
     def _start(self, job: GridJob, device: str) -> Job[object]:
         executor = LocalExecutor(self.folder)
         executor.update_parameters(timeout_min=FOREVER_MINUTES)
-        gpu = gpu_name(device)
-        submitted: Job[object] = executor.submit(job.on(gpu))
+        tied = TiedJob.to_this_process(job.on(gpu_name(device)))
+        # A terminal sends Ctrl-C to all it runs, and submitit's controller would kill the training within a second.
+        with blocked([signal.SIGINT]):
+            submitted: Job[object] = executor.submit(tied)
         return submitted
 
 
@@ -139,13 +143,19 @@ def _ended_with_us(running: dict[str, tuple[GridJob, str, Job[object]]]) -> Iter
     try:
         yield
     except BaseException:
+        if running:
+            told = f"ending {', '.join(running)}; what can save, does so first, for up to {SAVE_SECONDS:.0f} seconds"
+            print(told, file=sys.stderr, flush=True)
         family = []
         for _, _, submitted in running.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 controller = psutil.Process(int(submitted.job_id))
                 family += [*controller.children(recursive=True), controller]
                 # Not the controller, which would leave them a second: their trainings may have something to save.
-                for task in controller.children() or [controller]:
+                tasks = controller.children()
+                for task in tasks:
                     task.send_signal(signal.SIGINT)
+                if not tasks:  # not started yet
+                    controller.terminate()
         kill_after(family, _END_SECONDS)
         raise

@@ -394,6 +394,27 @@ def test_predictions_of_an_earlier_training_do_not_count(tmp_path: Path) -> None
     assert state.stage is Stage.TRAINED and "older" in state.reason
 
 
+def write_log(folder: Path, day: str, *lines: str) -> None:
+    """As nnU-Net's print_to_log_file, which ends lines with a space."""
+    text = "".join(f"2026-11-23 21:01:40.680213: {line} \n" for line in lines)
+    (folder / f"training_log_2026_{day}_21_01_30.txt").write_text(text)
+
+
+def test_a_copy_of_a_done_fold_is_done(tmp_path: Path) -> None:
+    """Its files' times are those of the copying, in any order; nnU-Net's logs go with it."""
+    write_validation(tmp_path, CASES[:2])
+    write_checkpoint(tmp_path / "checkpoint_final.pth")
+    os.utime(tmp_path / "validation" / "summary.json", (1, 1))
+    write_log(tmp_path, "11_9", "Epoch 3", "Training done.", "predicting a", "Validation complete", "Mean Dice: 0.5")
+    assert stage(tmp_path) is Stage.DONE
+    write_log(tmp_path, "11_10", "Epoch 0", "Training done.", "predicting a")  # trained again, then killed
+    os.utime(tmp_path / "validation" / "summary.json")
+    state = fold_state(tmp_path, CASES[:2], ".nii.gz", npz=True)
+    assert state.stage is Stage.TRAINED and "log has no complete validation" in state.reason
+    write_log(tmp_path, "11_11", "predicting a", "Validation complete")  # made up for, by --val
+    assert stage(tmp_path) is Stage.DONE
+
+
 @pytest.mark.parametrize("ending", [".npz", ".pkl"])
 def test_probabilities_that_were_cut_short_are_made_anew(tmp_path: Path, ending: str) -> None:
     write_validation(tmp_path, CASES[:2])

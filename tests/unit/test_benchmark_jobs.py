@@ -80,6 +80,45 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     assert not (tmp_path / "long").exists()
 
 
+RUNS_A_LONG_JOB = """
+import sys
+from pathlib import Path
+from simple_jobs import SimpleJob
+from masksam_nnunet.inference.benchmark.local_jobs import LocalGrid
+folder = Path(sys.argv[1])
+LocalGrid(folder / "jobs", ["cpu"]).run([SimpleJob(folder, "long", seconds=100, saves=3)])
+"""
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"no {file}"
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_terminals_interrupt_leaves_jobs_the_time_to_save(tmp_path: Path) -> None:
+    """It reaches every process of the group, submitit's controller too, which would kill the job after a second."""
+    command = [sys.executable, "-c", RUNS_A_LONG_JOB, str(tmp_path)]
+    owner = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "long_began")
+    os.killpg(owner.pid, signal.SIGINT)
+    told = owner.communicate(timeout=60)[1]
+    assert owner.returncode != 0 and (tmp_path / "long_saved").exists() and not (tmp_path / "long").exists()
+    assert told.count("KeyboardInterrupt") == 1, told  # the owner's own
+
+
+@pytest.mark.usefixtures("importable")
+def test_jobs_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", RUNS_A_LONG_JOB, str(tmp_path)])
+    wait_for(tmp_path / "long_began")
+    owner.kill()
+    owner.wait()
+    wait_for(tmp_path / "long_saved")
+    assert not (tmp_path / "long").exists()
+
+
 @pytest.mark.usefixtures("importable")
 def test_a_job_that_cannot_be_started_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [SimpleJob(tmp_path, "a"), SimpleJob(tmp_path, "b")]
