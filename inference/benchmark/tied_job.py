@@ -40,6 +40,7 @@ class TiedJob:
         """Do the job. It is to be started with SIGINT blocked."""
         os.setpgrp()  # a terminal's Ctrl-C goes to its owner, who passes it on
         threading.Thread(target=self._look, daemon=True, name="owner").start()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background commands ignore it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         return self.job()
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,10 +112,14 @@ def test_a_terminals_interrupt_leaves_jobs_the_time_to_save(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("importable")
 def test_jobs_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    owner = subprocess.Popen([sys.executable, "-c", RUNS_A_LONG_JOB, str(tmp_path)])
+    """In the background of a script, where a shell has SIGINT ignored."""
+    script = f"{shlex.quote(sys.executable)} -c '{RUNS_A_LONG_JOB}' {shlex.quote(str(tmp_path))} & echo $!; wait"
+    shell = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert shell.stdout is not None
+    owner = int(shell.stdout.readline())
     wait_for(tmp_path / "long_began")
-    owner.kill()
-    owner.wait()
+    os.kill(owner, signal.SIGKILL)
+    shell.wait()
     wait_for(tmp_path / "long_saved")
     assert not (tmp_path / "long").exists()
 
