@@ -34,7 +34,7 @@ def check_splits(
         BenchmarkError: the file is no list of folds; a fold is not in it, asked for twice, validates nothing, or cases
             without truth; folds validate the same case.
     """
-    chosen = _chosen(splits, folds)
+    chosen = chosen_splits(splits, folds)
     assert isinstance(splits, list)
     known = set(training_cases)
     for fold, split in chosen.items():
@@ -92,7 +92,12 @@ def _separated(chosen: Mapping[int, Split], patients: Mapping[str, str]) -> list
     return found
 
 
-def _chosen(splits: object, folds: Sequence[int]) -> dict[int, Split]:
+def chosen_splits(splits: object, folds: Sequence[int]) -> dict[int, Split]:
+    """The folds to be compared, by number.
+
+    Raises:
+        BenchmarkError: the file is no list of folds; a fold is not in it, asked for twice, or validates nothing.
+    """
     if not isinstance(splits, list) or not all(
         isinstance(split, dict) and isinstance(split.get("train"), list) and isinstance(split.get("val"), list)
         for split in splits

@@ -17,6 +17,8 @@ from ..scoring import cases_in
 from .errors import BenchmarkError
 from .evaluate import evaluate
 from .executors import Outcome, failures
+from .fairness_splits import chosen_splits
+from .files import read_or_refuse
 from .fold_record import FoldRecord
 from .fold_state import Stage
 from .grid import Grid, check_grid, find_benchmark_dataset, grid_jobs
@@ -177,14 +179,14 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
         definition = replace(definition, accept_unfair=accept_unfair)
     grid = definition.grid
     find_benchmark_dataset(grid.dataset)  # whether training began with what is there now is for fairness to judge
+    ending = _check_preprocessed(grid)
     jobs = grid_jobs(grid)
-    undone = {job.name: state for job in jobs if (state := job.state()).stage is not Stage.DONE}
+    undone = [(job, state) for job in jobs if (state := job.state()).stage is not Stage.DONE]
     if undone:
-        raise BenchmarkError(
-            "not all folds are done; run masksam benchmark again:\n"
-            + "\n".join(f"- {name}: {state.stage.value}, {state.reason}" for name, state in undone.items())
-        )
-    ending = str(read_json(grid.preprocessed / "dataset.json")["file_ending"])
+        told = [
+            f"- {job.name}: {'; '.join([state.stage.value, state.reason, *job.changes()])}" for job, state in undone
+        ]
+        raise BenchmarkError("not all folds are done; run masksam benchmark again:\n" + "\n".join(told))
     commands = [f"export {name}={shlex.quote(value)}" for name, value in sorted(jobs[0].environment.items())]
     commands += _commands(jobs)
     return evaluate(
@@ -201,6 +203,21 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
         patients=grid.patients(cases_in(grid.preprocessed / "gt_segmentations", ending)),
         console=console,
     )
+
+
+def _check_preprocessed(grid: Grid) -> str:
+    """Whether the folder that the data were trained from can be read as such; the file ending of label maps."""
+    splits = read_or_refuse(
+        grid.preprocessed / "splits_final.json", "put back the one that the folds were trained with"
+    )
+    chosen_splits(splits, grid.folds)
+    description = read_or_refuse(grid.preprocessed / "dataset.json", "run nnUNetv2_plan_and_preprocess")
+    try:
+        return str(description["file_ending"])
+    except (KeyError, TypeError) as error:
+        raise BenchmarkError(
+            f"{grid.preprocessed / 'dataset.json'} is not nnU-Net's ({error!r}); put back the one that was trained with"
+        ) from error
 
 
 def _commands(jobs: Sequence[FoldJob]) -> list[str]:

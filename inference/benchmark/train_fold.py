@@ -89,6 +89,17 @@ class FoldJob:
         ending = read_json(self._preprocessed / "dataset.json")["file_ending"]
         return fold_state(self.folder, self.cases, ending, self.npz)
 
+    def changes(self) -> list[str]:
+        """What is not now as it was when the fold's training began, in words; nothing where that was not recorded."""
+        record = FoldRecord.read(self.folder)
+        if record is None:
+            return []
+        try:
+            inputs = Inputs.read(self._preprocessed, self.method.plans)
+        except OSError as error:
+            return [f"{error.filename} cannot be read ({error.strerror})"]
+        return record.differences(self.method, self.minutes, inputs)
+
     def __call__(self) -> str:
         """Train, go on, or validate, until the fold is done; returns how that was told.
 

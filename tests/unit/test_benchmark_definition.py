@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from masksam_nnunet.cli import app
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.fairness_splits import check_splits
+from masksam_nnunet.inference.benchmark.fold_record import FoldRecord, Inputs
 from masksam_nnunet.inference.benchmark.grid import Grid
 from masksam_nnunet.inference.benchmark.names import joint_name, row_names
 from masksam_nnunet.inference.benchmark.report_job import ReportJob
@@ -57,6 +58,64 @@ def test_report_on_no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert done.exit_code == 1 and "is no benchmark's folder" in done.output
     with pytest.raises(BenchmarkError, match="no benchmark's folder"):
         ReportJob(tmp_path)()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A benchmark's folder, of two folds of which nothing is trained."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path))
+    folder = tmp_path / DEFINITION.grid.dataset
+    folder.mkdir()
+    (folder / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
+    (folder / "splits_final.json").write_text(
+        json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}])
+    )
+    DEFINITION.write(tmp_path / "bench")
+    return tmp_path / "bench"
+
+
+def reported(bench: Path) -> str:
+    done = CliRunner().invoke(app, ["report", str(bench)])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    return done.output
+
+
+def test_report_on_folds_that_are_not_trained(bench: Path) -> None:
+    told = reported(bench)
+    assert told.count("missing; there is no checkpoint") == 4 and "run masksam benchmark again" in told
+
+
+def test_report_tells_what_has_changed_since_the_training(bench: Path) -> None:
+    method = METHODS[0]
+    fold = bench.parent / DEFINITION.grid.dataset / method.key / "fold_1"
+    fold.mkdir(parents=True)
+    plans = fold.parents[1] / "nnUNetPlans.json"
+    plans.touch()
+    inputs = replace(Inputs.read(fold.parents[1], "nnUNetPlans"), splits_sha256="0" * 64)
+    FoldRecord(fold, *(method.trainer, method.plans, method.configuration), None, inputs).write()
+    assert "fold_1: missing; there is no checkpoint; splits_final.json in nnUNet_preprocessed has ch" in reported(bench)
+    plans.unlink()
+    assert f"there is no checkpoint; {plans} cannot be read" in reported(bench)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("splits_final.json", '[{"train": ["a"], "val": ["b"]}]', "--folds 1: splits_final.json has 1 folds"),
+        ("splits_final.json", "{}", "is not a list of folds"),
+        ("splits_final.json", "[{", "is not JSON"),
+        ("splits_final.json", None, "cannot be read"),
+        ("dataset.json", "[]", "is not nnU-Net's"),
+        ("dataset.json", None, "cannot be read"),
+    ],
+)
+def test_report_on_data_that_are_not_there_any_more(bench: Path, name: str, content: str | None, message: str) -> None:
+    file = bench.parent / DEFINITION.grid.dataset / name
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    assert message in reported(bench)
 
 
 def test_nnunets_folders_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
