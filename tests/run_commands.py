@@ -18,7 +18,7 @@ def main() -> None:
         print(f"$ {command} {' '.join(arguments)}", flush=True)
         # 0 is right for training without workers, but makes planning fail.
         os.environ.pop("nnUNet_n_proc_DA", None)
-        if command == "nnUNetv2_train":
+        if command == "nnUNetv2_train" or [command, *arguments[:1]] == ["masksam", "train"]:
             os.environ["nnUNet_n_proc_DA"] = "0"
         (entry,) = entry_points(group="console_scripts", name=command)
         before, sys.argv = sys.argv, [command, *arguments]

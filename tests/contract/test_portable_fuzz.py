@@ -34,7 +34,7 @@ from masksam_nnunet.inference.portable.errors import PortableError
 from masksam_nnunet.inference.portable.load import is_portable, read_model
 from masksam_nnunet.inference.portable.write import write_portable
 
-EXAMPLES, LONG = 300, 2000
+EXAMPLES, LONG = 300, 20_000
 FILES = ("model.json", "plans.json", "dataset.json")
 CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
@@ -197,6 +197,7 @@ def test_json(models: list[Path], which: int, changes: dict[str, Any], follow: b
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @settings(max_examples=LONG, **CHECKS)
 @JSON_CASES
 def test_json_long(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
@@ -267,6 +268,7 @@ def test_bytes(models: list[Path], which: int, name: str, edits: Any, signed: bo
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @settings(max_examples=LONG, **CHECKS)
 @BYTES_CASES
 def test_bytes_long(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
@@ -309,6 +311,7 @@ def test_headers(models: list[Path], which: int, fold: int, changes: Any, length
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @settings(max_examples=LONG, **CHECKS)
 @HEADER_CASES
 def test_headers_long(models: list[Path], which: int, fold: int, changes: Any, length: int) -> None:
@@ -369,6 +372,7 @@ def test_archives(members: Any, edits: Any, sound: bool) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @settings(max_examples=LONG, **CHECKS)
 @ARCHIVE_CASES

@@ -189,6 +189,7 @@ def test_no_input_crashes(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_input_crashes_in_many_more(kind: str, tmp_path: Path) -> None:
     fuzz(kind, LONG, tmp_path, derandomize=False)
