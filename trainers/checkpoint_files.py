@@ -49,8 +49,7 @@ def write(content: dict[str, Any], file: Path, previous: Path | None = None) -> 
             _keep(file, previous)
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has no errors of its own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise NotWritten(f"cannot write {file}: {reason}; {_room(file.parent)}. {_earlier(file)}") from error
+        raise NotWritten(f"cannot write {file}: {_reason(error)}; {_room(file.parent)}. {_earlier(file)}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -144,6 +143,12 @@ def _reach_the_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"the disk takes no more of it, being full, over a quota or faulty ({' '.join(str(error).split())[:80]})"
 
 
 def _room(folder: Path) -> str:

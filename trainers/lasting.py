@@ -226,8 +226,15 @@ class LastingTrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         previous = file.with_name(files.PREVIOUS)
+        keep = latest and self._latest_is_whole
         try:
-            files.write(self._content(), file, previous if latest and self._latest_is_whole else None)
+            try:
+                files.write(self._content(), file, previous if keep else None)
+            except files.NotWritten:
+                if not (must and self._latest_is_whole and previous.is_file()):
+                    raise
+                previous.unlink()  # room for one more; the latest is whole
+                files.write(self._content(), file)
         except files.NotWritten as error:
             if must:
                 raise
@@ -330,9 +337,8 @@ class LastingTrainer(nnUNetTrainer):
         self.current_epoch = content["current_epoch"]
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
-        self.inference_allowed_mirroring_axes = content.get(
-            "inference_allowed_mirroring_axes", self.inference_allowed_mirroring_axes
-        )
+        if "inference_allowed_mirroring_axes" in content:
+            self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
         self._within = content.get(_WITHIN)
         self.load_own_state(content.get(_OWN) or {})
 

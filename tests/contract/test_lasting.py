@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from plain_plans import dataset_json, folders, plain_plans
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from masksam_nnunet import cli
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.errors import TrainingError
+from masksam_nnunet.environment import EXT_TRAINER
+from masksam_nnunet.errors import CheckpointFileError, TrainingError
 from masksam_nnunet.trainers import MaskSAMTrainer_vit_t, MaskSAMTrainer_vit_t_budget
 from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST, PREVIOUS, NotWritten
 from masksam_nnunet.trainers.lasting import LastingTrainer
@@ -279,6 +283,59 @@ def test_a_full_disk_costs_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     made = MaskSAMTrainer_vit_t(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
     made._plot(full, made.output_folder)
     assert "progress.png could not be written: [Errno 28] No space left on device" in log(made)
+
+
+def test_the_last_save_takes_the_room_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    folder = Path(made.output_folder)
+    made.on_epoch_start()
+    for _ in range(2):
+        made.save_checkpoint(str(folder / LATEST))
+    write = torch.save
+
+    def room_for_two(content: object, file: str) -> None:
+        if (folder / PREVIOUS).exists():
+            raise OSError(28, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", room_for_two)
+    made.save(folder / LATEST, must=False)
+    assert (folder / PREVIOUS).exists() and "No space left on device" in log(made)
+    made.save_checkpoint(str(folder / FINAL))
+    assert {file.name for file in folder.glob("checkpoint*")} == {FINAL, LATEST}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+class RankEnded(Exception):
+    """As PyTorch's ``ProcessExitedException``."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"process 0 terminated with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (SystemExit(75), 75, ""),
+        (RankEnded(75), 75, ""),
+        (NotWritten("cannot write it"), 1, "error: cannot write it\n"),
+        (CheckpointFileError("refused it"), 1, "error: refused it\n"),
+    ],
+)
+def test_masksam_train_hands_on_how_it_ended(
+    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> None:
+        raise error
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", end)
+    monkeypatch.setattr(sys, "argv", ["masksam"])
+    monkeypatch.setenv(EXT_TRAINER, "")
+    result = CliRunner().invoke(cli.app, ["train", "4", "3d_fullres", "0", "-device", "cpu"])
+    assert (result.exit_code, result.stderr) == (status, said)
 
 
 # ---- losses that are not finite --------------------------------------------------------------------------------------

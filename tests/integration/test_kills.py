@@ -39,6 +39,15 @@ def nursery(workspace: Workspace, dataset: Dataset) -> Iterator[Nursery]:
         yield prepared
 
 
+SETTINGS = {"TEST_EPOCHS": "2", "TEST_ITERATIONS": "8", "MASKSAM_SAVE_EVERY": "1epochs,0.01min"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a training that nothing happened to ends with."""
+    return Fold(nursery, tmp_path_factory.mktemp("undisturbed") / "fold", SETTINGS).finish()
+
+
 @dataclass
 class Fold:
     """One training, in as many parts as it takes."""
@@ -101,6 +110,15 @@ def assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert torch.equal(value, other["network_weights"][name]), name
 
 
+def assert_as_undisturbed(final: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Each iteration was made once, and logged once."""
+    assert steps_made(final) == steps_made(whole) == {16}
+    assert_same_weights(final, whole)
+    for name in ("train_losses", "lrs"):
+        np.testing.assert_allclose(final["logging"][name], whole["logging"][name], rtol=1e-6)
+    assert {len(values) for values in final["logging"].values()} == {2}
+
+
 def kill_and_resume(fold: Fold, kills: int, seed: int) -> None:
     """SIGKILL at random moments, some steps and a random part of a step after each start."""
     draw = random.Random(seed)
@@ -118,28 +136,23 @@ def kill_and_resume(fold: Fold, kills: int, seed: int) -> None:
         assert training.wait() == -signal.SIGKILL
 
 
-def test_three_kills_change_nothing(nursery: Nursery, tmp_path: Path) -> None:
+def test_three_kills_change_nothing(nursery: Nursery, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """Batches are drawn by the number of the iteration here, so the very same weights must come out."""
-    settings = {"TEST_EPOCHS": "3", "TEST_ITERATIONS": "6", "MASKSAM_SAVE_EVERY": "1epochs,0.01min"}
-    whole = Fold(nursery, tmp_path / "whole", settings).finish()
-    killed = Fold(nursery, tmp_path / "killed", settings)
+    killed = Fold(nursery, tmp_path / "killed", SETTINGS)
     kill_and_resume(killed, 3, seed=1)
     final = killed.finish()
-    assert steps_made(final) == steps_made(whole) == {18}
-    assert_same_weights(final, whole)
-    for name in ("train_losses", "lrs"):
-        np.testing.assert_allclose(final["logging"][name], whole["logging"][name], rtol=1e-6)
+    assert_as_undisturbed(final, undisturbed)
     assert sorted(file.name for file in killed.folder.glob("checkpoint*")) == [
         "checkpoint_best.pth",
         "checkpoint_final.pth",
     ]
 
 
-def test_it_saves_and_leaves_when_asked_and_goes_on(nursery: Nursery, tmp_path: Path) -> None:
-    """Each of the signals, within an epoch; in the validation; and, to the workers too, SIGTERM."""
-    settings = {"TEST_EPOCHS": "2", "TEST_ITERATIONS": "8"}
-    whole = Fold(nursery, tmp_path / "whole", settings).finish()
-    fold = Fold(nursery, tmp_path / "asked", settings)
+def test_it_saves_and_leaves_when_asked_and_goes_on(
+    nursery: Nursery, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    """Each of the signals, within an epoch."""
+    fold = Fold(nursery, tmp_path / "asked", SETTINGS | {"MASKSAM_SAVE_EVERY": "50epochs"})
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         before = len(fold.events)
         training = fold.start(TEST_STEP_SECONDS="0.3")
@@ -151,22 +164,25 @@ def test_it_saves_and_leaves_when_asked_and_goes_on(nursery: Nursery, tmp_path: 
         steps = [entry["iteration"] for entry in fold.events if entry["event"] == "step"]
         assert steps == list(range(len(steps))), "each iteration once"
         assert fold.events[-1] == {"event": "saved", "iteration": len(steps), "file": "checkpoint_latest.pth"}
-    final = fold.finish()
-    assert steps_made(final) == {16}
-    assert_same_weights(final, whole)
-    np.testing.assert_allclose(final["logging"]["train_losses"], whole["logging"]["train_losses"], rtol=1e-6)
-    assert {len(values) for values in final["logging"].values()} == {2}
+    assert_as_undisturbed(fold.finish(), undisturbed)
 
-    before = len(fold.events)
-    training = fold.start(TEST_VALIDATION="1")
-    fold.wait_for("validation", after=before)
+
+@pytest.mark.long
+def test_a_validation_that_is_asked_to_leave_starts_again(nursery: Nursery, tmp_path: Path) -> None:
+    fold = Fold(nursery, tmp_path / "validation", {"TEST_EPOCHS": "1", "TEST_VALIDATION": "1"})
+    training = fold.start()
+    fold.wait_for("validation")
     while "predicting" not in fold.log.read_text():
         time.sleep(0.02)
     os.kill(training.pid, signal.SIGTERM)
     assert training.wait() == 75
-    assert not (fold.folder / "validation" / "summary.json").exists()
+    summary = fold.folder / "validation" / "summary.json"
+    assert not summary.exists()
+    fold.finish()
+    assert len(json.loads(summary.read_text())["metric_per_case"]) == 2
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_at_once_and_what_was_saved_stays(nursery: Nursery, tmp_path: Path) -> None:
     fold = Fold(nursery, tmp_path / "twice", {"TEST_EPOCHS": "2", "TEST_ITERATIONS": "4"})
     training = fold.start(TEST_STEP_SECONDS="0.3", MASKSAM_SAVE_EVERY="1epochs")
@@ -211,6 +227,7 @@ def test_a_dead_worker_is_told_of_and_what_was_trained_is_saved(nursery: Nursery
     assert not [pid for pid in started["workers"] if psutil.pid_exists(pid)]
 
 
+@pytest.mark.long
 def test_masksam_train_hands_the_status_on(workspace: Workspace, dataset: Dataset, tmp_path: Path) -> None:
     """SIGTERM to the command and to its workers, as SLURM sends it; and the error where all that was saved is lost."""
     fold = workspace.results / dataset.name
