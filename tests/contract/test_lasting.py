@@ -334,7 +334,8 @@ def test_masksam_train_hands_on_how_it_ended(
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", end)
     monkeypatch.setattr(sys, "argv", ["masksam"])
     monkeypatch.setenv(EXT_TRAINER, "")
-    result = CliRunner().invoke(cli.app, ["train", *"4 3d_fullres 0 -tr MaskSAMTrainer -device cpu".split()])
+    options = ["-tr", "MaskSAMTrainer", "-device", "cpu"]
+    result = CliRunner().invoke(cli.app, ["train", "4", "3d_fullres", "0", *options])
     assert (result.exit_code, result.stderr) == (status, said)
 
 
