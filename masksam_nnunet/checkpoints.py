@@ -59,19 +59,6 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     return content
 
 
-def damage(file: Path, thorough: bool = True) -> str | None:
-    """What is wrong with a checkpoint as a zip file, PyTorch's format; None if nothing.
-
-    ``thorough``: its bytes are compared with their checksums, which PyTorch does not do.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip() if thorough else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return str(error) or repr(error)
-    return None if bad is None else f"wrong checksum of {bad}"
-
-
 def _refused(file: Path, error: pickle.UnpicklingError) -> str:
     """What a checkpoint would import, by name; empty where it only is no pickle."""
     try:

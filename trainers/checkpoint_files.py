@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from masksam_nnunet.checkpoints import damage, load_checkpoint
+from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import TrainingError
+from masksam_nnunet.zip_damage import damage
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 """nnU-Net's own names."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from masksam_nnunet.json_files import read_json
+from masksam_nnunet.zip_damage import damage
 
 from ..commands import SAVE_SECONDS
 from .errors import BenchmarkError
@@ -63,14 +64,14 @@ def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) 
         return _before_the_end(folder)
     lacking = _lacking(folder / "validation", cases, file_ending, npz) or _outdated(folder)
     # All its bytes only where it will be read: a large model's folds take long.
-    damage = _damage(final, thorough=lacking is not None)
-    if damage is not None:
-        earlier = [name for name in (LATEST, BEST) if (folder / name).is_file() and not _damage(folder / name, True)]
+    wrong = damage(final, thorough=lacking is not None)
+    if wrong is not None:
+        earlier = [name for name in (LATEST, BEST) if (folder / name).is_file() and not damage(folder / name)]
         remedy = f"remove the folder {folder} to train this fold again"
         if earlier:  # nnU-Net removes the latest only after it has written the final one
             remedy = f"remove that file alone: training then goes on from {earlier[0]}"
         return FoldState(
-            Stage.DAMAGED, f"{final} is not a whole checkpoint ({damage}); {remedy}, or put a whole copy there"
+            Stage.DAMAGED, f"{final} is not a whole checkpoint ({wrong}); {remedy}, or put a whole copy there"
         )
     if lacking is not None:
         return FoldState(Stage.TRAINED, lacking)
@@ -83,26 +84,16 @@ def _before_the_end(folder: Path) -> FoldState:
         file = folder / name
         if not file.is_file():
             continue
-        damage = _damage(file, thorough=True)
-        if damage is None:
+        wrong = damage(file)
+        if wrong is None:
             return FoldState(Stage.BROKEN_OFF, f"{name} is there")
         remedy = "training then starts again from nothing"
         if other is not None and (folder / other).is_file():
             remedy = f"training then goes on from {other}"
         return FoldState(
-            Stage.DAMAGED, f"{file} is not a whole checkpoint ({damage}); remove it and run again: {remedy}"
+            Stage.DAMAGED, f"{file} is not a whole checkpoint ({wrong}); remove it and run again: {remedy}"
         )
     return FoldState(Stage.MISSING, "there is no checkpoint")
-
-
-def _damage(file: Path, thorough: bool) -> str | None:
-    """What is wrong with a checkpoint as a zip file, PyTorch's format; None if nothing."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip() if thorough else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return str(error) or repr(error)
-    return None if bad is None else f"wrong checksum of {bad}"
 
 
 def _lacking(validation: Path, cases: Sequence[str], file_ending: str, npz: bool) -> str | None:

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.errors import CheckpointFileError, TrainingError
 from masksam_nnunet.trainers import checkpoint_files as files
 from masksam_nnunet.trainers.save_interval import SaveInterval
+from masksam_nnunet.zip_damage import damage
 
 
 def content(epoch: int, size: int = 1000) -> dict[str, Any]:
