@@ -182,6 +182,17 @@ def score_folder(
 def _score_files(
     predictions: Path, truths: Path, dataset_json: Mapping[str, Any], tolerance_mm: float, case: str
 ) -> CaseScore:
+    truth, prediction = read_pair(predictions, truths, dataset_json, case)
+    with _one_thread():
+        return CaseScore(case, score_case(truth, prediction, Classes.from_dataset_json(dataset_json), tolerance_mm))
+
+
+def read_pair(predictions: Path, truths: Path, dataset_json: Mapping[str, Any], case: str) -> tuple[LabelMap, LabelMap]:
+    """Truth and prediction of a case, on one grid.
+
+    Raises:
+        LabelMapError: as :func:`score_folder`.
+    """
     classes = Classes.from_dataset_json(dataset_json)
     maps = []
     for folder in (truths, predictions):
@@ -189,8 +200,7 @@ def _score_files(
         check_values(folder / (case + dataset_json["file_ending"]), case, maps[-1], classes)
     truth, prediction = maps
     check_same_geometry(case, truth, prediction)
-    with _one_thread():
-        return CaseScore(case, score_case(truth, prediction, classes, tolerance_mm))
+    return truth, prediction
 
 
 @contextmanager

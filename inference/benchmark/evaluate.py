@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from .case_table import case_table, write_csv
 from .combine import Combined, combine
 from .errors import BenchmarkError, refuse_unfair
 from .fairness import check_fairness, check_postprocessing
+from .faults import faulty_prediction
 from .fold_record import read_fold_compute
 from .names import joint_name, postprocessed_name, row_names
 from .nnunet_scores import check_against_nnunet
@@ -79,7 +82,11 @@ def evaluate(
     cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
     fold_of = {case: fold for fold, names in cases.items() for case in names}
     truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
-    with console.status("putting folds together (nnU-Net's find_best_configuration and post-processing)"):
+    fault = partial(faulty_prediction, methods, cases, results, truths, dataset_json)
+    with (
+        console.status("putting folds together (nnU-Net's find_best_configuration and post-processing)"),
+        _naming_faults(fault),
+    ):
         combined = combine(methods, dataset, folds, ensembles, processes, out / "logs" / "evaluation.log", stamp_file)
 
     try:
@@ -98,7 +105,10 @@ def evaluate(
             (postprocessed_name(name), part.postprocessed, "postprocessed"),
         )
         for row_name, folder, kind in kinds:
-            with console.status(f"scoring {row_name}"):
+            with (
+                console.status(f"scoring {row_name}"),
+                _naming_faults(fault),
+            ):
                 scores = _score(folder, truths, dataset_json, sorted(fold_of), tolerance, processes, stamp_file)
             histories: Mapping[int, History] = {}
             if kind == "method":
@@ -140,6 +150,18 @@ def evaluate(
         except OSError as error:
             raise BenchmarkError(f"{out} cannot be written: {error}; make room and run masksam report {out}") from error
         return write_benchmark_report(out, found)
+
+
+@contextmanager
+def _naming_faults(find: Callable[[], str | None]) -> Iterator[None]:
+    """Errors name the file of a fold that they come from, if there is one: what was put together is but its copy."""
+    try:
+        yield
+    except BenchmarkError as error:
+        fault = find()
+        if fault is None:
+            raise
+        raise BenchmarkError(fault) from error
 
 
 def _score(
