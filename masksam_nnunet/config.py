@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 BACKBONES = ("vit_t", "vit_b", "vit_l", "vit_h")
+"""Those of this project, between which planning chooses."""
+SAM_OF: dict[str, str | None] = {"vit_t": None, "vit_b": "vit_b", "vit_l": "vit_l", "vit_h": "vit_h"}
+"""Every known backbone, and the released SAM whose weights it holds; modeling.register_backbone adds others."""
 UPSAMPLING = (1, 2, 4)
 MAX_SIZE = 2**15
 """Of anything counted in voxels, channels or queries: more is a slip of the pen, and no memory holds it."""
@@ -141,7 +144,8 @@ class MaskSAMConfig(_JsonConfig):
     """
 
     backbone: str
-    """SAM's image encoder: vit_b, vit_l, vit_h; or vit_t, a tiny one of ours, not SAM, that starts from nothing."""
+    """SAM's image encoder: vit_b, vit_l, vit_h; or vit_t, a tiny one of ours, not SAM, that starts from nothing; or
+    one that ``modeling.register_backbone`` has been given."""
     patch_size: tuple[int, ...]
     upsample: int
     """u: how much larger in-plane SAM sees the patch; 1, 2 or 4."""
@@ -164,7 +168,12 @@ class MaskSAMConfig(_JsonConfig):
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        _check(self.backbone in BACKBONES, "backbone", self.backbone, f"choose one of {BACKBONES}")
+        _check(
+            isinstance(self.backbone, str) and self.backbone in SAM_OF,
+            "backbone",
+            self.backbone,
+            f"choose one of {tuple(SAM_OF)}, or import the module that registers yours",
+        )
         object.__setattr__(self, "patch_size", _int_tuple("patch_size", self.patch_size))
         _check(
             len(self.patch_size) in (2, 3), "patch_size", self.patch_size, "give (D, H, W), or (H, W) for a 2D network"
@@ -219,9 +228,14 @@ class MaskSAMConfig(_JsonConfig):
         )
 
     @property
+    def sam(self) -> str | None:
+        """Which of SAM's published checkpoints a training starts from; None for none."""
+        return SAM_OF[self.backbone]
+
+    @property
     def needs_sam(self) -> bool:
         """Whether training starts from one of SAM's published checkpoints."""
-        return self.backbone != "vit_t"
+        return self.sam is not None
 
 
 def _int_tuple(option: str, value: Any) -> tuple[int, ...]:

@@ -19,7 +19,9 @@ from masksam_nnunet.modeling.sam_parts import (
     build_prompt_encoder,
 )
 
-SMALL_SAM = BackboneSpec(32, 4, 2, (0, 1, 2, 3), prompt_width=16, decoder_mlp=32, decoder_heads=2, mask_channels=4)
+SMALL_SAM = BackboneSpec(
+    32, 4, 2, (0, 1, 2, 3), prompt_width=16, decoder_mlp=32, decoder_heads=2, mask_channels=4, sam="vit_b"
+)
 
 
 def expect_release(patch: pytest.MonkeyPatch, backbone: str, content: bytes) -> None:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from masksam_nnunet import weights
-from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.config import BACKBONES, ConfigError, MaskSAMConfig
 from masksam_nnunet.criterion import MaskSAMCriterion
 from masksam_nnunet.environment import (
     LEAN_CHECKPOINTS,
@@ -204,7 +204,7 @@ class MaskSAMTrainer(LastingTrainer):
         if lean:
             self.print_to_log_file(
                 f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and need SAM's "
-                f"{self.config.backbone} file (SHA-256 {sha256}) to be loaded. masksam export makes a full model."
+                f"{self.config.sam} file (SHA-256 {sha256}) to be loaded. masksam export makes a full model."
             )
 
     def _tell_it_is_not_sam(self, lean: bool) -> None:
@@ -212,6 +212,8 @@ class MaskSAMTrainer(LastingTrainer):
             self.print_to_log_file(
                 f"{self.config.backbone} is a tiny encoder of this project's own. It is not SAM: it starts from random "
                 "weights and is trained throughout."
+                if self.config.backbone in BACKBONES
+                else f"{self.config.backbone} is a registered encoder. It is not SAM, and no file of SAM is read."
             )
         if lean:
             self.print_to_log_file(
@@ -226,9 +228,10 @@ class MaskSAMTrainer(LastingTrainer):
                 "This is for trying things out only; its results say nothing about MaskSAM."
             )
             return
-        path = weights.find(self.config.backbone)
+        assert self.config.sam is not None
+        path = weights.find(self.config.sam)
         new = [name for name, p in network.named_parameters() if p.requires_grad]
-        report = weights.load_sam(network.sam_parts(), self.config.backbone, path, new)
+        report = weights.load_sam(network.sam_parts(), self.config.sam, path, new)
         network.sam_is_loaded = True
         set_sam_sha256(network, report.sha256)
         for line in report.lines():

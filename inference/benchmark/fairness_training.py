@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from masksam_nnunet.config import ConfigError
+from masksam_nnunet.config import BACKBONES, ConfigError
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.plans.architecture import read_config
 
@@ -208,7 +208,9 @@ def _starts(methods: Sequence[Method], trained: Sequence[_Fold], results: Path) 
                 Finding(
                     False,
                     f"{name} has the tiny encoder {config.backbone} of this project, which is not SAM and starts from "
-                    "random weights: it says nothing about MaskSAM with SAM's weights.",
+                    "random weights: it says nothing about MaskSAM with SAM's weights."
+                    if config.backbone in BACKBONES
+                    else f"{name} has the encoder {config.backbone}, which was registered from outside and is not SAM.",
                 )
             )
             continue
@@ -235,7 +237,7 @@ def _starts(methods: Sequence[Method], trained: Sequence[_Fold], results: Path) 
             findings.append(
                 Finding(
                     False,
-                    f"{name} starts from SAM's {config.backbone} weights, which were trained on other images; methods "
+                    f"{name} starts from SAM's {config.sam} weights, which were trained on other images; methods "
                     "without SAM start from random weights.",
                 )
             )

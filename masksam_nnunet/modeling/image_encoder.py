@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from segment_anything.modeling import ImageEncoderViT
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import DConvAdapter
 from .attention import self_attention
-from .new import DepthEmbedding
+from .new import DepthEmbedding, New
 from .patchwise import norm, shrink
 from .recompute import in_pieces, recomputed
 
@@ -21,11 +22,11 @@ class BlockAdapters(nn.Module):
     Adapters see the whole grid, after windows are merged: so their depth axis is neighbouring slices.
     """
 
-    def __init__(self, width: int, ratio: float, recompute: bool) -> None:
+    def __init__(self, width: int, ratio: float, recompute: bool, adapter: Callable[[int, float], New]) -> None:
         super().__init__()
         self.recompute = recompute  # a twentieth of a block's work, a third of what it would keep
-        self.attention = DConvAdapter(width, ratio)
-        self.mlp = DConvAdapter(width, ratio)
+        self.attention = adapter(width, ratio)
+        self.mlp = adapter(width, ratio)
 
     def forward(self, block: Block, x: Tensor, slices_at_once: int | None = None) -> Tensor:
         """One SAM block, adapted; x and the result are (B, D, g_h, g_w, E)."""
@@ -48,7 +49,7 @@ def _attended(block: Block, x: Tensor) -> Tensor:
 
 
 class AdaptedImageEncoder(nn.Module):
-    """SAM's frozen ViT with a depth embedding and two DConvAdapters a block.
+    """SAM's frozen ViT with a depth embedding and two adapters a block.
 
     ``forward`` takes images (B, D, 3, S_h, S_w) and returns the outputs of the global-attention blocks, shallow to
     deep, each (B, D, g_h, g_w, E), and the neck's output (B, D, P, g_h, g_w).
@@ -60,6 +61,7 @@ class AdaptedImageEncoder(nn.Module):
         adapter_ratio: width of the adapters' bottleneck.
         checkpointing: compute blocks again in the backward pass, and keep their inputs only.
         recompute_adapters: where blocks are not, compute adapters again.
+        adapter: makes an adapter from width and ratio.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class AdaptedImageEncoder(nn.Module):
         adapter_ratio: float = 0.25,
         checkpointing: bool = False,
         recompute_adapters: bool = False,
+        adapter: Callable[[int, float], New] = DConvAdapter,
     ) -> None:
         super().__init__()
         width = sam.pos_embed.shape[-1]
@@ -83,7 +86,7 @@ class AdaptedImageEncoder(nn.Module):
         What they would keep is then computed once more, beside what ``checkpointing`` does.
         """
         self.depth_embedding = DepthEmbedding(depth, width)
-        self.adapters = nn.ModuleList(BlockAdapters(width, adapter_ratio, recompute) for _ in sam.blocks)
+        self.adapters = nn.ModuleList(BlockAdapters(width, adapter_ratio, recompute, adapter) for _ in sam.blocks)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         b, d = images.shape[:2]

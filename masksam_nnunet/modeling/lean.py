@@ -102,10 +102,11 @@ def _check_config(network: MaskSAM, state: Mapping[str, Any], prefix: str) -> No
 
 def _read(network: MaskSAM, sha256: str) -> dict[str, Tensor]:
     """SAM's tensors by their names in ``network``, from the file with this hash, fitted as a training's start does."""
-    backbone = network.config.backbone
+    sam = network.config.sam
+    assert sam is not None  # only what was loaded from its file has a hash
     keys = _sam_keys(network)
     targets = network.state_dict()
-    file = weights.read_checkpoint(weights.find_exact(backbone, sha256))
+    file = weights.read_checkpoint(weights.find_exact(sam, sha256))
     fitted, _ = weights.remap_sam_state_dict(file, {key: targets[name].shape for name, key in keys.items()})
     return {name: fitted[key].to(targets[name].dtype) for name, key in keys.items()}
 

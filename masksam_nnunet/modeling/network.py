@@ -71,8 +71,18 @@ class MaskSAM(nn.Module):
         depth, ratio, keep_less = grid.patch[0], config.adapter_ratio, config.checkpointing
 
         self.stem = InputStem(in_channels, image_channels, config.stem_width, config.upsample, grid)
-        self.image_encoder = AdaptedImageEncoder(
-            build_image_encoder(spec, grid), spec.global_blocks, depth, ratio, keep_less, config.needs_sam
+        self.image_encoder: nn.Module = (
+            spec.encoder(spec, grid)
+            if spec.encoder is not None
+            else AdaptedImageEncoder(
+                build_image_encoder(spec, grid),
+                spec.global_blocks,
+                depth,
+                ratio,
+                keep_less,
+                config.needs_sam,
+                spec.adapter,
+            )
         )
         self.prompt_generator = PromptGenerator(
             spec.width, spec.prompt_width, config.generator_widths, depth, config.num_queries
@@ -99,12 +109,9 @@ class MaskSAM(nn.Module):
         self.register_load_state_dict_post_hook(_mark_loaded)
 
     def sam_parts(self) -> dict[str, nn.Module]:
-        """SAM's own modules, under the names its checkpoints give them."""
-        return {
-            "image_encoder": self.image_encoder.sam,
-            "prompt_encoder": self.prompt_encoder.sam,
-            "mask_decoder": self.mask_decoder.sam,
-        }
+        """SAM's own modules, under the names its checkpoints give them; no image encoder where it is another's."""
+        parts = {name: getattr(self, name) for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
+        return {name: part.sam for name, part in parts.items() if hasattr(part, "sam")}
 
     def parts(self, x: Tensor) -> MaskSAMOutput:
         """All that the network computes for (B, C, D, H, W), or (B, C, H, W), whatever its mode."""

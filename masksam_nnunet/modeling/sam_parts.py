@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,32 +10,66 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import nn
 
-from ..config import Grid
+from ..config import BACKBONES, SAM_OF, Grid
+from .adapters import DConvAdapter
+from .new import New
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Sizes of one image encoder and of the decoder that goes with it."""
+    """Sizes of one image encoder and of the decoder that goes with it, and its adapters."""
 
     width: int
-    depth: int
-    heads: int
-    global_blocks: tuple[int, ...]
+    """E: channels of each of the four levels that feed the prompt generator."""
+    depth: int = 0
+    heads: int = 0
+    global_blocks: tuple[int, ...] = ()
     """Blocks with global attention, whose outputs feed the prompt generator."""
     window: int = 14
     prompt_width: int = 256
     decoder_mlp: int = 2048
     decoder_heads: int = 8
     mask_channels: int = 16
+    sam: str | None = None
+    """The released SAM whose weights the ViT, the prompt encoder and the mask decoder hold, frozen; None: all that
+    is not frozen by ``encoder`` is trained."""
+    adapter: Callable[[int, float], New] = DConvAdapter
+    """Makes an adapter from E and its bottleneck's share of it: two for each block of the ViT, each a map of
+    (B, D, g_h, g_w, E) to the same shape that is zero at first."""
+    encoder: Callable[[BackboneSpec, Grid], nn.Module] | None = None
+    """Makes another image encoder than SAM's ViT. Its ``forward`` takes images (B, D, 3, S_h, S_w) and returns what
+    :class:`AdaptedImageEncoder` does: four levels (B, D, g_h, g_w, E), shallow to deep, and (B, D, P, g_h, g_w)."""
 
 
 # ViT-B, L and H as in segment_anything/build_sam.py; vit_t is ours.
 SPECS = {
     "vit_t": BackboneSpec(128, 4, 4, (0, 1, 2, 3), window=0, prompt_width=64, decoder_mlp=128, decoder_heads=4),
-    "vit_b": BackboneSpec(768, 12, 12, (2, 5, 8, 11)),
-    "vit_l": BackboneSpec(1024, 24, 16, (5, 11, 17, 23)),
-    "vit_h": BackboneSpec(1280, 32, 16, (7, 15, 23, 31)),
+    "vit_b": BackboneSpec(768, 12, 12, (2, 5, 8, 11), sam="vit_b"),
+    "vit_l": BackboneSpec(1024, 24, 16, (5, 11, 17, 23), sam="vit_l"),
+    "vit_h": BackboneSpec(1280, 32, 16, (7, 15, 23, 31), sam="vit_h"),
 }
+
+
+def register_backbone(name: str, spec: BackboneSpec) -> None:
+    """Make ``name`` a backbone that configs, and so plans and trainers, may name.
+
+    A process that reads such plans must have called this before: call it in the module that holds the trainer.
+    Registering a name again replaces it, since nnU-Net imports a trainer's module more than once.
+
+    Raises:
+        ValueError: the name is one of this project's own, or the spec asks for what cannot be.
+    """
+    if name in BACKBONES:
+        raise ValueError(f"backbone {name!r} is this project's own: register yours under another name")
+    if spec.sam is not None and spec.sam not in SAM_OF:
+        raise ValueError(f"backbone {name!r}: sam = {spec.sam!r} was never released, give vit_b, vit_l, vit_h or None")
+    if spec.sam is not None and spec.encoder is not None:
+        raise ValueError(
+            f"backbone {name!r}: SAM's checkpoint of {spec.sam} does not fit an encoder of your own: leave out sam, "
+            "and load and freeze what you have in the function that makes the encoder"
+        )
+    SPECS[name] = spec
+    SAM_OF[name] = spec.sam
 
 
 def build_image_encoder(spec: BackboneSpec, grid: Grid) -> ImageEncoderViT:

@@ -17,14 +17,10 @@ TIERS = ("quick", "long")
 NOT_RUN = {
     r"pip install": "needs the network; tests/packaging installs the wheel",
     r"python3 -m venv": "the tests' own environment is used",
-    r"git clone": "needs the network",
     r"make (demo|test|bench|test-long)": "builds an environment of its own; takes up to half an hour",
-    r"python benchmarks/": "takes an hour; make bench",
     r"(MEMORY=\S+ )?(TAG=\S+ )?inference/docker/container.sh": "needs Docker; other tests run its entry point",
-    r"docker ": "needs Docker",
     r"sbatch|squeue|scancel": "needs SLURM; the script that is submitted is run, see SCRIPTS",
     r"masksam benchmark .*--executor slurm": "needs SLURM; tests/slurm/run.sh",
-    r"tests/slurm/run.sh": "installs a SLURM on this machine",
     r".* -num_gpus 2": "needs two GPUs; tests/contract/test_distributed.py",
 }
 """Lines that no tier runs, and why; they are read by their command's own parser all the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,22 @@ def new_world(root: Path) -> Iterator[World]:
         )
 
 
+MODULE = Path("my_trainers/my_masksam.py")
+"""Where docs/extending.md has its reader write its python blocks."""
+
+
+def write_module(root: Path) -> Path:
+    """The python blocks of docs/extending.md as the module that they make up."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert f"`{MODULE}`" in page
+    file = root / MODULE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        "\n\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)), encoding="utf-8"
+    )
+    return file
+
+
 def write_data(root: Path) -> None:
     """Downloads, a dataset of one's own, images to predict."""
     with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +116,7 @@ def write_data(root: Path) -> None:
     for frame in sorted((root / "DOWNLOAD" / "testing").glob("patient10[12]/patient???_frame??.nii.gz")):
         shutil.copy(frame, images / frame.name.replace(".nii.gz", "_0000.nii.gz"))
     shutil.copytree(ROOT / "docs" / "cluster", root / "docs" / "cluster")
+    write_module(root)
 
 
 def recorded_commands(lines: Sequence[Line], root: Path) -> list[list[str]]:

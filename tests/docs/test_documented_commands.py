@@ -31,6 +31,10 @@ AFTER = {
     "docs/own_dataset.md": "docs/daily_use.md",
     "docs/benchmark.md": "docs/daily_use.md",
     "docs/faq.md": "docs/daily_use.md",
+    "docs/portable_models.md": "docs/daily_use.md",
+    "docs/container.md": "docs/daily_use.md",
+    "docs/explain.md": "docs/daily_use.md",
+    "docs/paper.md": "docs/daily_use.md",
 }
 """Pages that begin where another one ends, in its folder."""
 
