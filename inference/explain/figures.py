@@ -104,6 +104,7 @@ def draw_queries(images: SliceImages, queries: SliceQueries, facts: SliceFacts, 
     at = (queries.corner[1], queries.corner[2])
     part = images.image[rows.start + at[0] : rows.stop + at[0], cols.start + at[1] : cols.stop + at[1]]
     figure, axes = grid(2 * bands, columns, part.shape, images.aspect)
+    figure.set_layout_engine("constrained", h_pad=0.12)  # titles of two lines are cut off with less
     for ax in axes.flat:
         ax.set_visible(False)
     for place, query in enumerate(shown):

@@ -16,7 +16,7 @@ TIERS = ("quick", "long")
 
 NOT_RUN = {
     r"pip install": "needs the network; tests/packaging installs the wheel",
-    r"python3 -m venv": "the tests' own environment is used",
+    r"python3 -m venv|\. masksam-env": "the tests' own environment is used",
     r"make (demo|test|bench|test-long)": "builds an environment of its own; takes up to half an hour",
     r"(MEMORY=\S+ )?(TAG=\S+ )?inference/docker/container.sh": "needs Docker; other tests run its entry point",
     r"sbatch|squeue|scancel": "needs SLURM; the script that is submitted is run, see SCRIPTS",
