@@ -22,6 +22,7 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_en
 
 from masksam_nnunet.json_files import read_json, write_json
 
+from ..label_maps import Classes
 from .errors import BenchmarkError
 from .results import Method
 
@@ -44,9 +45,21 @@ class Combined:
     def postprocessed(self) -> Path:
         return self.folder / POSTPROCESSED
 
-    def postprocessing(self) -> list[str]:
-        """Names of nnU-Net's post-processing functions that helped; none where nothing did."""
-        return list(read_json(self.folder / "postprocessing.json")["postprocessing_fns"])
+    def postprocessing(self, classes: Classes) -> list[str]:
+        """Of what nnU-Net keeps the largest component only, in its order; nothing where that did not help."""
+        kept = read_json(self.folder / "postprocessing.json")["postprocessing_kwargs"]
+        return list(dict.fromkeys(_named(one["labels_or_regions"], classes) for one in kept))
+
+
+def _named(labels: int | Sequence[int], classes: Classes) -> str:
+    """The class or region of these labels; nnU-Net also takes all of them for one."""
+    wanted = set(labels) if isinstance(labels, Sequence) else {labels}
+    for name, values in classes.foreground.items():
+        if wanted == set(values):
+            return name
+    if wanted == {value for values in classes.foreground.values() for value in values}:
+        return "the whole foreground"
+    return f"the labels {', '.join(map(str, sorted(wanted)))}"
 
 
 def combine(

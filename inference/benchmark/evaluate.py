@@ -123,7 +123,7 @@ def evaluate(
         test_set, more = score_test_set(
             methods, raw, dataset_json, folds, ensembles, device, out / "test_set", processes, tolerance
         )
-    ignored = Classes.from_dataset_json(dataset_json).ignore_label
+    classes = Classes.from_dataset_json(dataset_json)
     with console.status("statistics"):
         found = BenchmarkResults(
             dataset=dataset,
@@ -137,7 +137,8 @@ def evaluate(
             findings=(*findings, *check_postprocessing(rows)),
             test_set=tuple(test_set),
             best=best,
-            policies=policies(rows, ignored is not None, patients) | _postprocessing(combined, names),
+            policies=policies(rows, classes.ignore_label is not None, patients)
+            | _postprocessing(combined, names, classes),
             versions=versions(),
             git_hash=git_hash(),
             commands=(*commands, *more),
@@ -186,15 +187,16 @@ def _score(
     return scores
 
 
-def _postprocessing(combined: Sequence[Combined], names: Mapping[Method, str]) -> dict[str, str]:
+def _postprocessing(combined: Sequence[Combined], names: Mapping[Method, str], classes: Classes) -> dict[str, str]:
     """The policy, and what nnU-Net chose for each."""
     chosen = []
     for part in combined:
-        functions = part.postprocessing()
+        kept = part.postprocessing(classes)
         name = joint_name([names[member] for member in part.members])
-        chosen.append(f"{name}: {', '.join(functions) if functions else 'nothing helped'}")
+        chosen.append(f"{name}: {', then '.join(kept) if kept else 'nothing helped'}")
     text = (
         "Comparisons are made without post-processing, for all methods alike. The post-processed rows have nnU-Net's: "
         "largest components, kept where that raises the mean Dice of these same cases, so that they are optimistic. "
+        "Only the largest component is kept of: "
     )
     return {"postprocessing": text + "; ".join(chosen) + "."}

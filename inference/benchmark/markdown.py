@@ -35,7 +35,8 @@ def to_markdown(results: BenchmarkResults, lookup: Lookup) -> str:
     parts = [
         f"# Benchmark on {escape(results.dataset)}",
         f"{escape(results.configuration)}, {len(results.folds)} folds, {cases} cases. Means over cases with bootstrap "
-        "95 % confidence intervals in brackets; n is given where a score is undefined in some cases. Bold: "
+        "95 % confidence intervals in brackets, surface Dice at "
+        f"{results.rows[0].scores.tolerance_mm:g} mm; n is given where a score is undefined in some cases. Bold: "
         "significantly better than the second best of its group; nothing bold: the data do not tell the two apart, or "
         "they were not compared.",
         *_findings(results),
@@ -73,8 +74,8 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
     about = (
         "Differences A − B over the n cases where both are defined: mean with its 95 % interval, and median; "
         "Wilcoxon's signed-rank test, two-sided, p corrected by Holm over classes; effect: matched-pairs rank-biserial "
-        "correlation. Only A, only B: cases left out because the score is defined for one row only. Better: at "
-        "p (Holm) < 0.05."
+        "correlation. Only A, only B: cases left out because the score is defined for one row only; in the mean over "
+        "classes, cases of which a class is left out, though others may count. Better: at p (Holm) < 0.05."
     )
     parts = [about, "### Mean over classes", _pairs("Metric", compared_overall(results))]
     for metric, style in STYLES.items():

@@ -1,7 +1,8 @@
-"""Predictions that nnU-Net's functions stumble over: the file of the fold is named, and what to do with it."""
+"""Predictions that nnU-Net's functions stumble over, named by the fold's file; and what its post-processing did."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from masksam_nnunet.inference.benchmark.combine import Combined
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.evaluate import _naming_faults
 from masksam_nnunet.inference.benchmark.faults import faulty_prediction
 from masksam_nnunet.inference.benchmark.results import Method
+from masksam_nnunet.inference.label_maps import Classes
 
 METHODS = (Method("A", "P", "3d_fullres"), Method("B", "P", "3d_fullres"))
 CASES = {0: ("a", "b"), 1: ("c",)}
@@ -88,3 +91,23 @@ def test_errors_name_the_faulty_file_if_there_is_one() -> None:
         raise BenchmarkError("shapes (1, 2) and (1, 3)")
     with pytest.raises(BenchmarkError, match=r"^no space left$"), _naming_faults(lambda: None):
         raise BenchmarkError("no space left")
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept", "expected"),
+    [
+        ({"background": 0, "a": 1, "b": 2}, [[1, 2], 1, 2], ["the whole foreground", "a", "b"]),
+        ({"background": 0, "a": 1}, [[1], 1], ["a"]),
+        ({"background": 0, "whole": [1, 2], "core": 2}, [[1, 2], [2]], ["whole", "core"]),
+        ({"background": 0, "a": 1, "b": 2, "c": 3}, [[2, 3]], ["the labels 2, 3"]),
+        ({"background": 0, "a": 1}, [], []),
+    ],
+)
+def test_what_post_processing_keeps_is_named(
+    tmp_path: Path, labels: dict[str, Any], kept: list[Any], expected: list[str]
+) -> None:
+    chosen = [{"labels_or_regions": one} for one in kept]
+    (tmp_path / "postprocessing.json").write_text(json.dumps({"postprocessing_kwargs": chosen}))
+    order = {"regions_class_order": [1, 2]} if "whole" in labels else {}
+    classes = Classes.from_dataset_json({**DATASET, **order, "labels": labels})
+    assert Combined((METHODS[0],), tmp_path).postprocessing(classes) == expected
