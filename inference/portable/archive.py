@@ -109,6 +109,16 @@ class _Bounded(io.FileIO):
         return super().read(size)
 
 
+def _where_to(archive: zipfile.ZipFile) -> str:
+    """What to do with nnU-Net's own zip of a model."""
+    if not any(name.endswith(".pth") for name in archive.namelist()):
+        return ""
+    return (
+        ". It has checkpoints of nnU-Net's, which are pickles: if you trust where it comes from, install it with "
+        "nnUNetv2_install_pretrained_model_from_zip"
+    )
+
+
 def _members(archive: zipfile.ZipFile, file: Path, limits: Limits) -> dict[str, zipfile.ZipInfo]:
     """The files to unpack by their names, once it is sure that there is nothing else."""
     result: dict[str, zipfile.ZipInfo] = {}
@@ -121,7 +131,9 @@ def _members(archive: zipfile.ZipFile, file: Path, limits: Limits) -> dict[str, 
             continue
         prefixes.add(prefix + slash)
         if info.orig_filename != info.filename or not is_file_of_a_model(name) or not (_is_plain(prefix) or not slash):
-            raise PortableError(f"refused {file}: it holds {info.orig_filename!r:.100}, which is no file of a model")
+            raise PortableError(
+                f"refused {file}: it holds {info.orig_filename!r:.100}, which is no file of a model{_where_to(archive)}"
+            )
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise PortableError(f"refused {file}: {info.filename!r:.100} is encrypted, or not stored or deflated")
         if kind not in (0, stat.S_IFREG):

@@ -12,6 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from ...errors import WeightsError
 from ..networks import network_to_predict
 from .checks import check_model
 from .description import (
@@ -150,7 +151,10 @@ def network_with(
         name: copies.setdefault(id(tensor), tensor.to(expected[name].dtype, copy=True))
         for name, tensor in next(iter(states.values())).items()
     }
-    network.load_state_dict(fitted, assign=True)
+    try:
+        network.load_state_dict(fitted, assign=True)
+    except WeightsError as error:  # of a network that would be completed from SAM's file, and here never is
+        raise PortableError(str(error)) from error
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):  # buffers that are not saved
         network = build("cpu")
         network.load_state_dict(fitted)

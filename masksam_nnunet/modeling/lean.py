@@ -103,7 +103,11 @@ def _check_config(network: MaskSAM, state: Mapping[str, Any], prefix: str) -> No
 def _read(network: MaskSAM, sha256: str) -> dict[str, Tensor]:
     """SAM's tensors by their names in ``network``, from the file with this hash, fitted as a training's start does."""
     sam = network.config.sam
-    assert sam is not None  # only what was loaded from its file has a hash
+    if sam is None:  # only what was loaded from its file has a hash
+        raise weights.WeightsError(
+            "the checkpoint is damaged: it says that its SAM comes from a file, and "
+            f"{network.config.backbone} has none; copy it again, or train this fold again"
+        )
     keys = _sam_keys(network)
     targets = network.state_dict()
     file = weights.read_checkpoint(weights.find_exact(sam, sha256))

@@ -471,6 +471,16 @@ def test_networks_that_plans_may_not_name(model: Path, network: dict[str, Any], 
     assert Touched.calls == 0 and not Path("made").exists()
 
 
+def test_a_hash_of_sams_file_where_there_is_no_sam(model: Path) -> None:
+    """Found by fuzzing: the network took itself for one to be completed from SAM's file."""
+    file = model / "shared.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["sam_sha256"][31] = 1
+    safetensors.torch.save_file(tensors, file)
+    sign(model)
+    assert "it says that its SAM comes from a file, and vit_t has none" in refusal(model)
+
+
 def test_weights_of_another_network(model: Path) -> None:
     file = model / "fold_1.safetensors"
     tensors = safetensors.torch.load_file(file)

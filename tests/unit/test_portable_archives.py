@@ -76,6 +76,15 @@ def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a.zip", "b"]
 
 
+def test_nnunets_own_zip_is_told_of(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "nnunet.zip", "w") as archive:
+        for name in ("dataset.json", "plans.json", "fold_0/checkpoint_final.pth"):
+            archive.writestr(f"Dataset004_A/nnUNetTrainer__nnUNetPlans__2d/{name}", b"x")
+    message = refused(tmp_path / "nnunet.zip")
+    assert "dataset.json', which is no file of a model" in message
+    assert "are pickles: if you trust where it comes from, install it with nnUNetv2_install_pretrained_model" in message
+
+
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFDIR])
 def test_links_and_devices_are_refused(kind: int, tmp_path: Path) -> None:
     file = write(tmp_path / "a.zip", (member("fold_1.safetensors", kind | 0o777), b"/etc/passwd"))
