@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ LOG_FILE = "benchmark_train.log"
 COMMAND = "nnUNetv2_train"
 _OPTIONS: Mapping[PartKind, tuple[str, ...]] = {"train": (), "continue": ("--c",), "validate": ("--val",)}
 _PARTS: Mapping[Stage, PartKind] = {Stage.MISSING: "train", Stage.BROKEN_OFF: "continue", Stage.TRAINED: "validate"}
+_ROOM = 2**30
+"""Bytes free, at which a failure is likely to be for lack of room."""
 _SUBMITIT_EXECUTOR = "SUBMITIT_EXECUTOR"
 _SUBMITIT_SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"
 
@@ -159,7 +162,7 @@ class FoldJob:
             exit_status = error.code
             if terminated.is_set() and self._on_slurm:
                 requeue_if_running()
-            raise BenchmarkError(f"{self.name}: {error}") from error
+            raise BenchmarkError(f"{self.name}: {error}{_little_room(self.folder)}") from error
         finally:
             record.end_part(exit_status)
 
@@ -196,6 +199,14 @@ class FoldJob:
         if self.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         return environment
+
+
+def _little_room(folder: Path) -> str:
+    """What to add to an error where the disk is nearly full: then the log, on the same disk, may not say so."""
+    free = shutil.disk_usage(folder).free
+    if free > _ROOM:
+        return ""
+    return f"\nOnly {free / 2**20:.0f} MiB are free where {folder} is: make room"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,26 @@ def fold_job(tmp_path: Path) -> FoldJob:
     (tmp_path / "preprocessed" / "D").mkdir(parents=True)
     (tmp_path / "preprocessed" / "D" / "splits_final.json").write_text('[{"train": ["a"], "val": ["b", "c"]}]')
     return job
+
+
+@pytest.mark.parametrize("free", [3 * 2**20, 2**40])
+def test_a_training_that_fails_on_a_full_disk_tells(
+    fold_job: FoldJob, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """Its log may have no room for that."""
+    preprocessed = Path(fold_job.environment["nnUNet_preprocessed"]) / "D"
+    (preprocessed / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
+    (preprocessed / f"{METHOD.plans}.json").write_text("{}")
+    usage = shutil.disk_usage(preprocessed)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise CommandError("nnUNetv2_train failed", 1)
+
+    monkeypatch.setattr("masksam_nnunet.inference.benchmark.train_fold.run_logged", fails)
+    with pytest.raises(BenchmarkError, match="nnUNetv2_train failed") as caught:
+        fold_job()
+    assert (f"Only 3 MiB are free where {fold_job.folder} is: make room" in str(caught.value)) is (free < 2**30)
 
 
 def test_how_far_a_fold_is(fold_job: FoldJob) -> None:
