@@ -10,7 +10,7 @@ import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -98,10 +98,10 @@ def combine(
             combined.append(Combined((a, b), results / "ensembles" / name))
 
     stamp = _stamp(models.values(), folds, ensembles, ground_truth / "gt_segmentations")
-    remembered = read_json(stamp_file) if stamp_file.is_file() else {}
+    remembered = _remembered(stamp_file)
     whole = all((part.folder / "postprocessing.json").is_file() for part in combined)
     if remembered.get("stamp") == stamp and whole:
-        return _marked(combined, remembered["best"])
+        return _marked(combined, remembered.get("best"))
 
     with _in_words(log), _opened(log) as stream, contextlib.redirect_stdout(stream):
         stamp_file.unlink(missing_ok=True)
@@ -120,6 +120,15 @@ def combine(
                 )
         write_json(stamp_file, {"stamp": stamp, "best": best})
     return _marked(combined, best)
+
+
+def _remembered(stamp_file: Path) -> Mapping[str, str | None]:
+    """What was put together last; nothing where that cannot be told: it is then done again."""
+    try:
+        content = read_json(stamp_file)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _find_best(

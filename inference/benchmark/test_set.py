@@ -106,7 +106,7 @@ def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Pa
     status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
     stamp = hashlib.sha256(repr((line, status)).encode()).hexdigest()
     mark = folder.with_name(f"{folder.name}.json")
-    if not (mark.is_file() and read_json(mark) == {"stamp": stamp}):
+    if _remembered(mark) != {"stamp": stamp}:
         try:
             mark.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -118,6 +118,14 @@ def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Pa
                 "out of the raw dataset, which then has no test set. Trained folds are kept."
             ) from error
     return line
+
+
+def _remembered(mark: Path) -> object:
+    """What a mark holds; None, so that it is done again, where that cannot be told."""
+    try:
+        return read_json(mark)
+    except (OSError, ValueError):
+        return None
 
 
 def _score(

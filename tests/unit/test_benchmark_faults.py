@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from masksam_nnunet.inference.benchmark import combine, test_set
 from masksam_nnunet.inference.benchmark.combine import Combined
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.evaluate import _naming_faults
@@ -111,3 +112,14 @@ def test_what_post_processing_keeps_is_named(
     order = {"regions_class_order": [1, 2]} if "whole" in labels else {}
     classes = Classes.from_dataset_json({**DATASET, **order, "labels": labels})
     assert Combined((METHODS[0],), tmp_path).postprocessing(classes) == expected
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"stamp": "a"'])
+def test_marks_that_cannot_be_read_count_for_nothing(tmp_path: Path, content: str | None) -> None:
+    mark = tmp_path / "mark.json"
+    if content is not None:
+        mark.write_text(content)
+    assert combine._remembered(mark) == {}
+    assert not test_set._remembered(mark)
+    mark.write_text('{"stamp": "a"}')
+    assert combine._remembered(mark) == test_set._remembered(mark) == {"stamp": "a"}
