@@ -29,6 +29,7 @@ from masksam_nnunet.environment import (
 )
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
 from masksam_nnunet.modeling.lean import lean_state_dicts, sam_sha256, set_sam_sha256
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.precision import autocast, autocast_dtype
@@ -116,8 +117,9 @@ class MaskSAMTrainer(LastingTrainer):
             )
         image_channels = min(len(configuration_manager.normalization_schemes), num_input_channels)
         network = MaskSAM(config, num_input_channels, num_output_channels, image_channels)
-        # Of this machine, not of the model: the same folds may train and predict with other values.
-        network.image_encoder.slices_at_once = number_in(SLICES_AT_ONCE)
+        if isinstance(network.image_encoder, AdaptedImageEncoder):
+            # Of this machine, not of the model: the same folds may train and predict with other values.
+            network.image_encoder.slices_at_once = number_in(SLICES_AT_ONCE)
         return network
 
     @property
