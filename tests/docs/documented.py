@@ -21,6 +21,8 @@ NOT_RUN = {
     r"(MEMORY=\S+ )?(TAG=\S+ )?inference/docker/container.sh": "needs Docker; other tests run its entry point",
     r"sbatch|squeue|scancel": "needs SLURM; the script that is submitted is run, see SCRIPTS",
     r"masksam benchmark .*--executor slurm": "needs SLURM; tests/slurm/run.sh",
+    r"masksam benchmark .*--devices 0 1": "needs GPUs",
+    r"masksam explain hippocampus_025": "needs the trainings of docs/results.md on the whole dataset",
     r".* -num_gpus 2": "needs two GPUs; tests/contract/test_distributed.py",
 }
 """Lines that no tier runs, and why; they are read by their command's own parser all the same."""

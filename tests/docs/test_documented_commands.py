@@ -26,6 +26,7 @@ RUN = {name: [line for line in lines if line.not_run is None] for name, lines in
 QUICK = {name: [line for line in lines if line.tier == "quick"] for name, lines in RUN.items()}
 
 AFTER = {
+    "docs/results.md": "docs/first_steps.md",
     "docs/submission.md": "docs/daily_use.md",
     "docs/planning.md": "docs/daily_use.md",
     "docs/own_dataset.md": "docs/daily_use.md",
