@@ -189,6 +189,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
         raise BenchmarkError("not all folds are done; run masksam benchmark again:\n" + "\n".join(told))
     commands = [f"export {name}={shlex.quote(value)}" for name, value in sorted(jobs[0].environment.items())]
     commands += _commands(jobs)
+    commands += [f"# All of that, and the evaluation by nnU-Net's functions: {command_line(definition)}"]
     return evaluate(
         grid.dataset,
         grid.configuration,
@@ -203,6 +204,20 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
         patients=grid.patients(cases_in(grid.preprocessed / "gt_segmentations", ending)),
         console=console,
     )
+
+
+def command_line(definition: Definition) -> str:
+    """The command of this benchmark, here; workers, folder and a cluster's options, which change no result, left out."""
+    grid = definition.grid
+    words = ["masksam", "benchmark", "-d", grid.dataset, "-c", grid.configuration]
+    words += ["--trainers", *(f"{method.trainer}@{method.plans}" for method in grid.methods)]
+    words += ["--folds", *map(str, grid.folds)]
+    words += [] if grid.minutes is None else ["--minutes", f"{grid.minutes:g}"]
+    words += ["--devices", grid.device]
+    words += ["--no-ensembles"] if not definition.ensembles and len(grid.methods) > 1 else []
+    words += [] if grid.group is None else ["--group", grid.group]
+    words += ["--accept-unfair"] if definition.accept_unfair else []
+    return shlex.join(words)
 
 
 def _check_preprocessed(grid: Grid) -> str:

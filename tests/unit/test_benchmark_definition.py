@@ -17,7 +17,7 @@ from masksam_nnunet.inference.benchmark.grid import Grid
 from masksam_nnunet.inference.benchmark.names import joint_name, row_names
 from masksam_nnunet.inference.benchmark.report_job import ReportJob
 from masksam_nnunet.inference.benchmark.results import Method
-from masksam_nnunet.inference.benchmark.run import DEFINITION_FILE, Definition
+from masksam_nnunet.inference.benchmark.run import DEFINITION_FILE, Definition, command_line
 
 METHODS = (Method("nnUNetTrainer", "nnUNetPlans", "2d"), Method("MaskSAMTrainer", "MaskSAMPlans", "2d"))
 DEFINITION = Definition(Grid("Dataset004_A", "2d", METHODS, (0, 1), 2.5, "cpu"), accept_unfair=True, processes=3)
@@ -38,6 +38,17 @@ def test_a_folder_belongs_to_one_dataset_and_configuration(tmp_path: Path) -> No
         with pytest.raises(BenchmarkError, match="holds a benchmark of Dataset004_A, 2d; give another folder"):
             other.write(tmp_path)
     assert Definition.read(tmp_path) == DEFINITION
+
+
+def test_a_definition_is_told_as_a_command() -> None:
+    expected = (
+        "masksam benchmark -d Dataset004_A -c 2d --trainers nnUNetTrainer@nnUNetPlans MaskSAMTrainer@MaskSAMPlans "
+        "--folds 0 1 --minutes 2.5 --devices cpu"
+    )
+    assert command_line(DEFINITION) == expected + " --accept-unfair"
+    grid = replace(DEFINITION.grid, group="(p[0-9]+)_")
+    other = replace(DEFINITION, grid=grid, accept_unfair=False, ensembles=False)
+    assert command_line(other) == expected + " --no-ensembles --group '(p[0-9]+)_'"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"grid": {}}', '{"grid": {"methods": [{"trainer": 1}]}}'])
