@@ -207,7 +207,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
 
 
 def command_line(definition: Definition) -> str:
-    """The command of this benchmark, here; workers, folder and a cluster's options, which change no result, left out."""
+    """The benchmark's command on one machine; workers and folder, which change no result, are left out."""
     grid = definition.grid
     words = ["masksam", "benchmark", "-d", grid.dataset, "-c", grid.configuration]
     words += ["--trainers", *(f"{method.trainer}@{method.plans}" for method in grid.methods)]
