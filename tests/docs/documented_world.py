@@ -39,18 +39,20 @@ class World:
 
     def run(self, lines: Sequence[Line], timeout: float) -> str:
         """Run command lines in one bash; their output. Asserts that all work."""
-        done = subprocess.run(
-            ["bash", "-c", script(list(lines))],
-            cwd=self.root,
-            env=self.variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-        (self.root / "output.log").open("a").write(done.stdout)
-        assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout[-6000:]}"
-        return done.stdout
+        log = self.root / "output.log"  # to be looked at while it grows: pages take minutes
+        with log.open("a", encoding="utf-8") as stream:
+            before = stream.tell()
+            done = subprocess.run(
+                ["bash", "-c", script(list(lines))],
+                cwd=self.root,
+                env=self.variables,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            )
+        said = log.read_bytes()[before:].decode(errors="replace")
+        assert done.returncode == 0, f"exit code {done.returncode}:\n{said[-6000:]}"
+        return said
 
 
 @contextmanager
