@@ -114,4 +114,4 @@ def _megabytes(size: int) -> str:
 def _short(git_hash: str) -> str:
     """The first characters of each commit, and what is said after it."""
     parts = (commit.partition("+") for commit in git_hash.split(" then "))
-    return " then ".join(commit[:8] + plus + rest for commit, plus, rest in parts)
+    return " then ".join(f"{commit[:8]} {plus}{rest}".rstrip() for commit, plus, rest in parts)

@@ -16,7 +16,7 @@ from made_up_benchmark import CASES, FOLDS, made_up_results
 from markdown_it import MarkdownIt
 
 from masksam_nnunet.inference.benchmark.case_values import case_differences, case_values
-from masksam_nnunet.inference.benchmark.compute_table import HEADS, all_hours, compute_groups
+from masksam_nnunet.inference.benchmark.compute_table import HEADS, _short, all_hours, compute_groups
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.lookup import Lookup, focus
 from masksam_nnunet.inference.benchmark.markdown import escape, to_markdown
@@ -327,3 +327,8 @@ def test_numbers_for_people() -> None:
         "LPlans)",
     ]
     assert wrapped("a" * 50, 10, lines=2) == "a" * 10 + "\n" + "a" * 9 + "…"
+
+
+def test_commits_are_shortened_where_lines_may_break() -> None:
+    told = f"{'a' * 40}+changes then {'b' * 40}"
+    assert _short(told) == "aaaaaaaa +changes then bbbbbbbb"
