@@ -4,14 +4,17 @@ Nothing is accepted here that the real commands would not accept. What is change
 
 - commands that train or predict get ``-device cpu`` (``--devices cpu``, ``--device cpu``) unless the line names one,
   and trainings have no data loading workers;
-- a training is one epoch of one iteration, in batches of two; one that goes by the clock is ten seconds;
-- SAM's ViT-B, L and H are the tests' small SAM, and the released file is the one that DOCS_SAM_SHA256 names;
+- a training is one epoch of one iteration, in batches of two; one that goes by the clock is ten seconds; its
+  predictions are not mirrored;
+- SAM's ViT-B, L and H are the tests' small SAM, and the released file is the one that DOCS_SAM_SHA256 names; networks
+  with it have the tiny network's widths;
 - Task04_Hippocampus.tar is the file at DOCS_HIPPOCAMPUS, an address and an MD5.
 """
 
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 
 TRAINING_SECONDS = 10.0
 DEVICE_OPTIONS = {
@@ -43,6 +46,7 @@ def shorten_training(module):
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 1
         self.configuration_manager.configuration["batch_size"] = 2
         initialize(self)
+        self.inference_allowed_mirroring_axes = None
 
     module.nnUNetTrainer.initialize = short
 
@@ -56,6 +60,12 @@ def shrink_sam(module):
     from small_sam import SMALL_SAM
 
     module.SPECS.update(dict.fromkeys(("vit_b", "vit_l", "vit_h"), SMALL_SAM))
+
+
+def narrow(module):
+    module.SAM_PROFILE = replace(
+        module.TINY_PROFILE, max_tflop=module.SAM_PROFILE.max_tflop, upsampling=module.SAM_PROFILE.upsampling
+    )
 
 
 def expect_small_sam(module):
@@ -72,6 +82,7 @@ CHANGES = {
     "masksam_nnunet.trainers.time_budget": shorten_budget,
     "masksam_nnunet.modeling.sam_parts": shrink_sam,
     "masksam_nnunet.weights": expect_small_sam,
+    "masksam_nnunet.plans.derive": narrow,
     "masksam_nnunet.plans.datasets.hippocampus": expect_small_hippocampus,
 }
 
