@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.config import SAM_OF, ConfigError, MaskSAMConfig
+from masksam_nnunet.environment import EXT_TRAINER
 
 BASE_PLANS = "nnUNetPlans"
 """nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
@@ -31,7 +34,25 @@ def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
         raise ConfigError(
             f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs: {found}. Plan again."
         )
-    return MaskSAMConfig.from_json(kwargs[_CONFIG_KEY])
+    content = kwargs[_CONFIG_KEY]
+    if isinstance(content, dict) and content.get("backbone") not in list(SAM_OF):  # a list: JSON need not be hashable
+        _import_trainers()
+    return MaskSAMConfig.from_json(content)
+
+
+def _import_trainers() -> None:
+    """All modules of the folders that nnU-Net searches for trainers: they may register the backbone in question.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for folder in filter(os.path.isdir, os.environ.get(EXT_TRAINER, "").split(os.pathsep)):
+        try:  # no class has an empty name, so nnU-Net's search sees them all
+            recursive_find_python_class(folder, "", None, base_folder=folder, cleanup_imports_from_base_folder=True)
+        except Exception as error:
+            raise ConfigError(
+                f"{EXT_TRAINER}: a module in {folder} cannot be imported ({type(error).__name__}: {error})"
+            ) from error
 
 
 def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, MaskSAMConfig | None]:

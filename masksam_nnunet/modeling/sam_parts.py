@@ -53,8 +53,8 @@ SPECS = {
 def register_backbone(name: str, spec: BackboneSpec) -> None:
     """Make ``name`` a backbone that configs, and so plans and trainers, may name.
 
-    A process that reads such plans must have called this before: call it in the module that holds the trainer.
-    Registering a name again replaces it, since nnU-Net imports a trainer's module more than once.
+    Call it in the module that holds the trainer: it is imported with the trainer, or when plans that name an unknown
+    backbone are read. Registering a name again replaces it, since nnU-Net imports a trainer's module more than once.
 
     Raises:
         ValueError: the name is one of this project's own, or the spec asks for what cannot be.

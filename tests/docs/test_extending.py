@@ -22,7 +22,7 @@ from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.modeling import BackboneSpec, MaskSAM, register_backbone, sam_parts
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
 from masksam_nnunet.modeling.new import New
-from masksam_nnunet.plans.architecture import write_config
+from masksam_nnunet.plans.architecture import open_configuration, write_config
 
 CPU = torch.device("cpu")
 
@@ -103,6 +103,28 @@ def test_configs_name_registered_backbones_only(module: ModuleType) -> None:
     assert replace(config, backbone="vit_b_slices").sam == "vit_b"
     with pytest.raises(ConfigError, match=r"resnet99.*registers"):
         replace(config, backbone="resnet99")
+
+
+def test_plans_are_read_before_any_trainer_is(module: ModuleType) -> None:
+    """As masksam explain and export do."""
+    plans = plain_plans()
+    write_config(plans, "3d_fullres", replace(tiny_config(), backbone="resnet18", patch_size=(4, 32, 32)))
+    del sam_parts.SPECS["resnet18"], config_module.SAM_OF["resnet18"]
+    config = open_configuration(plans, "3d_fullres")[1]
+    assert config is not None and config.backbone == "resnet18" and "resnet18" in sam_parts.SPECS
+
+
+def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plain_plans()
+    write_config(plans, "3d_fullres", tiny_config())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["config"]["backbone"] = "elsewhere"
+    (tmp_path / "broken.py").write_text("import no_such_package_anywhere")
+    monkeypatch.setenv(EXT_TRAINER, str(tmp_path))
+    with pytest.raises(ConfigError, match="no_such_package_anywhere"):
+        open_configuration(plans, "3d_fullres")
+    monkeypatch.delenv(EXT_TRAINER)
+    with pytest.raises(ConfigError, match="backbone = 'elsewhere'"):
+        open_configuration(plans, "3d_fullres")
 
 
 @pytest.mark.parametrize(
