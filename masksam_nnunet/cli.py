@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -144,7 +144,9 @@ def train(context: typer.Context) -> None:
     required = ("nnUNet_preprocessed", "nnUNet_results")
     with passed_on():
         try:
-            _run_nnunet("train", "nnunetv2.run.run_training", "run_training_entry", context.args, required)
+            _run_nnunet(
+                "train", "nnunetv2.run.run_training", "run_training_entry", context.args, required, _checked_training
+            )
         except Exception as error:
             if getattr(error, "exit_code", None) == REQUEUE:  # of a rank, in PyTorch's ProcessExitedException
                 raise typer.Exit(REQUEUE) from error
@@ -248,6 +250,24 @@ def _run_nnunet(
             getattr(nnunet, entry)()
     except (FetchError, TrainingError, ConfigError) as error:
         fail(str(error))
+
+
+@contextmanager
+def _checked_training(nnunet: ModuleType) -> Iterator[None]:
+    """While it lasts, nnU-Net's command in the module ``nnunet`` trains only where all that it reads is there."""
+    train = nnunet.run_training
+
+    def checked(*arguments: Any, **options: Any) -> None:
+        from masksam_nnunet.inference.train_command import require_trainable
+
+        require_trainable(*arguments, **options)
+        train(*arguments, **options)
+
+    vars(nnunet)["run_training"] = checked
+    try:
+        yield
+    finally:
+        vars(nnunet)["run_training"] = train
 
 
 def _require_device(arguments: list[str]) -> None:

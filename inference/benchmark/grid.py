@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -19,16 +18,16 @@ from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
 from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
 from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, group_by_regex, split_warning
 
+from ..training_inputs import require_cases, require_configuration
 from .errors import BenchmarkError, refuse_unfair
 from .fairness_splits import check_splits
 from .fold_record import FoldRecord, Inputs
-from .methods import BASELINES, DEFAULT_PLANS, has_budget
+from .methods import has_budget
 from .results import Method
 from .train_fold import FoldJob, changed_since
 
 DEVICES = ("cpu", "cuda", "mps")
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-_PLANNERS = {BASELINES[f"resenc-{size.lower()}"][1]: f"nnUNetPlannerResEnc{size}" for size in ("M", "L", "XL")}
 _PRIMUS_TOKEN = 8
 
 
@@ -180,28 +179,12 @@ def _check_options(grid: Grid) -> None:
 
 def _check_method(grid: Grid, method: Method, number: int, cases: Sequence[str]) -> None:
     plans_file = grid.preprocessed / f"{method.plans}.json"
-    if not plans_file.is_file():
-        raise BenchmarkError(
-            f"{method.trainer}: there is no {plans_file}; make it with: {_planning_command(method.plans, number)}"
-        )
-    if not (grid.preprocessed / "dataset.json").is_file():
-        raise BenchmarkError(
-            f"there is no {grid.preprocessed / 'dataset.json'}, which planning writes; plan again with: "
-            f"{_planning_command(method.plans, number)}"
-        )
     try:
-        plans: dict[str, Any] = read_json(plans_file)
-        configurations = list(plans["configurations"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(
-            f"{plans_file} is not a whole plans file ({error!r}); make it again with: "
-            f"{_planning_command(method.plans, number)}"
-        ) from error
-    if method.configuration not in configurations:
-        raise BenchmarkError(
-            f"-c {method.configuration}: {plans_file} has no such configuration, but {', '.join(configurations)}"
+        configuration = require_configuration(
+            grid.preprocessed, method.plans, method.configuration, number, method.trainer
         )
-    configuration = PlansManager(plans).get_configuration(method.configuration)
+    except PlanError as error:
+        raise BenchmarkError(str(error)) from error
     if configuration.previous_stage_name is not None:
         raise BenchmarkError(
             f"-c {method.configuration} is the second stage of a cascade and needs predictions of the first; compare "
@@ -213,24 +196,13 @@ def _check_method(grid: Grid, method: Method, number: int, cases: Sequence[str])
             f"{list(configuration.patch_size)}; write a plans file with another patch size and name it: "
             f"--trainers {method.trainer}@PLANS"
         )
-    data = grid.preprocessed / configuration.data_identifier
-    there = set(preprocessed_cases(data)) if data.is_dir() else set()
-    missing = [case for case in cases if case not in there]
-    if missing:
-        raise BenchmarkError(
-            f"{method.trainer}: {data} lacks {len(missing)} of {len(cases)} cases, such as {missing[0]}; preprocess "
-            f"them with: nnUNetv2_preprocess -d {number} -plans_name {method.plans} -c {method.configuration}"
-        )
-
-
-def _planning_command(plans: str, number: int) -> str:
-    if plans == DEFAULT_PLANS:
-        return f"nnUNetv2_plan_and_preprocess -d {number}"
-    if plans in _PLANNERS:
-        return f"nnUNetv2_plan_experiment -d {number} -pl {_PLANNERS[plans]}"
-    if "MaskSAM" in plans:
-        return f"masksam plan -d {number} --plans-name {plans}"
-    return f"nnUNetv2_plan_experiment -d {number} -overwrite_plans_name {plans}, with the planner it was made for"
+    try:
+        require_cases(
+            grid.preprocessed, method.plans, method.configuration, configuration.data_identifier, number,
+            method.trainer, cases,
+        )  # fmt: skip
+    except PlanError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 def _splits(grid: Grid, number: int, cases: Sequence[str]) -> list[Mapping[str, list[str]]]:

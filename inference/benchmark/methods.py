@@ -15,10 +15,10 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.trainers import __all__ as our_trainers
 
+from ..training_inputs import DEFAULT_PLANS
 from .errors import BenchmarkError
 from .results import Method
 
-DEFAULT_PLANS = "nnUNetPlans"
 BASELINES: Mapping[str, tuple[str, str]] = {
     "nnunet": ("nnUNetTrainer", DEFAULT_PLANS),
     "resenc-m": ("nnUNetTrainer", "nnUNetResEncUNetMPlans"),

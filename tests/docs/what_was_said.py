@@ -1,5 +1,5 @@
 """A plugin of pytest (``-p what_was_said``): what the package said while each test ran, as JSON in the file that
-MASKSAM_TEST_SAID names: errors raised, output of commands, text that was captured.
+MASKSAM_TEST_SAID names: errors raised, output of commands, text that was captured, logs that were read.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ def _listening(function: Any, *parts: str) -> Any:
 def pytest_configure() -> None:
     CliRunner.invoke = _listening(CliRunner.invoke, "stdout", "stderr")  # type: ignore[method-assign]
     subprocess.run = _listening(subprocess.run, "stdout", "stderr")
+    read = Path.read_text
+
+    def read_text(self: Path, *arguments: Any, **options: Any) -> str:
+        text = read(self, *arguments, **options)
+        if self.suffix in (".txt", ".log"):
+            _keep(text)
+        return text
+
+    Path.read_text = read_text  # type: ignore[method-assign]
     pytest.CaptureFixture.readouterr = _listening(  # type: ignore[method-assign]
         pytest.CaptureFixture.readouterr, "out", "err"
     )

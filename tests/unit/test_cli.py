@@ -274,7 +274,7 @@ def test_errors_of_weights_and_config_come_without_a_traceback(monkeypatch: pyte
         raise weights.WeightsError("no SAM checkpoint,\nfetch it")
 
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run_training_entry=fail))
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run_training_entry=fail, run_training=None))
     result = invoke("train", *TRAIN.split(), "-tr", "X", "-device", "cpu")
     assert result.exit_code == 1 and result.stderr == "error: no SAM checkpoint,\nfetch it\n"
 
@@ -289,6 +289,7 @@ def test_spawned_workers_find_the_trainers(tmp_path: Path) -> None:
         "import multiprocessing, os, sys\n"
         "def work(queue):\n"
         f"    queue.put((sys.argv[1:], os.environ['{EXT_TRAINER}']))\n"
+        "run_training = None\n"
         "def run_training_entry():\n"
         "    context = multiprocessing.get_context('spawn')\n"
         "    queue = context.Queue()\n"
