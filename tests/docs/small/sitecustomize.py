@@ -8,6 +8,7 @@ Nothing is accepted here that the real commands would not accept. What is change
   predictions are not mirrored;
 - SAM's ViT-B, L and H are the tests' small SAM, and the released file is the one that DOCS_SAM_SHA256 names; networks
   with it have the tiny network's widths;
+- ACDC's training part is its first DOCS_ACDC_PATIENTS patients;
 - Task04_Hippocampus.tar is the file at DOCS_HIPPOCAMPUS, an address and an MD5.
 """
 
@@ -77,12 +78,17 @@ def expect_small_hippocampus(module):
     module.URL, module.get_hippocampus.__kwdefaults__["md5"] = os.environ["DOCS_HIPPOCAMPUS"].split()
 
 
+def expect_few_patients(module):
+    module._PATIENTS["training"] = range(1, int(os.environ["DOCS_ACDC_PATIENTS"]) + 1)
+
+
 CHANGES = {
     "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": shorten_training,
     "masksam_nnunet.trainers.time_budget": shorten_budget,
     "masksam_nnunet.modeling.sam_parts": shrink_sam,
     "masksam_nnunet.weights": expect_small_sam,
     "masksam_nnunet.plans.derive": narrow,
+    "masksam_nnunet.plans.datasets.acdc": expect_few_patients,
     "masksam_nnunet.plans.datasets.hippocampus": expect_small_hippocampus,
 }
 
