@@ -63,7 +63,7 @@ NAMES = [
     "C:/fold_1.safetensors", "a\\..\\fold_1.safetensors", "..", ".", "fold_1.safetensors.", "fold_01.safetensors",
     "fold_-1.safetensors", "fold_1000.safetensors", "fold_.safetensors", "fold_1.pth", "data.pkl", "MODEL.JSON",
     "model.json ", "fold_1.safetensors\0.txt", "a/b/", "/", "//fold_1.safetensors", "./fold_1.safetensors", "~/x",
-    "fold_١.safetensors",
+    "fold_١.safetensors", "",
 ]  # fmt: skip
 
 
