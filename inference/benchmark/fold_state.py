@@ -6,23 +6,14 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from masksam_nnunet.json_files import read_json
 from masksam_nnunet.zip_damage import damage
 
-from ..commands import SAVE_SECONDS
-from .errors import BenchmarkError
-
-LOCK_FILE = "benchmark.lock"
-LOCK_SECONDS = SAVE_SECONDS + 5
-"""A training that its benchmark has left behind ends within these."""
 _TRAINED, _VALIDATED = "Training done.", "Validation complete"
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
@@ -150,32 +141,3 @@ def _is_whole(file: Path) -> bool:
             stream.seek(-1, os.SEEK_END)
             return stream.read() == pickle.STOP
     return True
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training this fold, on any machine that shares the folder.
-
-    The lock is released when this process ends, however it ends. It is ``flock``'s: network file systems have it from
-    NFS 4 on, and Lustre if mounted with ``flock``; where it is not honoured, two runs must not be started at a time.
-
-    Raises:
-        BenchmarkError: if another process has it, or the folder cannot be written.
-    """
-    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)  # a soft lock would outlive a killed process
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise BenchmarkError(
-            f"{folder}: another process is training this fold; wait until it has ended, then run again"
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        raise BenchmarkError(
-            f"cannot lock {folder / LOCK_FILE}: {error}; make room or make the folder writable, on a file system that "
-            "has locks (flock)"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -23,6 +23,7 @@ from .fold_record import FoldRecord
 from .fold_state import Stage
 from .grid import Grid, check_grid, find_benchmark_dataset, grid_jobs
 from .local_jobs import LocalGrid, device_kind
+from .locks import locked
 from .methods import parse_methods
 from .progress import GridProgress
 from .report_job import ReportJob
@@ -190,20 +191,21 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     commands = [f"export {name}={shlex.quote(value)}" for name, value in sorted(jobs[0].environment.items())]
     commands += _commands(jobs)
     commands += [f"# All of that, and the evaluation by nnU-Net's functions: {command_line(definition)}"]
-    return evaluate(
-        grid.dataset,
-        grid.configuration,
-        grid.methods,
-        grid.folds,
-        out,
-        ensembles=definition.ensembles,
-        accept_unfair=definition.accept_unfair,
-        device=grid.device,
-        processes=definition.processes,
-        commands=commands,
-        patients=grid.patients(cases_in(grid.preprocessed / "gt_segmentations", ending)),
-        console=console,
-    )
+    with locked(grid.results, "another process is evaluating this dataset's models", wait=1.0):
+        return evaluate(
+            grid.dataset,
+            grid.configuration,
+            grid.methods,
+            grid.folds,
+            out,
+            ensembles=definition.ensembles,
+            accept_unfair=definition.accept_unfair,
+            device=grid.device,
+            processes=definition.processes,
+            commands=commands,
+            patients=grid.patients(cases_in(grid.preprocessed / "gt_segmentations", ending)),
+            console=console,
+        )
 
 
 def command_line(definition: Definition) -> str:

@@ -20,10 +20,11 @@ from submitit.helpers import DelayedSubmission
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.json_files import read_json
 
-from ..commands import CommandError, run_logged
+from ..commands import SAVE_SECONDS, CommandError, run_logged
 from .errors import BenchmarkError
 from .fold_record import PROCESS_FILE, FoldRecord, Inputs, PartKind
-from .fold_state import FoldState, Stage, fold_state, locked
+from .fold_state import FoldState, Stage, fold_state
+from .locks import locked
 from .results import Method
 from .slurm_jobs import jobs_in_queue
 
@@ -33,6 +34,8 @@ _OPTIONS: Mapping[PartKind, tuple[str, ...]] = {"train": (), "continue": ("--c",
 _PARTS: Mapping[Stage, PartKind] = {Stage.MISSING: "train", Stage.BROKEN_OFF: "continue", Stage.TRAINED: "validate"}
 _ROOM = 2**30
 """Bytes free, at which a failure is likely to be for lack of room."""
+LEFT_BEHIND_SECONDS = SAVE_SECONDS + 5
+"""A training that its benchmark has left behind ends within these."""
 _SUBMITIT_EXECUTOR = "SUBMITIT_EXECUTOR"
 _SUBMITIT_SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"
 
@@ -110,7 +113,7 @@ class FoldJob:
             BenchmarkError: with the end of the log where nnU-Net's command failed; if a checkpoint is damaged; if
                 another process trains the fold; if splits, plans or minutes changed since the training began.
         """
-        with locked(self.folder):
+        with locked(self.folder, "another process is training this fold", LEFT_BEHIND_SECONDS):
             tried: set[Stage] = set()
             while (state := self.state()).stage is not Stage.DONE:
                 if state.stage is Stage.DAMAGED:

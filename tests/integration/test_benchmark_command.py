@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from nnunet_workspace import Dataset, Workspace
 
+from masksam_nnunet.inference.benchmark.locks import locked
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
@@ -71,6 +73,10 @@ def _refuses_what_changed(bench: Workspace, dataset: Dataset, out: Path, models:
     assert str(checkpoint) in told and "not a whole checkpoint" in told and "Traceback" not in told
     checkpoint.write_bytes(whole)
     os.utime(checkpoint, ns=(then, then))  # else its predictions would be older
+
+    with locked(models, "", wait=0.0):
+        told = bench.run("masksam", "report", out, fails=True)
+    assert "another process is evaluating this dataset's models" in told and "Traceback" not in told
 
     splits = bench.preprocessed / dataset.name / "splits_final.json"
     before = splits.read_text()

@@ -19,9 +19,10 @@ from plain_plans import dataset_json, plain_plans
 from masksam_nnunet.inference.benchmark import methods as methods_module
 from masksam_nnunet.inference.benchmark.errors import BenchmarkError
 from masksam_nnunet.inference.benchmark.fold_record import FoldRecord, Inputs
-from masksam_nnunet.inference.benchmark.fold_state import Stage, fold_state, locked
+from masksam_nnunet.inference.benchmark.fold_state import Stage, fold_state
 from masksam_nnunet.inference.benchmark.grid import Grid, check_grid, find_benchmark_dataset, grid_jobs
 from masksam_nnunet.inference.benchmark.local_jobs import device_kind
+from masksam_nnunet.inference.benchmark.locks import locked
 from masksam_nnunet.inference.benchmark.methods import parse_methods
 from masksam_nnunet.inference.benchmark.results import Method
 
@@ -444,10 +445,9 @@ def test_a_truncated_checkpoint_of_a_done_fold_is_seen(tmp_path: Path) -> None:
     assert stage(tmp_path) is Stage.DAMAGED
 
 
-def test_a_fold_is_locked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("masksam_nnunet.inference.benchmark.fold_state.LOCK_SECONDS", 0.1)
-    refused = pytest.raises(BenchmarkError, match="another process is training this fold")
-    with locked(tmp_path), refused, locked(tmp_path):
+def test_a_folder_is_locked_once(tmp_path: Path) -> None:
+    refused = pytest.raises(BenchmarkError, match="another process trains; wait until it has ended")
+    with locked(tmp_path, "", wait=0.1), refused, locked(tmp_path, "another process trains", wait=0.1):
         pass
-    with locked(tmp_path):
+    with locked(tmp_path, "", wait=0.1):
         pass
