@@ -82,7 +82,7 @@ def new_world(root: Path) -> Iterator[World]:
                 "nnUNet_preprocessed": str(root / "preprocessed"),
                 "nnUNet_results": str(root / "results"),
                 "nnUNet_def_n_proc": "1",
-                "OMP_WAIT_POLICY": "PASSIVE",  # nnU-Net takes all cores: threads that spin are ten times slower on busy ones
+                "OMP_WAIT_POLICY": "PASSIVE",  # nnU-Net takes all cores: threads that spin are slow on busy ones
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             },
         )
