@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from masksam_nnunet.json_files import read_json, write_json
 
 from .errors import BenchmarkError
+from .locks import locked
 
 JOB_FILE = "jobs.json"
 
@@ -38,21 +37,8 @@ class SubmittedJobs:
         Raises:
             BenchmarkError: if another process does, or the file is not readable.
         """
-        lock = FileLock(folder / f"{JOB_FILE}.lock", fallback_to_soft=False)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=5)
-        except Timeout as error:
-            raise BenchmarkError(f"{folder}: another masksam benchmark is submitting its jobs; wait for it") from error
-        except (OSError, NotImplementedError) as error:
-            raise BenchmarkError(
-                f"cannot lock {folder / JOB_FILE}: {error}; make room or make the folder writable, on a file system "
-                "that has locks (flock)"
-            ) from error
-        try:
+        with locked(folder, "another masksam benchmark is submitting its jobs", 5.0, f"{JOB_FILE}.lock"):
             yield cls._read(folder / JOB_FILE)
-        finally:
-            lock.release()
 
     @classmethod
     def _read(cls, file: Path) -> SubmittedJobs:
