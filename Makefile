@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 # Two test files at a time, each on a core of its own: most of a test is one process that waits for another.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
+# PASSIVE: threads of a test that wait leave the cores to the other; nnU-Net predicts with as many as there are cores.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/pytest -n 2 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 LOCK_ARGS ?=
