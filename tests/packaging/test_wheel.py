@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -101,6 +102,25 @@ def test_the_installed_command_names_the_installed_folder(site: Path, tmp_path: 
     script = "import sys; sys.argv = ['masksam', 'env']; from masksam_nnunet.cli import main; main()"
     folder = site / "masksam_nnunet" / "trainers" / "nnunet_ext"
     assert run(site, script, tmp_path, nnUNet_extTrainer="") == f"export nnUNet_extTrainer={folder}\n"
+
+
+@pytest.mark.integration
+def test_the_image_is_checked_with_the_installed_package(site: Path, tmp_path: Path) -> None:
+    """By the Dockerfile's own command, in the folder of the sources, where ``masksam_nnunet`` lacks what is mapped."""
+    text = (ROOT / "inference" / "docker" / "Dockerfile").read_text()
+    (options, code) = re.findall(r'/opt/venv/bin/python((?: -\w)+) "(import [^"]+)"', text)[0]
+    venv, sources = tmp_path / "venv", tmp_path / "src"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    # A path alone: the .pth files there, such as that of an editable install, do not count.
+    (packages / "others.pth").write_text(f"{site}\n{sysconfig.get_path('purelib')}\n")
+    sources.mkdir()
+    for folder in FOLDERS:
+        (sources / folder).symlink_to(ROOT / folder)
+    command = [venv / "bin" / "python", *options.split(), f"{code} as module; print(module.__file__)"]
+    done = subprocess.run(command, cwd=sources, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(site)
 
 
 @pytest.mark.integration
