@@ -29,8 +29,8 @@ class SimpleJob:
 
     def __call__(self) -> str:
         began = time.monotonic()
-        (self.folder / f"{self.name}_began").touch()
         try:
+            (self.folder / f"{self.name}_began").touch()
             time.sleep(self.seconds)
         except KeyboardInterrupt:
             time.sleep(self.saves)

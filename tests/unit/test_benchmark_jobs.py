@@ -102,7 +102,9 @@ def wait_for(file: Path) -> None:
 @pytest.mark.usefixtures("importable")
 def test_a_terminals_interrupt_leaves_jobs_the_time_to_save(tmp_path: Path) -> None:
     """It reaches every process of the group, submitit's controller too, which would kill the job after a second."""
-    command = [sys.executable, "-c", RUNS_A_LONG_JOB, str(tmp_path)]
+    # As in a terminal, however pytest was started: in a script's background SIGINT is ignored, and children inherit it.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", heeds + RUNS_A_LONG_JOB, str(tmp_path)]
     owner = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / "long_began")
     os.killpg(owner.pid, signal.SIGINT)
