@@ -56,7 +56,7 @@ demo: venv
 	$(BIN)/masksam demo --out demo_out $(DEMO_ARGS)
 
 bench: venv
-	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/performance/bench.py $(BENCH_ARGS)
 
 # Types and imports are checked on an installed wheel: neither tool follows the mapped folders of the checkout.
 lint: venv
@@ -85,7 +85,7 @@ $(BIN)/uv: | $(VENV)/.deps
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find masksam_nnunet plans trainers inference tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find masksam_nnunet plans trainers inference benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV) demo_out

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from masksam_nnunet.environment import TRAINING_STATS_FILE
-from masksam_nnunet.errors import CheckpointFileError
-from masksam_nnunet.json_files import read_json
-
-from .errors import DemoError
+from masksam_nnunet.errors import CheckpointFileError, DemoError
+from masksam_nnunet.files import read_json
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from .errors import ModelError
+from masksam_nnunet.errors import ModelError
 
 
 def find_models(

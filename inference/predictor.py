@@ -19,7 +19,7 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.files import read_json
 
 from .batches import Batches, automatic_size
 from .fold_weights import load_own_tensors, own_tensors

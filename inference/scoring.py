@@ -24,15 +24,7 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
-from .label_maps import (
-    Classes,
-    LabelMap,
-    LabelMapError,
-    check_same_geometry,
-    check_values,
-    class_mask,
-    read_label_map,
-)
+from .label_maps import Classes, LabelMap, LabelMapError, check_same_geometry, check_values, class_mask, read_label_map
 
 DICE_POLICY = (
     "Dice per case and class as nnU-Net defines it: undefined where the class is in neither truth nor prediction, 0 "

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-BACKBONES = ("vit_t", "vit_b", "vit_l", "vit_h")
+from .errors import MaskSAMError
+
+BACKBONES = ("tiny", "vit_b", "vit_l", "vit_h")
 """Those of this project, between which planning chooses."""
-SAM_OF: dict[str, str | None] = {"vit_t": None, "vit_b": "vit_b", "vit_l": "vit_l", "vit_h": "vit_h"}
+SAM_OF: dict[str, str | None] = {"tiny": None, "vit_b": "vit_b", "vit_l": "vit_l", "vit_h": "vit_h"}
 """Every known backbone, and the released SAM whose weights it holds; modeling.register_backbone adds others."""
 UPSAMPLING = (1, 2, 4)
 MAX_SIZE = 2**15
@@ -27,7 +29,7 @@ _Config = TypeVar("_Config", bound="_JsonConfig")
 _LARGEST = 1e30
 
 
-class ConfigError(ValueError):
+class ConfigError(MaskSAMError, ValueError):
     """A MaskSAM config that cannot be: the message names the option, the value received and the remedy."""
 
 
@@ -144,7 +146,7 @@ class MaskSAMConfig(_JsonConfig):
     """
 
     backbone: str
-    """SAM's image encoder: vit_b, vit_l, vit_h; or vit_t, a tiny one of ours, not SAM, that starts from nothing; or
+    """SAM's image encoder: vit_b, vit_l, vit_h; or tiny, a tiny one of ours, not SAM, that starts from nothing; or
     one that ``modeling.register_backbone`` has been given."""
     patch_size: tuple[int, ...]
     upsample: int

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .config import MaskSAMConfig
-from .criterion import MaskSAMCriterion
-from .matching import Matches
+from .losses.criterion import MaskSAMCriterion
+from .losses.masks import CPU_PIECE, GPU_PIECE
+from .losses.matching import Matches
+from .losses.targets import Targets
 from .modeling import MaskSAM
-from .pair_losses import CPU_PIECE, GPU_PIECE
-from .targets import Targets
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
 

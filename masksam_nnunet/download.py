@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from masksam_nnunet.errors import FetchError, unwritable
+from .errors import FetchError, unwritable
 
 ATTEMPTS = 5
 """Attempts in a row that bring nothing new before giving up."""

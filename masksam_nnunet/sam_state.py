@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masksam_nnunet.errors import WeightsError
+from .errors import WeightsError
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 """SAM's three parts, the first component of each of its keys."""

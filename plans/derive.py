@@ -42,7 +42,7 @@ TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.15, upsampling=(2,))  #
 
 def profile_of(backbone: str) -> Profile:
     """The tiny network's, or SAM's."""
-    return TINY_PROFILE if backbone == "vit_t" else SAM_PROFILE
+    return TINY_PROFILE if backbone == "tiny" else SAM_PROFILE
 
 
 def config_for(backbone: str, patch_size: tuple[int, ...], queries: int, regions: bool, **more: Any) -> MaskSAMConfig:
@@ -87,7 +87,7 @@ def num_queries(targets: int, backbone: str) -> int:
     :data:`MAX_QUERIES` for headroom alone. The tiny network, made for CPUs, has at least one query to spare, in fours.
     In steps, so that weights trained on one dataset fit another with nearly as many classes.
     """
-    if backbone == "vit_t":
+    if backbone == "tiny":
         return round_up(targets + 1, 4)
     return max(8, min(round_up(3 * targets / 2, 8), MAX_QUERIES), round_up(targets, 8))
 

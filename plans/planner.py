@@ -19,11 +19,11 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet import __version__
-from masksam_nnunet.json_files import read_json, write_text_atomically
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json, write_text_atomically
 
 from .architecture import BASE_PLANS, DECISIONS, write_config
 from .derive import num_queries
-from .errors import PlanError
 from .presets import Preset
 from .raw_data import RawDataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST, Sizes, Task, choose_sizes, preset_sizes
@@ -116,7 +116,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         """Make the plans and save them, whole or not at all.
 
         Raises:
-            PlanError: for a configuration that nnU-Net does not have, labels that cannot be read or do not fit a
+            DataError: for a configuration that nnU-Net does not have, labels that cannot be read or do not fit a
                 preset, a plans file of that name that is not this planner's, or too little memory.
         """
         preset = self.request.preset
@@ -178,7 +178,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             return {}
         earlier = _read_plans(self.file, self.dataset_name, "remove it and plan again")
         if not isinstance(earlier.get(DECISIONS), dict):
-            raise PlanError(
+            raise DataError(
                 f"--plans-name {self.plans_identifier}: {self.file} holds plans that masksam did not make; "
                 "choose another name"
             )
@@ -208,14 +208,14 @@ class MaskSAMPlanner(ExperimentPlanner):
         wanted, asked = self.request.configurations, "-c {}"
         if self.request.preset is not None:
             if set(wanted) - {FULL}:
-                raise PlanError(
+                raise DataError(
                     f"-c {' '.join(wanted)}: --preset {self.request.preset.name} is a setting of {FULL}; "
                     f"leave -c out or give -c {FULL}"
                 )
             wanted, asked = (FULL,), f"--preset {self.request.preset.name} is a setting of {{}}"
         for name in wanted:
             if name not in available:
-                raise PlanError(
+                raise DataError(
                     f"{asked.format(name)}: nnU-Net plans no such configuration for {self.dataset_name}; "
                     f"choose of {', '.join(available)}"
                 )
@@ -270,24 +270,24 @@ def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
     """Plans of ``dataset`` with what planning reads of them.
 
     Raises:
-        PlanError: there is something else in the file.
+        DataError: there is something else in the file.
     """
     try:
         plans = read_json(file)
     except ValueError as error:
-        raise PlanError(f"{file} is not JSON: {error}; {remedy}") from error
+        raise DataError(f"{file} is not JSON: {error}; {remedy}") from error
     configurations = plans.get("configurations") if isinstance(plans, dict) else None
     if not isinstance(configurations, dict) or not configurations:
-        raise PlanError(f"{file} holds no plans; {remedy}")
+        raise DataError(f"{file} holds no plans; {remedy}")
     if plans.get("dataset_name") != dataset:
-        raise PlanError(
+        raise DataError(
             f"{file} holds plans of {plans.get('dataset_name')!r}; move them with "
             f"nnUNetv2_move_plans_between_datasets, or {remedy}"
         )
     for name, settings in configurations.items():
         lacks = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
         if lacks and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
-            raise PlanError(f"{file}: {name} lacks {', '.join(lacks)}: it is damaged or of another nnU-Net; {remedy}")
+            raise DataError(f"{file}: {name} lacks {', '.join(lacks)}: it is damaged or of another nnU-Net; {remedy}")
     result: dict[str, Any] = plans
     return result
 

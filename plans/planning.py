@@ -17,10 +17,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
 from masksam_nnunet.config import BACKBONES
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json
 
 from .architecture import BASE_PLANS
-from .errors import PlanError
 from .planner import CASCADE, MaskSAMPlanner, Request
 from .presets import Preset, load_preset
 from .raw_check import require_sound_case
@@ -53,22 +53,22 @@ def plan_dataset(
         console: where to print.
 
     Raises:
-        PlanError: before anything is written.
+        DataError: before anything is written.
     """
     console = console or Console()
     if backbone not in ("auto", *BACKBONES):
-        raise PlanError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(BACKBONES)}")
+        raise DataError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(BACKBONES)}")
     if not (math.isfinite(gpu_memory_gb) and gpu_memory_gb > 0):
-        raise PlanError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
+        raise DataError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
     if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:
-        raise PlanError(
+        raise DataError(
             f"--plans-name {plans_name!r}: give letters, digits, - and single _, and not nnU-Net's own {BASE_PLANS!r}"
         )
     recipe = _recipe(preset, backbone)
     name = find_dataset(dataset)
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
     if not (preprocessed / "dataset_fingerprint.json").is_file():
-        raise PlanError(
+        raise DataError(
             f"-d {dataset}: {name} has no fingerprint in {preprocessed}; run first: "
             f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity"
         )
@@ -109,11 +109,11 @@ def _check_fingerprint(file: Path, cases: int, number: int) -> None:
         sound = all(math.isfinite(step) and step > 0 for size in sizes for row in size for step in row)
         numbers = {len(size) for size in sizes}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise PlanError(f"{file} is damaged or no fingerprint ({type(error).__name__}: {error}); {remedy}") from error
+        raise DataError(f"{file} is damaged or no fingerprint ({type(error).__name__}: {error}); {remedy}") from error
     if not sound:
-        raise PlanError(f"{file} holds sizes or voxel sizes that are not positive; {remedy}")
+        raise DataError(f"{file} holds sizes or voxel sizes that are not positive; {remedy}")
     if numbers != {cases}:
-        raise PlanError(
+        raise DataError(
             f"{file} is of {' and '.join(map(str, sorted(numbers)))} cases, the dataset has {cases}; {remedy}"
         )
 
@@ -128,7 +128,7 @@ def _splits(raw: RawDataset, preprocessed: Path) -> list[dict[str, list[str]]] |
         return ours or theirs
     for one, other in zip(theirs, ours, strict=False):
         if any(set(one[part]) != set(other[part]) for part in ("train", "val")):
-            raise PlanError(
+            raise DataError(
                 f"{raw.folder / 'splits_final.json'} and {preprocessed / 'splits_final.json'} hold different folds, "
                 "which nnU-Net's planner refuses; remove the one that is not wanted (masksam split --force writes both)"
             )
@@ -140,14 +140,14 @@ def _in_words(name: str, preprocessed: Path) -> Iterator[None]:
     """What nnU-Net's planner and the file system raise, as an error that says what to do."""
     try:
         yield
-    except PlanError:
+    except DataError:
         raise
     except OSError as error:
-        raise PlanError(
+        raise DataError(
             f"cannot write the plans into {preprocessed}: {error}; make room or make it writable"
         ) from error
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise PlanError(
+        raise DataError(
             f"{name}: planning failed with {type(error).__name__}: {error}; check dataset.json and the fingerprint: "
             f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
         ) from error
@@ -157,30 +157,30 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
     """The full name of a dataset given by number or name; ``variables`` must be set.
 
     Raises:
-        PlanError: if nnU-Net's folders are not named, or hold no such dataset.
+        DataError: if nnU-Net's folders are not named, or hold no such dataset.
     """
     for variable in variables:
         if not os.environ.get(variable):
-            raise PlanError(
+            raise DataError(
                 f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first (where the "
                 "raw data are not at hand, work where they are; a plans file can be copied)"
             )
     raw = Path(os.environ["nnUNet_raw"])
     if not raw.is_dir():
-        raise PlanError(f"nnUNet_raw = {raw}: there is no such folder")
+        raise DataError(f"nnUNet_raw = {raw}: there is no such folder")
     try:
         name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
     except (RuntimeError, AssertionError, ValueError) as error:
         there = [folder for folder in subdirs(str(raw), join=False) if folder.startswith("Dataset")]
         if "More than one" in str(error):
             names = ", ".join(map(str, find_candidate_datasets(int(dataset))))
-            raise PlanError(
+            raise DataError(
                 f"-d {dataset}: several datasets in nnU-Net's folders have this number: {names}; give each a number of "
                 "its own, or the name here"
             ) from error
-        raise PlanError(f"-d {dataset}: no such dataset; {raw} holds {', '.join(there) or 'none'}") from error
+        raise DataError(f"-d {dataset}: no such dataset; {raw} holds {', '.join(there) or 'none'}") from error
     if not (raw / name).is_dir():
-        raise PlanError(f"-d {dataset}: {raw} holds no {name}, whose dataset.json and labels are needed")
+        raise DataError(f"-d {dataset}: {raw} holds no {name}, whose dataset.json and labels are needed")
     return name
 
 
@@ -189,7 +189,7 @@ def _recipe(preset: str | None, backbone: str) -> Preset | None:
         return None
     recipe = load_preset(preset)
     if backbone not in ("auto", recipe.backbone):
-        raise PlanError(
+        raise DataError(
             f"--backbone {backbone}: --preset {preset} was published with {recipe.backbone}; leave --backbone out"
         )
     return recipe

@@ -9,8 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from masksam_nnunet.config import LossConfig
-
-from .errors import PlanError
+from masksam_nnunet.errors import DataError
 
 PRESETS = ("acdc", "synapse", "amos")
 
@@ -68,17 +67,17 @@ class Preset:
         """Refuse a dataset that the setting was not published for.
 
         Raises:
-            PlanError: naming what does not fit.
+            DataError: naming what does not fit.
         """
         wanted = " or ".join(map(str, self.foreground_classes))
         if regions or foreground not in self.foreground_classes:
             found = f"{foreground} overlapping regions" if regions else f"{foreground} foreground labels"
-            raise PlanError(
+            raise DataError(
                 f"--preset {self.name} was published for {wanted} foreground labels, this dataset has {found}; "
                 "plan it without --preset"
             )
         if channels != 1:
-            raise PlanError(
+            raise DataError(
                 f"--preset {self.name} was published for one image channel, this dataset has {channels}; "
                 "plan it without --preset"
             )
@@ -89,10 +88,10 @@ def load_preset(name: str) -> Preset:
     """Read a preset of the package.
 
     Raises:
-        PlanError: for a name that is none of :data:`PRESETS`.
+        DataError: for a name that is none of :data:`PRESETS`.
     """
     if name not in PRESETS:
-        raise PlanError(f"--preset {name!r} is not known: choose one of {', '.join(PRESETS)}")
+        raise DataError(f"--preset {name!r} is not known: choose one of {', '.join(PRESETS)}")
     text = (files("masksam_nnunet.plans") / "presets" / f"{name}.json").read_text(encoding="utf-8")
     data = json.loads(text)
     values, sources = _values(data["setting"], "")

@@ -17,7 +17,8 @@ import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
-from .errors import PlanError
+from masksam_nnunet.errors import DataError
+
 from .image_reading import Grid, ImageFileError, NotLabelsError, read_image, read_labels
 from .nifti_files import stored_floats
 from .raw_data import RawDataset, inspect_raw_dataset
@@ -67,7 +68,7 @@ def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawChec
         preprocessed: its preprocessed folder, whose splits_final.json is looked at too.
 
     Raises:
-        PlanError: it cannot be listed at all.
+        DataError: it cannot be listed at all.
     """
     dataset, defects = inspect_raw_dataset(folder)
     found = Findings(defects)
@@ -87,7 +88,7 @@ def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawChec
 def _split_defects(file: Path, dataset: RawDataset) -> list[str]:
     try:
         splits = read_splits(file, dataset.images)
-    except PlanError as error:
+    except DataError as error:
         return [str(error)]
     return [f"{file}: {text}; write it anew with masksam split" for text in overlaps(splits)]
 
@@ -107,24 +108,24 @@ def require_sound_dataset(folder: Path) -> None:
     """Read a whole raw dataset before work that would take longer.
 
     Raises:
-        PlanError: the first things that are wrong with it.
+        DataError: the first things that are wrong with it.
     """
     result = check_raw_dataset(folder)
     if result.defects:
         more = f"\n  ... and {len(result.defects) - _SHOWN} more" if len(result.defects) > _SHOWN else ""
         shown = "".join(f"\n  {defect}" for defect in result.defects[:_SHOWN])
-        raise PlanError(f"{folder} cannot be used:{shown}{more}")
+        raise DataError(f"{folder} cannot be used:{shown}{more}")
 
 
 def require_sound_case(dataset: RawDataset, case: str) -> None:
     """Read one case, for commands that have no time to read all.
 
     Raises:
-        PlanError: what is wrong with it.
+        DataError: what is wrong with it.
     """
     defects = _examine(dataset, case).findings.defects
     if defects:
-        raise PlanError(
+        raise DataError(
             f"{'; '.join(defects)}; see what else is wrong with the dataset: masksam check -d {dataset.number}"
         )
 

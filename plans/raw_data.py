@@ -13,10 +13,10 @@ from typing import Any
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json
 
 from .description import description_defects
-from .errors import PlanError
 from .splits import NUM_FOLDS
 
 _SHOWN = 5
@@ -70,13 +70,13 @@ def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_
         min_cases: fewest training cases.
 
     Raises:
-        PlanError: naming what is missing or wrong, and what nnU-Net expects.
+        DataError: naming what is missing or wrong, and what nnU-Net expects.
     """
     folder = Path(os.path.abspath(folder))  # not resolve(): a link's own name is the dataset's name
     if not folder.is_dir():
-        raise PlanError(f"{option} {folder}: there is no such folder")
+        raise DataError(f"{option} {folder}: there is no such folder")
     if not _NAME.fullmatch(folder.name):
-        raise PlanError(
+        raise DataError(
             f"{option} {folder}: the folder's name must be DatasetXXX_Name with three digits, such as "
             f"Dataset004_Hippocampus, not {folder.name!r}; rename it or make a link of that name"
         )
@@ -84,7 +84,7 @@ def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_
     dataset, defects = _inspect(folder, description, option, min_cases)
     if defects:
         more = f"; and {len(defects) - _SHOWN} more, which masksam check lists" if len(defects) > _SHOWN else ""
-        raise PlanError(f"{option} {folder}: {'; '.join(defects[:_SHOWN])}{more}")
+        raise DataError(f"{option} {folder}: {'; '.join(defects[:_SHOWN])}{more}")
     return dataset
 
 
@@ -92,7 +92,7 @@ def inspect_raw_dataset(folder: Path, option: str = "-d") -> tuple[RawDataset, l
     """A raw dataset as far as it can be listed, and all that is wrong with its files' names and number.
 
     Raises:
-        PlanError: the folder or its dataset.json cannot be used at all.
+        DataError: the folder or its dataset.json cannot be used at all.
     """
     folder = Path(os.path.abspath(folder))
     return _inspect(folder, _read_description(folder, option), option, 1)
@@ -102,12 +102,12 @@ def _inspect(folder: Path, description: dict[str, Any], option: str, min_cases: 
     if "dataset" not in description:  # else dataset.json lists the files itself
         for part in ("imagesTr", "labelsTr"):
             if not (folder / part).is_dir():
-                raise PlanError(f"{option} {folder}: the folder {part} is missing; nnU-Net's raw format needs it")
+                raise DataError(f"{option} {folder}: the folder {part} is missing; nnU-Net's raw format needs it")
     files, defects = (
         _listed_files(folder, description) if "dataset" in description else _found_files(folder, description)
     )
     if len(files) < min_cases:
-        raise PlanError(
+        raise DataError(
             f"{option} {folder}: {len(files)} training cases ending in {description['file_ending']!r}; "
             f"at least {min_cases} are needed" + (f" ({'; '.join(defects[:_SHOWN])})" if defects else "")
         )
@@ -196,15 +196,15 @@ def place_raw_dataset(dataset: RawDataset, raw: Path) -> RawDataset:
 def _read_description(folder: Path, option: str) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not path.is_file():
-        raise PlanError(f"{option} {folder}: dataset.json is missing; nnU-Net's raw format needs it")
+        raise DataError(f"{option} {folder}: dataset.json is missing; nnU-Net's raw format needs it")
     try:
         description = read_json(path)
     except ValueError as error:
-        raise PlanError(f"{option} {folder}: dataset.json is not JSON: {error}; write it anew, in UTF-8") from error
+        raise DataError(f"{option} {folder}: dataset.json is not JSON: {error}; write it anew, in UTF-8") from error
     except OSError as error:
-        raise PlanError(f"{option} {folder}: dataset.json cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{option} {folder}: dataset.json cannot be read: {error.strerror or error}") from error
     defects = description_defects(description)
     if defects:
-        raise PlanError(f"{option} {folder}: {'; '.join(defects)}")
+        raise DataError(f"{option} {folder}: {'; '.join(defects)}")
     result: dict[str, Any] = description
     return result

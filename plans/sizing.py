@@ -14,9 +14,9 @@ from typing import Any
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
+from masksam_nnunet.errors import DataError
 
 from .derive import CARD_GB, MAX_IMAGE, USABLE, Profile, config_for, profile_of, round_up
-from .errors import PlanError
 from .presets import Preset
 
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
@@ -95,7 +95,7 @@ def choose_sizes(
         notify: is told what is being tried.
 
     Raises:
-        PlanError: if no backbone fits; it says how much memory the least of them takes.
+        DataError: if no backbone fits; it says how much memory the least of them takes.
     """
     least: Sizes | None = None
     for backbone in backbones:
@@ -110,12 +110,12 @@ def choose_sizes(
         least = search.smallest()
     assert least is not None
     enough = least.cost.peak_gib / USABLE
-    raise PlanError(
+    raise DataError(
         f"--gpu-memory {gpu_memory_gb:g} is too small for {backbones[-1]}"
         f"{', the smallest SAM' if backbones[-1] == 'vit_b' else ''}: the least patch, {least.config.patch_size} in "
         f"batch {least.batch_size}, takes {enough:.1f} GB of a card (give --gpu-memory {enough + 0.1:.1f} or more"
         + ("" if backbones[-1] == "vit_b" else ", or a smaller --backbone")
-        + "); --backbone vit_t is for trying things out, and is not SAM"
+        + "); --backbone tiny is for trying things out, and is not SAM"
     )
 
 
@@ -154,7 +154,7 @@ class _Search:
         self.notify = notify
         self.profile: Profile = profile_of(backbone)
         self.memory_gib = gpu_memory_gb * USABLE
-        self.max_tflop = self.profile.max_tflop * (1 if backbone == "vit_t" else gpu_memory_gb / CARD_GB)
+        self.max_tflop = self.profile.max_tflop * (1 if backbone == "tiny" else gpu_memory_gb / CARD_GB)
         self.is_2d = len(task.median_shape) == 2
         self.depth = 1 if self.is_2d else max(1, task.median_shape[0])
         self.plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in task.median_shape[-2:])
@@ -273,8 +273,8 @@ class _Search:
 
     def _why_u(self, upsample: int) -> str:
         allowed = self._upsamplings(self.plane)
-        if upsample == allowed[0] and (upsample == 4 or self.backbone == "vit_t"):
-            return "the largest there is" if self.backbone != "vit_t" else "the largest for vit_t"
+        if upsample == allowed[0] and (upsample == 4 or self.backbone == "tiny"):
+            return "the largest there is" if self.backbone != "tiny" else "the largest for tiny"
         if upsample == allowed[0]:
             return f"more would exceed SAM's input of {MAX_IMAGE}"
         return "more does not fit"

@@ -11,7 +11,8 @@ import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
-from .errors import PlanError
+from masksam_nnunet.errors import DataError
+
 from .image_reading import ImageFileError, NotLabelsError, read_labels
 from .threads import in_threads
 
@@ -37,7 +38,7 @@ def count_targets(labels: Mapping[str, Path], dataset_json: Mapping[str, Any], s
         slice_axis: the axis of the reader's (z, y, x) arrays that becomes D: the first of ``transpose_forward``.
 
     Raises:
-        PlanError: if a label map cannot be read or holds a label that dataset.json does not name.
+        DataError: if a label map cannot be read or holds a label that dataset.json does not name.
     """
     manager = LabelManager(dict(dataset_json["labels"]), dataset_json.get("regions_class_order"))
     groups = _groups(manager)
@@ -50,9 +51,9 @@ def count_targets(labels: Mapping[str, Path], dataset_json: Mapping[str, Any], s
         try:
             volume, _ = read_labels(path, dataset_json)
         except NotLabelsError as error:
-            raise PlanError(f"case {case!r}: {error}; write whole numbers into it") from error
+            raise DataError(f"case {case!r}: {error}; write whole numbers into it") from error
         except ImageFileError as error:
-            raise PlanError(f"case {case!r}: {error}") from error
+            raise DataError(f"case {case!r}: {error}") from error
         per_slice = _targets_of_slices(case, path, np.moveaxis(volume[0], slice_axis, 0), groups, named)
         return int(per_slice.max()), case, int(per_slice.argmax())
 
@@ -79,11 +80,11 @@ def _targets_of_slices(
     for index, plane in enumerate(volume):
         values = np.rint(plane).astype(np.int64).ravel()
         if len(values) and (values.min() < 0 or values.max() > highest):
-            raise PlanError(_unknown(case, path, int(values.min() if values.min() < 0 else values.max())))
+            raise DataError(_unknown(case, path, int(values.min() if values.min() < 0 else values.max())))
         present[index] = np.bincount(values, minlength=highest + 1) > 0
     for value in np.flatnonzero(present.any(0)).tolist():
         if value not in named:
-            raise PlanError(_unknown(case, path, value))
+            raise DataError(_unknown(case, path, value))
     return np.stack([present[:, list(group)].any(1) for group in groups]).sum(0)
 
 

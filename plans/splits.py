@@ -13,8 +13,8 @@ from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from masksam_nnunet.json_files import read_json
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json
 
 NUM_FOLDS = 5
 SEED = 12345
@@ -48,12 +48,12 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
     The expression may match anywhere in the name.
 
     Raises:
-        PlanError: it is no regular expression, finds nothing in some names, groups nothing or everything.
+        DataError: it is no regular expression, finds nothing in some names, groups nothing or everything.
     """
     try:
         pattern = re.compile(regex)
     except re.error as error:
-        raise PlanError(f"--group '{regex}' is not a regular expression: {error}") from error
+        raise DataError(f"--group '{regex}' is not a regular expression: {error}") from error
     groups: dict[str, list[str]] = {}
     unmatched: list[str] = []
     for case in sorted(cases):
@@ -63,18 +63,18 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
             unmatched.append(case)
     number = sum(map(len, groups.values())) + len(unmatched)
     if unmatched:
-        raise PlanError(
+        raise DataError(
             f"--group '{regex}' finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}; "
             "it must match the part of every name that tells the patient"
         )
     if len(groups) == number:
-        raise PlanError(
+        raise DataError(
             f"--group '{regex}' groups nothing: each of the {number} cases is a patient of its own, such as "
             f"{_some(list(groups))}; capture only the part that a patient's cases share, or, if each case is another "
             "patient, leave the split to nnU-Net"
         )
     if len(groups) == 1:
-        raise PlanError(
+        raise DataError(
             f"--group '{regex}' groups everything: all {number} cases belong to {next(iter(groups))!r}; capture the "
             f"part that differs between patients, in names such as {_some(next(iter(groups.values())))}"
         )
@@ -109,25 +109,25 @@ def read_splits(path: Path, cases: Iterable[str]) -> list[dict[str, list[str]]]:
         cases: names of all training cases.
 
     Raises:
-        PlanError: it cannot be read, is no list of folds, or names cases that are not there.
+        DataError: it cannot be read, is no list of folds, or names cases that are not there.
     """
     remedy = "write it anew with masksam split, or remove it: nnU-Net then splits by case"
     try:
         splits = read_json(path)
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path} cannot be read as JSON: {error}; {remedy}") from error
+        raise DataError(f"{path} cannot be read as JSON: {error}; {remedy}") from error
     if not isinstance(splits, list) or not splits or not all(_is_fold(fold) for fold in splits):
-        raise PlanError(f'{path} is no list of folds {{"train": [CASE, ...], "val": [CASE, ...]}}; {remedy}')
+        raise DataError(f'{path} is no list of folds {{"train": [CASE, ...], "val": [CASE, ...]}}; {remedy}')
     known = set(cases)
     for number, fold in enumerate(splits):
         unknown = sorted({*fold["train"], *fold["val"]} - known)
         if unknown:
-            raise PlanError(
+            raise DataError(
                 f"{path}: fold {number} names {len(unknown)} cases that the dataset does not have: {_some(unknown)}; "
                 f"{remedy}"
             )
         if not fold["train"]:
-            raise PlanError(f"{path}: fold {number} trains on no case; {remedy}")
+            raise DataError(f"{path}: fold {number} trains on no case; {remedy}")
     result: list[dict[str, list[str]]] = splits
     return result
 

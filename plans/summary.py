@@ -18,7 +18,7 @@ from .planner import CASCADE, LOW
 from .presets import Preset
 from .raw_data import number_of
 
-_OWN_TRAINERS = {"vit_t": "MaskSAMTrainer_vit_t"}  # results are to say that it is not SAM
+_OWN_TRAINERS = {"tiny": "MaskSAMTrainer_tiny"}  # results are to say that it is not SAM
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def tell(console: Console, planned: Planned, recipe: Preset | None, warnings: Se
     else:
         say("No preprocessing is needed: the data preprocessed for nnU-Net are used.")
     backbones = {name: next(r["value"] for r in rows if r["what"] == "backbone") for name, rows in decided.items()}
-    steps += [f"masksam weights {name}" for name in sorted(set(backbones.values()) - {"vit_t"})]
+    steps += [f"masksam weights {name}" for name in sorted(set(backbones.values()) - {"tiny"})]
     if str(trainer_folder()) not in os.environ.get(EXT_TRAINER, "").split(os.pathsep):
         steps.append('eval "$(masksam env)"')
     first = "3d_fullres" if "3d_fullres" in decided else next(iter(decided))

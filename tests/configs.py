@@ -8,9 +8,9 @@ TINY_WIDTHS = {"stem_width": 8, "generator_widths": (16, 8, 8), "head_width": 8}
 
 
 def tiny_config(**changes: object) -> MaskSAMConfig:
-    """A vit_t config that builds and runs in a blink."""
+    """A tiny config that builds and runs in a blink."""
     settings: dict[str, object] = {
-        "backbone": "vit_t",
+        "backbone": "tiny",
         "patch_size": (3, 32, 48),
         "upsample": 1,
         "num_queries": 4,

@@ -34,7 +34,7 @@ def build_network(plans: dict[str, Any], channels: int) -> nn.Module:
 def write_model(
     folder: Path, folds: int = 1, channels: int = 1, reader: str = "SimpleITKIO", ending: str = ".nii.gz"
 ) -> Path:
-    """A folder as in nnUNet_results: folds of ``vit_t`` that differ, for three classes."""
+    """A folder as in nnUNet_results: folds of ``tiny`` that differ, for three classes."""
     intensities = {str(channel): {"mean": 0.0, "std": 1.0} for channel in range(channels)}
     plans = plain_plans(PATCH, channels=channels) | {
         "image_reader_writer": reader,

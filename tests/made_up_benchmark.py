@@ -12,18 +12,11 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from masksam_nnunet.inference.benchmark.results import (
-    BenchmarkResults,
-    Finding,
-    FoldCompute,
-    Method,
-    Row,
-    TestSetScore,
-)
-from masksam_nnunet.inference.benchmark.statistics import aggregates, comparisons, policies
+from masksam_nnunet.benchmarks.demo_report import MethodResult, Report
+from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row, TestSetScore
+from masksam_nnunet.benchmarks.statistics import aggregates, comparisons, policies
 from masksam_nnunet.inference.history import History, TrainingStats
-from masksam_nnunet.inference.page import Picture
-from masksam_nnunet.inference.report import MethodResult, Report
+from masksam_nnunet.inference.report.page import Picture
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, Scores, aggregate
 from masksam_nnunet.inference.scoring import policies as score_policies
 
@@ -77,7 +70,7 @@ def made_up_demo(
 SHAPE = (12, 40, 48)
 _METHODS = (
     Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres"),
-    Method("MaskSAMTrainer_vit_t", "nnUNetPlans", "3d_fullres"),
+    Method("MaskSAMTrainer_tiny", "nnUNetPlans", "3d_fullres"),
     Method("nnUNetTrainer", "nnUNetResEncUNetLPlans", "3d_fullres"),
 )
 _SHIFT = (0.0, 0.02, 0.01, 0.025, 0.0, 0.02)  # of each row's Dice
@@ -128,7 +121,7 @@ def made_up_results(
         aggregates=aggregates(rows, resamples=resamples),
         comparisons=comparisons(rows, resamples=resamples),
         findings=(
-            Finding(True, "Fold 3 of MaskSAMTrainer_vit_t was trained with other splits than that of nnUNetTrainer."),
+            Finding(True, "Fold 3 of MaskSAMTrainer_tiny was trained with other splits than that of nnUNetTrainer."),
             Finding(False, "Both methods read the same preprocessed data."),
         ),
         test_set=(TestSetScore("nnUNetTrainer, 5 folds", _METHODS[:1], test_scores, root),),
@@ -149,7 +142,7 @@ def _rows(count: int, scores: Scores, fold_of: dict[str, int]) -> list[Row]:
         Row(name, "method", (method,), scores, fold_of, _compute(index), _histories(index), empty)
         for index, (name, method) in enumerate(
             zip(
-                ("nnUNetTrainer", "MaskSAMTrainer_vit_t", "nnUNetTrainer (nnUNetResEncUNetLPlans)"),
+                ("nnUNetTrainer", "MaskSAMTrainer_tiny", "nnUNetTrainer (nnUNetResEncUNetLPlans)"),
                 _METHODS,
                 strict=True,
             )

@@ -15,8 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import DATASET, SMALL_UNET, dataset_json, plain_plans
 from torch import nn
 
-from masksam_nnunet import weights
-from masksam_nnunet.inference.portable.description import MODEL
+from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.inference.export.description import MODEL
 from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.plans.architecture import write_config
 
@@ -45,7 +45,7 @@ def trained(network: nn.Module) -> nn.Module:
     return network
 
 
-def masksam_model(results: Path, backbone: str = "vit_t", folds: int = 2, sam: Path | None = None) -> Path:
+def masksam_model(results: Path, backbone: str = "tiny", folds: int = 2, sam: Path | None = None) -> Path:
     """Folds of MaskSAM as in nnUNet_results; with a file of SAM, the first one's checkpoint is lean."""
     plans = _plans(PATCH)
     write_config(plans, "3d_fullres", tiny_config(patch_size=PATCH, backbone=backbone))

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
+from masksam_nnunet.errors import BenchmarkError
 
 
 @dataclass(frozen=True)

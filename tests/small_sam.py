@@ -9,9 +9,9 @@ import pytest
 import torch
 from configs import tiny_config
 
-from masksam_nnunet import weights
+from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.config import Grid
-from masksam_nnunet.modeling.sam_parts import (
+from masksam_nnunet.modeling.backbones.registry import (
     SPECS,
     BackboneSpec,
     build_image_encoder,

@@ -1,8 +1,8 @@
 """The trainers that nnU-Net finds by name; ``nnunet_ext`` is the folder that it scans."""
 
+from .masksam import MaskSAMTrainer
 from .published import MaskSAMTrainer_acdc, MaskSAMTrainer_amos, MaskSAMTrainer_synapse
-from .time_budget import MaskSAMTrainer_vit_t_budget, nnUNetTrainer_budget
-from .trainer import MaskSAMTrainer
+from .time_budget import MaskSAMTrainer_tiny_budget, nnUNetTrainer_budget
 from .variants import (
     MaskSAMTrainer_1epoch,
     MaskSAMTrainer_5epochs,
@@ -10,12 +10,12 @@ from .variants import (
     MaskSAMTrainer_100epochs,
     MaskSAMTrainer_250epochs,
     MaskSAMTrainer_500epochs,
+    MaskSAMTrainer_tiny,
+    MaskSAMTrainer_tiny_1epoch,
+    MaskSAMTrainer_tiny_5epochs,
+    MaskSAMTrainer_tiny_50epochs,
     MaskSAMTrainer_vit_h,
     MaskSAMTrainer_vit_l,
-    MaskSAMTrainer_vit_t,
-    MaskSAMTrainer_vit_t_1epoch,
-    MaskSAMTrainer_vit_t_5epochs,
-    MaskSAMTrainer_vit_t_50epochs,
 )
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
     "MaskSAMTrainer_acdc",
     "MaskSAMTrainer_amos",
     "MaskSAMTrainer_synapse",
+    "MaskSAMTrainer_tiny",
+    "MaskSAMTrainer_tiny_1epoch",
+    "MaskSAMTrainer_tiny_5epochs",
+    "MaskSAMTrainer_tiny_50epochs",
+    "MaskSAMTrainer_tiny_budget",
     "MaskSAMTrainer_vit_h",
     "MaskSAMTrainer_vit_l",
-    "MaskSAMTrainer_vit_t",
-    "MaskSAMTrainer_vit_t_1epoch",
-    "MaskSAMTrainer_vit_t_5epochs",
-    "MaskSAMTrainer_vit_t_50epochs",
-    "MaskSAMTrainer_vit_t_budget",
     "nnUNetTrainer_budget",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from masksam_nnunet.plans.presets import Preset, load_preset
 
-from .trainer import MaskSAMTrainer
+from .masksam import MaskSAMTrainer
 
 
 class PublishedTrainer(MaskSAMTrainer):

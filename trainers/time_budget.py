@@ -16,12 +16,12 @@ import torch
 
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE, TRAINING_STATS_FILE
-from masksam_nnunet.json_files import write_json
+from masksam_nnunet.files import write_json
 
 from .batches import Batches
-from .lasting import LastingTrainer
+from .resumable import ResumableTrainer
 from .save_interval import SaveInterval
-from .variants import MaskSAMTrainer_vit_t
+from .variants import MaskSAMTrainer_tiny
 
 PROGRESS_EVERY = 2.0  # seconds
 VALIDATION_SHARE = 0.1  # of an epoch's time, for validation on patches
@@ -45,7 +45,7 @@ def budget_seconds() -> float:
     return 60 * minutes
 
 
-class nnUNetTrainer_budget(LastingTrainer):
+class nnUNetTrainer_budget(ResumableTrainer):
     """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``; its polynomial schedule ends with the budget.
 
     The budget is divided into at most ten epochs, each of which ends with a short validation that counts too. Writes
@@ -210,11 +210,11 @@ class nnUNetTrainer_budget(LastingTrainer):
             self.print_to_log_file(f"WARNING: {name} could not be written: {error}")
 
 
-class MaskSAMTrainer_vit_t_budget(nnUNetTrainer_budget, MaskSAMTrainer_vit_t):
+class MaskSAMTrainer_tiny_budget(nnUNetTrainer_budget, MaskSAMTrainer_tiny):
     """The tiny MaskSAM, trained for ``MASKSAM_BUDGET_MINUTES``; its schedule ends with the budget."""
 
     def set_learning_rate(self) -> None:
-        MaskSAMTrainer_vit_t.set_learning_rate(self)  # warm-up, and decay by the budget's progress
+        MaskSAMTrainer_tiny.set_learning_rate(self)  # warm-up, and decay by the budget's progress
 
     def _restore(self) -> float:
         seconds = super()._restore()

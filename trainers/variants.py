@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .trainer import MaskSAMTrainer
+from .masksam import MaskSAMTrainer
 
 
 class MaskSAMTrainer_vit_l(MaskSAMTrainer):
@@ -17,10 +17,10 @@ class MaskSAMTrainer_vit_h(MaskSAMTrainer):
     backbone = "vit_h"
 
 
-class MaskSAMTrainer_vit_t(MaskSAMTrainer):
+class MaskSAMTrainer_tiny(MaskSAMTrainer):
     """The tiny encoder of ours, for CPUs, tests and demos. It is not SAM, and is trained from nothing."""
 
-    backbone = "vit_t"
+    backbone = "tiny"
 
 
 class MaskSAMTrainer_1epoch(MaskSAMTrainer):
@@ -59,19 +59,19 @@ class MaskSAMTrainer_500epochs(MaskSAMTrainer):
     epochs = 500
 
 
-class MaskSAMTrainer_vit_t_1epoch(MaskSAMTrainer_vit_t):
+class MaskSAMTrainer_tiny_1epoch(MaskSAMTrainer_tiny):
     """1 epoch."""
 
     epochs = 1
 
 
-class MaskSAMTrainer_vit_t_5epochs(MaskSAMTrainer_vit_t):
+class MaskSAMTrainer_tiny_5epochs(MaskSAMTrainer_tiny):
     """5 epochs."""
 
     epochs = 5
 
 
-class MaskSAMTrainer_vit_t_50epochs(MaskSAMTrainer_vit_t):
+class MaskSAMTrainer_tiny_50epochs(MaskSAMTrainer_tiny):
     """50 epochs."""
 
     epochs = 50

@@ -1,6 +1,6 @@
 """The container's entry point."""
 
-from masksam_nnunet.inference.docker.options import app
+from .options import app
 
 if __name__ == "__main__":
     app(prog_name="python -m masksam_nnunet.inference.docker")

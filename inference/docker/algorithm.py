@@ -17,8 +17,9 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 
-from ..errors import CaseError, in_short
-from ..predict_cases import preprocess_case
+from masksam_nnunet.errors import CaseError, in_short
+
+from ..cases import preprocess_case
 from ..predictor import MaskSAMPredictor
 from .errors import SOME_CASES_FAILED, OptionError, OutputError
 from .images import Geometry, in_terms_of, stage, write_label_map

@@ -1,6 +1,6 @@
 """What ends the container, and its exit codes: 0 done, 1 cases failed, 2 an option, and those of the classes here."""
 
-from ..errors import PredictError
+from masksam_nnunet.errors import PredictError
 
 SOME_CASES_FAILED = 1
 

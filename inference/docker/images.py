@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from masksam_nnunet.errors import CaseError, in_short
 from masksam_nnunet.plans.nifti_files import check_whole
 
-from ..errors import CaseError, in_short
-from ..predict_cases import Case
+from ..cases import Case
 from .errors import OutputError
 from .interface import ending
 from .meta_images import check_meta_image

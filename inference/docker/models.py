@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from masksam_nnunet.errors import WeightsError
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.errors import WeightsError, in_short
+from masksam_nnunet.files import read_json
 
-from ..errors import in_short
-from ..portable.load import is_portable, load_portable
+from ..export.load import is_portable, load_portable
 from ..predictor import MaskSAMPredictor
 from .errors import ContainerError, ModelFolderError
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.errors import ExplainError
+from masksam_nnunet.files import read_json
 
-from ..predict_cases import channel_names
-from .errors import ExplainError
+from ..cases import channel_names
 
 _NEAR = 5  # names to offer for an unknown one
 

@@ -14,9 +14,9 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..drawing import png, wrapped
 from ..label_maps import Classes
-from ..panels import NOTE, box, colour_of, fill, grid, hatch, overlay, style_of, surroundings
+from ..report.drawing import png, wrapped
+from ..report.panels import NOTE, box, colour_of, fill, grid, hatch, overlay, style_of, surroundings
 from .facts import QueryFacts, SliceFacts
 from .volume import picture_edges
 from .windows import SliceQueries

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from masksam_nnunet.json_files import read_json
-
-from .errors import ExplainError
+from masksam_nnunet.errors import ExplainError
+from masksam_nnunet.files import read_json
 
 RECORD = "explain.json"
 

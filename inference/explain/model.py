@@ -15,15 +15,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
-from masksam_nnunet.errors import FetchError
+from masksam_nnunet.errors import ExplainError, FetchError, in_short
+from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.plans.architecture import read_config
 
-from ..benchmark.results import Method
-from ..errors import in_short
 from ..label_maps import Classes
-from ..predict_models import TrainedModel, trained_models
+from ..models import TrainedModel, trained_models
 from ..predictor import MaskSAMPredictor
-from .errors import ExplainError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..page import Picture, environment, number
-from ..plain_types import plain
+from ..report.page import Picture, environment, number
+from ..report.plain_types import plain
 from .facts import LEAST_SHARE, SliceFacts
 
 _AXES = {"i": "first", "j": "second", "k": "third"}

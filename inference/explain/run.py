@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from masksam_nnunet.json_files import write_json
+from masksam_nnunet.errors import ExplainError
+from masksam_nnunet.files import write_json
 
-from ..drawing import CLASS_COLOURS
 from ..label_maps import Classes, class_mask
-from ..page import Picture
-from ..panels import colour_of, style_of
-from ..predict_models import previous_stage
+from ..models import previous_stage
+from ..report.drawing import CLASS_COLOURS
+from ..report.page import Picture
+from ..report.panels import colour_of, style_of
 from ..versions import versions
 from .case import CaseFiles, find_case, fold_of
-from .errors import ExplainError
 from .facts import LEAST_SHARE, SliceFacts, slice_facts
 from .figures import SliceImages, draw_overview, draw_queries, queries_view
 from .folder import RECORD, fresh_folder
@@ -77,7 +77,7 @@ def explain(request: Request) -> Path:
     """Predict the case, look at chosen slices, and write the output folder; returns the page's path.
 
     Raises:
-        PlanError: what cannot be explained, and why: model, case, label, slices, output.
+        DataError: what cannot be explained, and why: model, case, label, slices, output.
         LabelMapError: the label is damaged or of another dataset.
         WeightsError: a lean checkpoint lacks SAM's file.
     """

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ExplainError
+from masksam_nnunet.errors import ExplainError
+
 from .volume import Volume
 
 AUTO = 4

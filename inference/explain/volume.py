@@ -15,12 +15,12 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CaseError
+from masksam_nnunet.errors import CaseError, ExplainError
+
+from ..cases import Case, preprocess_case
 from ..label_maps import Classes, Grid, check_values, read_label_map
-from ..predict_cases import Case, preprocess_case
 from ..predictor import MaskSAMPredictor
 from .case import CaseFiles
-from .errors import ExplainError
 from .overlays import affine_of
 
 _VOXEL_AXES = "kji"  # of the source file, for nnU-Net's array axes

@@ -19,7 +19,7 @@ from masksam_nnunet.precision import autocast
 from masksam_nnunet.semantic import semantic_log_probabilities
 
 from ..predictor import MaskSAMPredictor
-from ..prompts import read_prompts
+from .prompts import read_prompts
 
 Corner = tuple[int, int, int]
 

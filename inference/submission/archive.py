@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SubmissionError
+from masksam_nnunet.errors import SubmissionError
+
 from .volumes import read_submitted
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # zip's first

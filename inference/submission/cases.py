@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.errors import SubmissionError
+from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.datasets.acdc import named_frames
 from masksam_nnunet.plans.datasets.checks import nifti_names
 
-from .errors import SubmissionError
 from .rules import ENDING, Rules
 
 FRAMES = "frames.json"

@@ -13,10 +13,10 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from rich.console import Console
 from rich.progress import track
 
-from masksam_nnunet.json_files import read_json
+from masksam_nnunet.errors import SubmissionError
+from masksam_nnunet.files import read_json
 
 from .cases import expected_names, file_names, find_images, find_phases, find_predictions
-from .errors import SubmissionError
 from .labels import match_labels, model_labels
 from .rules import ENDING, Rules, Unconfirmed, load_rules
 from .volumes import prediction_defects

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import SubmissionError
+from masksam_nnunet.errors import SubmissionError
+
 from .rules import Rules
 
 

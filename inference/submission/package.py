@@ -6,8 +6,9 @@ import os
 from functools import partial
 from pathlib import Path
 
+from masksam_nnunet.errors import SubmissionError
+
 from .archive import Member, write_archive
-from .errors import SubmissionError
 from .inspection import Inspection, Request
 from .volumes import submitted_file
 

@@ -10,9 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from masksam_nnunet.json_files import read_json
-
-from .errors import SubmissionError
+from masksam_nnunet.errors import SubmissionError
+from masksam_nnunet.files import read_json
 
 CHALLENGES = ("acdc", "amos", "synapse", "msd")
 ENDING = ".nii.gz"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .new import New, zero_
+from .trainable import Trainable, zero_
 
 
 def _bottleneck(width: int, ratio: float) -> int:
     return max(1, int(width * ratio))
 
 
-class DConvAdapter(New):
+class DConvAdapter(Trainable):
     """Linear down, GELU, a residual depth-wise 3x3x3 convolution over (D, h, w), Linear up (zero at first).
 
     Input and output: (B, D, h, w, E), channels last. The residual around the adapter is the caller's.
@@ -33,7 +33,7 @@ class DConvAdapter(New):
         return self.up(x + self.act(self.norm(y)))  # (B, D, h, w, E)
 
 
-class DMLPAdapter(New):
+class DMLPAdapter(Trainable):
     """Linear down, GELU, a residual MLP along the slices (D -> 4D -> D), Linear up (zero at first).
 
     Input and output: (B, D, T, P). The residual around the adapter is the caller's.

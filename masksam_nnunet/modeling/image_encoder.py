@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .adapters import DConvAdapter
 from .attention import self_attention
-from .new import DepthEmbedding, New
 from .patchwise import norm, shrink
 from .recompute import in_pieces, recomputed
+from .trainable import DepthEmbedding, Trainable
 
 
 class BlockAdapters(nn.Module):
@@ -22,7 +22,7 @@ class BlockAdapters(nn.Module):
     Adapters see the whole grid, after windows are merged: so their depth axis is neighbouring slices.
     """
 
-    def __init__(self, width: int, ratio: float, recompute: bool, adapter: Callable[[int, float], New]) -> None:
+    def __init__(self, width: int, ratio: float, recompute: bool, adapter: Callable[[int, float], Trainable]) -> None:
         super().__init__()
         self.recompute = recompute  # a twentieth of a block's work, a third of what it would keep
         self.attention = adapter(width, ratio)
@@ -72,7 +72,7 @@ class AdaptedImageEncoder(nn.Module):
         adapter_ratio: float = 0.25,
         checkpointing: bool = False,
         recompute_adapters: bool = False,
-        adapter: Callable[[int, float], New] = DConvAdapter,
+        adapter: Callable[[int, float], Trainable] = DConvAdapter,
     ) -> None:
         super().__init__()
         width = sam.pos_embed.shape[-1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import weights
+from .. import sam_weights as weights
 
 if TYPE_CHECKING:
     from .network import MaskSAM

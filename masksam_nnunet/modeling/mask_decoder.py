@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from .adapters import DConvAdapter, DMLPAdapter
 from .attention import decoder_attention
 from .mask_embedding import dense_embedding
-from .new import New
 from .patchwise import grow, norm
 from .recompute import recomputed
 from .token_attention import image_to_token, token_to_image
+from .trainable import Trainable
 
 TOKENS_PER_CHUNK = 2**15  # of the image, over all masks decoded at once: 8 masks of a 64x64 grid
 
 
-class ClassToken(New):
+class ClassToken(Trainable):
     """A learned classifier token, added to the one of each query."""
 
     def __init__(self, width: int) -> None:
@@ -27,7 +27,7 @@ class ClassToken(New):
         nn.init.normal_(self.weight)
 
 
-class Classifier(New):
+class Classifier(Trainable):
     """Class logits from the decoded classifier token, "no object" last.
 
     Its layer is named as nnU-Net's segmentation layers, so that ``-pretrained_weights`` may change K.

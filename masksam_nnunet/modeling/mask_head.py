@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from ..config import Grid
 from .blocks import VoxelNorm, conv_block
-from .new import New, zero_
 from .resize import to_patch
+from .trainable import Trainable, zero_
 
 
-class MaskHead(New):
+class MaskHead(Trainable):
     """Brings masks to the patch and adds a residual, zero at first, that sees the image at full resolution.
 
     Everything before works at stride 16 of the SAM input or is upsampled from there; fine structures need early

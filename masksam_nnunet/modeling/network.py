@@ -13,15 +13,15 @@ from ..config import Grid, MaskSAMConfig
 from ..precision import autocast
 from ..semantic import semantic_log_probabilities
 from . import lean
+from .backbones.registry import SPECS, build_image_encoder, build_mask_decoder, build_prompt_encoder
 from .image_encoder import AdaptedImageEncoder
 from .mask_decoder import AdaptedMaskDecoder
 from .mask_head import MaskHead
-from .new import freeze, freeze_all_but_new
 from .prompt_encoder import AdaptedPromptEncoder
 from .prompt_generator import PromptGenerator
 from .recompute import recomputed
-from .sam_parts import SPECS, build_image_encoder, build_mask_decoder, build_prompt_encoder
 from .stem import InputStem
+from .trainable import freeze, freeze_all_but_trainable
 
 
 class MaskSAMOutput(NamedTuple):
@@ -102,7 +102,7 @@ class MaskSAM(nn.Module):
         lean.prepare(self)
 
         if config.needs_sam:
-            freeze_all_but_new(self)
+            freeze_all_but_trainable(self)
         prompt = self.prompt_encoder.sam
         unused_prompts = [prompt.point_embeddings[0], prompt.point_embeddings[1], prompt.not_a_point_embed]
         freeze([*self.mask_decoder.unused(), *unused_prompts, prompt.no_mask_embed])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..config import Grid
 from .mask_embedding import mask_features
-from .new import DepthEmbedding
 from .prompt_generator import Prompts, scaled_boxes
+from .trainable import DepthEmbedding
 
 
 class AdaptedPromptEncoder(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import conv_block, double_in_plane
-from .new import New
+from .trainable import Trainable
 
 
 class Prompts(NamedTuple):
@@ -26,7 +26,7 @@ class Prompts(NamedTuple):
     """The finest features, (B, w_2, D, 4 g_h, 4 g_w)."""
 
 
-class PromptGenerator(New):
+class PromptGenerator(Trainable):
     """A 3D decoder over five encoder levels, from the neck upwards to strides 16, 8 and 4."""
 
     def __init__(

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from ..config import Grid
 from .blocks import VoxelNorm, conv_block, double_in_plane
-from .new import New, zero_
 from .resize import to_image
+from .trainable import Trainable, zero_
 
 RESIDUAL_WIDTH = 8  # channels at the full SAM input, where memory is dearest
 
 
-class InputStem(New):
+class InputStem(Trainable):
     """3D convolutions whose result is added to the plain image, and is zero at first.
 
     The plain image is the mean of the image channels, repeated to three and enlarged by u: at step 0 SAM sees the

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from nnunetv2.dataset_conversion import Dataset027_ACDC
 
-from masksam_nnunet.json_files import write_json
-from masksam_nnunet.plans.errors import PlanError
-from masksam_nnunet.plans.splits import NUM_FOLDS
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import write_json
 
+from ..splits import NUM_FOLDS
 from .checks import Volume, locate, nifti_names, require_sound
 from .conversion import Conversion, nnunet_raw_at
 
@@ -45,7 +45,7 @@ def read_acdc(source: Path, *, partial: bool = False) -> Conversion:
         partial: accept fewer patients than the official 100 and 50.
 
     Raises:
-        PlanError: files are missing, damaged or do not fit Info.cfg.
+        DataError: files are missing, damaged or do not fit Info.cfg.
     """
     root = locate(source, ("database", "ACDC/database"), "training", _REMEDY)
     frames: dict[str, dict[str, str]] = {}
@@ -69,7 +69,7 @@ def read_acdc(source: Path, *, partial: bool = False) -> Conversion:
     require_sound(root, volumes, _LABELS, _REMEDY, defects)
     number = len({case.split("_")[0] for case in frames["training"]})
     if number < NUM_FOLDS:
-        raise PlanError(f"SOURCE {root}: {number} training patients, {NUM_FOLDS} folds need at least {NUM_FOLDS}")
+        raise DataError(f"SOURCE {root}: {number} training patients, {NUM_FOLDS} folds need at least {NUM_FOLDS}")
 
     def write(raw: Path, dataset_id: int) -> None:
         _write(root, raw, dataset_id, frames, labelled["testing"])

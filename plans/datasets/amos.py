@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunetv2.dataset_conversion import Dataset218_Amos2022_task1, Dataset219_Amos2022_task2
 
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
 
 from .checks import ENDING, Volume, described_labels, locate, read_description, require_sound
 from .conversion import Conversion, nnunet_raw_at
@@ -33,10 +33,10 @@ def read_amos(source: Path, *, modality: str = "ct") -> Conversion:
         modality: ``ct``, as in the papers' "AMOS (CT)", or ``all``. With ``ct``, MR files need not be there.
 
     Raises:
-        PlanError: files that dataset.json lists are missing or damaged, or nnunetv2's converter would leave some out.
+        DataError: files that dataset.json lists are missing or damaged, or nnunetv2's converter would leave some out.
     """
     if modality not in MODALITIES:
-        raise PlanError(f"--modality {modality}: there are {', '.join(MODALITIES)}")
+        raise DataError(f"--modality {modality}: there are {', '.join(MODALITIES)}")
     root = locate(source, ("amos22",), "dataset.json", _REMEDY)
     path = root / "dataset.json"
     description = read_description(path, ("labels", *_FOLDERS))
@@ -52,7 +52,7 @@ def read_amos(source: Path, *, modality: str = "ct") -> Conversion:
             volumes.append(Volume(root / images / f"{case}{ENDING}", label))
     require_sound(root, volumes, labels, _REMEDY)
     if not cases["training"]:
-        raise PlanError(f"{path} lists no training image for --modality {modality}; {_REMEDY}")
+        raise DataError(f"{path} lists no training image for --modality {modality}; {_REMEDY}")
 
     def write(raw: Path, dataset_id: int) -> None:
         if modality == "ct":
@@ -81,7 +81,7 @@ def _listed(entries: Any, part: str, path: Path) -> list[str]:
         image = entry.get("image") if isinstance(entry, dict) else None
         case = str(image).split("/")[-1].removesuffix(ENDING)
         if not str(image).endswith(ENDING) or not case.split("_")[-1].isdigit():
-            raise PlanError(f"{path}: an entry of {part!r} names no image amos_XXXX{ENDING}: {entry!r}; {_REMEDY}")
+            raise DataError(f"{path}: an entry of {part!r} names no image amos_XXXX{ENDING}: {entry!r}; {_REMEDY}")
         cases.append(case)
     return cases
 

@@ -12,10 +12,11 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from masksam_nnunet.json_files import read_json
-from masksam_nnunet.plans.errors import PlanError
-from masksam_nnunet.plans.nifti_files import check_whole
-from masksam_nnunet.plans.threads import in_threads
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json
+
+from ..nifti_files import check_whole
+from ..threads import in_threads
 
 ENDING = ".nii.gz"
 _SHOWN = 5
@@ -34,16 +35,16 @@ def locate(source: Path, inner: Sequence[str], marker: str, remedy: str) -> Path
     """The first of ``source`` and its folders ``inner`` that holds ``marker``, absolute.
 
     Raises:
-        PlanError: none does.
+        DataError: none does.
     """
     source = Path(os.path.abspath(source))
     if not source.is_dir():
-        raise PlanError(f"SOURCE {source}: there is no such folder; {remedy}")
+        raise DataError(f"SOURCE {source}: there is no such folder; {remedy}")
     for folder in (source, *(source / name for name in inner)):
         if (folder / marker).exists():
             return folder
     places = ", ".join(str(Path(name) / marker) for name in ("", *inner))
-    raise PlanError(f"SOURCE {source} holds none of: {places}; {remedy}")
+    raise DataError(f"SOURCE {source} holds none of: {places}; {remedy}")
 
 
 def nifti_names(folder: Path) -> list[str]:
@@ -65,18 +66,18 @@ def read_description(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """The content of a download's dataset.json, which must have ``keys``.
 
     Raises:
-        PlanError: it is missing, is not JSON, or lacks a key.
+        DataError: it is missing, is not JSON, or lacks a key.
     """
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path} cannot be read: {error}; unpack the download again") from error
+        raise DataError(f"{path} cannot be read: {error}; unpack the download again") from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise PlanError(f"{path} lacks {', '.join(missing)}: it is not the official one; unpack the download again")
+        raise DataError(f"{path} lacks {', '.join(missing)}: it is not the official one; unpack the download again")
     odd = [key for key in keys if not isinstance(content[key], dict | list)]
     if odd:
-        raise PlanError(
+        raise DataError(
             f"{path}: {odd[0]} is {content[odd[0]]!r}, no list: it is not the official one; unpack it again"
         )
     description: dict[str, Any] = content
@@ -87,7 +88,7 @@ def described_labels(description: dict[str, Any], path: Path) -> frozenset[int]:
     """The label values in a download's dataset.json, ``{"0": "background", "1": "spleen", ...}``.
 
     Raises:
-        PlanError: they are not numbers with one name each, or there is no background 0.
+        DataError: they are not numbers with one name each, or there is no background 0.
     """
     labels = description["labels"]
     if (
@@ -96,7 +97,7 @@ def described_labels(description: dict[str, Any], path: Path) -> frozenset[int]:
         or len(set(labels.values())) != len(labels)
         or labels.get("0") != "background"
     ):
-        raise PlanError(
+        raise DataError(
             f'{path}: "labels" must be {{"0": "background", "1": NAME, ...}} with different names, found {labels!r}; '
             "unpack the download again"
         )
@@ -118,7 +119,7 @@ def require_sound(
         defects: what the caller found already.
 
     Raises:
-        PlanError: naming the first few defects and their number.
+        DataError: naming the first few defects and their number.
     """
     files = [path for volume in volumes for path in (volume.image, volume.label) if path is not None]
     absent = [f"{path.relative_to(source)} is missing" for path in files if not path.is_file()]
@@ -135,7 +136,7 @@ def _refuse(source: Path, defects: Sequence[str], remedy: str) -> None:
     more = f"\n  ... and {len(defects) - _SHOWN} more" if len(defects) > _SHOWN else ""
     shown = "".join(f"\n  {defect}" for defect in defects[:_SHOWN])
     count = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"
-    raise PlanError(f"SOURCE {source} has {count}, nothing was written:{shown}{more}\n{remedy}")
+    raise DataError(f"SOURCE {source} has {count}, nothing was written:{shown}{more}\n{remedy}")
 
 
 def _examine(source: Path, labels: frozenset[int], volume: Volume) -> list[str]:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from masksam_nnunet.json_files import read_json, write_json
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json, write_json
 
 from .acdc import read_acdc
 from .amos import read_amos
@@ -44,15 +44,15 @@ def convert(kind: str, source: Path, dataset_id: int, *, raw: Path | None = None
         The dataset's folder.
 
     Raises:
-        PlanError: the download is incomplete or damaged, the number is taken, or the folder cannot be written.
+        DataError: the download is incomplete or damaged, the number is taken, or the folder cannot be written.
     """
     if kind not in READERS:
-        raise PlanError(f"there is no converter for {kind!r}; there are {', '.join(READERS)}")
+        raise DataError(f"there is no converter for {kind!r}; there are {', '.join(READERS)}")
     raw = free_place(dataset_id, raw)
     try:
         conversion = READERS[kind](source, **options)
     except OSError as error:
-        raise PlanError(f"SOURCE {source} cannot be read: {error}") from error
+        raise DataError(f"SOURCE {source} cannot be read: {error}") from error
     return _place(conversion, dataset_id, raw)
 
 
@@ -60,13 +60,13 @@ def free_place(dataset_id: int, raw: Path | None = None) -> Path:
     """The folder that will hold a new dataset: ``raw``, by default $nnUNet_raw.
 
     Raises:
-        PlanError: there is no folder, or some folder of nnU-Net holds a dataset of this number.
+        DataError: there is no folder, or some folder of nnU-Net holds a dataset of this number.
     """
     if not 1 <= dataset_id <= 999:
-        raise PlanError(f"-d {dataset_id}: nnU-Net's dataset numbers are 1 to 999")
+        raise DataError(f"-d {dataset_id}: nnU-Net's dataset numbers are 1 to 999")
     if raw is None:
         if not os.environ.get("nnUNet_raw"):
-            raise PlanError(
+            raise DataError(
                 "nnUNet_raw not set: nnU-Net keeps its data in the folders that the environment variables nnUNet_raw, "
                 "nnUNet_preprocessed and nnUNet_results name; export them first"
             )
@@ -77,7 +77,7 @@ def free_place(dataset_id: int, raw: Path | None = None) -> Path:
         # The prefix is nnU-Net's own way to find a number.
         taken = [path for path in sorted(folder.glob(f"Dataset{dataset_id:03d}*")) if path.is_dir()]
         if taken:
-            raise PlanError(
+            raise DataError(
                 f"-d {dataset_id}: there is already {taken[0]}, nothing was changed; choose another number with -d, "
                 "or remove the old dataset from nnU-Net's folders"
             )
@@ -93,21 +93,21 @@ def _place(conversion: Conversion, dataset_id: int, raw: Path) -> Path:
         staging.mkdir()
     except OSError as error:
         if staging.is_dir():
-            raise PlanError(
+            raise DataError(
                 f"{staging} is there: another conversion is running, or one was killed; in that case remove the folder"
             ) from error
-        raise PlanError(f"cannot write into {raw}: {error.strerror or error}") from error
+        raise DataError(f"cannot write into {raw}: {error.strerror or error}") from error
     try:
         conversion.write(staging, dataset_id)
         _require_complete(staging / name, conversion)
         _describe(staging / name, conversion)
         os.replace(staging / name, raw / name)
-    except PlanError:
+    except DataError:
         raise
     except OSError as error:
-        raise PlanError(f"cannot write {raw / name}: {error}; nothing of it was kept") from error
+        raise DataError(f"cannot write {raw / name}: {error}; nothing of it was kept") from error
     except (AssertionError, RuntimeError, ValueError, LookupError) as error:  # nnunetv2's converters check by these
-        raise PlanError(f"the conversion to {name} failed: {error}; nothing of it was kept") from error
+        raise DataError(f"the conversion to {name} failed: {error}; nothing of it was kept") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return raw / name
@@ -126,7 +126,7 @@ def _require_complete(folder: Path, conversion: Conversion) -> None:
         if present == names:
             continue
         lost, extra = sorted(names - present), sorted(present - names)
-        raise PlanError(
+        raise DataError(
             f"{folder.name}/{part} does not hold what the download holds: {len(lost)} files are missing "
             f"({', '.join(lost[:3])}), {len(extra)} are unexpected ({', '.join(extra[:3])}); nothing of it was kept. "
             "The converter treats these names in another way: is this the official download?"

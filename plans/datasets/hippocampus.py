@@ -9,8 +9,7 @@ import tempfile
 from pathlib import Path
 
 from masksam_nnunet.download import fetch_verified
-from masksam_nnunet.errors import FetchError
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError, FetchError
 
 from .convert import convert, free_place
 
@@ -44,7 +43,7 @@ def get_hippocampus(
 
     Raises:
         FetchError: no connection, a damaged file, or the cache cannot be written.
-        PlanError: the number is taken, nnUNet_raw is not set, or the file does not hold the task.
+        DataError: the number is taken, nnUNet_raw is not set, or the file does not hold the task.
     """
     raw = free_place(dataset_id, out)  # before the download
     if source is not None and not (source.is_file() and os.access(source, os.R_OK)):
@@ -66,20 +65,20 @@ def get_hippocampus(
             unpack(tar, Path(folder))
             return convert("msd", Path(folder) / _TASK, dataset_id, raw=raw)
     except OSError as error:
-        raise PlanError(f"cannot unpack {tar} into {raw}: {error}") from error
+        raise DataError(f"cannot unpack {tar} into {raw}: {error}") from error
 
 
 def unpack(tar: Path, folder: Path) -> None:
     """Unpack files and folders of ``tar`` into ``folder``, and nothing outside it.
 
     Raises:
-        PlanError: it is no tar file, breaks off, or holds links, devices or paths that lead elsewhere.
+        DataError: it is no tar file, breaks off, or holds links, devices or paths that lead elsewhere.
     """
     try:
         with tarfile.open(tar) as archive:
             for member in archive:
                 if not (member.isfile() or member.isdir()):
-                    raise PlanError(f"{tar} holds {member.name!r}, which is neither a file nor a folder; not unpacked")
+                    raise DataError(f"{tar} holds {member.name!r}, which is neither a file nor a folder; not unpacked")
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError) as error:  # EOFError: compressed and broken off
-        raise PlanError(f"{tar} cannot be unpacked: {error}; fetch it again") from error
+        raise DataError(f"{tar} cannot be unpacked: {error}; fetch it again") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from nnunetv2.dataset_conversion import convert_MSD_dataset
 
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
 
 from .checks import ENDING, Volume, described_labels, locate, nifti_names, read_description, require_sound
 from .conversion import Conversion, nnunet_raw_at
@@ -32,12 +32,12 @@ def read_msd(source: Path, *, processes: int = 2) -> Conversion:
         processes: worker processes that split images into channels.
 
     Raises:
-        PlanError: the folder's name, dataset.json or some of the files are not those of a task.
+        DataError: the folder's name, dataset.json or some of the files are not those of a task.
     """
     source = Path(os.path.abspath(source))
     named = _NAME.fullmatch(source.name)  # the converter takes the name apart
     if named is None:
-        raise PlanError(f"SOURCE {source}: the folder's name must be TaskXX_Name, not {source.name!r}; {_REMEDY}")
+        raise DataError(f"SOURCE {source}: the folder's name must be TaskXX_Name, not {source.name!r}; {_REMEDY}")
     root = locate(source, (), "dataset.json", _REMEDY)
     path = root / "dataset.json"
     description = read_description(path, ("labels", "modality", "training", "test"))
@@ -53,7 +53,7 @@ def read_msd(source: Path, *, processes: int = 2) -> Conversion:
     volumes += [Volume(root / "imagesTs" / f"{case}{ENDING}", channels=channels) for case in test]
     require_sound(root, volumes, labels, _REMEDY, defects)
     if not training:
-        raise PlanError(f"{path} lists no training image; {_REMEDY}")
+        raise DataError(f"{path} lists no training image; {_REMEDY}")
 
     def write(raw: Path, dataset_id: int) -> None:
         with nnunet_raw_at(convert_MSD_dataset, raw):
@@ -79,7 +79,7 @@ def _listed(entries: Any, path: Path) -> set[str]:
     for entry in entries:
         image = str(entry.get("image") if isinstance(entry, dict) else entry).split("/")[-1]
         if not image.endswith(ENDING):
-            raise PlanError(f"{path} lists {entry!r}, which names no image *{ENDING}; {_REMEDY}")
+            raise DataError(f"{path} lists {entry!r}, which names no image *{ENDING}; {_REMEDY}")
         cases.add(image.removesuffix(ENDING))
     return cases
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masksam_nnunet.json_files import read_json, write_json
-from masksam_nnunet.plans.errors import PlanError
-from masksam_nnunet.plans.raw_data import read_raw_dataset
-from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, group_by_regex, patient_folds
+from masksam_nnunet.errors import DataError
+from masksam_nnunet.files import read_json, write_json
+
+from ..raw_data import read_raw_dataset
+from ..splits import NUM_FOLDS, SEED, group_by_regex, patient_folds
 
 _FILE = "splits_final.json"
 
@@ -56,25 +57,25 @@ def split_dataset(
         force: replace a file with other content.
 
     Raises:
-        PlanError: unknown dataset, an expression that does not group, fewer patients than folds, or another split
+        DataError: unknown dataset, an expression that does not group, fewer patients than folds, or another split
             is there already.
     """
     preprocessed = _folder("nnUNet_preprocessed")
     if preprocessed is None:
-        raise PlanError("nnUNet_preprocessed not set: nnU-Net reads splits_final.json there; export it first")
+        raise DataError("nnUNet_preprocessed not set: nnU-Net reads splits_final.json there; export it first")
     raw = _folder("nnUNet_raw")
     name = _dataset_name(dataset_id, [folder for folder in (raw, preprocessed) if folder is not None])
     groups = group_by_regex(_cases(name, raw, preprocessed), regex)
     try:
         splits = patient_folds(groups, folds, seed)
     except ValueError as error:
-        raise PlanError(f"--group '{regex}': {error}; lower --folds or correct --group") from error
+        raise DataError(f"--group '{regex}': {error}; lower --folds or correct --group") from error
 
     path = preprocessed / name / _FILE
     existing = _existing(path)
     same = _canonical(existing) == _canonical(splits)
     if existing is not None and not same and not force:
-        raise PlanError(
+        raise DataError(
             f"{path} holds another split, nothing was changed: folds trained on it and folds trained on a new one "
             "would validate on each other's training cases; replace it with --force if nothing is trained yet or all "
             "folds will be trained anew"
@@ -88,7 +89,7 @@ def split_dataset(
         try:
             write_json(file, splits)
         except OSError as error:
-            raise PlanError(f"cannot write {file}: {error.strerror or error}") from error
+            raise DataError(f"cannot write {file}: {error.strerror or error}") from error
     return SplitReport(path, bool(wanted), tuple(_sizes(groups, splits)), tuple(_notes(raw, name, splits)))
 
 
@@ -101,12 +102,12 @@ def _dataset_name(dataset_id: int, folders: Sequence[Path]) -> str:
     known = sorted({p.name for folder in folders for p in folder.glob("Dataset[0-9][0-9][0-9]_*") if p.is_dir()})
     names = [name for name in known if name.startswith(f"Dataset{dataset_id:03d}_")]
     if not names:
-        raise PlanError(
+        raise DataError(
             f"-d {dataset_id}: no such dataset in {' or '.join(map(str, folders))}; "
             + (f"there are {', '.join(known)}" if known else "there is none; make one with masksam convert")
         )
     if len(names) > 1:
-        raise PlanError(f"-d {dataset_id} names several datasets: {', '.join(names)}; give each a number of its own")
+        raise DataError(f"-d {dataset_id} names several datasets: {', '.join(names)}; give each a number of its own")
     return names[0]
 
 
@@ -119,13 +120,13 @@ def _cases(name: str, raw: Path | None, preprocessed: Path) -> list[str]:
         ending = read_json(folder / "dataset.json")["file_ending"]
         files = [path.name for path in (folder / "gt_segmentations").iterdir() if path.name[0] != "."]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise PlanError(
+        raise DataError(
             f"the cases of {folder} cannot be listed: {error}; give the raw dataset a place in nnUNet_raw, or "
             "preprocess it again, which writes dataset.json and gt_segmentations"
         ) from error
     cases = [file.removesuffix(ending) for file in files if file.endswith(ending)]
     if not cases:
-        raise PlanError(f"{folder / 'gt_segmentations'} holds no training case *{ending}; preprocess the dataset again")
+        raise DataError(f"{folder / 'gt_segmentations'} holds no training case *{ending}; preprocess the dataset again")
     return cases
 
 

@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
 
 from .checks import ENDING, Volume, locate, nifti_names, open_nifti, require_sound
 from .conversion import Conversion
@@ -59,12 +59,12 @@ def read_synapse(source: Path, *, organs: int = 13, split: str = "18/12", partia
         partial: accept fewer cases than the official ones.
 
     Raises:
-        PlanError: files are missing or damaged.
+        DataError: files are missing or damaged.
     """
     if organs not in ORGANS:
-        raise PlanError(f"--organs {organs}: there are {', '.join(map(str, ORGANS))}")
+        raise DataError(f"--organs {organs}: there are {', '.join(map(str, ORGANS))}")
     if split not in SPLITS:
-        raise PlanError(f"--split {split}: there are {', '.join(SPLITS)}")
+        raise DataError(f"--split {split}: there are {', '.join(SPLITS)}")
     root = locate(source, ("RawData", "Abdomen/RawData"), "Training", _REMEDY)
     training_folder = root / "Training"
     present = _numbers(training_folder / "img", "img")
@@ -83,7 +83,7 @@ def read_synapse(source: Path, *, organs: int = 13, split: str = "18/12", partia
     held_out = [number for number in labelled if split == "18/12" and number in TEST_12]
     training = {_case(number): volume for number, volume in labelled.items() if number not in held_out}
     if not training:
-        raise PlanError(f"SOURCE {root} holds no training case for --split {split}; {_REMEDY}")
+        raise DataError(f"SOURCE {root} holds no training case for --split {split}; {_REMEDY}")
     test = {_case(number): (labelled | unlabelled)[number] for number in (*held_out, *unlabelled)}
     name = f"Synapse{organs}"
 

@@ -15,7 +15,7 @@ def test_queries_follow_the_papers_recipes(classes: int, queries: int) -> None:
 
 
 def test_the_tiny_network_has_a_query_to_spare() -> None:
-    assert all(num_queries(k, "vit_t") > k for k in range(1, 60))
+    assert all(num_queries(k, "tiny") > k for k in range(1, 60))
 
 
 def test_vit_b_on_acdcs_plain_patch_gets_u_4() -> None:
@@ -32,7 +32,7 @@ def test_a_cube_of_128_gets_less() -> None:
 
 
 def test_many_classes_on_plain_plans_get_no_more_queries_than_the_most() -> None:
-    config = derive_config(plain_plans((4, 32, 32)), "3d_fullres", dataset_json(120), "vit_t")
+    config = derive_config(plain_plans((4, 32, 32)), "3d_fullres", dataset_json(120), "tiny")
     assert config.num_queries == 64
 
 
@@ -47,9 +47,9 @@ def test_sams_input_stays_within_its_size() -> None:
 
 
 def test_regions_are_known_to_the_network() -> None:
-    config = derive_config(plain_plans(), "3d_fullres", region_dataset_json(), "vit_t")
+    config = derive_config(plain_plans(), "3d_fullres", region_dataset_json(), "tiny")
     assert config.regions and config.num_queries == 4
-    assert not derive_config(plain_plans(), "3d_fullres", dataset_json(), "vit_t").regions
+    assert not derive_config(plain_plans(), "3d_fullres", dataset_json(), "tiny").regions
 
 
 def test_2d() -> None:

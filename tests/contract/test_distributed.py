@@ -15,7 +15,7 @@ from plain_plans import dataset_json, folders, plain_plans
 from torch.nn.parallel import DistributedDataParallel
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.trainers import MaskSAMTrainer_vit_t
+from masksam_nnunet.trainers import MaskSAMTrainer_tiny
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,9 +28,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def make_trainer() -> MaskSAMTrainer_vit_t:
+def make_trainer() -> MaskSAMTrainer_tiny:
     torch.manual_seed(1)
-    trainer = MaskSAMTrainer_vit_t(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    trainer = MaskSAMTrainer_tiny(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     trainer.initialize()
     trainer.criterion.semantic_loss = None  # nnU-Net's own Dice is normalised per rank, by its design
     trainer.on_train_epoch_start()
@@ -58,7 +58,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 class Loader:
     """A batch again and again; after some, this rank is asked to leave, or finds what cannot be trained on."""
 
-    def __init__(self, rank: int, trainer: MaskSAMTrainer_vit_t) -> None:
+    def __init__(self, rank: int, trainer: MaskSAMTrainer_tiny) -> None:
         self.rank, self.trainer = rank, trainer
 
     def __next__(self) -> dict[str, torch.Tensor]:

@@ -24,7 +24,8 @@ from plain_plans import DATASET, dataset_json, folders, plain_plans, region_data
 from small_sam import install_small_sam
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli, weights
+from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import Grid
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.inference.explain import figures
@@ -34,7 +35,7 @@ from masksam_nnunet.modeling.network import MaskSAMOutput
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
 
-TRAINER = "MaskSAMTrainer_vit_t"
+TRAINER = "MaskSAMTrainer_tiny"
 PATCH = (4, 32, 32)
 BOX = (0.25, 0.125, 0.5, 0.375)
 SIZE = (9, 44, 40)  # of the source's array, (z, y, x)
@@ -88,7 +89,7 @@ def save_fold(model: Path, fold: int, state: dict[str, Any], configuration: str 
 
 
 def plans_with(
-    patch: tuple[int, ...] = PATCH, queries: int = 4, regions: bool = False, backbone: str = "vit_t", **more: Any
+    patch: tuple[int, ...] = PATCH, queries: int = 4, regions: bool = False, backbone: str = "tiny", **more: Any
 ) -> dict[str, Any]:
     plans = plain_plans(patch)
     plans.update(foreground_intensity_properties_per_channel={"0": {}}, **more)

@@ -18,13 +18,13 @@ from plain_plans import dataset_json, folders, plain_plans
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from masksam_nnunet import cli
 from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import CheckpointFileError, TrainingError
-from masksam_nnunet.trainers import MaskSAMTrainer_vit_t, MaskSAMTrainer_vit_t_budget
+from masksam_nnunet.trainers import MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
 from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST, PREVIOUS, NotWritten
-from masksam_nnunet.trainers.lasting import LastingTrainer
+from masksam_nnunet.trainers.resumable import ResumableTrainer
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -46,7 +46,7 @@ class Loader:
         return {"data": data, "target": target, "keys": np.array(["case_a", "case_b"])}
 
 
-class Short(MaskSAMTrainer_vit_t):
+class Short(MaskSAMTrainer_tiny):
     epochs = 2
     poison: tuple[int, ...] = ()
     stop_after: int | None = None
@@ -73,7 +73,7 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
 
 
-def trainer(cls: type[LastingTrainer] = Short, go_on: bool = False) -> Any:
+def trainer(cls: type[ResumableTrainer] = Short, go_on: bool = False) -> Any:
     made = cls(plain_plans() | {"continue_training": go_on}, "3d_fullres", 0, dataset_json(), CPU)
     maybe_load_checkpoint(made, go_on, False)
     if not made.was_initialized:
@@ -119,7 +119,7 @@ def test_content_is_nnunets_and_nnunet_reads_it(tmp_path: Path) -> None:
         assert str(one[name]) == str(other[name]), name
     assert_same(one["network_weights"], other["network_weights"])
     for file in (ours, theirs):
-        for load in (LastingTrainer.load_checkpoint, nnUNetTrainer.load_checkpoint):
+        for load in (ResumableTrainer.load_checkpoint, nnUNetTrainer.load_checkpoint):
             again = trainer()
             load(again, str(file))
             assert again.current_epoch == 1
@@ -171,7 +171,7 @@ def test_a_part_of_an_epoch_is_saved_and_gone_on_from(undisturbed: dict[str, Any
 def test_minutes_and_epochs_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[str, int]] = []
     clock = [0.0]
-    monkeypatch.setattr("masksam_nnunet.trainers.lasting.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("masksam_nnunet.trainers.resumable.time.monotonic", lambda: clock[0])
     step = Short.train_step
 
     def slow_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def test_minutes_and_epochs_between_checkpoints(monkeypatch: pytest.MonkeyPatch)
 
     def note(self: Any, file: Path, must: bool) -> None:
         saved.append((file.name, self.iteration))
-        LastingTrainer.save(self, file, must)
+        ResumableTrainer.save(self, file, must)
 
     monkeypatch.setattr(Short, "train_step", slow_step)
     monkeypatch.setattr(Short, "save", note)
@@ -280,7 +280,7 @@ def test_a_full_disk_costs_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(folder: str) -> None:
         raise OSError(28, "No space left on device")
 
-    made = MaskSAMTrainer_vit_t(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
+    made = MaskSAMTrainer_tiny(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
     made._plot(full, made.output_folder)
     assert "progress.png could not be written: [Errno 28] No space left on device" in log(made)
 
@@ -388,7 +388,7 @@ def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_large_share_of_an_epoch_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("masksam_nnunet.trainers.trainer.FEWEST_SKIPPED", 2)
+    monkeypatch.setattr("masksam_nnunet.trainers.masksam.FEWEST_SKIPPED", 2)
     monkeypatch.setattr(Short, "poison", (0, 1, 3))
     with pytest.raises(TrainingError, match=r"not finite in 3 of an epoch's 4 iterations"):
         trainer().run_training()
@@ -419,8 +419,8 @@ def test_a_budget_goes_on_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MASKSAM_BUDGET_MINUTES", "1")
     clock = [0.0]
     monkeypatch.setattr("masksam_nnunet.trainers.time_budget.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(MaskSAMTrainer_vit_t_budget, "on_train_start", lambda self: None)
-    step = MaskSAMTrainer_vit_t_budget.train_step
+    monkeypatch.setattr(MaskSAMTrainer_tiny_budget, "on_train_start", lambda self: None)
+    step = MaskSAMTrainer_tiny_budget.train_step
     steps: list[tuple[int, int, float]] = []
 
     def timed_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -431,10 +431,10 @@ def test_a_budget_goes_on_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> No
             signal.raise_signal(signal.SIGUSR2)
         return outputs
 
-    monkeypatch.setattr(MaskSAMTrainer_vit_t_budget, "train_step", timed_step)
+    monkeypatch.setattr(MaskSAMTrainer_tiny_budget, "train_step", timed_step)
 
     def make(go_on: bool) -> Any:
-        made = trainer(MaskSAMTrainer_vit_t_budget, go_on)
+        made = trainer(MaskSAMTrainer_tiny_budget, go_on)
         made.dataloader_train = made.dataloader_val = Loader(made)
         made.logger.plot_progress_png = lambda folder: None
         return made

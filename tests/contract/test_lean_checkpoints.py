@@ -18,12 +18,11 @@ from small_sam import install_small_sam, write_small_sam
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli
+from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER, LEAN_CHECKPOINTS, RANDOM_INIT, trainer_folder
-from masksam_nnunet.errors import WeightsError
-from masksam_nnunet.inference.errors import ExportError
-from masksam_nnunet.inference.export import CHECKPOINT, export_model
+from masksam_nnunet.errors import ExportError, WeightsError
+from masksam_nnunet.inference.export.nnunet_zip import CHECKPOINT, export_model
 from masksam_nnunet.modeling.lean import is_lean
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -147,9 +146,9 @@ def test_random_weights_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_tiny_network_has_nothing_to_leave_out() -> None:
-    made = trainer(backbone="vit_t")
+    made = trainer(backbone="tiny")
     made._load_sam()
-    assert "vit_t has nothing from SAM: checkpoints are full" in log(made)
+    assert "tiny has nothing from SAM: checkpoints are full" in log(made)
     assert saved(made)["network_weights"].keys() == made.network.state_dict().keys()
 
 

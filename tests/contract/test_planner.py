@@ -18,10 +18,10 @@ from plain_plans import folders
 from rich.console import Console
 from typer.testing import CliRunner
 
-from masksam_nnunet.cli import app
+from masksam_nnunet.cli.app import app
 from masksam_nnunet.config import ConfigError
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.architecture import read_config
-from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.planning import Planned, plan_dataset
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -45,9 +45,9 @@ def preprocessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan(*arguments: Any, console: Console | None = None, **options: Any) -> Planned:
-    """``masksam plan -d 43 --backbone vit_t`` unless told otherwise."""
+    """``masksam plan -d 43 --backbone tiny`` unless told otherwise."""
     return plan_dataset(
-        *(arguments or ("43",)), **{"backbone": "vit_t", **options}, console=console or Console(quiet=True)
+        *(arguments or ("43",)), **{"backbone": "tiny", **options}, console=console or Console(quiet=True)
     )
 
 
@@ -84,7 +84,7 @@ def test_forced_spacing_has_data_of_its_own(preprocessed: Path) -> None:
 
     plan_stock(preprocessed)
     planner = MaskSAMPlanner(
-        KIND.dataset, overwrite_target_spacing=[4.0, 2.0, 2.0], request=Request(("vit_t",), ("3d_fullres",))
+        KIND.dataset, overwrite_target_spacing=[4.0, 2.0, 2.0], request=Request(("tiny",), ("3d_fullres",))
     )
     configuration = planner.plan_experiment()["configurations"]["3d_fullres"]
     assert configuration["spacing"] == [4.0, 2.0, 2.0]
@@ -139,7 +139,7 @@ def test_a_cascade_brings_its_two_stages(preprocessed: Path) -> None:
     assert set(planned.configurations) == {"3d_fullres", "3d_lowres", "3d_cascade_fullres"}
     assert planned.plans["configurations"]["3d_lowres"]["next_stage"] == "3d_cascade_fullres"
     config = read_config(PlansManager(planned.plans).get_configuration("3d_cascade_fullres"))
-    assert config is not None and config.backbone == "vit_t"
+    assert config is not None and config.backbone == "tiny"
 
 
 def test_plans_move_between_datasets(preprocessed: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_the_report_says_what_comes_next(preprocessed: Path) -> None:
     plan("43", ["3d_fullres"], console=console)
     text = console.export_text()
     assert "nnUNetv2_preprocess -d 43 -plans_name MaskSAMPlans -c 3d_fullres" in text
-    assert "nnUNetv2_train 43 3d_fullres 0 -p MaskSAMPlans -tr MaskSAMTrainer_vit_t" in text
+    assert "nnUNetv2_train 43 3d_fullres 0 -p MaskSAMPlans -tr MaskSAMTrainer_tiny" in text
     for case in KIND.cases:
         data = preprocessed / "nnUNetPlans_3d_fullres"
         data.mkdir(exist_ok=True)
@@ -200,10 +200,10 @@ def test_moved_plans_do_not_train_on_the_other_datasets_own_data(preprocessed: P
 def test_plans_that_are_not_masksams_are_never_overwritten(preprocessed: Path) -> None:
     stock = plan_stock(preprocessed)
     (preprocessed / "Mine.json").write_text(json.dumps(stock | {"plans_name": "Mine"}))
-    with pytest.raises(PlanError, match=r"--plans-name Mine: .* masksam did not make"):
+    with pytest.raises(DataError, match=r"--plans-name Mine: .* masksam did not make"):
         plan(plans_name="Mine")
     (preprocessed / "MaskSAMPlans.json").write_text("{")
-    with pytest.raises(PlanError, match=r"MaskSAMPlans.json is not JSON"):
+    with pytest.raises(DataError, match=r"MaskSAMPlans.json is not JSON"):
         plan()
 
 
@@ -212,7 +212,7 @@ def test_different_folds_in_raw_and_preprocessed(preprocessed: Path, tmp_path: P
     (preprocessed / "splits_final.json").write_text(json.dumps(folds))
     folds[0]["val"] = KIND.cases[4:]
     (tmp_path / "nnUNet_raw" / KIND.dataset / "splits_final.json").write_text(json.dumps(folds))
-    with pytest.raises(PlanError, match="hold different folds"):
+    with pytest.raises(DataError, match="hold different folds"):
         plan()
 
 
@@ -221,16 +221,16 @@ def test_a_disk_that_cannot_be_written(preprocessed: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("masksam_nnunet.plans.planner.write_text_atomically", full)
-    with pytest.raises(PlanError, match=r"cannot write the plans into .* No space left on device.*make room"):
+    with pytest.raises(DataError, match=r"cannot write the plans into .* No space left on device.*make room"):
         plan("43", ["2d"])
     assert [path.name for path in preprocessed.iterdir()] == ["dataset_fingerprint.json"]
 
 
 def test_the_command(preprocessed: Path) -> None:
-    done = CliRunner().invoke(app, ["plan", "-d", "43", "-c", "2d", "3d_fullres", "--backbone", "vit_t"])
+    done = CliRunner().invoke(app, ["plan", "-d", "43", "-c", "2d", "3d_fullres", "--backbone", "tiny"])
     assert done.exit_code == 0, done.output
     assert "Dataset043_Planned, MaskSAMPlans, 2d" in done.output and "masksam env" in done.output
-    wrong = CliRunner().invoke(app, ["plan", "-d", "43", "-c", "3d_lowres", "--backbone", "vit_t"])
+    wrong = CliRunner().invoke(app, ["plan", "-d", "43", "-c", "3d_lowres", "--backbone", "tiny"])
     assert wrong.exit_code == 1 and "error: -c 3d_lowres" in wrong.stderr
     assert CliRunner().invoke(app, ["plan", "-d", "43", "2d"]).exit_code == 2
 
@@ -246,7 +246,7 @@ def test_the_command(preprocessed: Path) -> None:
         (("43",), {"gpu_memory_gb": float("nan")}, "--gpu-memory nan must be a positive number"),
         (("43",), {"plans_name": "nnUNetPlans"}, "not nnU-Net's own"),
         (("43",), {"plans_name": "a/b"}, "--plans-name 'a/b'"),
-        (("43",), {"preset": "acdc"}, "--backbone vit_t: --preset acdc was published with vit_b"),
+        (("43",), {"preset": "acdc"}, "--backbone tiny: --preset acdc was published with vit_b"),
         (("43",), {"preset": "acdc", "backbone": "auto"}, "published for 3 foreground labels, this dataset has 2"),
         (("43",), {"preset": "brats", "backbone": "auto"}, "--preset 'brats' is not known"),
         (
@@ -260,13 +260,13 @@ def test_bad_requests_write_nothing(
     preprocessed: Path, arguments: tuple[Any, ...], options: dict[str, Any], message: str
 ) -> None:
     before = sorted(preprocessed.iterdir())
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(DataError, match=message):
         plan(*arguments, **options)
     assert sorted(preprocessed.iterdir()) == before
 
 
 def test_the_least_memory_that_it_names_is_enough(preprocessed: Path) -> None:
-    with pytest.raises(PlanError) as refusal:
+    with pytest.raises(DataError) as refusal:
         plan("43", ["3d_fullres"], gpu_memory_gb=0.3, backbone="vit_b")
     enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
     planned = plan("43", ["3d_fullres"], gpu_memory_gb=enough, backbone="vit_b")
@@ -275,20 +275,20 @@ def test_the_least_memory_that_it_names_is_enough(preprocessed: Path) -> None:
 
 def test_no_fingerprint(preprocessed: Path) -> None:
     (preprocessed / "dataset_fingerprint.json").unlink()
-    with pytest.raises(PlanError, match=r"no fingerprint .* nnUNetv2_extract_fingerprint -d 43"):
+    with pytest.raises(DataError, match=r"no fingerprint .* nnUNetv2_extract_fingerprint -d 43"):
         plan()
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
 def test_folders_not_named(preprocessed: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.delenv(variable)
-    with pytest.raises(PlanError, match=f"{variable} is not set"):
+    with pytest.raises(DataError, match=f"{variable} is not set"):
         plan()
 
 
 def test_damaged_nnunet_plans(preprocessed: Path) -> None:
     (preprocessed / "nnUNetPlans.json").write_text("{")
-    with pytest.raises(PlanError, match=r"nnUNetPlans.json is not JSON: .*nnUNetv2_plan_experiment -d 43"):
+    with pytest.raises(DataError, match=r"nnUNetPlans.json is not JSON: .*nnUNetv2_plan_experiment -d 43"):
         plan()
 
 
@@ -297,7 +297,7 @@ def test_a_label_that_dataset_json_does_not_name(preprocessed: Path, tmp_path: P
     description = json.loads(file.read_text())
     description["labels"].pop("second")
     file.write_text(json.dumps(description))
-    with pytest.raises(PlanError, match=r"case 'case_00': .* holds the labels? 2, which dataset.json does not name"):
+    with pytest.raises(DataError, match=r"case 'case_00': .* holds the labels? 2, which dataset.json does not name"):
         plan()
     assert not (preprocessed / "MaskSAMPlans.json").exists()
 
@@ -305,5 +305,5 @@ def test_a_label_that_dataset_json_does_not_name(preprocessed: Path, tmp_path: P
 def test_a_damaged_label_map(preprocessed: Path, tmp_path: Path) -> None:
     file = tmp_path / "nnUNet_raw" / KIND.dataset / "labelsTr" / "case_03.nii.gz"
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(PlanError, match=r"case 'case_03': .* cannot be read; it is truncated, damaged"):
+    with pytest.raises(DataError, match=r"case 'case_03': .* cannot be read; it is truncated, damaged"):
         plan()

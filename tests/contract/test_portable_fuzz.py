@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from portable_models import masksam_model, sign, stock_model
 
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.inference.portable.archive import Limits, unpack
-from masksam_nnunet.inference.portable.description import is_file_of_a_model
-from masksam_nnunet.inference.portable.errors import PortableError
-from masksam_nnunet.inference.portable.load import is_portable, read_model
-from masksam_nnunet.inference.portable.write import write_portable
+from masksam_nnunet.errors import PortableError
+from masksam_nnunet.inference.export.archive import Limits, unpack
+from masksam_nnunet.inference.export.description import is_file_of_a_model
+from masksam_nnunet.inference.export.load import is_portable, read_model
+from masksam_nnunet.inference.export.write import write_portable
 
 EXAMPLES, LONG = 300, 20_000
 FILES = ("model.json", "plans.json", "dataset.json")
@@ -122,7 +122,7 @@ LEAVES = st.one_of(
         "os.system", "torch.load", "torch.nn.Conv3d", "torch.nn.modules.conv.Conv2d", "numpy", "..", "/etc/passwd",
         "../../x", "a\0b", "\ud800", "all", "nnUNetTrainer", "DefaultPreprocessor", "isfile", "np", "torch", "{}",
         "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", "masksam_nnunet.modeling.MaskSAM",
-        "masksam_nnunet.weights.fetch", ".nii.gz", "2d", "3d_fullres", "[" * 50,
+        "masksam_nnunet.sam_weights.fetch", ".nii.gz", "2d", "3d_fullres", "[" * 50,
     ]),
 )  # fmt: skip
 ACTIONS = st.sampled_from(("replace", "replace", "replace", "delete", "add", "swap"))

@@ -24,17 +24,16 @@ from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli
+from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.inference.export import CHECKPOINT
-from masksam_nnunet.inference.portable import install
-from masksam_nnunet.inference.portable import write as writing
-from masksam_nnunet.inference.portable.errors import PortableError
-from masksam_nnunet.inference.portable.install import import_model, unpack_model
-from masksam_nnunet.inference.portable.load import is_portable, load_portable, read_model
-from masksam_nnunet.inference.portable.write import write_portable
+from masksam_nnunet.errors import PortableError
+from masksam_nnunet.inference.export import CHECKPOINT, install
+from masksam_nnunet.inference.export import write as writing
+from masksam_nnunet.inference.export.install import import_model, unpack_model
+from masksam_nnunet.inference.export.load import is_portable, load_portable, read_model
+from masksam_nnunet.inference.export.write import write_portable
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
-from masksam_nnunet.modeling.sam_parts import SPECS
+from masksam_nnunet.modeling.backbones.registry import SPECS
 from masksam_nnunet.plans.architecture import NETWORK_CLASS
 
 FOLDS = ("0", "1")
@@ -54,7 +53,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A portable model of two folds of vit_t."""
+    """A portable model of two folds of tiny."""
     root = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(EXT_TRAINER, str(trainer_folder()))
@@ -95,13 +94,13 @@ def run(*words: object) -> Result:
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vit_t", "ViT", "ViT, lean", "U-Net"])
+@pytest.mark.parametrize("kind", ["tiny", "ViT", "ViT, lean", "U-Net"])
 def test_predictions_are_nnunets_bit_for_bit(
     kind: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "U-Net":
         folder = stock_model(results)
-    elif kind == "vit_t":
+    elif kind == "tiny":
         folder = masksam_model(results)
     else:
         sam = install_small_sam(tmp_path / "cache", monkeypatch) if kind == "ViT, lean" else None
@@ -201,8 +200,8 @@ def test_importing_and_predicting_unpickle_nothing(
     write_portable(masksam_model(tmp_path), tmp_path / "model.zip", FOLDS)
     write_image(tmp_path / "images" / "case_0000.nii.gz", size=(32, 32, 4))
     # What is imported on the way may use pickle.
-    importlib.import_module("masksam_nnunet.inference.predict_sources")
-    importlib.import_module("masksam_nnunet.inference.predict_command")
+    importlib.import_module("masksam_nnunet.inference.predict.sources")
+    importlib.import_module("masksam_nnunet.inference.predict.command")
     logits(from_portable(sound))
     with no_pickle(monkeypatch) as found:
         unpack_model(tmp_path / "model.zip", tmp_path / "unpacked")
@@ -298,7 +297,7 @@ def test_what_cannot_be_portable_is_refused_and_nothing_is_left(
     write_portable(folder, output, FOLDS)
     before = {file: file.read_bytes() for file in output.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("masksam_nnunet.inference.portable.weights.save_file", full_disk)
+        patch.setattr("masksam_nnunet.inference.export.weights.save_file", full_disk)
         with pytest.raises(PortableError, match=r"cannot write .*No space left on device.*make room"):
             write_portable(folder, output, FOLDS, force=True)
     with monkeypatch.context() as patch:
@@ -478,7 +477,7 @@ def test_a_hash_of_sams_file_where_there_is_no_sam(model: Path) -> None:
     tensors["sam_sha256"][31] = 1
     safetensors.torch.save_file(tensors, file)
     sign(model)
-    assert "it says that its SAM comes from a file, and vit_t has none" in refusal(model)
+    assert "it says that its SAM comes from a file, and tiny has none" in refusal(model)
 
 
 def test_weights_of_another_network(model: Path) -> None:

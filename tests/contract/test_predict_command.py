@@ -28,10 +28,10 @@ from nnunetv2.postprocessing.remove_connected_components import (
 from plain_plans import DATASET
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli
+from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.inference.predict_command import PredictCommand
-from masksam_nnunet.inference.predict_models import TrainedModel
+from masksam_nnunet.inference.models import TrainedModel
+from masksam_nnunet.inference.predict.command import PredictCommand
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 
 QUICK = ["-d", "42", "-device", "cpu", "--disable_tta", "--disable_progress_bar", "-step_size", "1"]

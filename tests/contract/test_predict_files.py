@@ -26,11 +26,11 @@ from nnunetv2.postprocessing.remove_connected_components import (
     remove_all_but_largest_component_from_segmentation,
 )
 
-from masksam_nnunet.inference.errors import CaseError, PredictError
-from masksam_nnunet.inference.postprocessing import find_postprocessing, read_postprocessing
-from masksam_nnunet.inference.predict_cases import Case, find_cases, read_case
-from masksam_nnunet.inference.predict_ensemble import parse_members
-from masksam_nnunet.inference.whole_files import draft, files_of, is_whole
+from masksam_nnunet.errors import CaseError, PredictError
+from masksam_nnunet.inference.cases import Case, find_cases, read_case
+from masksam_nnunet.inference.predict.ensemble import parse_members
+from masksam_nnunet.inference.predict.output import draft, files_of, is_whole
+from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
 
 GZ = ".nii.gz"
 SIZE = (40, 36, 5)
@@ -202,7 +202,7 @@ def test_a_full_disk_ends_the_batch_in_words(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from masksam_nnunet.inference.whole_files import draft
+from masksam_nnunet.inference.predict.output import draft
 with draft(Path(sys.argv[1]), ".nii.gz", None, False) as name:
     Path(f"{name}.nii.gz").write_bytes(Path(sys.argv[2]).read_bytes()[:-50])
     print("half", flush=True)
@@ -288,13 +288,13 @@ def test_postprocessing_auto(tmp_path: Path) -> None:
 
 
 def test_members_as_in_the_benchmark() -> None:
-    texts = ["nnunet", "resenc-l:2d", "MaskSAMTrainer@MaskSAMPlans:3d_lowres", "MaskSAMTrainer_vit_t"]
+    texts = ["nnunet", "resenc-l:2d", "MaskSAMTrainer@MaskSAMPlans:3d_lowres", "MaskSAMTrainer_tiny"]
     members = parse_members(texts, "SomePlans", "3d_fullres")
     assert [member.key for member in members] == [
         "nnUNetTrainer__nnUNetPlans__3d_fullres",
         "nnUNetTrainer__nnUNetResEncUNetLPlans__2d",
         "MaskSAMTrainer__MaskSAMPlans__3d_lowres",
-        "MaskSAMTrainer_vit_t__SomePlans__3d_fullres",
+        "MaskSAMTrainer_tiny__SomePlans__3d_fullres",
     ]
 
 

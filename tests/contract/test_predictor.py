@@ -22,12 +22,12 @@ from portable_models import trained
 from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor, nn
 
-from masksam_nnunet import weights
+from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.inference.fold_weights import network_tensors
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
+from masksam_nnunet.modeling.backbones.registry import SPECS
 from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
-from masksam_nnunet.modeling.sam_parts import SPECS
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -129,7 +129,7 @@ def test_folds_windows_and_mirrors_as_in_nnunet(dims: int, mirroring: bool, gaus
             assert torch.equal(received, expected)
 
 
-@pytest.mark.parametrize("backbone", ["vit_b", "vit_t"])
+@pytest.mark.parametrize("backbone", ["vit_b", "tiny"])
 def test_memory_grows_by_what_is_trained(backbone: str, tmp_path: Path) -> None:
     model, network = masksam_model(tmp_path, folds=1, backbone=backbone)
     trainable = [p for p in network.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ import torch
 from plain_plans import dataset_json, folders, plain_plans
 
 from masksam_nnunet.config import ConfigError
-from masksam_nnunet.trainers import MaskSAMTrainer_vit_t_budget
+from masksam_nnunet.trainers import MaskSAMTrainer_tiny_budget
 
 
 class Loader:
@@ -28,16 +28,16 @@ class Loader:
 
 
 @pytest.fixture()
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MaskSAMTrainer_vit_t_budget:
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MaskSAMTrainer_tiny_budget:
     folders(tmp_path, monkeypatch)
     monkeypatch.setenv("MASKSAM_BUDGET_MINUTES", "0.05")
-    made = MaskSAMTrainer_vit_t_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    made = MaskSAMTrainer_tiny_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     made.initialize()
     return made
 
 
 def test_the_schedule_ends_with_the_budget(
-    trainer: MaskSAMTrainer_vit_t_budget, monkeypatch: pytest.MonkeyPatch
+    trainer: MaskSAMTrainer_tiny_budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
     batch = {"data": torch.randn(2, 1, 4, 32, 32), "target": torch.randint(0, 3, (2, 1, 4, 32, 32))}
@@ -59,9 +59,9 @@ def test_the_schedule_ends_with_the_budget(
 
 
 def test_a_training_that_was_broken_off_goes_on_with_its_budget(
-    trainer: MaskSAMTrainer_vit_t_budget, monkeypatch: pytest.MonkeyPatch
+    trainer: MaskSAMTrainer_tiny_budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MaskSAMTrainer_vit_t_budget, "on_train_start", lambda self: None)
+    monkeypatch.setattr(MaskSAMTrainer_tiny_budget, "on_train_start", lambda self: None)
     folder = Path(trainer.output_folder)
     breaks = Loader()
     trainer.dataloader_train, trainer.dataloader_val = breaks, Loader()  # type: ignore[assignment]
@@ -69,7 +69,7 @@ def test_a_training_that_was_broken_off_goes_on_with_its_budget(
 
     def break_off_after_the_first_epoch() -> None:
         at_epoch_ends.append((trainer.elapsed, trainer.iterations_done))
-        MaskSAMTrainer_vit_t_budget.on_epoch_end(trainer)
+        MaskSAMTrainer_tiny_budget.on_epoch_end(trainer)
         if trainer.current_epoch == 1:
             breaks.left = 1
 
@@ -79,18 +79,18 @@ def test_a_training_that_was_broken_off_goes_on_with_its_budget(
     assert not (folder / "checkpoint_final.pth").exists()
     used = trainer.elapsed
 
-    goes_on = MaskSAMTrainer_vit_t_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    goes_on = MaskSAMTrainer_tiny_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     goes_on.load_checkpoint(str(folder / "checkpoint_latest.pth"))
     goes_on.dataloader_train = goes_on.dataloader_val = Loader()  # type: ignore[assignment]
     first: list[tuple[float, int, int]] = []
-    step = MaskSAMTrainer_vit_t_budget.train_step
+    step = MaskSAMTrainer_tiny_budget.train_step
 
-    def note(self: MaskSAMTrainer_vit_t_budget, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def note(self: MaskSAMTrainer_tiny_budget, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not first:
             first.append((self.elapsed, self.iterations_done, self.iteration))
         return step(self, batch)
 
-    monkeypatch.setattr(MaskSAMTrainer_vit_t_budget, "train_step", note)
+    monkeypatch.setattr(MaskSAMTrainer_tiny_budget, "train_step", note)
     goes_on.run_training()
     seconds, iterations, warmed_up = first[0]
     # From the last epoch's checkpoint on, not from the moment of the break.
@@ -105,7 +105,7 @@ def test_a_training_that_was_broken_off_goes_on_with_its_budget(
 
 
 def test_writing_checkpoints_does_not_count(
-    trainer: MaskSAMTrainer_vit_t_budget, monkeypatch: pytest.MonkeyPatch
+    trainer: MaskSAMTrainer_tiny_budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr("masksam_nnunet.trainers.time_budget.time.monotonic", lambda: clock[0])
@@ -122,7 +122,7 @@ def test_writing_checkpoints_does_not_count(
 
 
 def test_slow_iterations_do_not_overrun_the_budget_by_more_than_one_epoch(
-    trainer: MaskSAMTrainer_vit_t_budget, monkeypatch: pytest.MonkeyPatch
+    trainer: MaskSAMTrainer_tiny_budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Iterations of half a budget: two of them, not one for each of ten epochs."""
     clock = [0.0]
@@ -147,4 +147,4 @@ def test_slow_iterations_do_not_overrun_the_budget_by_more_than_one_epoch(
 def test_a_missing_or_senseless_budget_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKSAM_BUDGET_MINUTES", text)
     with pytest.raises(ConfigError, match="MASKSAM_BUDGET_MINUTES = "):
-        MaskSAMTrainer_vit_t_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+        MaskSAMTrainer_tiny_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))

@@ -27,8 +27,8 @@ from masksam_nnunet.environment import RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans.architecture import NETWORK_CLASS, read_config, write_config
-from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_vit_h, MaskSAMTrainer_vit_t
-from masksam_nnunet.trainers.lasting import LastingTrainer
+from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_vit_h
+from masksam_nnunet.trainers.resumable import ResumableTrainer
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def trainer(
     plans: dict[str, Any] | None = None,
     description: dict[str, Any] | None = None,
-    cls: type[MaskSAMTrainer] = MaskSAMTrainer_vit_t,
+    cls: type[MaskSAMTrainer] = MaskSAMTrainer_tiny,
 ) -> MaskSAMTrainer:
     made = cls(plans or plain_plans(), "3d_fullres", 0, description or dataset_json(), CPU)
     made.initialize()
@@ -75,10 +75,10 @@ def test_signatures_are_nnunets() -> None:
 def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
     own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard"}
     own |= {"_load_sam", "_read_sam", "_tell_it_is_not_sam", "_diagnosis", "_tell_of_skipped"}
-    own |= {name for name in vars(LastingTrainer) if name.startswith("_")}
+    own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
     own |= {"bare_network", "network_weights", "own_state", "load_own_state", "done_of_epoch", "restored"}
-    for name, value in [*vars(LastingTrainer).items(), *vars(MaskSAMTrainer).items()]:
+    for name, value in [*vars(ResumableTrainer).items(), *vars(MaskSAMTrainer).items()]:
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
 
@@ -94,7 +94,7 @@ def test_backbones_and_epochs() -> None:
     assert MaskSAMTrainer(plain_plans(), "3d_fullres", 0, dataset_json(), CPU).config.backbone == "vit_b"
     assert trainers.MaskSAMTrainer_vit_l.backbone == "vit_l"
     assert trainer().num_epochs == 1000 and trainer().num_iterations_per_epoch == 250
-    assert trainer(cls=trainers.MaskSAMTrainer_vit_t_5epochs).num_epochs == 5
+    assert trainer(cls=trainers.MaskSAMTrainer_tiny_5epochs).num_epochs == 5
 
 
 def test_the_config_is_derived_saved_in_the_plans_and_read_back() -> None:
@@ -112,7 +112,7 @@ def test_plans_of_another_backbone_are_refused() -> None:
     plans = plain_plans()
     trainer(plans)
     plans["continue_training"] = False
-    with pytest.raises(ConfigError, match="backbone = 'vit_t', but MaskSAMTrainer_vit_h trains 'vit_h'"):
+    with pytest.raises(ConfigError, match="backbone = 'tiny', but MaskSAMTrainer_vit_h trains 'vit_h'"):
         MaskSAMTrainer_vit_h(plans, "3d_fullres", 0, dataset_json(), CPU)
 
 
@@ -121,7 +121,7 @@ def test_the_plain_trainer_trains_what_plans_name_at_its_rate() -> None:
     trainer(plans)
     plans["continue_training"] = False
     made = MaskSAMTrainer(plans, "3d_fullres", 0, dataset_json(), CPU)
-    assert (made.config.backbone, made.initial_lr) == ("vit_t", 3e-3)
+    assert (made.config.backbone, made.initial_lr) == ("tiny", 3e-3)
     assert MaskSAMTrainer(plain_plans(), "3d_fullres", 0, dataset_json(), CPU).initial_lr == 1e-4
 
 
@@ -144,7 +144,7 @@ def test_wrong_channels_and_a_2d_patch_are_named(dims: int) -> None:
 
 
 def test_short_variants_reach_their_learning_rate() -> None:
-    made = trainer(cls=trainers.MaskSAMTrainer_vit_t_1epoch)
+    made = trainer(cls=trainers.MaskSAMTrainer_tiny_1epoch)
     assert made.lr_scheduler.warmup_iterations == 25
     made.iteration = 30
     made.set_learning_rate()
@@ -170,7 +170,7 @@ def test_an_unclear_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cascades_second_stage_overrides_its_parents_architecture() -> None:
     plans = plain_plans()
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-    made = MaskSAMTrainer_vit_t(plans, "3d_cascade_fullres", 0, dataset_json(), CPU)
+    made = MaskSAMTrainer_tiny(plans, "3d_cascade_fullres", 0, dataset_json(), CPU)
     network = made.build_network_architecture(made.plans_manager, made.configuration_manager, 3, 3)
     assert isinstance(network, MaskSAM)
     assert network.in_channels == 3 and network.stem.image_channels == 1
@@ -259,7 +259,7 @@ def test_checkpoints_resume_without_sam(tmp_path: Path, monkeypatch: pytest.Monk
     assert other.current_epoch == 4 and other.masksam.sam_is_loaded
     for a, b in zip(made.network.state_dict().values(), other.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr("masksam_nnunet.weights.find", lambda backbone: pytest.fail("SAM was looked for"))
+    monkeypatch.setattr("masksam_nnunet.sam_weights.find", lambda backbone: pytest.fail("SAM was looked for"))
     other._load_sam()
 
 
@@ -299,7 +299,7 @@ def test_nnunets_sliding_window_averages_log_probabilities() -> None:
             parameters = [n.state_dict() for n in networks[:count]]
             predictor.manual_initialization(
                 deepcopy(networks[0]), made.plans_manager, made.configuration_manager, parameters,
-                dataset_json(), "MaskSAMTrainer_vit_t", None,
+                dataset_json(), "MaskSAMTrainer_tiny", None,
             )  # fmt: skip
             received = predictor.predict_logits_from_preprocessed_data(x).float().softmax(0)
             expected = torch.stack(log_p[:count]).mean(0)
@@ -318,7 +318,7 @@ def test_torch_compile_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_results_folder_is_named_by_class_and_plans() -> None:
-    assert trainer().output_folder.endswith(f"{DATASET}/MaskSAMTrainer_vit_t__nnUNetPlans__3d_fullres/fold_0")
+    assert trainer().output_folder.endswith(f"{DATASET}/MaskSAMTrainer_tiny__nnUNetPlans__3d_fullres/fold_0")
 
 
 def test_slices_at_once_are_a_matter_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import pytest
 import typer
 from documented import ROOT
 
-from masksam_nnunet import cli
-from masksam_nnunet.cli_predict import take_options
+from masksam_nnunet.cli import app as cli
+from masksam_nnunet.cli.predict import take_options
 from masksam_nnunet.inference.docker import options as container
 
 FILES = ("inference/docker/container.sh", "docs/cluster/train_fold.sh", "tests/slurm/run.sh")

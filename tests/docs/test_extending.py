@@ -19,9 +19,10 @@ from small_sam import install_small_sam
 from masksam_nnunet import config as config_module
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
-from masksam_nnunet.modeling import BackboneSpec, MaskSAM, register_backbone, sam_parts
+from masksam_nnunet.modeling import BackboneSpec, MaskSAM, register_backbone
+from masksam_nnunet.modeling.backbones import registry as sam_parts
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
-from masksam_nnunet.modeling.new import New
+from masksam_nnunet.modeling.trainable import Trainable
 from masksam_nnunet.plans.architecture import open_configuration, write_config
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_the_encoder_with_the_new_adapter_is_sam_at_first(module: ModuleType) ->
         torch.testing.assert_close(ours, theirs)
     adapters = [m for m in other.image_encoder.modules() if isinstance(m, module.SliceAttention)]
     assert len(adapters) == 2 * len(other.image_encoder.sam.blocks)
-    assert all(isinstance(m, New) and p.requires_grad for m in adapters for p in m.parameters())
+    assert all(isinstance(m, Trainable) and p.requires_grad for m in adapters for p in m.parameters())
 
 
 def test_configs_name_registered_backbones_only(module: ModuleType) -> None:

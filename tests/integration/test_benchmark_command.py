@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from nnunet_workspace import Dataset, Workspace
 
-from masksam_nnunet.inference.benchmark.locks import locked
+from masksam_nnunet.benchmarks.locks import locked
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

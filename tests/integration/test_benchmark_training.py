@@ -11,13 +11,13 @@ import psutil
 import pytest
 from nnunet_workspace import SHORT_TRAINERS, Dataset, Workspace
 
+from masksam_nnunet.benchmarks.executors import Status, failures
+from masksam_nnunet.benchmarks.fold_record import PROCESS_FILE, FoldRecord, read_fold_compute
+from masksam_nnunet.benchmarks.grid import Grid, check_grid, grid_jobs
+from masksam_nnunet.benchmarks.local_jobs import LocalGrid
+from masksam_nnunet.benchmarks.train_fold import FoldJob
 from masksam_nnunet.environment import ext_trainer_value
-from masksam_nnunet.inference.benchmark.executors import Status, failures
-from masksam_nnunet.inference.benchmark.fold_record import PROCESS_FILE, FoldRecord, read_fold_compute
-from masksam_nnunet.inference.benchmark.grid import Grid, check_grid, grid_jobs
-from masksam_nnunet.inference.benchmark.local_jobs import LocalGrid
-from masksam_nnunet.inference.benchmark.methods import parse_methods
-from masksam_nnunet.inference.benchmark.train_fold import FoldJob
+from masksam_nnunet.inference.methods import parse_methods
 
 pytestmark = [
     pytest.mark.integration,

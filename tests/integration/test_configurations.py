@@ -36,7 +36,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         ["nnUNetv2_plan_and_preprocess", *d, *LITTLE, "-np", 1, "-npfp", 1],
         ["nnUNetv2_plan_experiment", *d, *LITTLE, "-pl", "nnUNetPlannerResEncM"],
         ["nnUNetv2_preprocess", *d, "-plans_name", RESENC, "-c", "3d_lowres", "-np", 1],
-        ["masksam", "plan", *d, "--backbone", "vit_t"],
+        ["masksam", "plan", *d, "--backbone", "tiny"],
     )
     assert "No preprocessing is needed" in output
     return workspace
@@ -85,7 +85,7 @@ def test_all_configurations(planned: Workspace, plans: str, tmp_path: Path) -> N
         fold = planned.results / KIND.dataset / f"{TRAINER}__{plans}__{configuration}" / "fold_0"
         assert json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]
     config = _config(planned, plans, "3d_cascade_fullres")
-    assert config["backbone"] == "vit_t" and config["num_queries"] >= 3
+    assert config["backbone"] == "tiny" and config["num_queries"] >= 3
 
 
 def _config(workspace: Workspace, plans: str, configuration: str) -> dict[str, object]:

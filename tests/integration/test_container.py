@@ -25,16 +25,16 @@ from plain_plans import plain_plans
 from small_sam import SMALL_SAM, install_small_sam
 from typer.testing import CliRunner
 
-from masksam_nnunet import weights
+from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.inference.docker import timed
 from masksam_nnunet.inference.docker.algorithm import run
 from masksam_nnunet.inference.docker.errors import ModelFolderError, OptionError, OutputError
 from masksam_nnunet.inference.docker.models import find_model
 from masksam_nnunet.inference.docker.options import Settings, app
-from masksam_nnunet.inference.portable.write import export_portable
+from masksam_nnunet.inference.export.write import export_portable
+from masksam_nnunet.modeling.backbones.registry import SPECS
 from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
-from masksam_nnunet.modeling.sam_parts import SPECS
 from masksam_nnunet.plans.architecture import write_config
 
 pytestmark = pytest.mark.integration

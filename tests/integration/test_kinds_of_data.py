@@ -66,7 +66,7 @@ def test_plan_train_validate_predict(kind: Kind, tmp_path: Path) -> None:
     out = tmp_path / "out"
     d = str(kind.id)
     planned = ("-p", "MaskSAMPlans", "-tr", TRAINER, "-device", "cpu")
-    plan = ["masksam", "plan", "-d", d, "-c", configuration, "--backbone", "vit_t"]
+    plan = ["masksam", "plan", "-d", d, "-c", configuration, "--backbone", "tiny"]
     if kind.name == "Pictures":  # without nnU-Net's plans: MaskSAM's are preprocessed for by themselves
         prepare = [
             ["nnUNetv2_extract_fingerprint", "-d", d, "-np", 1, "--verify_dataset_integrity"],

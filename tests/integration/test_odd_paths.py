@@ -28,7 +28,7 @@ def test_from_raw_data_to_an_exported_model(tmp_path: Path) -> None:
     place.run_all(
         ["masksam", "check", "-d", KIND.id],
         ["nnUNetv2_plan_and_preprocess", "-d", KIND.id, "-c", "3d_fullres", "-np", 1, "-npfp", 1],
-        ["masksam", "plan", "-d", KIND.dataset, "-c", "3d_fullres", "--backbone", "vit_t"],
+        ["masksam", "plan", "-d", KIND.dataset, "-c", "3d_fullres", "--backbone", "tiny"],
         ["masksam", "train", KIND.id, "3d_fullres", 0, "-p", "MaskSAMPlans", "-tr", TRAINER, "-device", "cpu"],
         ["masksam", "predict", "-i", raw / "imagesTr", "-o", out, *model, "-device", "cpu", "-npp", 0, "-nps", 0],
         ["masksam", "export", *model, "-o", archive],

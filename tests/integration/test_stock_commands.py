@@ -78,7 +78,7 @@ def test_training_leaves_what_nnunet_leaves(trained: Path, dataset: Dataset) -> 
     assert len(summary["metric_per_case"]) == len(dataset.cases) // 5
     assert list((fold / "validation").glob("*.npz"))
     architecture = json.loads((trained / "plans.json").read_text())["configurations"]["3d_fullres"]["architecture"]
-    assert architecture["arch_kwargs"]["config"]["backbone"] == "vit_t"
+    assert architecture["arch_kwargs"]["config"]["backbone"] == "tiny"
     assert architecture["_kw_requires_import"] == [] and architecture["arch_kwargs"]["strides"]
 
 
@@ -191,7 +191,7 @@ def test_pretrained_weights_of_another_config_are_refused_in_words(
     checkpoint = trained / "fold_0" / "checkpoint_final.pth"
     with workspace.plans(binary_dataset.name, patch_size=[16, 48, 48]):
         output = workspace.train(binary_dataset.id, 1, MASKSAM, "-pretrained_weights", checkpoint, fails=True)
-    assert "backbone=vit_t patch_size=16x48x48" in output and "not seem to be compatible" in output
+    assert "backbone=tiny patch_size=16x48x48" in output and "not seem to be compatible" in output
 
 
 def test_pretrained_weights_with_another_number_of_classes(

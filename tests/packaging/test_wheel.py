@@ -19,6 +19,7 @@ FOLDERS = {
     "plans": "masksam_nnunet/plans",
     "trainers": "masksam_nnunet/trainers",
     "inference": "masksam_nnunet/inference",
+    "benchmarks": "masksam_nnunet/benchmarks",
 }
 
 
@@ -58,6 +59,7 @@ def test_every_source_file_is_in_its_place(names: set[str]) -> None:
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
+        and "performance" not in path.parts
         and not re.search(r"\.pyc$|/\.|/Dockerfile$|\.sh$", f"/{path.relative_to(ROOT / folder).as_posix()}")
     }
     shipped = {name for name in names if ".dist-info/" not in name}
@@ -68,7 +70,7 @@ def test_data_files(names: set[str]) -> None:
     assert "masksam_nnunet/py.typed" in names
     assert "masksam_nnunet/trainers/nnunet_ext/masksam_ext.py" in names
     assert "masksam_nnunet/trainers/nnunet_ext/__init__.py" not in names
-    assert any(name.startswith("masksam_nnunet/inference/templates/") for name in names)
+    assert any(name.startswith("masksam_nnunet/inference/report/templates/") for name in names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -86,7 +88,7 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
         assert line in metadata.splitlines()
     assert "Requires-Dist: nnunetv2==2.8.1" in metadata
     assert "Requires-Dist: segment-anything==1.0" in metadata
-    assert "masksam = masksam_nnunet.cli:main" in read("entry_points.txt")
+    assert "masksam = masksam_nnunet.cli.app:main" in read("entry_points.txt")
 
 
 def run(site: Path, script: str, elsewhere: Path, **variables: str) -> str:
@@ -99,7 +101,7 @@ def run(site: Path, script: str, elsewhere: Path, **variables: str) -> str:
 
 
 def test_the_installed_command_names_the_installed_folder(site: Path, tmp_path: Path) -> None:
-    script = "import sys; sys.argv = ['masksam', 'env']; from masksam_nnunet.cli import main; main()"
+    script = "import sys; sys.argv = ['masksam', 'env']; from masksam_nnunet.cli.app import main; main()"
     folder = site / "masksam_nnunet" / "trainers" / "nnunet_ext"
     assert run(site, script, tmp_path, nnUNet_extTrainer="") == f"export nnUNet_extTrainer={folder}\n"
 
@@ -129,7 +131,7 @@ def test_nnunet_finds_the_installed_trainers(site: Path, tmp_path: Path) -> None
     script = (
         "import masksam_nnunet.trainers as trainers\n"
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
-        "for name in ('MaskSAMTrainer', 'MaskSAMTrainer_vit_t'):\n"
+        "for name in ('MaskSAMTrainer', 'MaskSAMTrainer_tiny'):\n"
         "    assert find(name) is getattr(trainers, name), name\n"
         "print('file:', trainers.__file__)\n"
     )

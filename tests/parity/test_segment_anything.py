@@ -16,7 +16,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
 from torch import Tensor, nn
 
-from masksam_nnunet import weights
+from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.mask_embedding import dense_embedding

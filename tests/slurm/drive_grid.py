@@ -15,20 +15,20 @@ import psutil
 from nnunet_workspace import SHARED, SHORT_TRAINERS, Workspace, copy_small
 from rich.console import Console
 
+from masksam_nnunet.benchmarks.executors import Outcome, Status, failures
+from masksam_nnunet.benchmarks.fold_record import PROCESS_FILE, FoldRecord, read_fold_compute
+from masksam_nnunet.benchmarks.fold_state import Stage
+from masksam_nnunet.benchmarks.grid import Grid, check_grid, grid_jobs
+from masksam_nnunet.benchmarks.progress import GridProgress
+from masksam_nnunet.benchmarks.report_job import ReportJob
+from masksam_nnunet.benchmarks.run import Definition
+from masksam_nnunet.benchmarks.slurm_jobs import SlurmGrid, SlurmSettings, Submission, jobs_in_queue
+from masksam_nnunet.benchmarks.train_fold import FoldJob
 from masksam_nnunet.environment import ext_trainer_value
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.executors import Outcome, Status, failures
-from masksam_nnunet.inference.benchmark.fold_record import PROCESS_FILE, FoldRecord, read_fold_compute
-from masksam_nnunet.inference.benchmark.fold_state import Stage
-from masksam_nnunet.inference.benchmark.grid import Grid, check_grid, grid_jobs
-from masksam_nnunet.inference.benchmark.methods import parse_methods
-from masksam_nnunet.inference.benchmark.progress import GridProgress
-from masksam_nnunet.inference.benchmark.report_job import ReportJob
-from masksam_nnunet.inference.benchmark.run import Definition
-from masksam_nnunet.inference.benchmark.slurm_jobs import SlurmGrid, SlurmSettings, Submission, jobs_in_queue
-from masksam_nnunet.inference.benchmark.train_fold import FoldJob
+from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.files import read_json
+from masksam_nnunet.inference.methods import parse_methods
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
-from masksam_nnunet.json_files import read_json
 
 CASES, EPOCHS = 10, 6
 DATASET = "Dataset004_Small"

@@ -17,7 +17,7 @@ from kinds_of_data import Kind
 from small_sam import expect_release
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet.cli import app
+from masksam_nnunet.cli.app import app
 from masksam_nnunet.environment import EXT_TRAINER
 
 KIND = Kind(49, "Places", [(4, 12, 10)] * 10, {"background": 0, "a": 1}, (1,))
@@ -90,7 +90,7 @@ def small_disk(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-PLAN = ("plan", "-d", "49", "--backbone", "vit_t", "-c", "3d_fullres")
+PLAN = ("plan", "-d", "49", "--backbone", "tiny", "-c", "3d_fullres")
 
 
 @pytest.fixture

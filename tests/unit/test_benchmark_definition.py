@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from masksam_nnunet.cli import app
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.fairness_splits import check_splits
-from masksam_nnunet.inference.benchmark.fold_record import FoldRecord, Inputs
-from masksam_nnunet.inference.benchmark.grid import Grid
-from masksam_nnunet.inference.benchmark.names import joint_name, row_names
-from masksam_nnunet.inference.benchmark.report_job import ReportJob
-from masksam_nnunet.inference.benchmark.results import Method
-from masksam_nnunet.inference.benchmark.run import DEFINITION_FILE, Definition, command_line
+from masksam_nnunet.benchmarks.fairness_splits import check_splits
+from masksam_nnunet.benchmarks.fold_record import FoldRecord, Inputs
+from masksam_nnunet.benchmarks.grid import Grid
+from masksam_nnunet.benchmarks.names import joint_name, row_names
+from masksam_nnunet.benchmarks.report_job import ReportJob
+from masksam_nnunet.benchmarks.results import Method
+from masksam_nnunet.benchmarks.run import DEFINITION_FILE, Definition, command_line
+from masksam_nnunet.cli.app import app
+from masksam_nnunet.errors import BenchmarkError
 
 METHODS = (Method("nnUNetTrainer", "nnUNetPlans", "2d"), Method("MaskSAMTrainer", "MaskSAMPlans", "2d"))
 DEFINITION = Definition(Grid("Dataset004_A", "2d", METHODS, (0, 1), 2.5, "cpu"), accept_unfair=True, processes=3)

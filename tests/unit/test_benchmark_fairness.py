@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from masksam_nnunet.benchmarks.fairness import check_fairness, check_postprocessing
+from masksam_nnunet.benchmarks.fold_record import FoldRecord, Inputs
+from masksam_nnunet.benchmarks.results import Finding, Method, Row
 from masksam_nnunet.config import MaskSAMConfig
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.fairness import check_fairness, check_postprocessing
-from masksam_nnunet.inference.benchmark.fold_record import FoldRecord, Inputs
-from masksam_nnunet.inference.benchmark.results import Finding, Method, Row
+from masksam_nnunet.errors import BenchmarkError
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 from masksam_nnunet.plans.architecture import NETWORK_CLASS
 
@@ -442,11 +442,11 @@ def test_sams_weights_are_stated_and_random_ones_refused(grid: Grid) -> None:
     assert not severe(findings) and stated(findings, r"not known for MaskSAMTrainer \(MaskSAMPlans\), fold 1")
 
 
-def test_vit_t_is_not_sam(grid: Grid) -> None:
+def test_tiny_is_not_sam(grid: Grid) -> None:
     grid.train(NNUNET)
-    grid.train(MASKSAM, backbone="vit_t")
+    grid.train(MASKSAM, backbone="tiny")
     findings = grid.check(NNUNET, MASKSAM)
-    assert not severe(findings) and stated(findings, "tiny encoder vit_t of this project, which is not SAM")
+    assert not severe(findings) and stated(findings, "tiny encoder tiny of this project, which is not SAM")
     assert not stated(findings, "starts from SAM's")
 
 

@@ -13,12 +13,12 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from masksam_nnunet.inference.benchmark import combine, test_set
-from masksam_nnunet.inference.benchmark.combine import Combined
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.evaluate import _naming_faults
-from masksam_nnunet.inference.benchmark.faults import faulty_prediction
-from masksam_nnunet.inference.benchmark.results import Method
+from masksam_nnunet.benchmarks import combine, test_set
+from masksam_nnunet.benchmarks.combine import Combined
+from masksam_nnunet.benchmarks.evaluate import _naming_faults
+from masksam_nnunet.benchmarks.faults import faulty_prediction
+from masksam_nnunet.benchmarks.results import Method
+from masksam_nnunet.errors import BenchmarkError
 from masksam_nnunet.inference.label_maps import Classes
 
 METHODS = (Method("A", "P", "3d_fullres"), Method("B", "P", "3d_fullres"))

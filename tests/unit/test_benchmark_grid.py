@@ -16,15 +16,15 @@ import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from plain_plans import dataset_json, plain_plans
 
-from masksam_nnunet.inference.benchmark import methods as methods_module
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.fold_record import FoldRecord, Inputs
-from masksam_nnunet.inference.benchmark.fold_state import Stage, fold_state
-from masksam_nnunet.inference.benchmark.grid import Grid, check_grid, find_benchmark_dataset, grid_jobs
-from masksam_nnunet.inference.benchmark.local_jobs import device_kind
-from masksam_nnunet.inference.benchmark.locks import locked
-from masksam_nnunet.inference.benchmark.methods import parse_methods
-from masksam_nnunet.inference.benchmark.results import Method
+from masksam_nnunet.benchmarks.fold_record import FoldRecord, Inputs
+from masksam_nnunet.benchmarks.fold_state import Stage, fold_state
+from masksam_nnunet.benchmarks.grid import Grid, check_grid, find_benchmark_dataset, grid_jobs
+from masksam_nnunet.benchmarks.local_jobs import device_kind
+from masksam_nnunet.benchmarks.locks import locked
+from masksam_nnunet.benchmarks.results import Method
+from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.inference import methods as methods_module
+from masksam_nnunet.inference.methods import parse_methods
 
 DATASET = "Dataset004_Small"
 CASES = [f"case_{n:03d}" for n in range(10)]

@@ -22,17 +22,17 @@ from rich.console import Console
 from simple_jobs import SimpleJob
 from submitit.helpers import DelayedSubmission
 
-from masksam_nnunet.inference.benchmark import fold_record, local_jobs, slurm_jobs
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.executors import Status, failures
-from masksam_nnunet.inference.benchmark.fold_record import PROCESS_FILE, FoldRecord, Inputs, read_fold_compute
-from masksam_nnunet.inference.benchmark.job_file import SubmittedJobs
-from masksam_nnunet.inference.benchmark.local_jobs import LocalGrid
-from masksam_nnunet.inference.benchmark.progress import GridProgress, fold_progress
-from masksam_nnunet.inference.benchmark.results import Method
-from masksam_nnunet.inference.benchmark.slurm_jobs import SlurmGrid, SlurmSettings, parse_slurm_options
-from masksam_nnunet.inference.benchmark.train_fold import FoldJob, preemption_signal
-from masksam_nnunet.inference.commands import CommandError, run_logged
+from masksam_nnunet.benchmarks import fold_record, local_jobs, slurm_jobs
+from masksam_nnunet.benchmarks.commands import CommandError, run_logged
+from masksam_nnunet.benchmarks.executors import Status, failures
+from masksam_nnunet.benchmarks.fold_record import PROCESS_FILE, FoldRecord, Inputs, read_fold_compute
+from masksam_nnunet.benchmarks.job_file import SubmittedJobs
+from masksam_nnunet.benchmarks.local_jobs import LocalGrid
+from masksam_nnunet.benchmarks.progress import GridProgress, fold_progress
+from masksam_nnunet.benchmarks.results import Method
+from masksam_nnunet.benchmarks.slurm_jobs import SlurmGrid, SlurmSettings, parse_slurm_options
+from masksam_nnunet.benchmarks.train_fold import FoldJob, preemption_signal
+from masksam_nnunet.errors import BenchmarkError
 
 METHOD = Method("T", "P", "3d_fullres")
 
@@ -86,7 +86,7 @@ RUNS_A_LONG_JOB = """
 import sys
 from pathlib import Path
 from simple_jobs import SimpleJob
-from masksam_nnunet.inference.benchmark.local_jobs import LocalGrid
+from masksam_nnunet.benchmarks.local_jobs import LocalGrid
 folder = Path(sys.argv[1])
 LocalGrid(folder / "jobs", ["cpu"]).run([SimpleJob(folder, "long", seconds=100, saves=3)])
 """
@@ -188,7 +188,7 @@ def test_a_training_ends_when_the_benchmark_is_killed(tmp_path: Path) -> None:
     """As after kill -9 of the process that waits for it: nobody would know of it any more."""
     waits = (
         "import subprocess, sys, os, time\n"
-        "child = 'import time, pathlib, sys; from masksam_nnunet.inference.benchmark.nnunet_process import Witness;'"
+        "child = 'import time, pathlib, sys; from masksam_nnunet.benchmarks.nnunet_process import Witness;'"
         "\nchild += f'Witness(pathlib.Path(\"x\"), {os.getpid()}).start(); print(1, flush=True); time.sleep(60)'\n"
         "p = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"
         "p.stdout.readline()\nprint(p.pid, flush=True)\ntime.sleep(60)"
@@ -315,7 +315,7 @@ def test_a_training_that_fails_on_a_full_disk_tells(
     def fails(*arguments: Any, **options: Any) -> None:
         raise CommandError("nnUNetv2_train failed", 1)
 
-    monkeypatch.setattr("masksam_nnunet.inference.benchmark.train_fold.run_logged", fails)
+    monkeypatch.setattr("masksam_nnunet.benchmarks.train_fold.run_logged", fails)
     with pytest.raises(BenchmarkError, match="nnUNetv2_train failed") as caught:
         fold_job()
     assert (f"Only 3 MiB are free where {fold_job.folder} is: make room" in str(caught.value)) is (free < 2**30)

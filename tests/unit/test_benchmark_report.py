@@ -15,19 +15,19 @@ import pytest
 from made_up_benchmark import CASES, FOLDS, made_up_results
 from markdown_it import MarkdownIt
 
-from masksam_nnunet.inference.benchmark.case_values import case_differences, case_values
-from masksam_nnunet.inference.benchmark.compute_table import HEADS, _short, all_hours, compute_groups
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.lookup import Lookup, focus
-from masksam_nnunet.inference.benchmark.markdown import escape, to_markdown
-from masksam_nnunet.inference.benchmark.metric_styles import STYLES
-from masksam_nnunet.inference.benchmark.report import write_benchmark_report
-from masksam_nnunet.inference.benchmark.report_json import to_json
-from masksam_nnunet.inference.benchmark.results import BenchmarkResults, Comparison, Finding, Interval
-from masksam_nnunet.inference.benchmark.tables import overall
-from masksam_nnunet.inference.drawing import wrapped
-from masksam_nnunet.inference.page import breakable, number, p_value
-from masksam_nnunet.inference.text_pieces import pieces
+from masksam_nnunet.benchmarks.case_values import case_differences, case_values
+from masksam_nnunet.benchmarks.compute_table import HEADS, _short, all_hours, compute_groups
+from masksam_nnunet.benchmarks.lookup import Lookup, focus
+from masksam_nnunet.benchmarks.markdown import escape, to_markdown
+from masksam_nnunet.benchmarks.metric_styles import STYLES
+from masksam_nnunet.benchmarks.report import write_benchmark_report
+from masksam_nnunet.benchmarks.report_json import to_json
+from masksam_nnunet.benchmarks.results import BenchmarkResults, Comparison, Finding, Interval
+from masksam_nnunet.benchmarks.tables import overall
+from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.inference.report.drawing import wrapped
+from masksam_nnunet.inference.report.page import breakable, number, p_value
+from masksam_nnunet.inference.report.text_pieces import pieces
 
 CLASSES = ("left | right", "<b>liver</b> $x$", "nowhere *")
 
@@ -316,7 +316,7 @@ def test_numbers_for_people() -> None:
     assert [p_value(p) for p in (0.0123, 0.0004, 1.0, math.nan)] == ["0.012", "<0.001", "1.000", "–"]
     signed = number(3, signed=True)
     assert [signed(x) for x in (0.0123, -0.0123, -0.0001, math.nan)] == ["+0.012", "−0.012", "0.000", "–"]
-    assert wrapped("MaskSAMTrainer_vit_t_budget cost $5", 15) == "MaskSAMTrainer_\nvit_t_budget\ncost \\$5"
+    assert wrapped("MaskSAMTrainer_tiny_budget cost $5", 15) == "MaskSAMTrainer_\ntiny_budget\ncost \\$5"
     assert breakable("<b>_c") == "&lt;b&gt;_<wbr>c"
     assert pieces("nnUNetTrainer (nnUNetResEncUNetLPlans)", 24) == [
         "nnUNetTrainer ",

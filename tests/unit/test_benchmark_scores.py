@@ -15,9 +15,9 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
-from masksam_nnunet.inference.benchmark.case_table import COLUMNS, METRICS, case_table, wide, write_csv
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.results import Method, Row
+from masksam_nnunet.benchmarks.case_table import COLUMNS, METRICS, case_table, wide, write_csv
+from masksam_nnunet.benchmarks.results import Method, Row
+from masksam_nnunet.errors import BenchmarkError
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, score_masks
 
 SPACINGS = [(1.0, 1.0, 1.0), (5.0, 0.7, 0.8), (2.5, 1.3, 0.45)]

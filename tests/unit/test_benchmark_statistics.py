@@ -14,16 +14,11 @@ import SimpleITK as sitk
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from masksam_nnunet.inference.benchmark.errors import BenchmarkError
-from masksam_nnunet.inference.benchmark.estimates import bootstrap_mean, holm, signed_rank_test
-from masksam_nnunet.inference.benchmark.nnunet_scores import check_against_nnunet
-from masksam_nnunet.inference.benchmark.results import Aggregate, Comparison, Kind, Method, Row
-from masksam_nnunet.inference.benchmark.statistics import (
-    aggregates,
-    comparisons,
-    default_pairs,
-    policies,
-)
+from masksam_nnunet.benchmarks.estimates import bootstrap_mean, holm, signed_rank_test
+from masksam_nnunet.benchmarks.nnunet_scores import check_against_nnunet
+from masksam_nnunet.benchmarks.results import Aggregate, Comparison, Kind, Method, Row
+from masksam_nnunet.benchmarks.statistics import aggregates, comparisons, default_pairs, policies
+from masksam_nnunet.errors import BenchmarkError
 from masksam_nnunet.inference.label_maps import Classes
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, score_folder
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import __version__, cli, weights
+from masksam_nnunet import __version__
+from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value, trainer_folder
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
 
 MASKSAM = Path(sys.executable).with_name("masksam")
 
@@ -55,7 +57,7 @@ def test_nothing_heavy_is_imported(arguments: str) -> None:
     script = (
         "import sys\n"
         f"sys.argv = ['masksam', *{arguments.split()!r}]\n"
-        "from masksam_nnunet.cli import main\n"
+        "from masksam_nnunet.cli.app import main\n"
         "try:\n    main()\n"
         "finally:\n"
         "    heavy = {'torch', 'nnunetv2', 'numpy', 'scipy', 'requests', 'matplotlib', 'segment_anything'}\n"
@@ -149,7 +151,7 @@ PREDICT = "-i in -o out -d 4 -c 3d_fullres"
 @pytest.mark.parametrize(
     "arguments",
     [
-        f"train {TRAIN} -tr MaskSAMTrainer_vit_t -p MaskSAMPlans --npz --c -num_gpus 2 -device cpu",
+        f"train {TRAIN} -tr MaskSAMTrainer_tiny -p MaskSAMPlans --npz --c -num_gpus 2 -device cpu",
         f"train -tr=X {TRAIN} --val",
         f"train {TRAIN} -t X --val_best --disable_checkpointing -pretrained_weights a/b.pth",
         f"predict {PREDICT} -f 0 1 2 -tr X --disable_tta --save_probabilities -chk checkpoint_best.pth -npp 0",
@@ -354,10 +356,10 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run_demo(**options: Any) -> Path:
         calls.append(options)
         if options["fold"] > 3:
-            raise PlanError("no such fold")
+            raise DataError("no such fold")
         return tmp_path / "report.html"
 
-    stub = ModuleType("masksam_nnunet.inference.demo")
+    stub = ModuleType("masksam_nnunet.benchmarks.demo")
     stub.__dict__.update(run_demo=run_demo)
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
 

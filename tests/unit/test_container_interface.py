@@ -15,12 +15,12 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from masksam_nnunet.errors import CaseError
 from masksam_nnunet.inference.docker.errors import ContainerError, InputError, OptionError, OutputError
 from masksam_nnunet.inference.docker.images import Geometry, stage, write_label_map
 from masksam_nnunet.inference.docker.interface import Job, Sockets, find_jobs
 from masksam_nnunet.inference.docker.meta_images import check_meta_image
 from masksam_nnunet.inference.docker.time_limit import RESERVE, Deadline, Way, Work, choose, ways
-from masksam_nnunet.inference.errors import CaseError
 from masksam_nnunet.plans.nifti_files import DamagedFileError
 
 

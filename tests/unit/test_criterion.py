@@ -9,10 +9,10 @@ from configs import loss_config, tiny_config
 from torch import Tensor
 
 from masksam_nnunet.config import Grid
-from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.losses.criterion import MaskSAMCriterion
+from masksam_nnunet.losses.sampling import uncertain_points
+from masksam_nnunet.losses.targets import make_targets
 from masksam_nnunet.modeling import MaskSAMOutput
-from masksam_nnunet.sampling import uncertain_points
-from masksam_nnunet.targets import make_targets
 
 K, N, D, H, W = 3, 5, 2, 16, 24
 GRID = Grid.of(tiny_config(patch_size=(D, H, W), upsample=4))  # masks are 16x24 too

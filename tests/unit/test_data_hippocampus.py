@@ -17,11 +17,11 @@ from challenge_replicas import build_msd, nnunet_folders, same_volume, tar_of
 from loopback import Server, serving
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli_datasets, download
-from masksam_nnunet.errors import FetchError
+from masksam_nnunet import download
+from masksam_nnunet.cli import data as cli_datasets
+from masksam_nnunet.errors import DataError, FetchError
 from masksam_nnunet.plans.datasets import hippocampus
 from masksam_nnunet.plans.datasets.hippocampus import get_hippocampus, unpack
-from masksam_nnunet.plans.errors import PlanError
 
 FILE = "Task04_Hippocampus.tar"
 
@@ -69,7 +69,7 @@ def test_fetch_verify_convert(server: Server, body: bytes, task: Path, raw: Path
     assert len(server.ranges) == 3 and server.ranges[2] == server.ranges[1] != "bytes=0-"  # resumed
     assert cached() == {FILE}
 
-    with pytest.raises(PlanError, match="-d 4: there is already"):
+    with pytest.raises(DataError, match="-d 4: there is already"):
         get(url=server.url)
     other = get(url=server.url, dataset_id=44, out=tmp_path / "elsewhere")
     assert other == tmp_path / "elsewhere" / "Dataset044_Hippocampus" and other.is_dir()
@@ -108,10 +108,10 @@ def test_the_target_is_looked_at_before_the_download(
     server: Server, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (raw / "Dataset004_Other").mkdir(parents=True)
-    with pytest.raises(PlanError, match="there is already"):
+    with pytest.raises(DataError, match="there is already"):
         get_hippocampus(url=server.url)
     monkeypatch.delenv("nnUNet_raw")
-    with pytest.raises(PlanError, match="nnUNet_raw not set"):
+    with pytest.raises(DataError, match="nnUNet_raw not set"):
         get_hippocampus(url=server.url)
     assert server.ranges == []
 
@@ -136,7 +136,7 @@ def test_nothing_is_unpacked_elsewhere(task: Path, raw: Path, tmp_path: Path, ex
     content = tar_of(task, extra)
     source = tmp_path / FILE
     source.write_bytes(content)
-    with pytest.raises(PlanError, match=r"Task04_Hippocampus\.tar (holds|cannot be unpacked)"):
+    with pytest.raises(DataError, match=r"Task04_Hippocampus\.tar (holds|cannot be unpacked)"):
         get_hippocampus(source=source, md5=md5(content))
     assert not list(raw.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Task04_Hippocampus.tar", "cache", "nnUNet_raw"]
@@ -160,7 +160,7 @@ def test_what_is_no_tar_or_not_the_task(raw: Path, tmp_path: Path) -> None:
     empty.mkdir()
     for content, said in ((b"<html>", "cannot be unpacked"), (tar_of(empty), "there is no such folder")):
         source.write_bytes(content)
-        with pytest.raises(PlanError, match=said):
+        with pytest.raises(DataError, match=said):
             get_hippocampus(source=source, md5=md5(content))
         assert not list(raw.iterdir())
 

@@ -13,8 +13,8 @@ from challenge_replicas import acdc_frames, build_acdc, files, nnunet_folders, s
 from nnunetv2.dataset_conversion import Dataset027_ACDC
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets.convert import convert
-from masksam_nnunet.plans.errors import PlanError
 
 SOME = {"training": (1, 2, 3, 5, 90), "testing": (101, 150)}
 
@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 def refused(raw: Path, source: Path, dataset_id: int = 27, partial: bool = True) -> str:
     """The error of a conversion that fails and leaves nothing in nnUNet_raw."""
     before = files(raw) if raw.is_dir() else {}
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(DataError) as error:
         convert("acdc", source, dataset_id, partial=partial)
     assert (files(raw) if raw.is_dir() else {}) == before
     assert not list(raw.glob(".*"))
@@ -170,23 +170,23 @@ def test_other_targets_that_cannot_be(raw: Path, source: Path, monkeypatch: pyte
     for number in (0, 1000):
         assert "1 to 999" in refused(raw, source, number)
     (raw / ".Dataset027_ACDC.partial").mkdir()
-    with pytest.raises(PlanError, match=r"another conversion is running, or one was killed.*remove"):
+    with pytest.raises(DataError, match=r"another conversion is running, or one was killed.*remove"):
         convert("acdc", source, 27, partial=True)
-    with pytest.raises(PlanError, match=r"'brats'; there are acdc, synapse, amos, msd"):
+    with pytest.raises(DataError, match=r"'brats'; there are acdc, synapse, amos, msd"):
         convert("brats", source, 28)
     monkeypatch.setenv("nnUNet_raw", str(source / "training" / "MANDATORY_CITATION.md"))
-    with pytest.raises(PlanError, match=r"cannot write into .*MANDATORY_CITATION"):
+    with pytest.raises(DataError, match=r"cannot write into .*MANDATORY_CITATION"):
         convert("acdc", source, 28, partial=True)
     monkeypatch.delenv("nnUNet_raw")
-    with pytest.raises(PlanError, match=r"nnUNet_raw not set.*export"):
+    with pytest.raises(DataError, match=r"nnUNet_raw not set.*export"):
         convert("acdc", source, 28, partial=True)
 
 
 @pytest.mark.parametrize(
     ("error", "raised", "said"),
     [
-        (OSError(28, "No space left on device"), PlanError, r"cannot write .*No space left.*nothing of it was kept"),
-        (AssertionError("labels?"), PlanError, "failed: labels.*nothing of it was kept"),
+        (OSError(28, "No space left on device"), DataError, r"cannot write .*No space left.*nothing of it was kept"),
+        (AssertionError("labels?"), DataError, "failed: labels.*nothing of it was kept"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from challenge_replicas import AMOS_LABELS, build_amos, files, nnunet_folders, same_volume, write_label
 
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets.convert import convert
-from masksam_nnunet.plans.errors import PlanError
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(raw: Path, source: Path, modality: str = "ct") -> str:
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(DataError) as error:
         convert("amos", source, 218, modality=modality)
     assert not raw.exists() or not list(raw.iterdir())
     return str(error.value)

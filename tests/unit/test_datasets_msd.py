@@ -12,10 +12,10 @@ import typer
 from challenge_replicas import build_msd, nnunet_folders, nnunet_reads, same_volume, volume, write_image
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli_datasets
+from masksam_nnunet.cli import data as cli_datasets
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets import convert as convert_module
 from masksam_nnunet.plans.datasets.convert import convert
-from masksam_nnunet.plans.errors import PlanError
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def _describe(change: Callable[[dict], object]) -> Callable[[Path], None]:
 def test_defects(raw: Path, tmp_path: Path, change: Callable[[Path], object], said: str) -> None:
     source = build_msd(tmp_path)
     change(source)
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(DataError) as error:
         convert("msd", source, 4, processes=1)
     assert said in str(error.value)
     assert not raw.exists()
@@ -91,10 +91,10 @@ def test_defects(raw: Path, tmp_path: Path, change: Callable[[Path], object], sa
 
 def test_the_folder_is_named_as_the_task(raw: Path, tmp_path: Path) -> None:
     source = build_msd(tmp_path).rename(tmp_path / "hippocampus")
-    with pytest.raises(PlanError, match="must be TaskXX_Name, not 'hippocampus'"):
+    with pytest.raises(DataError, match="must be TaskXX_Name, not 'hippocampus'"):
         convert("msd", source, 4)
     empty = build_msd(tmp_path, training=(), test=())
-    with pytest.raises(PlanError, match="lists no training image"):
+    with pytest.raises(DataError, match="lists no training image"):
         convert("msd", empty, 4)
 
 

@@ -17,9 +17,9 @@ from challenge_replicas import (
     write_image,
 )
 
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets.convert import convert
 from masksam_nnunet.plans.datasets.synapse import ORGANS_8, ORGANS_13, TEST_12, TRAIN_18, remap_organs
-from masksam_nnunet.plans.errors import PlanError
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_remap_organs() -> None:
 
 
 def refused(raw: Path, source: Path, **options: object) -> str:
-    with pytest.raises(PlanError) as error:
+    with pytest.raises(DataError) as error:
         convert("synapse", source, 7, **options)
     assert not raw.exists() or not list(raw.iterdir())
     return str(error.value)
@@ -118,7 +118,7 @@ def test_incomplete_downloads(raw: Path, tmp_path: Path) -> None:
     assert convert("synapse", source, 7, split="none", partial=True).is_dir()
 
     write_image(source / "Training" / "img" / "img0050.nii.gz", 50)
-    with pytest.raises(PlanError, match=r"img0050\.nii\.gz is no case of the challenge"):
+    with pytest.raises(DataError, match=r"img0050\.nii\.gz is no case of the challenge"):
         convert("synapse", source, 8)
 
 
@@ -130,7 +130,7 @@ def test_few_cases(raw: Path, tmp_path: Path) -> None:
     assert numbers(folder / "imagesTr", "_0000.nii.gz") == [5, 6]
     assert numbers(folder / "labelsTs", ".nii.gz") == [1]
     only_test = build_synapse(tmp_path / "test", labelled=(1, 2), unlabelled=())
-    with pytest.raises(PlanError, match="no training case for --split 18/12"):
+    with pytest.raises(DataError, match="no training case for --split 18/12"):
         convert("synapse", only_test, 8, partial=True)
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from masksam_nnunet.inference import commands
-from masksam_nnunet.inference.demo import run_demo
-from masksam_nnunet.inference.demo_end import next_commands
-from masksam_nnunet.inference.demo_folder import DemoFolder, DemoSettings
-from masksam_nnunet.inference.errors import DemoError
+from masksam_nnunet.benchmarks import commands
+from masksam_nnunet.benchmarks.demo import run_demo
+from masksam_nnunet.benchmarks.demo_end import next_commands
+from masksam_nnunet.benchmarks.demo_folder import DemoFolder, DemoSettings
+from masksam_nnunet.errors import DataError, DemoError
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
-from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.raw_data import place_raw_dataset, read_raw_dataset
 
 SETTINGS = DemoSettings("phantoms", 2.0, 2, 0, 0, "cpu")
@@ -44,7 +43,7 @@ def raw(tmp_path: Path) -> Path:
 )
 def test_bad_arguments_write_nothing(tmp_path: Path, change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"data": None, "minutes": 1.0, "batch_size": 2, "fold": 0, "seed": 0} | change
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(DataError, match=message):
         run_demo(tmp_path / "out", **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
@@ -100,13 +99,13 @@ def _drop(key: str) -> Callable[[Path], None]:
 def test_unusable_raw_data(raw: Path, damage: Callable[[Path], object], message: str) -> None:
     assert len(read_raw_dataset(raw).images) == 5
     damage(raw)
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(DataError, match=message):
         read_raw_dataset(raw)
 
 
 @pytest.mark.parametrize("name", ["Hippocampus", "Dataset4_Hippocampus", "Dataset004", "Dataset004_", "dataset004_A"])
 def test_folder_names_that_nnunet_does_not_find(raw: Path, name: str) -> None:
-    with pytest.raises(PlanError, match=rf"DatasetXXX_Name.* not '{name}'"):
+    with pytest.raises(DataError, match=rf"DatasetXXX_Name.* not '{name}'"):
         read_raw_dataset(raw.rename(raw.with_name(name)))
 
 

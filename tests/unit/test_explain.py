@@ -18,9 +18,9 @@ from kinds_of_data import OBLIQUE
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
+from masksam_nnunet.errors import ExplainError
 from masksam_nnunet.inference.explain import figures
 from masksam_nnunet.inference.explain.case import find_case, fold_of
-from masksam_nnunet.inference.explain.errors import ExplainError
 from masksam_nnunet.inference.explain.facts import SHOWN, slice_facts
 from masksam_nnunet.inference.explain.figures import SliceImages, draw_overview, draw_queries, queries_view
 from masksam_nnunet.inference.explain.folder import RECORD, fresh_folder

@@ -25,12 +25,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from plain_plans import DATASET, dataset_json, plain_plans, region_dataset_json
 
 from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, LabelMapError, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
 from masksam_nnunet.plans.datasets.checks import Volume, require_sound
 from masksam_nnunet.plans.datasets.hippocampus import unpack
 from masksam_nnunet.plans.description import description_defects
-from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.nifti_files import DamagedFileError, check_whole
 from masksam_nnunet.plans.planner import _read_plans
 from masksam_nnunet.plans.splits import overlaps, read_splits
@@ -69,7 +69,7 @@ def plans(value: Any, folder: Path) -> None:
     with suppress(ConfigError):
         _, found = open_configuration(value, name)
         assert found is None or isinstance(found, MaskSAMConfig)
-    with suppress(PlanError):
+    with suppress(DataError):
         assert _read_plans(dumped(value, folder), DATASET, "plan again")["dataset_name"] == DATASET
 
 
@@ -84,7 +84,7 @@ def description(value: Any, folder: Path) -> None:
 
 
 def splits(value: Any, folder: Path) -> None:
-    with suppress(PlanError):
+    with suppress(DataError):
         overlaps(read_splits(dumped(value, folder), "abcde"))
 
 
@@ -95,7 +95,7 @@ def nifti(content: bytes, folder: Path) -> None:
         found = read_label_map(folder, "case", dataset_json())
         assert found.labels.ndim == 3 and np.isfinite(found.spacing).all() and min(found.spacing) > 0
         raise NothingWrong
-    with pytest.raises((PlanError, NothingWrong)):
+    with pytest.raises((DataError, NothingWrong)):
         require_sound(folder, [Volume(file, file)], range(3), "download it again")
         raise NothingWrong
     try:
@@ -119,7 +119,7 @@ def tar(members: list[tuple[str, bytes, str]], folder: Path) -> None:
             info.size = 4 if kind == tarfile.REGTYPE else 0
             opened.addfile(info, io.BytesIO(b"data") if info.size else None)
     target.mkdir(parents=True, exist_ok=True)
-    with suppress(PlanError, OSError):  # the caller puts the file system's into words
+    with suppress(DataError, OSError):  # the caller puts the file system's into words
         unpack(archive, target)
     outside = [path for path in folder.rglob("*") if target not in (path, *path.parents)]
     assert set(outside) == {archive, target.parent}

@@ -12,7 +12,7 @@ from configs import tiny_config
 from small_sam import install_small_sam, write_small_sam
 from torch import Tensor, nn
 
-from masksam_nnunet import weights
+from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.lean import FULL, is_lean, lean_state_dicts, sam_sha256, set_sam_sha256

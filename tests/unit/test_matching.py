@@ -12,9 +12,9 @@ from configs import loss_config
 from torch import Tensor
 
 from masksam_nnunet.config import LossConfig
-from masksam_nnunet.matching import Matches, generalised_iou, match, pairwise_cost
-from masksam_nnunet.pair_losses import pairwise_sums
-from masksam_nnunet.targets import Targets, make_targets
+from masksam_nnunet.losses.masks import pairwise_sums
+from masksam_nnunet.losses.matching import Matches, generalised_iou, match, pairwise_cost
+from masksam_nnunet.losses.targets import Targets, make_targets
 
 CLASSES = 3
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from masksam_nnunet.config import Grid
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.backbones.registry import SPECS, BackboneSpec, build_image_encoder
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
-from masksam_nnunet.modeling.sam_parts import SPECS, BackboneSpec, build_image_encoder
 
 
 def image(network: MaskSAM, batch: int = 1) -> Tensor:
@@ -175,5 +175,5 @@ def test_parameters_are_counted_by_part(small_sam: str) -> None:
 
 def test_a_checkpoint_of_another_config_is_refused_in_words() -> None:
     network = MaskSAM(tiny_config(), 1, 3)
-    with pytest.raises(RuntimeError, match="backbone=vit_t patch_size=3x32x48 upsample=1 num_queries=5"):
+    with pytest.raises(RuntimeError, match="backbone=tiny patch_size=3x32x48 upsample=1 num_queries=5"):
         network.load_state_dict(MaskSAM(tiny_config(num_queries=5), 1, 3).state_dict())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from masksam_nnunet.trainers.nonfinite import FiniteGuard, Iteration, ready_to_skip
+from masksam_nnunet.trainers.finite_guard import FiniteGuard, Iteration, ready_to_skip
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.AdamW, {"weight_decay": 0.01}),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masksam_nnunet.pair_losses import at_points, matched_mask_losses, pairwise_sums
+from masksam_nnunet.losses.masks import at_points, matched_mask_losses, pairwise_sums
 
 B, D, N, T, V = 2, 3, 4, 3, 150
 PAIRS = torch.tensor([0, 0, 1, 3, 5, 5]), torch.tensor([2, 0, 3, 1, 0, 2]), torch.tensor([0, 2, 1, 1, 2, 0])

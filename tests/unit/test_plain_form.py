@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masksam_nnunet.config import Grid
-from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, mask_decoder
-from masksam_nnunet.modeling.sam_parts import SPECS, BackboneSpec
+from masksam_nnunet.modeling.backbones.registry import SPECS, BackboneSpec
 
 K = 4
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from masksam_nnunet.inference.portable import archive
-from masksam_nnunet.inference.portable.archive import Limits, pack, unpack
-from masksam_nnunet.inference.portable.errors import PortableError
+from masksam_nnunet.errors import PortableError
+from masksam_nnunet.inference.export import archive
+from masksam_nnunet.inference.export.archive import Limits, pack, unpack
 
 CONTENT = {"model.json": b"{}", "plans.json": b"[1]", "fold_0.safetensors": bytes(range(256)) * 9}
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pytest
 
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.presets import PRESETS, load_preset
 
 
@@ -63,7 +63,7 @@ def test_every_value_has_a_source(name: str) -> None:
     ],
 )
 def test_labels_that_do_not_fit(name: str, foreground: int, regions: bool, channels: int, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(DataError, match=message):
         load_preset(name).check_labels(foreground, regions, channels)
 
 

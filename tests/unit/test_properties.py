@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masksam_nnunet.config import LossConfig, MaskSAMConfig
-from masksam_nnunet.criterion import MaskSAMCriterion
+from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM
 
 FLAGS = st.fixed_dictionaries(
@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn) -> tuple[MaskSAMConfig, int, int, int, int | None]:
     plane = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
     depth = draw(st.one_of(st.none(), st.integers(1, 5)))
     config = MaskSAMConfig(
-        backbone="vit_t",
+        backbone="tiny",
         patch_size=plane if depth is None else (depth, *plane),
         num_queries=draw(st.integers(1, 9)),
         loss=draw(LOSSES),

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from kinds_of_data import Kind
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet.cli import app
+from masksam_nnunet.cli.app import app
 
 KIND = Kind(44, "Raw", [(4, 12, 10)] * 6, {"background": 0, "first": 1, "second": 2}, (1, 2), spacing=(1.0, 1.0, 3.0))
 NAME = KIND.dataset
@@ -45,7 +45,7 @@ def run(*words: str) -> Result:
 
 def refused(command: str = "check") -> str:
     """What a command says that must fail in words, and leave nothing."""
-    result = run(command, "-d", "44", *(("--backbone", "vit_t") if command == "plan" else ()))
+    result = run(command, "-d", "44", *(("--backbone", "tiny") if command == "plan" else ()))
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
@@ -338,7 +338,7 @@ def test_overlapping_folds(raw: Path) -> None:
     message = refused()
     assert "fold 0 validates cases that it trains on: case_01; write it anew with masksam split" in message
     assert "several folds validate the same cases: case_01" in message
-    planned = run("plan", "-d", "44", "--backbone", "vit_t", "-c", "3d_fullres")
+    planned = run("plan", "-d", "44", "--backbone", "tiny", "-c", "3d_fullres")
     assert planned.exit_code == 0
     assert "warning: splits_final.json: fold 0 validates cases that it trains on: case_01" in planned.stdout
 

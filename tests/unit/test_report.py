@@ -15,12 +15,8 @@ import pytest
 import torch
 from made_up_benchmark import STATS, made_up_demo
 
-from masksam_nnunet.inference.demo_pictures import choose_cases
-from masksam_nnunet.inference.figures import CaseImages, choose_slices, draw_case, draw_curves, draw_inside
-from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.inside import InsideView, cut, patch_window, read_parts
-from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.report import (
+from masksam_nnunet.benchmarks.demo_pictures import choose_cases
+from masksam_nnunet.benchmarks.demo_report import (
     MethodResult,
     Picture,
     Report,
@@ -31,8 +27,12 @@ from masksam_nnunet.inference.report import (
     to_json,
     write_report,
 )
+from masksam_nnunet.files import write_json
+from masksam_nnunet.inference.explain.inside import InsideView, cut, patch_window, read_parts
+from masksam_nnunet.inference.history import History
+from masksam_nnunet.inference.label_maps import Classes
+from masksam_nnunet.inference.report.figures import CaseImages, choose_slices, draw_case, draw_curves, draw_inside
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
-from masksam_nnunet.json_files import write_json
 
 NAMES = ("<b>liver & co</b>", "vessel")
 CLASSES = Classes({NAMES[0]: (1,), NAMES[1]: (2,)}, has_regions=False, ignore_label=None)

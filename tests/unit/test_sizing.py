@@ -9,12 +9,12 @@ import pytest
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans import sizing
 from masksam_nnunet.plans.derive import USABLE, num_queries
-from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.sizing import LARGEST_FIRST, Sizes, Task, choose_sizes
 
-WEIGHTS = {"vit_t": 0.1, "vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}  # GiB
+WEIGHTS = {"tiny": 0.1, "vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}  # GiB
 
 
 def task(median: tuple[int, ...], **changes: Any) -> Task:
@@ -115,7 +115,7 @@ class TestSearch:
         assert "vit_h would not" in choose_sizes(task((4, 64, 64)), LARGEST_FIRST, 2.5).reasons["backbone"]
 
     def test_nothing_fits(self) -> None:
-        with pytest.raises(PlanError, match=r"--gpu-memory 1 is too small for vit_h: .* or a smaller --backbone"):
+        with pytest.raises(DataError, match=r"--gpu-memory 1 is too small for vit_h: .* or a smaller --backbone"):
             choose((4, 64, 64), 1.0, "vit_h")
-        with pytest.raises(PlanError, match=r"too small for vit_b, the smallest SAM: the least patch, \(1, 64, 64\)"):
+        with pytest.raises(DataError, match=r"too small for vit_b, the smallest SAM: the least patch, \(1, 64, 64\)"):
             choose_sizes(task((4, 64, 64)), LARGEST_FIRST, 1.0)

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from plain_plans import dataset_json, region_dataset_json
 
-from masksam_nnunet.plans.errors import PlanError
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.slices import SliceCount, count_targets
 
 
@@ -58,12 +58,12 @@ def test_regions_are_counted_as_regions(tmp_path: Path, labels: np.ndarray) -> N
 @pytest.mark.parametrize("value", [4, 200])
 def test_a_label_without_a_name(tmp_path: Path, labels: np.ndarray, value: int) -> None:
     labels[0, 0, 0] = value
-    with pytest.raises(PlanError, match=f"case 'full': .* holds the label {value}, which dataset.json does not name"):
+    with pytest.raises(DataError, match=f"case 'full': .* holds the label {value}, which dataset.json does not name"):
         count(tmp_path, labels, dataset_json(4))
 
 
 def test_a_negative_label(tmp_path: Path, labels: np.ndarray) -> None:
     negative = labels.astype(np.int16)
     negative[0, 0, 0] = -1
-    with pytest.raises(PlanError, match="holds the label -1"):
+    with pytest.raises(DataError, match="holds the label -1"):
         count(tmp_path, negative, dataset_json(4))

@@ -14,9 +14,9 @@ import typer
 from challenge_replicas import nnunet_folders
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import cli_datasets
+from masksam_nnunet.cli import data as cli_datasets
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets.split_file import split_dataset
-from masksam_nnunet.plans.errors import PlanError
 from masksam_nnunet.plans.splits import group_by_patient, group_by_regex, patient_folds, patient_of, split_warning
 
 CASES = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 12) for frame in (1, 12)]
@@ -84,7 +84,7 @@ def test_what_tells_the_patient(regex: str, patients: list[str]) -> None:
     ],
 )
 def test_expressions_that_do_not_group(regex: str, said: str) -> None:
-    with pytest.raises(PlanError, match=f"--group .*{said}"):
+    with pytest.raises(DataError, match=f"--group .*{said}"):
         group_by_regex(CASES, regex)
 
 
@@ -116,7 +116,7 @@ def test_split(raw: Path) -> None:
 def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
     before = split_dataset(27, GROUP).path.read_text()
     assert not split_dataset(27, GROUP).written
-    with pytest.raises(PlanError, match=r"holds another split.*validate on each other's training cases.*--force"):
+    with pytest.raises(DataError, match=r"holds another split.*validate on each other's training cases.*--force"):
         split_dataset(27, GROUP, seed=1)
     assert split_file(raw).read_text() == before
     assert split_dataset(27, GROUP, seed=1, force=True).written
@@ -128,7 +128,7 @@ def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
     for damaged in ("{", "[1]", "null"):
         split_file(raw).write_text(damaged)
         if damaged != "null":
-            with pytest.raises(PlanError, match="holds another split"):
+            with pytest.raises(DataError, match="holds another split"):
                 split_dataset(27, GROUP)
         assert split_dataset(27, GROUP, force=True).written
 
@@ -149,7 +149,7 @@ def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: P
 def test_fewer_folds(raw: Path) -> None:
     report = split_dataset(27, GROUP, folds=3)
     assert len(report.folds) == 3 and "folds, 0 to 2" in report.notes[0] and "random" in report.notes[0]
-    with pytest.raises(PlanError, match=r"12 folds need at least 12 patients.*show 11; lower --folds"):
+    with pytest.raises(DataError, match=r"12 folds need at least 12 patients.*show 11; lower --folds"):
         split_dataset(27, GROUP, folds=12)
 
 
@@ -164,31 +164,31 @@ def test_cases_of_a_preprocessed_dataset(raw: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PlanError, match=r"-d 5: no such dataset in .*there are Dataset027_ACDC"):
+    with pytest.raises(DataError, match=r"-d 5: no such dataset in .*there are Dataset027_ACDC"):
         split_dataset(5, GROUP)
     (raw / "Dataset028_Empty").mkdir()
-    with pytest.raises(PlanError, match=r"-d .*Dataset028_Empty: dataset.json is missing"):
+    with pytest.raises(DataError, match=r"-d .*Dataset028_Empty: dataset.json is missing"):
         split_dataset(28, GROUP)
     make_dataset(raw / "Dataset029_None", [])
-    with pytest.raises(PlanError, match=r"Dataset029_None: 0 training cases"):
+    with pytest.raises(DataError, match=r"Dataset029_None: 0 training cases"):
         split_dataset(29, GROUP)
     (raw / "Dataset027_Other").mkdir()
-    with pytest.raises(PlanError, match="-d 27 names several datasets: Dataset027_ACDC, Dataset027_Other"):
+    with pytest.raises(DataError, match="-d 27 names several datasets: Dataset027_ACDC, Dataset027_Other"):
         split_dataset(27, GROUP)
     (raw / "Dataset027_Other").rmdir()
     broken = split_file(raw).parent.parent / "Dataset030_Broken"
     (broken / "gt_segmentations").mkdir(parents=True)
-    with pytest.raises(PlanError, match=r"cases of .*Dataset030_Broken cannot be listed.*dataset.json"):
+    with pytest.raises(DataError, match=r"cases of .*Dataset030_Broken cannot be listed.*dataset.json"):
         split_dataset(30, GROUP)
     (broken / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
-    with pytest.raises(PlanError, match=r"gt_segmentations holds no training case \*\.nii\.gz"):
+    with pytest.raises(DataError, match=r"gt_segmentations holds no training case \*\.nii\.gz"):
         split_dataset(30, GROUP)
     shutil.rmtree(broken.parent)
     broken.parent.write_text("a file where the folder should be")
-    with pytest.raises(PlanError, match=r"(cannot write|holds another split)"):
+    with pytest.raises(DataError, match=r"(cannot write|holds another split)"):
         split_dataset(27, GROUP)
     monkeypatch.delenv("nnUNet_preprocessed")
-    with pytest.raises(PlanError, match="nnUNet_preprocessed not set"):
+    with pytest.raises(DataError, match="nnUNet_preprocessed not set"):
         split_dataset(27, GROUP)
 
 
@@ -216,7 +216,7 @@ def test_the_command(raw: Path) -> None:
 def test_help_needs_nothing_heavy() -> None:
     script = (
         "import sys, typer\n"
-        "from masksam_nnunet.cli_datasets import register\n"
+        "from masksam_nnunet.cli.data import register\n"
         "app = typer.Typer()\n"
         "register(app)\n"
         "for words in (['--help'], ['convert', 'amos', '--help'], ['data', 'hippocampus', '--help']):\n"

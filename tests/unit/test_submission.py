@@ -32,9 +32,9 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet.cli import app
+from masksam_nnunet.cli.app import app
+from masksam_nnunet.errors import SubmissionError
 from masksam_nnunet.inference.submission import archive as archive_module
-from masksam_nnunet.inference.submission.errors import SubmissionError
 from masksam_nnunet.inference.submission.inspection import Inspection, Request, inspect
 from masksam_nnunet.inference.submission.package import package
 from masksam_nnunet.inference.submission.rules import CHALLENGES, load_rules

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from masksam_nnunet.targets import make_targets
+from masksam_nnunet.losses.targets import make_targets
 
 
 def by_loops(labels: torch.Tensor, num_classes: int, ignore: int | None) -> list[dict[int, torch.Tensor]]:

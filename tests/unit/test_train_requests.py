@@ -12,7 +12,7 @@ from nnunetv2.run import run_training as nnunet
 from plain_plans import plain_plans
 from typer.testing import CliRunner
 
-from masksam_nnunet.cli import app
+from masksam_nnunet.cli.app import app
 from masksam_nnunet.environment import EXT_TRAINER
 
 NAME = "Dataset052_Asked"

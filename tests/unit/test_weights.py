@@ -20,7 +20,8 @@ from segment_anything.modeling.image_encoder import get_rel_pos
 from small_sam import expect_release
 from torch import Tensor, nn
 
-from masksam_nnunet import download, weights
+from masksam_nnunet import download
+from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.sam_state import identify_backbone, read_checkpoint, remap_sam_state_dict
 
@@ -225,8 +226,8 @@ def test_a_local_file_is_verified_and_copied(tmp_path: Path) -> None:
 
 
 def test_an_unknown_backbone_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(WeightsError, match="'vit_t'; there are vit_b, vit_l, vit_h"):
-        weights.fetch("vit_t")
+    with pytest.raises(WeightsError, match="'tiny'; there are vit_b, vit_l, vit_h"):
+        weights.fetch("tiny")
 
 
 # --- find and verify --------------------------------------------------------------------------------------------------

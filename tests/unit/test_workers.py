@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from masksam_nnunet.inference.errors import CaseError, PredictError
-from masksam_nnunet.inference.workers import Workers
+from masksam_nnunet.errors import CaseError, PredictError
+from masksam_nnunet.inference.predict.workers import Workers
 
 
 class OddError(Exception):
@@ -77,7 +77,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_workers import slow
-from masksam_nnunet.inference.workers import Workers
+from masksam_nnunet.inference.predict.workers import Workers
 if __name__ == "__main__":
     workers = Workers(1)
     workers.result(workers.start(slow, sys.argv[1]))

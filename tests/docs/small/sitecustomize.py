@@ -85,8 +85,8 @@ def expect_few_patients(module):
 CHANGES = {
     "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": shorten_training,
     "masksam_nnunet.trainers.time_budget": shorten_budget,
-    "masksam_nnunet.modeling.sam_parts": shrink_sam,
-    "masksam_nnunet.weights": expect_small_sam,
+    "masksam_nnunet.modeling.backbones.registry": shrink_sam,
+    "masksam_nnunet.sam_weights": expect_small_sam,
     "masksam_nnunet.plans.derive": narrow,
     "masksam_nnunet.plans.datasets.acdc": expect_few_patients,
     "masksam_nnunet.plans.datasets.hippocampus": expect_small_hippocampus,

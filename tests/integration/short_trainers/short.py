@@ -4,7 +4,7 @@ import os
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_vit_t
+from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny
 
 
 def shorten(trainer):
@@ -25,7 +25,7 @@ class Short:
         return settings
 
 
-class ShortMaskSAM(Short, MaskSAMTrainer_vit_t):
+class ShortMaskSAM(Short, MaskSAMTrainer_tiny):
     pass
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from masksam_nnunet.trainers import MaskSAMTrainer_vit_t
+from masksam_nnunet.trainers import MaskSAMTrainer_tiny
 
 
 class SeededLoader:
@@ -24,7 +24,7 @@ class SeededLoader:
         return next(self.loader)
 
 
-class WatchedMaskSAM(MaskSAMTrainer_vit_t):
+class WatchedMaskSAM(MaskSAMTrainer_tiny):
     """Variables: TEST_EPOCHS, TEST_ITERATIONS, TEST_SEED, TEST_LEDGER, TEST_STEP_SECONDS, TEST_VALIDATION."""
 
     def initialize(self):

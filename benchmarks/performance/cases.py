@@ -1,0 +1,260 @@
+"""What ``make bench`` compares with its plain form. Needs neither nnU-Net nor SAM's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from measure import Builder, Case, Step
+from plain_form import PlainCriterion, plain_decoder, plain_encoder, plain_parts, plain_prompt_encoder
+from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from masksam_nnunet.config import Grid, LossConfig, MaskSAMConfig
+from masksam_nnunet.cost import Meter
+from masksam_nnunet.losses.criterion import MaskSAMCriterion, SemanticLoss
+from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
+from masksam_nnunet.modeling.attention import self_attention
+from masksam_nnunet.precision import autocast
+
+WITHOUT_SEMANTIC = LossConfig(semantic=0.0)
+STEP = (2, 256, 8)
+"""Slices, side and queries of the training step of the network."""
+
+
+def _attention(plain: bool, images: int, grid: int) -> Builder:
+    def build(device: torch.device) -> Step:
+        layer = Attention(768, num_heads=12, use_rel_pos=True, input_size=(grid, grid)).requires_grad_(False).to(device)
+        nn.init.normal_(layer.rel_pos_h, std=0.1)
+        nn.init.normal_(layer.rel_pos_w, std=0.1)
+        x = torch.randn(images, grid, grid, 768, device=device, requires_grad=True)
+
+        def step() -> None:
+            with autocast(device):
+                out = layer(x) if plain else self_attention(layer, x)
+            out.float().sum().backward()
+
+        return step
+
+    return build
+
+
+def vit_b(slices: int, side: int, queries: int = 8, checkpointing: bool = False) -> MaskSAM:
+    """ViT-B on patches of side x side, enlarged four times."""
+    config = MaskSAMConfig(
+        "vit_b", (slices, side, side), 4, queries, checkpointing=checkpointing, loss=WITHOUT_SEMANTIC
+    )
+    return MaskSAM(config, 1, 4).train()
+
+
+def _mean_squares(outputs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return torch.stack([out.float().square().mean() for out in outputs]).sum()
+
+
+def _encoder(plain: bool, slices: int, side: int) -> Builder:
+    def build(device: torch.device) -> Step:
+        encoder = vit_b(slices, side).image_encoder.to(device)
+        images = torch.randn(1, slices, 3, 4 * side, 4 * side, device=device, requires_grad=True)
+
+        def step() -> None:
+            with autocast(device):
+                levels, neck = plain_encoder(encoder, images) if plain else encoder(images)
+            _mean_squares([*levels, neck]).backward()
+
+        return step
+
+    return build
+
+
+def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
+    def build(device: torch.device) -> Step:
+        network = vit_b(slices, side, queries).to(device)
+        tokens = side // 4
+        levels = [torch.randn(1, slices, tokens, tokens, 768, device=device, requires_grad=True) for _ in range(4)]
+        neck = torch.randn(1, slices, 256, tokens, tokens, device=device, requires_grad=True)
+        encoder, decoder = network.prompt_encoder, network.mask_decoder
+
+        def step() -> None:
+            with autocast(device):
+                prompts = network.prompt_generator(levels, neck)
+                pe = encoder.dense_pe()
+                if plain:
+                    sparse, dense = plain_prompt_encoder(encoder, prompts)
+                    masks, classes = plain_decoder(decoder, neck, pe, sparse, dense, prompts.class_tokens)
+                else:
+                    sparse, features = encoder(prompts)
+                    downscaling = encoder.sam.mask_downscaling
+                    masks, classes = decoder(neck, pe, sparse, features, downscaling, prompts.class_tokens)
+            _mean_squares([masks, classes]).backward()
+
+        return step
+
+    return build
+
+
+def blobs(batch: int, slices: int, side: int, classes: int) -> Tensor:
+    """Label maps (B, 1, D, H, W) with a disc of every class in nearly every slice."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    labels = torch.zeros(batch, 1, slices, side, side, dtype=torch.int16)
+    for image in labels.flatten(0, 2):
+        for label in range(1, classes):
+            y, x = torch.randint(side // 10, side - side // 10, (2,))
+            radius = torch.randint(side // 20, side // 6, (1,))
+            image[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = label
+    return labels
+
+
+def _loss(
+    make: Callable[[LossConfig, Grid, int], Callable[[MaskSAMOutput, Tensor], tuple[Tensor, object]]],
+    slices: int,
+    queries: int,
+    classes: int,
+    side: int,
+) -> Builder:
+    def build(device: torch.device) -> Step:
+        torch.manual_seed(0)
+        grid = Grid.of(MaskSAMConfig("vit_b", (slices // 4, side, side), 4, queries))
+        judge = make(WITHOUT_SEMANTIC, grid, classes)
+        corner = torch.rand(4, queries, slices // 4, 2) / 2
+        fields = (
+            torch.randn(4, queries, slices // 4, classes + 1),
+            torch.randn(4, queries, slices // 4, side, side),
+            torch.randn(4, queries, slices // 4, *grid.masks),
+            torch.cat([corner, corner + 0.4], -1),
+        )
+        output = MaskSAMOutput(*(x.to(device).transpose(1, 2).requires_grad_() for x in fields))
+        truth = blobs(4, slices // 4, side, classes).to(device)
+
+        def step() -> None:
+            total, _ = judge(output, truth)
+            torch.autograd.grad(total, output)
+
+        return step
+
+    return build
+
+
+def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int) -> Builder:
+    def build(device: torch.device) -> Step:
+        network = vit_b(slices, side, queries, checkpointing).to(device)
+        x = torch.randn(1, 1, slices, side, side, device=device)
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            with autocast(device):
+                output = plain_parts(network, x) if plain else network(x)
+            _mean_squares(output).backward()
+
+        return step
+
+    return build
+
+
+def nll(log_p: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.nll_loss(log_p, labels[:, 0].long())
+
+
+def step_flops(device: torch.device) -> int:
+    """Operations of the training step of the network that is measured, counted without running it."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        network = vit_b(*STEP)
+        x = torch.randn(1, 1, STEP[0], STEP[1], STEP[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cuda"):  # the path that a GPU takes
+            output = network(x)
+        _mean_squares([out.float() for out in output]).backward()
+    return meter.flops
+
+
+def training(
+    config: MaskSAMConfig, truth: Tensor, classes: int, semantic: SemanticLoss = nll, with_optimizer: bool = False
+) -> Builder:
+    """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
+
+    def build(device: torch.device) -> Step:
+        network = MaskSAM(config, 1, classes).to(device).train()
+        judge = MaskSAMCriterion(config.loss, network.grid, classes, semantic_loss=semantic)
+        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+        x, labels = torch.randn(truth.shape, device=device), truth.to(device)
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            with autocast(device):
+                output = network(x)
+            judge(output, labels)[0].backward()
+            if with_optimizer:
+                optimizer.step()
+
+        return step
+
+    return build
+
+
+def _large(checkpointing: bool) -> Builder:
+    """The paper's AMOS setting: network, loss and optimizer."""
+    loss = LossConfig(semantic=0.0, num_points=2 * 256**2)
+    config = MaskSAMConfig("vit_h", (9, 512, 512), 1, 24, checkpointing=checkpointing, loss=loss)
+    return lambda device: training(config, blobs(2, 9, 512, 16), 16, with_optimizer=True)(device)
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            "attention, global block",
+            "1 image, 64x64 tokens, 12 heads of 64",
+            {"ours": _attention(False, 1, 64), "materialised": _attention(True, 1, 64)},
+        ),
+        Case(
+            "attention, windows",
+            "2 images of 25 windows, 14x14 tokens, 12 heads of 64",
+            {"ours": _attention(False, 50, 14), "materialised": _attention(True, 50, 14)},
+        ),
+        Case(
+            "image encoder with adapters",
+            "ViT-B, 2 slices of 512x512",
+            {"ours": _encoder(False, 2, 128), "plain": _encoder(True, 2, 128)},
+            repeats=3,
+        ),
+        Case(
+            "prompt generator and decoder",
+            "2 slices of 1024x1024, N = 8",
+            {"ours": _decoder(False, 2, 256, 8), "plain": _decoder(True, 2, 256, 8)},
+            repeats=3,
+        ),
+        Case(
+            "targets, matching and loss",
+            "128 slices of 128x128, N = 24, K = 16",
+            {
+                "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
+                "slice by slice": _loss(PlainCriterion, 128, 24, 16, 128),
+            },
+        ),
+        Case(
+            "targets, matching and loss, loops that index the batch",
+            "128 slices of 128x128, N = 24, K = 16",
+            {
+                "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
+                "slice by slice, indexed": _loss(partial(PlainCriterion, indexed=True), 128, 24, 16, 128),
+            },
+            repeats=1,
+            memory=False,
+        ),
+        Case(
+            "training step of the network",
+            "ViT-B, 2 slices of 1024x1024, N = 8",
+            {
+                "ours": _step(False, False, *STEP),
+                "checkpointing": _step(False, True, *STEP),
+                "plain": _step(True, False, *STEP),
+            },
+            repeats=3,
+            warm_up=False,
+        ),
+        Case(
+            "training step of ViT-H",
+            "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW",
+            {"checkpointing": _large(True), "without checkpointing": _large(False)},
+            gpu_only=True,
+        ),
+    ]

@@ -1,0 +1,1 @@
+"""Predict cases with one model or several."""

@@ -1,0 +1,1 @@
+"""What every HTML report is made of: figures, numbers, templates."""

@@ -1,0 +1,1 @@
+"""The ``masksam`` command, one module for each group of commands."""

@@ -1,0 +1,1 @@
+"""Mask classification: targets, matching and the training loss."""

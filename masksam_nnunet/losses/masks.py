@@ -1,0 +1,207 @@
+"""BCE and Dice between masks, piece by piece: nothing of the size of all masks is made but their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..precision import full_precision
+
+CPU_PIECE = 2**19
+"""Elements worked on at once: what a cache holds, and what the allocator keeps instead of asking for pages anew."""
+GPU_PIECE = 2**24
+"""Enough to fill a GPU."""
+
+
+def piece_size(device: torch.device) -> int:
+    """Elements to work on at once."""
+    return CPU_PIECE if device.type == "cpu" else GPU_PIECE
+
+
+def at_points(x: Tensor, points: Tensor | None) -> Tensor:
+    """Values of (S, ..., V) at the points (S, P) of each row; all if there are none."""
+    if points is None:
+        return x
+    while points.ndim < x.ndim:
+        points = points.unsqueeze(1)
+    return x.gather(-1, points.expand(*x.shape[:-1], -1))
+
+
+class PairSums(NamedTuple):
+    """What BCE and Dice of pairs of masks are made of, all of one shape."""
+
+    entropy: Tensor
+    """Mean binary cross-entropy."""
+    overlap: Tensor
+    """Twice the common area, plus one."""
+    total: Tensor
+    """Both areas, plus one."""
+
+    @property
+    def dice_loss(self) -> Tensor:
+        return 1 - self.overlap / self.total
+
+
+@torch.no_grad()
+def pairwise_sums(
+    masks: Sequence[Tensor], truth: Tensor, known: Tensor | None, points: Tensor | None, piece: int
+) -> list[PairSums]:
+    """Every query compared with every target of its slice, (S, N, T) for S = B·D slices; for each of ``masks``.
+
+    Args:
+        masks: logits (B, D, N, V).
+        truth: the targets' masks, bool (S, T, V); False where ``known`` is.
+        known: bool (S, V), False at ignored voxels; None if there are none.
+        points: voxels (S, P) at which to compare; None for all.
+        piece: elements to work on at once.
+    """
+    batch, depth, queries, size = masks[0].shape
+    step = max(1, piece // (queries * (size if points is None else points.shape[1])))
+    found: list[list[Tensor]] = [[] for _ in masks]
+    for volume in range(batch):
+        for first in range(0, depth, step):
+            last = min(first + step, depth)
+            rows = slice(volume * depth + first, volume * depth + last)
+            where = None if points is None else points[rows]
+            weight = None if known is None else at_points(known[rows], where)[:, None]  # (s, 1, P)
+            target = at_points(truth[rows], where)  # (s, T, P)
+            for logits, parts in zip(masks, found, strict=True):
+                x = full_precision(at_points(logits[volume, first:last], where))  # (s, N, P)
+                parts.append(_sums(x, target.to(x.dtype), weight))
+    return [PairSums(*torch.cat(parts, dim=1)) for parts in found]
+
+
+def _sums(x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """The three sums by two matrix products, as softplus(x) - x t is the cross-entropy of x and t: (3, s, N, T)."""
+    scores = x.sigmoid()
+    negative = _sum_of_softplus(x, scores, weight)[..., None]  # (s, N, 1)
+    count: Tensor | int = x.shape[-1]
+    if weight is not None:
+        x, scores = x * weight, scores * weight
+        count = weight.sum(-1, keepdim=True).clamp(min=1)  # (s, 1, 1)
+    columns = target.transpose(1, 2)  # (s, P, T)
+    entropy = (negative - x @ columns) / count
+    total = scores.sum(-1, keepdim=True) + target.sum(-1)[:, None] + 1
+    return torch.stack([entropy, 2 * (scores @ columns) + 1, total])
+
+
+def _sum_of_softplus(x: Tensor, scores: Tensor, weight: Tensor | None) -> Tensor:
+    """Over the last axis, given sigmoid(x); ``weight`` is bool.
+
+    softplus(x) = max(x, 0) - log s, where s = sigmoid(|x|) is at least 1/2: so the product of 64 of them is a float32,
+    and one logarithm takes the place of 64.
+    """
+    certain, positive = torch.maximum(scores, 1 - scores), x.clamp(min=0)
+    if weight is not None:
+        certain, positive = torch.where(weight, certain, 1.0), positive * weight
+    whole = x.shape[-1] // 64 * 64
+    products = certain[..., :whole].unflatten(-1, (-1, 64)).prod(-1)
+    rest = certain[..., whole:].prod(-1)
+    return positive.sum(-1) - products.log().sum(-1) - rest.log()
+
+
+def matched_mask_losses(
+    logits: Tensor,
+    truth: Tensor,
+    known: Tensor | None,
+    pairs: tuple[Tensor, Tensor, Tensor],
+    points: Tensor | None,
+    sums: PairSums | None,
+    piece: int,
+) -> tuple[Tensor, Tensor]:
+    """Sums over M pairs of the mean BCE and of the Dice loss.
+
+    Args:
+        logits: (B, D, N, V).
+        truth, known: as in :func:`pairwise_sums`.
+        pairs: slice, query and target of each pair, (M,) int64; no query of a slice twice.
+        points: voxels (M, P) at which to compare; None for all.
+        sums: of the pairs at these points, (M,), if they have been computed.
+        piece: elements to work on at once.
+    """
+    bce, dice = _MatchedSums.apply(logits, truth, known, *pairs, points, sums, piece)
+    return bce, dice
+
+
+class _MatchedSums(torch.autograd.Function):
+    """Keeps four numbers a pair; the backward pass makes scores anew and writes gradients where they belong."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        truth: Tensor,
+        known: Tensor | None,
+        s: Tensor,
+        q: Tensor,
+        t: Tensor,
+        points: Tensor | None,
+        sums: PairSums | None,
+        piece: int,
+    ) -> tuple[Tensor, Tensor]:
+        number = logits.shape[-1] if points is None else points.shape[1]
+        counts = [full_precision(logits.new_zeros(0))]
+        parts = [full_precision(logits.new_zeros(3, 0))]
+        for _, x, y, weight, _ in _pieces(logits, truth, known, (s, q, t), points, piece) if sums is None else ():
+            scores = x.sigmoid()
+            entropy = _sum_of_softplus(x, scores, weight) - (x * y).sum(-1)
+            count = x.new_full((len(x),), number)
+            if weight is not None:
+                scores = scores * weight
+                count = weight.sum(-1).clamp(min=1).to(x.dtype)
+            overlap = 2 * (scores * y).sum(-1) + 1
+            parts.append(torch.stack([entropy / count, overlap, scores.sum(-1) + y.sum(-1) + 1]))
+            counts.append(count)
+        if sums is None:
+            sums, count = PairSums(*torch.cat(parts, dim=1)), torch.cat(counts)
+        elif known is None:
+            count = torch.full_like(sums.total, number)
+        else:
+            count = known.sum(-1).clamp(min=1)[s].to(sums.total.dtype)
+        ctx.save_for_backward(logits, truth, known, s, q, t, points, sums.overlap, sums.total, count)
+        ctx.piece = piece
+        return sums.entropy.sum(), sums.dice_loss.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, bce: Tensor, dice: Tensor) -> tuple[Tensor | None, ...]:
+        logits, truth, known, s, q, t, points, overlap, total, count = ctx.saved_tensors
+        depth = logits.shape[1]
+        gradient = torch.zeros_like(logits)
+        of_entropy = (bce / count)[:, None]
+        constant = (dice * overlap / total.square())[:, None]
+        slope = (2 * dice / total)[:, None]
+        for rows, x, y, weight, where in _pieces(logits, truth, known, (s, q, t), points, ctx.piece):
+            scores = x.sigmoid()
+            change = (constant[rows] - slope[rows] * y).mul_(scores).mul_(1 - scores)  # of Dice
+            change.addcmul_(scores.sub_(y), of_entropy[rows])
+            if weight is not None:
+                change.mul_(weight)
+            if where is not None:  # a voxel may have been drawn twice
+                change = change.new_zeros(len(x), logits.shape[-1]).scatter_add_(1, where, change)
+            gradient[s[rows] // depth, s[rows] % depth, q[rows]] = change.to(logits.dtype)
+        return gradient, None, None, None, None, None, None, None, None
+
+
+def _pieces(
+    logits: Tensor,
+    truth: Tensor,
+    known: Tensor | None,
+    pairs: tuple[Tensor, Tensor, Tensor],
+    points: Tensor | None,
+    piece: int,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Rows of pairs, their logits, truth and known voxels (m, P), and their points."""
+    depth = logits.shape[1]
+    step = max(1, piece // max(1, logits.shape[-1]))
+    for first in range(0, len(pairs[0]), step):
+        rows = slice(first, first + step)
+        s, q, t = (index[rows] for index in pairs)
+        where = None if points is None else points[rows]
+        x = full_precision(at_points(logits[s // depth, s % depth, q], where))
+        y = at_points(truth[s, t], where).to(x.dtype)
+        yield rows, x, y, None if known is None else at_points(known[s], where), where

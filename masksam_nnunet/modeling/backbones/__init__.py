@@ -1,0 +1,1 @@
+"""The image encoders, each declared once."""
