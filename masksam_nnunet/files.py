@@ -1,33 +1,46 @@
-"""JSON files that are either whole or not there."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename over it: a reader never sees half a file."""
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, and rename it to ``path`` on success.
+
+    A reader never sees half a file. After an error the temporary file is removed and ``path`` is as before.
+    The parent folder is created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(text, encoding="utf-8")
+        yield draft
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text with :func:`atomic_write`."""
+    with atomic_write(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON atomically.
+    """Write strict JSON with :func:`atomic_write`.
 
     Raises:
-        ValueError: if a number is NaN or infinite, which JSON cannot hold.
+        ValueError: a number is NaN or infinite, which JSON cannot hold.
     """
     write_text_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; errors are json's and the file system's own."""
+    """Read a JSON file. Errors are those of ``json`` and the file system."""
     return json.loads(path.read_text(encoding="utf-8"))
