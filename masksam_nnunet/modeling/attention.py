@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocked_attention import blocked_attention
 
@@ -74,3 +74,62 @@ def decoder_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor
         heads(attention.q_proj(q)), heads(attention.k_proj(k)), heads(attention.v_proj(v))
     )
     return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, P)
+
+
+def token_to_image(attention: CrossAttention, tokens: Tensor, image: Tensor, positions: Tensor) -> Tensor:
+    """What ``attention(q=tokens, k=image + positions, v=image)`` of segment-anything gives.
+
+    Args:
+        attention: of the mask decoder.
+        tokens: (M, D, T, P), their own positions added.
+        image: (M, D, n, P).
+        positions: (D, n, P).
+
+    Returns:
+        (M, D, T, P)
+    """
+    q = _heads(attention, attention.q_proj(tokens))  # (M, D, T, H, c)
+    q = q * q.shape[-1] ** -0.5
+    scores = torch.einsum("mdthc,dnhc->mdhtn", q, _heads(attention, attention.k_proj(positions))).flatten(2, 3)
+    wanted = torch.einsum("mdthc,hcp->mdhtp", q, _weight(attention, attention.k_proj)).flatten(2, 3)  # (M, D, H T, P)
+    shares = _softmax(scores + wanted @ image.transpose(-1, -2))  # (M, D, H T, n)
+    mixed = (shares @ image).unflatten(2, (attention.num_heads, -1))  # (M, D, H, T, P)
+    out = torch.einsum("mdhtp,hcp->mdthc", mixed, _weight(attention, attention.v_proj)).flatten(-2)
+    return attention.out_proj(out + attention.v_proj.bias)
+
+
+def image_to_token(attention: CrossAttention, image: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What ``attention(q=image + positions, k=keys, v=values)`` of segment-anything gives.
+
+    Args:
+        attention: of the mask decoder.
+        image: (M, D, n, P).
+        positions: (D, n, P).
+        keys: (M, D, T, P), with their positions.
+        values: (M, D, T, P).
+
+    Returns:
+        (M, D, n, P)
+    """
+    k = _heads(attention, attention.k_proj(keys))  # (M, D, T, H, c)
+    k = k * k.shape[-1] ** -0.5
+    scores = torch.einsum("dnhc,mdthc->mdnht", _heads(attention, attention.q_proj(positions)), k)
+    wanted = torch.einsum("mdthc,hcp->mdhtp", k, _weight(attention, attention.q_proj)).flatten(2, 3)  # (M, D, H T, P)
+    scores = scores + (image @ wanted.transpose(-1, -2)).unflatten(-1, scores.shape[-2:])
+    shares = _softmax(scores).flatten(-2)  # (M, D, n, H T)
+    v = _heads(attention, attention.v_proj(values))
+    offered = torch.einsum("mdthc,phc->mdhtp", v, attention.out_proj.weight.unflatten(1, (attention.num_heads, -1)))
+    return shares @ offered.flatten(2, 3) + attention.out_proj.bias
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In the precision of its input: a GPU's autocast would keep a float32 copy, to be rounded for the next product."""
+    return scores.softmax(-1, dtype=scores.dtype)
+
+
+def _heads(attention: CrossAttention, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attention.num_heads, -1))
+
+
+def _weight(attention: CrossAttention, projection: nn.Linear) -> Tensor:
+    return projection.weight.unflatten(0, (attention.num_heads, -1))  # (H, c, P)
