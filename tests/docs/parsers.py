@@ -45,7 +45,7 @@ def parse(words: Sequence[str]) -> None:
     elif name == "make":
         if subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode:
             raise Refused(f"make {arguments}")
-    elif name == "python" and arguments[0].endswith(".py") or name.endswith(".sh"):
+    elif (name == "python" and arguments[0].endswith(".py")) or name.endswith(".sh"):
         file = arguments[0] if name == "python" else name
         if not (ROOT / file).is_file():
             raise Refused(f"no {file}")
