@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from masksam_nnunet.config import BACKBONES, ConfigError
+from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.errors import BenchmarkError, CheckpointError
 from masksam_nnunet.inference.methods import has_budget
@@ -207,10 +207,8 @@ def _starts(methods: Sequence[Method], trained: Sequence[_Fold], results: Path) 
             findings.append(
                 Finding(
                     False,
-                    f"{name} has the tiny encoder {config.backbone} of this project, which is not SAM and starts from "
-                    "random weights: it says nothing about MaskSAM with SAM's weights."
-                    if config.backbone in BACKBONES
-                    else f"{name} has the encoder {config.backbone}, which was registered from outside and is not SAM.",
+                    f"{name} has {config.backbone}, {config.encoder.description}: it says nothing about MaskSAM with "
+                    "SAM's weights.",
                 )
             )
             continue

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.files import read_json
-from masksam_nnunet.zip_damage import damage
 
 _TRAINED, _VALIDATED = "Training done.", "Validation complete"
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from masksam_nnunet.environment import TRAINING_STATS_FILE
-from masksam_nnunet.errors import CheckpointFileError, DemoError
+from masksam_nnunet.errors import CheckpointError, DemoError
 from masksam_nnunet.files import read_json
 
 
@@ -100,7 +100,7 @@ def read_log(checkpoint: Path) -> Mapping[str, Any]:
 
     try:
         log: Mapping[str, Any] = load_checkpoint(checkpoint)["logging"]
-    except CheckpointFileError as error:
+    except CheckpointError as error:
         raise DemoError(str(error)) from error
     except KeyError as error:
         raise _unreadable(checkpoint, error) from error

@@ -63,7 +63,7 @@ class MaskSAMPredictor(nnUNetPredictor):
 
         Raises:
             FileNotFoundError: no folds.
-            CheckpointFileError: a checkpoint is missing or damaged, or holds more than that.
+            CheckpointError: a checkpoint is missing or damaged, or holds more than that.
         """
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)

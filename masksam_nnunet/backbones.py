@@ -154,5 +154,5 @@ def planned_backbones() -> list[str]:
 
 
 def checkpoint_names() -> list[str]:
-    """Names that ``masksam weights`` takes."""
+    """Names that ``masksam weights`` takes, from the smallest SAM to the largest."""
     return list(dict.fromkeys(b.checkpoint.name for b in BACKBONES.values() if b.checkpoint is not None))

@@ -45,7 +45,8 @@ def _raises_config_errors(cls: _Config) -> _Config:
 def _config_error(kind: str, error: ValidationError) -> ConfigError:
     first = error.errors(include_url=False)[0]
     option = ".".join(map(str, first["loc"])) or kind
-    return ConfigError(f"{option} = {first['input']!r} is not allowed: {first["msg"].rstrip(".")}.")
+    reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return ConfigError(f"{option} = {first['input']!r} is not allowed: {reason}.")
 
 
 class _Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 class MaskSAMError(Exception):
     """Base of all errors of this package. Commands print its message without a traceback."""
 

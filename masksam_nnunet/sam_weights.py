@@ -142,8 +142,8 @@ def _require(path: Path, origin: str, expected: str, by: str) -> str:
     if received == expected:
         return received
     raise WeightsError(
-        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}{_known(received)}; fetch the file "
-        "again with: masksam weights; or, for a fine-tuned checkpoint in SAM's format that you trust, point "
+        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}{_known(received)}; fetch the "
+        "file again with: masksam weights; or, for a fine-tuned checkpoint in SAM's format that you trust, point "
         "MASKSAM_WEIGHTS at it and set MASKSAM_WEIGHTS_SHA256 to the received value"
     )
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.checkpoints import damage, load_checkpoint
 from masksam_nnunet.errors import TrainingError
-from masksam_nnunet.zip_damage import damage
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 """nnU-Net's own names."""
@@ -78,7 +77,7 @@ def newest_whole(folder: Path) -> Found:
 
     Raises:
         TrainingError: there are checkpoints, and none is whole.
-        CheckpointFileError: the first whole file is none of nnU-Net's checkpoints, or asks for code to be run.
+        CheckpointError: the first whole file is none of nnU-Net's checkpoints, or asks for code to be run.
     """
     damaged: list[Path] = []
     reasons: list[str] = []
@@ -102,7 +101,7 @@ def exactly(file: Path) -> dict[str, Any]:
 
     Raises:
         TrainingError: it is damaged.
-        CheckpointFileError: it is none of nnU-Net's, or asks for code to be run.
+        CheckpointError: it is none of nnU-Net's, or asks for code to be run.
     """
     wrong = damage(file)
     if wrong is not None:

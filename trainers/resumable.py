@@ -301,7 +301,7 @@ class ResumableTrainer(nnUNetTrainer):
 
         Raises:
             TrainingError: none is whole; or the very one that validation needs is damaged.
-            CheckpointFileError: it is none of nnU-Net's, or asks for code to be run.
+            CheckpointError: it is none of nnU-Net's, or asks for code to be run.
         """
         if not self.was_initialized:
             self.initialize()

@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
-from masksam_nnunet.errors import ExplainError, FetchError, in_short
+from masksam_nnunet.errors import CheckpointError, ExplainError, WeightsError, in_short
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.plans.architecture import read_config
 
@@ -93,7 +93,7 @@ def load_predictor(model: Explained, device: torch.device, mirroring: bool) -> M
         )
         try:
             model.trained.load(predictor)
-        except FetchError:  # theirs say it better
+        except (CheckpointError, WeightsError):  # theirs say it better
             raise
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise ExplainError(

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.compute import autocast
 from masksam_nnunet.modeling.network import MaskSAMOutput
-from masksam_nnunet.precision import autocast
 from masksam_nnunet.semantic import semantic_log_probabilities
 
 from ..predictor import MaskSAMPredictor

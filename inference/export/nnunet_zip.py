@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.errors import CheckpointFileError, ExportError
+from masksam_nnunet.errors import CheckpointError, ExportError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.modeling.lean import is_lean
 from masksam_nnunet.plans.architecture import open_configuration
@@ -153,7 +153,7 @@ def full_checkpoints(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path,
 def _load(file: Path) -> dict[str, Any]:
     try:
         return load_checkpoint(file)
-    except CheckpointFileError as error:
+    except CheckpointError as error:
         raise ExportError(str(error)) from error
 
 

@@ -16,7 +16,7 @@ from ..errors import WeightsError
 from ..sam_checkpoint import read_checkpoint, remap_sam_state_dict
 from ..sam_weights import find_exact
 
-SHA256 = "sam_sha256"
+SHA256 = "sam_file_sha256"
 """The buffer (32,) of uint8 with the hash of SAM's file; zeros where SAM's weights do not come from a file."""
 LEAN = "sam_is_left_out"
 """The key that a lean state dict has in addition."""

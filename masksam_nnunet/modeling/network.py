@@ -113,11 +113,11 @@ class MaskSAM(nn.Module):
         images, stem = self.stem(self._as_volume(x))  # (B, D, 3, S_h, S_w), (B, w, D, H, W)
         levels, neck = self.image_encoder(images)
         prompts: Prompts = recomputed(saving, self.prompt_generator, levels, neck)
-        masks, classes = self._decode(neck, prompts)
+        masks, classes = self.decode(neck, prompts)
         masks = recomputed(saving, self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
         return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
 
-    def _decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
 
         Queries are independent, and the embedding of a mask prompt is large. So queries are decoded a few at a time,

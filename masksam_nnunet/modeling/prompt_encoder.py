@@ -55,9 +55,9 @@ class AdaptedPromptEncoder(PromptEncoder):
         lead = masks.shape[:3]
         with torch.autocast(masks.device.type, enabled=False):  # sines of large angles need float32
             sparse = self._embed_boxes(boxes.float().flatten(0, 2))
-        return sparse.unflatten(0, lead), self._embed_masks(masks.flatten(0, 2)).unflatten(0, lead)
+        return sparse.unflatten(0, lead), self._dense(masks.flatten(0, 2)).unflatten(0, lead)
 
-    def _embed_masks(self, masks: Tensor) -> Tensor:
+    def _dense(self, masks: Tensor) -> Tensor:
         """SAM's convolutions, channels last: (M, 4 g_h, 4 g_w) to (M, g_h, g_w, P)."""
         layers: list[Any] = list(self.mask_downscaling)
         first, norm_1, act_1, second, norm_2, act_2, last = layers

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet import __version__
 from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value, trainer_folder
 from masksam_nnunet.errors import DataError
@@ -316,7 +318,8 @@ def test_weights_prints_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     source.write_bytes(b"SAM")
     sha256 = "0123"
     monkeypatch.setattr(weights, "_sha256", lambda path: sha256)
-    monkeypatch.setitem(weights.SAM_RELEASES, "vit_b", weights.SamRelease("sam.pth", "http://127.0.0.1:9/", sha256))
+    checkpoint = replace(weights.released("vit_b"), file_name="sam.pth", sha256=sha256)
+    monkeypatch.setitem(BACKBONES, "vit_b", replace(BACKBONES["vit_b"], checkpoint=checkpoint))
     result = invoke("weights", "vit_b", "--from", str(source))
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'cache' / 'sam.pth'}\n")
     assert (tmp_path / "cache" / "sam.pth").read_bytes() == b"SAM"
@@ -344,10 +347,6 @@ def test_weights_errors(tmp_path: Path) -> None:
     assert all(name in unknown.stderr for name in ("vit_x", "vit_b", "vit_l", "vit_h"))
     both = invoke("weights", "vit_b", "--from", str(source), "--url", "http://127.0.0.1:9/")
     assert both.exit_code == 2 and "not both" in both.stderr
-
-
-def test_the_names_offered_are_those_released() -> None:
-    assert {backbone.value for backbone in cli.Backbone} == set(weights.SAM_RELEASES)
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
