@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .fail import fail
+from .common import fail
 
 
 class Challenge(StrEnum):

@@ -14,7 +14,6 @@ import typer
 from documented import ROOT
 
 from masksam_nnunet.cli import app as cli
-from masksam_nnunet.cli.predict import take_options
 from masksam_nnunet.inference.docker import options as container
 
 FILES = ("inference/docker/container.sh", "docs/cluster/train_fold.sh", "tests/slurm/run.sh")
@@ -57,11 +56,7 @@ def read_command(words: Sequence[str]) -> None:
 
 
 def _read_masksam(arguments: list[str]) -> None:
-    if arguments[:1] == ["predict"] and not {"-h", "--help"} & set(arguments):
-        rest, taken = take_options(arguments[1:])
-        instead = ["-d", "1", "-c", "x", "-tr", "x"] if taken.model else []
-        _read_nnunet("nnUNetv2_predict", [*instead, *rest])
-    elif arguments[:1] == ["train"]:
+    if arguments[:1] == ["train"]:
         _read_nnunet("nnUNetv2_train", arguments[1:])
     else:
         _read_click(typer.main.get_command(cli.app), "masksam", arguments)
