@@ -22,6 +22,7 @@ app = typer.Typer(
     help="MaskSAM for nnU-Net: Segment Anything with mask classification, as an nnU-Net v2 trainer.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables cut long option names off
     pretty_exceptions_enable=False,  # it would print every local tensor of a failed training
     context_settings={"help_option_names": ["-h", "--help"]},
 )
