@@ -45,7 +45,7 @@ def predict(
     plans: Annotated[str, typer.Option("-p", help="Name of the plans.")] = "nnUNetPlans",
     folds: Annotated[
         list[str] | None,
-        typer.Option("-f", help="Folds whose outputs are averaged, or all.", show_default="0 1 2 3 4"),
+        typer.Option("-f", metavar="FOLD", help="One or more, averaged, or all.", show_default="0 1 2 3 4"),
     ] = None,
     checkpoint: Annotated[str, typer.Option("-chk", help="File name of the checkpoints.")] = "checkpoint_final.pth",
     ensemble: Annotated[
