@@ -14,7 +14,6 @@ import typer
 from documented import ROOT
 
 from masksam_nnunet.cli import app as cli
-from masksam_nnunet.cli.predict import take_options
 from masksam_nnunet.inference.docker import options as container
 
 OTHERS = ("pip", "python3", "git", "sbatch", "mkdir", ".")
@@ -54,11 +53,7 @@ def parse(words: Sequence[str]) -> None:
 
 
 def _parse_masksam(arguments: list[str]) -> None:
-    if arguments[:1] == ["predict"] and not {"-h", "--help"} & set(arguments):
-        rest, taken = take_options(arguments[1:])
-        instead = ["-d", "1", "-c", "x", "-tr", "x"] if taken.model else []
-        _parse_nnunet("nnUNetv2_predict", [*instead, *rest])
-    elif arguments[:1] == ["train"]:
+    if arguments[:1] == ["train"]:
         _parse_nnunet("nnUNetv2_train", arguments[1:])
     else:
         _parse_click(typer.main.get_command(cli.app), "masksam", arguments)
