@@ -11,10 +11,11 @@ from masksam_nnunet.inference.explain.inside import look_inside
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
 from masksam_nnunet.inference.report.case_choice import choose_cases
-from masksam_nnunet.inference.report.figures import CaseImages, draw_case, draw_curves, draw_inside
-from masksam_nnunet.inference.report.page import Picture
-from masksam_nnunet.inference.report.panels import colour_of
+from masksam_nnunet.inference.report.figures import CaseImages, colour_of, draw_case, draw_inside
+from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.plans.raw_data import RawDataset
+
+from .plots import draw_curves
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def draw_pictures(
     chosen = choose_cases(ranking)
     cases = []
     for case, place in chosen.items():
-        images = _read_case(dataset, folds, preprocessed, case)
+        images = _read_case(dataset, folds, preprocessed, case, masksam)
         caption = f"{place} by the mean Dice of {masksam} ({_dice(ranking[case])}). All columns share one grey window."
         cases.append(Picture(case, caption, draw_case(images, classes)))
     inside = []
@@ -69,13 +70,15 @@ def draw_pictures(
     return Pictures(colour_of(classes), curves, cases, inside)
 
 
-def _read_case(dataset: RawDataset, folds: Mapping[str, Path], preprocessed: Path, case: str) -> CaseImages:
+def _read_case(
+    dataset: RawDataset, folds: Mapping[str, Path], preprocessed: Path, case: str, masksam: str
+) -> CaseImages:
     image, _ = read_volume(dataset.images[case], dataset.dataset_json)
     truth = read_label_map(preprocessed / "gt_segmentations", case, dataset.dataset_json)
     predictions = {
         name: read_label_map(fold / "validation", case, dataset.dataset_json).labels for name, fold in folds.items()
     }
-    return CaseImages(case, image[0], truth.spacing, truth.labels, predictions)
+    return CaseImages(image[0], truth.spacing, truth.labels, predictions, masksam)
 
 
 def _dice(value: float) -> str:

@@ -15,8 +15,19 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..label_maps import Classes
-from ..report.drawing import png, wrapped
-from ..report.panels import NOTE, box, colour_of, fill, grid, hatch, overlay, style_of, surroundings
+from ..report.figures import (
+    NOTE,
+    box,
+    colour_of,
+    fill,
+    grid,
+    hatch,
+    overlay,
+    png,
+    style_of,
+    surroundings,
+    wrapped,
+)
 from .facts import QueryFacts, SliceFacts
 from .volume import picture_edges
 from .windows import SliceQueries

@@ -7,7 +7,6 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,8 @@ from numpy.typing import NDArray
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 
 from ..label_maps import Classes
+from ..report.figures import InsideView
 from .prompts import read_prompts
-
-
-@dataclass(frozen=True)
-class InsideView:
-    """One patch, and what each of the N queries of each of its D slices makes of it.
-
-    Attributes:
-        case: whose patch this is.
-        image: (D, H, W) float32, the first channel as the network sees it.
-        truth: (D, H, W) label values; negative outside the region nnU-Net kept.
-        aspect: height of a pixel over its width.
-        classes: (D, N) index into the network's output channels: the best class that is not "no object".
-        confidence: (D, N) probability of that class.
-        kept: (D, N) whether that class is likelier than "no object".
-        boxes: (D, N, 4) auxiliary boxes x0 y0 x1 y1 in pixels of the patch.
-        masks: (D, N, H, W) auxiliary masks as probabilities.
-    """
-
-    case: str
-    image: NDArray[np.float32]
-    truth: NDArray[np.int16]
-    aspect: float
-    classes: NDArray[np.int64]
-    confidence: NDArray[np.float32]
-    kept: NDArray[np.bool_]
-    boxes: NDArray[np.float32]
-    masks: NDArray[np.float32]
 
 
 def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: Classes) -> InsideView:

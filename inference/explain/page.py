@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report.page import Picture, environment, number
-from ..report.plain_types import plain
+from ..report.html import Picture, environment, number, plain
 from .facts import LEAST_SHARE, SliceFacts
 
 _AXES = {"i": "first", "j": "second", "k": "third"}

@@ -17,9 +17,8 @@ from masksam_nnunet.files import write_json
 
 from ..label_maps import Classes, class_mask
 from ..models import previous_stage
-from ..report.drawing import CLASS_COLOURS
-from ..report.page import Picture
-from ..report.panels import colour_of, style_of
+from ..report.figures import CLASS_COLOURS, colour_of, style_of
+from ..report.html import Picture
 from ..versions import versions
 from .case import CaseFiles, find_case, fold_of
 from .facts import LEAST_SHARE, SliceFacts, slice_facts

@@ -27,11 +27,12 @@ from masksam_nnunet.benchmarks.demo_report import (
     to_json,
     write_report,
 )
+from masksam_nnunet.benchmarks.plots import draw_curves
 from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.explain.inside import InsideView, cut, patch_window, read_parts
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.report.figures import CaseImages, choose_slices, draw_case, draw_curves, draw_inside
+from masksam_nnunet.inference.report.figures import CaseImages, choose_slices, draw_case, draw_inside
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 
 NAMES = ("<b>liver & co</b>", "vessel")
@@ -228,20 +229,20 @@ def made_up_case() -> CaseImages:
     worse = np.roll(truth, 4, axis=2)
     worse[4] = 0
     image = np.random.default_rng(0).normal(size=truth.shape).astype(np.float32) + truth
-    return CaseImages("x", image, (3.0, 1.0, 1.0), truth, {"nnU-Net": truth, "MaskSAM": worse})
+    return CaseImages(image, (3.0, 1.0, 1.0), truth, {"nnU-Net": truth, "MaskSAM": worse}, "MaskSAM")
 
 
 def test_slices_show_the_structures_and_the_errors() -> None:
     images = made_up_case()
     assert choose_slices(images, CLASSES) == [(2, "most labelled voxels"), (4, "most errors of MaskSAM")]
-    perfect = CaseImages("x", images.image, images.spacing, images.truth, {"MaskSAM": images.truth})
+    perfect = CaseImages(images.image, images.spacing, images.truth, {"MaskSAM": images.truth}, "MaskSAM")
     assert [index for index, _ in choose_slices(perfect, CLASSES)] == [2]
 
 
 def test_pictures_are_drawn() -> None:
     history = History((10.0, 20.0), (1.0, 0.5), (0.9, math.nan), (0.2, 0.6))
     nothing = np.zeros((1, 8, 8), dtype=int)
-    empty = CaseImages("x", nothing.astype(np.float32), (1.0, 1.0, 1.0), nothing, {"MaskSAM": nothing})
+    empty = CaseImages(nothing.astype(np.float32), (1.0, 1.0, 1.0), nothing, {"MaskSAM": nothing}, "MaskSAM")
     for png in (
         draw_curves({"nnU-Net": history, "MaskSAM": history}),
         draw_case(made_up_case(), CLASSES),
