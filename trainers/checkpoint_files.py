@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path

@@ -37,7 +37,6 @@ def training_stats(trainer: nnUNetTrainer, peak_mib: float) -> dict[str, Any]:
     }
 
 
-
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the number of CPU cores that this process may use."""
     if device.type == "cuda":

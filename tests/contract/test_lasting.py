@@ -223,11 +223,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(undisturbed: d
     assert_same(load_checkpoint(folder / FINAL)["network_weights"], undisturbed["network_weights"])
     (folder / FINAL).write_bytes(b"")
     validated = Short(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
-    with pytest.raises(TrainingError, match="checkpoint_final.pth"):
+    with pytest.raises(TrainingError, match="checkpoint_final"):
         maybe_load_checkpoint(validated, False, True)
     assert "checkpoint_final.pth is damaged" in log(trainer(go_on=True)), "the best one is whole"
     (folder / BEST).write_bytes(b"")
-    with pytest.raises(TrainingError, match="checkpoint_best.pth"):
+    with pytest.raises(TrainingError, match="checkpoint_best"):
         trainer(go_on=True)
 
 
