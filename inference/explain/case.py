@@ -25,9 +25,10 @@ from torch import Tensor
 
 from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.plans.image_reading import Grid
 
 from ..cases import Case, channel_names, preprocess_case
-from ..label_maps import Classes, Grid, check_values, read_label_map
+from ..label_maps import Classes, check_values, read_label_map
 from ..predictor import MaskSAMPredictor
 from .output import affine_of
 

@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from masksam_nnunet.config import MaskSAMConfig
-from masksam_nnunet.errors import ModelError, UsageError
+from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import write_json
 from masksam_nnunet.plans.architecture import read_config
 
@@ -47,7 +47,7 @@ def explain(
     previous: Path | None = None,
     slices: Sequence[str] = (),
     out: Path | None = None,
-    device: torch.device,
+    device: str | None = None,
     mirroring: bool = True,
 ) -> Path:
     """Predict a case, look at slices of it, and write the output folder; returns the page's path.
@@ -63,7 +63,7 @@ def explain(
         previous: for a cascade, the folder with the predictions of the stage before.
         slices: numbers in the image, or "auto", which is the default.
         out: the output folder; ``explain_CASE`` if not given.
-        device: where the network runs.
+        device: PyTorch's name of it; CUDA if there is one, else the CPU, if not given.
         mirroring: whether to average mirrored predictions, as nnU-Net does by default.
 
     Raises:
@@ -74,6 +74,7 @@ def explain(
     """
     started = time.perf_counter()
     wanted = read_slices(slices)
+    torch_device = _device(device)
     (model,) = trained_models(dataset, [method], parse_folds(folds), checkpoint)
     config, classes = _config(model), Classes.from_dataset_json(model.dataset_json)
     model.check()
@@ -82,7 +83,7 @@ def explain(
     stage_before = _stage_before(model, found.case.name, previous)
     out = Path(f"explain_{found.case.name}") if out is None else out
     with fresh_folder(out) as folder:
-        predictor = load_predictor(model, device, mirroring)
+        predictor = load_predictor(model, torch_device, mirroring)
         prepared = prepare_case(predictor, found, classes, stage_before)
         _check_slices(wanted or (), prepared)
         measured = measure_uncertainty(predictor.logits_of_folds(prepared.data), config.regions)
@@ -148,6 +149,17 @@ def read_slices(words: Sequence[str]) -> list[int] | None:
     if wrong or len(numbers) > _MOST_SLICES:
         raise UsageError(f"--slices {' '.join(words)}: give at most {_MOST_SLICES} numbers from 0, or auto")
     return numbers
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(
+            f"--device {name}: cannot be used here ({in_short(error)}); use cpu, cuda or cuda:1"
+        ) from error
+    return device
 
 
 def _check_slices(wanted: Sequence[int], case: PreparedCase) -> None:
@@ -227,9 +239,7 @@ def _explain_slice(
     )
     table = query_table(queries, label, classes)
     drawn, caption = draw_queries(images, queries, table, classes)
-    shown = (
-        "the image as the network sees it, the label, " if label is not None else "the image as the network sees it, "
-    )
+    also = "the label, " if label is not None else ""
     overview = draw_overview(images, queries, classes)
     stem = f"slice_{source:0{len(str(case.source_slices - 1))}d}"
     (folder / f"{stem}_overview.png").write_bytes(overview)

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.inference.fold_weights import network_tensors
-from masksam_nnunet.inference.predictor import MaskSAMPredictor
+from masksam_nnunet.inference.predictor import MaskSAMPredictor, network_tensors
 from masksam_nnunet.modeling.backbones.registry import SPECS
 from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.plans.architecture import write_config
