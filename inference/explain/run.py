@@ -238,9 +238,9 @@ def _explain_slice(
         directions=case.directions and case.directions[1:],
     )
     table = query_table(queries, label, classes)
-    drawn, caption = draw_queries(images, queries, table, classes)
     also = "the label, " if label is not None else ""
     overview = draw_overview(images, queries, classes)
+    drawn, caption = draw_queries(images, queries, table, classes)
     stem = f"slice_{source:0{len(str(case.source_slices - 1))}d}"
     (folder / f"{stem}_overview.png").write_bytes(overview)
     (folder / f"{stem}_queries.png").write_bytes(drawn)
