@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from masksam_nnunet.inference.report.drawing import literal, png, spread, tidy, wrapped
+from masksam_nnunet.inference.report.figures import literal, png, wrapped
 
 from .case_values import case_values
 from .metric_styles import STYLES
+from .plots import spread, tidy
 from .results import Metric, Row
 from .row_colours import Look, looks
 

@@ -11,7 +11,7 @@ from typing import Any
 from masksam_nnunet.inference.label_maps import Classes, LabelMapError, read_label_map, read_volume
 from masksam_nnunet.inference.report.case_choice import choose_cases
 from masksam_nnunet.inference.report.figures import CaseImages, draw_case
-from masksam_nnunet.inference.report.page import Picture
+from masksam_nnunet.inference.report.html import Picture
 
 from .case_values import case_value, case_values
 from .lookup import focus
@@ -79,7 +79,7 @@ def _read(results: BenchmarkResults, case: str, judged: str, notes: Mapping[str,
     for name, labels in {"truth": truth.labels, **predictions}.items():
         if labels.shape != image[0].shape:
             raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")
-    return CaseImages(case, image[0], truth.spacing, truth.labels, predictions, judged, notes)
+    return CaseImages(image[0], truth.spacing, truth.labels, predictions, judged, notes)
 
 
 def _first_channel(images: Path, case: str, dataset_json: Mapping[str, Any]) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from masksam_nnunet.inference.report.page import number
+from masksam_nnunet.inference.report.html import number
 
 from .results import BenchmarkResults, FoldCompute
 

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.report.drawing import png, spread, tidy, wrapped
+from masksam_nnunet.inference.report.figures import png, wrapped
 
+from .plots import spread, tidy
 from .results import Row
 from .row_colours import looks
 

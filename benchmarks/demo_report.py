@@ -10,9 +10,16 @@ from typing import Any
 
 from masksam_nnunet.files import write_json, write_text_atomically
 from masksam_nnunet.inference.history import TrainingStats
-from masksam_nnunet.inference.report.page import Cell, Picture, environment, number
-from masksam_nnunet.inference.report.plain_types import plain
+from masksam_nnunet.inference.report.html import Picture, environment, number, plain
 from masksam_nnunet.inference.scoring import Scores
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table as text, and whether it is the row's best."""
+
+    text: str
+    best: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from masksam_nnunet.inference.report.drawing import METHOD_COLOURS, png, tidy
+from masksam_nnunet.inference.report.figures import png
 
 from .case_values import case_differences
 from .lookup import Lookup
 from .metric_styles import STYLES
+from .plots import METHOD_COLOURS, tidy
 from .results import Metric, Row
 
 BETTER, WORSE, EQUAL = METHOD_COLOURS[1], METHOD_COLOURS[2], METHOD_COLOURS[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from masksam_nnunet.inference.report.page import UNDEFINED
+from masksam_nnunet.inference.report.html import UNDEFINED
 
 from .lookup import Lookup
 from .metric_styles import STYLES

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from masksam_nnunet.inference.report.page import UNDEFINED, number
+from masksam_nnunet.inference.report.html import UNDEFINED, number
 
 from .results import Interval, Metric
 from .statistics import LARGER_IS_BETTER

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from masksam_nnunet.inference.report.page import Picture
+from masksam_nnunet.inference.report.html import Picture
 
 from .box_plots import draw_class_boxes, draw_metric_boxes
 from .case_pictures import CasePicture, draw_cases

@@ -7,8 +7,8 @@ from pathlib import Path
 from masksam_nnunet.errors import BenchmarkError
 from masksam_nnunet.files import write_json, write_text_atomically
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.report.page import environment
-from masksam_nnunet.inference.report.panels import colour_of, style_of
+from masksam_nnunet.inference.report.figures import colour_of, style_of
+from masksam_nnunet.inference.report.html import environment
 
 from .compute_table import HEADS, all_hours, compute_groups
 from .lookup import Lookup

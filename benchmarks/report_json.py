@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from masksam_nnunet.inference.report.plain_types import plain
+from masksam_nnunet.inference.report.html import plain
 
 from .results import BenchmarkResults
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from masksam_nnunet.inference.report.drawing import LINE_STYLES, METHOD_COLOURS
+from masksam_nnunet.inference.report.figures import LINE_STYLES
 
+from .plots import METHOD_COLOURS
 from .results import Method, Row
 
 

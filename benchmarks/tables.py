@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from masksam_nnunet.inference.report.page import UNDEFINED, number, p_value
+from masksam_nnunet.inference.report.html import UNDEFINED, number
 from masksam_nnunet.inference.scoring import nanmean
 
 from .case_values import case_values
@@ -148,6 +148,13 @@ def _line(comparison: Comparison) -> ComparisonLine:
         comparison.better or "",
         letters[comparison.better],
     )
+
+
+def p_value(p: float) -> str:
+    """A p-value as papers print it."""
+    if math.isnan(p):
+        return UNDEFINED
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _test_set_line(score: TestSetScore, classes: Sequence[str]) -> list[str]:

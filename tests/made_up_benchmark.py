@@ -16,7 +16,7 @@ from masksam_nnunet.benchmarks.demo_report import MethodResult, Report
 from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row, TestSetScore
 from masksam_nnunet.benchmarks.statistics import aggregates, comparisons, policies
 from masksam_nnunet.inference.history import History, TrainingStats
-from masksam_nnunet.inference.report.page import Picture
+from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, Scores, aggregate
 from masksam_nnunet.inference.scoring import policies as score_policies
 

@@ -1,67 +1,163 @@
-"""Pictures of cases and of the demo's trainings, as PNG files in memory."""
+"""Pictures of images, masks and boxes as PNG files in memory, without pyplot's global state."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..explain.inside import InsideView
-from ..history import History
 from ..label_maps import Classes, class_mask
-from .drawing import METHOD_COLOURS, literal, png, tidy, wrapped
-from .panels import NOTE, box, colour_of, fill, grid, overlay, surroundings
+from .html import pieces
 
+CLASS_COLOURS = ("#e69f00", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2")
+"""The palette of Okabe and Ito without black, which is lost on dark images."""
+LINE_STYLES = ("solid", "dashed", "dotted")
+"""They tell classes or methods apart where colours repeat."""
+NOTE: dict[str, Any] = {
+    "color": "white",
+    "fontsize": 8,
+    "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.6, "linewidth": 0},
+}
+"""Style of text on an image."""
+_DPI = 144
+_MARGIN = 12  # pixels around the structures in a cropped view
 _PANELS_IN_LINE = 5
+
+
+# ---- parts of a figure -----------------------------------------------------------------------------------------------
+
+
+def png(figure: Figure) -> bytes:
+    """Save a figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=_DPI)
+    return stream.getvalue()
+
+
+def literal(text: str) -> str:
+    """Escape dollars, which matplotlib takes for mathematics."""
+    return text.replace("$", r"\$")
+
+
+def wrapped(name: str, width: int, lines: int = 3) -> str:
+    """Break a name at spaces and underscores into lines of about ``width`` and cut off the rest."""
+    rows = [""]
+    for piece in pieces(name, width):
+        if rows[-1] and len(rows[-1]) + len(piece.rstrip()) > width:
+            rows.append("")
+        rows[-1] += piece
+    if len(rows) > lines:
+        rows = [*rows[: lines - 1], rows[lines - 1][: width - 1] + "…"]
+    return literal("\n".join(row.strip() for row in rows))
+
+
+def colour_of(classes: Classes) -> dict[str, str]:
+    """The colour of each class in every picture."""
+    return {name: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, name in enumerate(classes.foreground)}
+
+
+def style_of(classes: Classes) -> dict[str, str]:
+    """The line style of each class's contour, which differs where the colours repeat."""
+    return {name: LINE_STYLES[i // len(CLASS_COLOURS) % len(LINE_STYLES)] for i, name in enumerate(classes.foreground)}
+
+
+def grid(rows: int, columns: int, shape: Sequence[int], aspect: float) -> tuple[Figure, NDArray[Any]]:
+    """Make panels without ticks for images (H, W) whose pixels are ``aspect`` times as high as wide."""
+    width = 10.5 / max(columns, 4)
+    height = min(max(width * shape[0] * aspect / shape[1], 0.6), 5.0)
+    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.35), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure, axes
+
+
+def surroundings(found: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Rows and columns around everything found in a plane (H, W), with a margin; the whole plane if it is empty."""
+    if not found.any():
+        return slice(0, found.shape[0]), slice(0, found.shape[1])
+    window = []
+    for axis, size in enumerate(found.shape):
+        places = np.flatnonzero(found.any(axis=1 - axis))
+        window.append(slice(max(int(places[0]) - _MARGIN, 0), min(int(places[-1]) + _MARGIN + 1, size)))
+    return window[0], window[1]
+
+
+def overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> None:
+    """Draw all classes of a label map (H, W)."""
+    styles = style_of(classes)
+    for name, colour in colour_of(classes).items():
+        fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour, styles[name])
+
+
+def fill(ax: Axes, mask: NDArray[Any], colour: str, style: str = "solid", tint: float = 0.25) -> None:
+    """Draw a tinted area with its contour where ``mask`` (H, W) exceeds one half."""
+    if not (mask > 0.5).any():
+        return
+    x, y, framed = _framed(mask)
+    if tint:
+        ax.contourf(x, y, framed, levels=[0.5, np.inf], colors=[colour], alpha=tint)
+    ax.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=1.3, linestyles=style)
+
+
+def hatch(ax: Axes, mask: NDArray[np.bool_], colour: str) -> None:
+    """Draw a hatched area where ``mask`` (H, W) holds."""
+    if mask.any():
+        x, y, framed = _framed(mask.astype(float))
+        drawn = ax.contourf(x, y, framed, levels=[0.5, np.inf], colors="none", hatches=["///"])
+        drawn.set_edgecolor(colour)
+        drawn.set_linewidth(0)
+
+
+def box(ax: Axes, edges: NDArray[np.floating[Any]], colour: str, text: str = "", style: str = "solid") -> None:
+    """Draw a box (x0, y0, x1, y1) in pixels with a text above it."""
+    x0, y0, x1, y1 = (float(v) - 0.5 for v in edges)  # matplotlib's pixels are centred on whole numbers
+    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4, linestyle=style))
+    if text:
+        ax.text(x0, y0, text, **NOTE | {"color": colour, "fontsize": 6}, va="bottom", ha="left", clip_on=True)
+
+
+def _framed(mask: NDArray[Any]) -> tuple[NDArray[np.int_], NDArray[np.int_], NDArray[Any]]:
+    """Columns, rows and values of ``mask`` with an edge of zeros, so that contours close at the picture's border."""
+    framed = np.pad(mask, 1)
+    return np.arange(framed.shape[1]) - 1, np.arange(framed.shape[0]) - 1, framed
+
+
+# ---- a case with its predictions -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CaseImages:
-    """One case as it was read, all arrays (D, H, W).
+    """One case as it was read; all arrays are (D, H, W).
 
     Attributes:
-        case: its name.
         image: the first channel.
         spacing: millimetres along (D, H, W).
         truth: label values.
         predictions: label values by method.
-        judged: the method whose errors choose a slice; by default the last.
-        notes: what to write above a method's column besides its name.
+        judged: the method whose errors choose a slice.
+        notes: what to write below a method's name.
     """
 
-    case: str
     image: NDArray[np.float32]
     spacing: tuple[float, float, float]
     truth: NDArray[np.integer[Any]]
     predictions: Mapping[str, NDArray[np.integer[Any]]]
-    judged: str | None = None
+    judged: str
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-def draw_curves(histories: Mapping[str, History]) -> bytes:
-    """Pseudo Dice of all methods over training time, and each method's losses in a panel of its own."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 1 + len(histories), squeeze=False)[0]
-    for (name, history), colour in zip(histories.items(), METHOD_COLOURS, strict=False):
-        axes[0].plot(history.seconds, history.pseudo_dice, "o-", color=colour, label=literal(name), ms=3, lw=1.5)
-    axes[0].set(title="Dice on validation patches", xlabel="seconds", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    for ax, (name, history), colour in zip(axes[1:], histories.items(), METHOD_COLOURS, strict=False):
-        ax.plot(history.seconds, history.train_loss, "o-", color=colour, label="training", ms=3, lw=1.5)
-        ax.plot(history.seconds, history.val_loss, "s--", color=colour, alpha=0.6, label="validation", ms=3, lw=1.2)
-        ax.set(title=literal(f"Losses of {name}"), xlabel="seconds")
-        ax.legend(frameon=False, fontsize=8)
-    tidy(axes)
-    return png(figure)
-
-
 def draw_case(images: CaseImages, classes: Classes) -> bytes:
-    """Two slices of a case: the image alone, with the truth, and with each method's prediction."""
+    """Draw one or two slices of a case: the image alone, with the truth, and with each method's prediction."""
     slices = choose_slices(images, classes)
     maps = [images.truth, *images.predictions.values()]
     view = surroundings(np.any([(labels > 0).any(axis=0) for labels in maps], axis=0))
@@ -85,31 +181,75 @@ def draw_case(images: CaseImages, classes: Classes) -> bytes:
     return png(figure)
 
 
+def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]:
+    """The slice with most labelled voxels, and another one where the judged method errs most, each with its reason."""
+    foreground = classes.foreground.values()
+    truth, judged = images.truth, images.predictions[images.judged]
+    size = np.sum([class_mask(truth, values).sum((1, 2)) for values in foreground], axis=0)
+    wrong = np.sum([(class_mask(judged, v) ^ class_mask(truth, v)).sum((1, 2)) for v in foreground], axis=0)
+    largest = int(np.argmax(size))
+    wrong[largest] = 0
+    chosen = [(largest, "most labelled voxels")]
+    if wrong.any():
+        chosen.append((int(np.argmax(wrong)), f"most errors of {images.judged}"))
+    return chosen
+
+
+# ---- how MaskSAM prompts itself --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InsideView:
+    """One patch, and the prompts that each of the N queries of each of its D slices makes.
+
+    Attributes:
+        case: the patch's case.
+        image: (D, H, W) float32, the first channel as the network sees it.
+        truth: (D, H, W) label values; negative outside the region nnU-Net kept.
+        aspect: height of a pixel over its width.
+        classes: (D, N) index into the network's output channels: the best class that is not "no object".
+        confidence: (D, N) probability of that class.
+        kept: (D, N) whether that class is likelier than "no object".
+        boxes: (D, N, 4) auxiliary boxes x0 y0 x1 y1 in pixels of the patch.
+        masks: (D, N, H, W) auxiliary masks as probabilities.
+    """
+
+    case: str
+    image: NDArray[np.float32]
+    truth: NDArray[np.int16]
+    aspect: float
+    classes: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    kept: NDArray[np.bool_]
+    boxes: NDArray[np.float32]
+    masks: NDArray[np.float32]
+
+
 def draw_inside(view: InsideView, classes: Classes) -> bytes:
-    """Three slices of a patch: truth, auxiliary boxes and auxiliary masks of the queries that found a class.
+    """Draw up to three slices of a patch: truth, auxiliary boxes and auxiliary masks.
 
     Queries that chose background or "no object" are left out.
     """
-    colours = colour_of(classes)
-    heads = classes.heads
+    colours, heads = colour_of(classes), np.array(classes.heads)
     low, high = np.percentile(view.image, (0.5, 99.8))
-    rows = _slices_with_objects(view, heads)
-    figure, axes = grid(len(rows), 3, view.image.shape[1:], view.aspect)
-    for row, index in enumerate(rows):
-        for ax in axes[row]:
+    shown = view.kept & (heads[view.classes] != "background")
+    slices = _spread_over(np.flatnonzero(shown.any(axis=1)), default=view.image.shape[0] // 2)
+    figure, axes = grid(len(slices), 3, view.image.shape[1:], view.aspect)
+    for row, index in zip(axes, slices, strict=True):
+        for ax in row:
             ax.imshow(view.image[index], cmap="gray", vmin=low, vmax=high, aspect=view.aspect)
-        overlay(axes[row, 0], view.truth[index], classes)
-        queries = [q for q in np.flatnonzero(view.kept[index]) if heads[view.classes[index, q]] in colours]
+        overlay(row[0], view.truth[index], classes)
+        queries = np.flatnonzero(shown[index])
         for query in queries:
-            name = heads[view.classes[index, query]]
+            name = str(heads[view.classes[index, query]])
             label = f"{literal(name)} {view.confidence[index, query]:.2f}"
-            box(axes[row, 1], view.boxes[index, query], colours[name], label)
-            fill(axes[row, 2], view.masks[index, query], colours[name])
-        if not queries:
-            for ax in axes[row, 1:]:
+            box(row[1], view.boxes[index, query], colours[name], label)
+            fill(row[2], view.masks[index, query], colours[name])
+        if not len(queries):
+            for ax in row[1:]:
                 ax.text(0.5, 0.04, "no query found a class", transform=ax.transAxes, **NOTE, ha="center")
-        axes[row, 0].set_ylabel(f"slice {index} of the patch", fontsize=8)
-        for ax in axes[row]:  # boxes may leave the patch: the picture must not grow with them
+        row[0].set_ylabel(f"slice {index} of the patch", fontsize=8)
+        for ax in row:  # boxes may leave the patch; the picture must not grow with them
             ax.set_xlim(-0.5, view.image.shape[2] - 0.5)
             ax.set_ylim(view.image.shape[1] - 0.5, -0.5)
     for ax, title in zip(axes[0], ("truth", "auxiliary boxes", "auxiliary masks"), strict=True):
@@ -117,28 +257,8 @@ def draw_inside(view: InsideView, classes: Classes) -> bytes:
     return png(figure)
 
 
-def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]:
-    """The slice with most labelled voxels, and the one where the judged method errs most; one if they are the same."""
-    foreground = [class_mask(images.truth, values) for values in classes.foreground.values()]
-    size = np.sum([mask.sum(axis=(1, 2)) for mask in foreground], axis=0)
-    judged = images.judged or list(images.predictions)[-1]
-    labels = images.predictions[judged]
-    wrong = np.sum(
-        [(class_mask(labels, v) ^ class_mask(images.truth, v)).sum((1, 2)) for v in classes.foreground.values()], 0
-    )
-    largest = int(np.argmax(size))
-    wrong[largest] = 0
-    chosen = [(largest, "most labelled voxels")]
-    if wrong.any():
-        chosen.append((int(np.argmax(wrong)), f"most errors of {judged}"))
-    return chosen
-
-
-def _slices_with_objects(view: InsideView, heads: Sequence[str], count: int = 3) -> list[int]:
-    """Slices spread over those where a query found a class other than background; else the middle one."""
-    found = view.kept & (np.array(heads)[view.classes] != "background")
-    candidates = np.flatnonzero(found.any(axis=1))
-    if not len(candidates):
-        return [view.image.shape[0] // 2]
-    places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1]
-    return sorted({int(candidates[round(place)]) for place in places})
+def _spread_over(slices: NDArray[np.intp], default: int, count: int = 3) -> list[int]:
+    if not len(slices):
+        return [default]
+    places = np.linspace(0, len(slices) - 1, count + 2)[1:-1]
+    return sorted({int(slices[round(place)]) for place in places})

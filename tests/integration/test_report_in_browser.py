@@ -16,10 +16,10 @@ from made_up_benchmark import STATS, made_up_demo, made_up_results
 from PIL import Image
 
 from masksam_nnunet.benchmarks.demo_report import MethodResult, Report, write_report
+from masksam_nnunet.benchmarks.plots import draw_curves
 from masksam_nnunet.benchmarks.report import write_benchmark_report
 from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.report.figures import draw_curves
-from masksam_nnunet.inference.report.page import Picture
+from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 
 pytestmark = pytest.mark.integration

@@ -23,11 +23,10 @@ from masksam_nnunet.benchmarks.metric_styles import STYLES
 from masksam_nnunet.benchmarks.report import write_benchmark_report
 from masksam_nnunet.benchmarks.report_json import to_json
 from masksam_nnunet.benchmarks.results import BenchmarkResults, Comparison, Finding, Interval
-from masksam_nnunet.benchmarks.tables import overall
+from masksam_nnunet.benchmarks.tables import overall, p_value
 from masksam_nnunet.errors import BenchmarkError
-from masksam_nnunet.inference.report.drawing import wrapped
-from masksam_nnunet.inference.report.page import breakable, number, p_value
-from masksam_nnunet.inference.report.text_pieces import pieces
+from masksam_nnunet.inference.report.figures import wrapped
+from masksam_nnunet.inference.report.html import breakable, number, pieces
 
 CLASSES = ("left | right", "<b>liver</b> $x$", "nowhere *")
 
