@@ -11,7 +11,7 @@ import typer
 
 from masksam_nnunet.errors import MaskSAMError
 
-from .fail import fail
+from .common import fail
 
 Challenge = StrEnum("Challenge", ["acdc", "amos", "synapse", "msd"])
 _SHOWN = 160  # characters of a rule's value
