@@ -8,7 +8,7 @@ from pathlib import Path
 from masksam_nnunet.errors import PredictError
 from masksam_nnunet.inference.methods import Method
 
-from ..export.predict_model import PortablePredictModel
+from ..export.load import PortablePredictModel
 from ..models import TrainedModel, trained_models
 from .ensemble import parse_members
 from .postprocessing import Postprocessing, find_postprocessing, read_postprocessing

@@ -22,7 +22,7 @@ from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER, LEAN_CHECKPOINTS, RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import ExportError, WeightsError
-from masksam_nnunet.inference.export.nnunet_zip import CHECKPOINT, export_model
+from masksam_nnunet.inference.export.write import CHECKPOINT, export_model
 from masksam_nnunet.modeling.lean import is_lean
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
