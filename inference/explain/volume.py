@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from masksam_nnunet.errors import CaseError, ExplainError
+from masksam_nnunet.plans.image_reading import Grid
 
 from ..cases import Case, preprocess_case
-from ..label_maps import Classes, Grid, check_values, read_label_map
+from ..label_maps import Classes, check_values, read_label_map
 from ..predictor import MaskSAMPredictor
 from .case import CaseFiles
 from .overlays import affine_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from masksam_nnunet.errors import MaskSAMError, ModelError, in_short
 
-from ..networks import network_to_predict
+from ..models import network_to_predict
 from ..predictor import MaskSAMPredictor
 from .description import DATASET, PLANS, SHARED, Description, fold_file, read_description, read_foreign_json, verify
 from .foreign_plans import check_model

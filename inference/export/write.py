@@ -27,9 +27,8 @@ from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_j
 from masksam_nnunet.modeling.lean import is_lean
 from masksam_nnunet.plans.architecture import open_configuration
 
-from ..fold_weights import same_bits
-from ..model_folders import find_models
-from ..networks import network_to_predict
+from ..models import find_models, network_to_predict
+from ..predictor import same_bits
 from ..versions import versions
 from .description import (
     DATASET,
