@@ -24,6 +24,7 @@ from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import ModelError, UsageError
@@ -33,7 +34,6 @@ from masksam_nnunet.inference.export.install import import_model, unpack_model
 from masksam_nnunet.inference.export.load import load_portable, read_model
 from masksam_nnunet.inference.export.write import CHECKPOINT, write_portable
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
-from masksam_nnunet.modeling.backbones.registry import SPECS
 from masksam_nnunet.plans.architecture import NETWORK_CLASS
 
 FOLDS = ("0", "1")
@@ -101,7 +101,7 @@ def test_predictions_are_nnunets_bit_for_bit(
         folder = masksam_model(results)
     else:
         sam = install_small_sam(tmp_path / "cache", monkeypatch) if kind == "ViT, lean" else None
-        monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
+        monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
         folder = masksam_model(results, "vit_b", sam=sam)
     expected = logits(from_nnunet(folder))
     output = tmp_path / "portable"
