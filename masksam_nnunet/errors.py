@@ -39,20 +39,12 @@ class DemoError(DataError):
     """The demo cannot go on; the message names the option or step, what was found, and the remedy."""
 
 
-class ExportError(DataError):
-    """A model cannot be exported; the message names what is missing, where, and the remedy."""
-
-
 class PredictError(DataError):
     """Nothing can be predicted, or no more; the message names the option or file, what was found, and the remedy."""
 
 
 class CaseError(MaskSAMError):
     """One case cannot be predicted; the message names the file, what is wrong with it, and the remedy."""
-
-
-class PortableError(DataError):
-    """A portable model cannot be written, checked or loaded."""
 
 
 class BenchmarkError(MaskSAMError):

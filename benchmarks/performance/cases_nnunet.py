@@ -231,7 +231,7 @@ def _export(lean: bool) -> Builder:
 
         def step() -> object:
             if lean:
-                from masksam_nnunet.inference.export.nnunet_zip import export_model
+                from masksam_nnunet.inference.export.write import export_model
 
                 return export_model("Dataset999_Bench", output, "MaskSAMTrainer", BASE_PLANS, folds=("0",)), folder
             from nnunetv2.model_sharing.model_export import export_pretrained_model
