@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from made_up_benchmark import STATS, made_up_demo
 
-from masksam_nnunet.benchmarks.demo_pictures import choose_cases
+from masksam_nnunet.inference.report.case_choice import choose_cases
 from masksam_nnunet.benchmarks.demo_report import (
     MethodResult,
     Picture,
