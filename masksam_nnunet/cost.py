@@ -50,7 +50,6 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
 }
-_IN_PLACE = {torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 
 
 def _attention_flops(*tensors: Tensor) -> int:
@@ -87,7 +86,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        packet = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        packet = func._overloadpacket
         if packet in _ATTENTION:
             self.flops += _attention_flops(*args[: _ATTENTION[packet]])
         elif packet in flop_registry:

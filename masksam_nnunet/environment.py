@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import ConfigError
+from .errors import ConfigError
 
 EXT_TRAINER = "nnUNet_extTrainer"
 """nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""

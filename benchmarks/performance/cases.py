@@ -17,7 +17,7 @@ from masksam_nnunet.cost import Meter
 from masksam_nnunet.losses.criterion import MaskSAMCriterion, SemanticLoss
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
 from masksam_nnunet.modeling.attention import self_attention
-from masksam_nnunet.precision import autocast
+from masksam_nnunet.modeling.compute import autocast
 
 WITHOUT_SEMANTIC = LossConfig(semantic=0.0)
 STEP = (2, 256, 8)
@@ -84,9 +84,7 @@ def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
                     sparse, dense = plain_prompt_encoder(encoder, prompts)
                     masks, classes = plain_decoder(decoder, neck, pe, sparse, dense, prompts.class_tokens)
                 else:
-                    sparse, features = encoder(prompts)
-                    downscaling = encoder.sam.mask_downscaling
-                    masks, classes = decoder(neck, pe, sparse, features, downscaling, prompts.class_tokens)
+                    masks, classes = network.decode(neck, prompts)
             _mean_squares([masks, classes]).backward()
 
         return step

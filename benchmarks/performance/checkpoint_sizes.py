@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 
 PATCH, UPSAMPLE, QUERIES, CHANNELS, CLASSES = (4, 256, 256), 4, 8, 1, 4
 MEASURED = "vit_b"
@@ -29,7 +28,7 @@ def build(backbone: str, device: str) -> MaskSAM:
     """As after a training that read SAM's file."""
     with torch.device(device):
         network = MaskSAM(MaskSAMConfig(backbone, PATCH, UPSAMPLE, QUERIES), CHANNELS, CLASSES)
-    set_sam_sha256(network, "01" * 32)
+    network.set_sam_sha256("01" * 32)
     return network
 
 
@@ -40,7 +39,7 @@ def checkpoint(network: MaskSAM, lean: bool) -> dict[str, Any]:
     for p in trained:
         optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": empty(p), "exp_avg_sq": empty(p)}
     if lean:
-        with lean_state_dicts(network):
+        with network.lean_state_dicts():
             weights = network.state_dict()
     else:
         weights = network.state_dict()

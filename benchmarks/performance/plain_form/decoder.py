@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling.transformer import TwoWayAttentionBlock
+from segment_anything.modeling import PromptEncoder
 from torch import Tensor
 
-from masksam_nnunet.modeling.mask_decoder import AdaptedMaskDecoder, TwoWayAdapters
+from masksam_nnunet.modeling.mask_decoder import AdaptedMaskDecoder, AdaptedTwoWayBlock
 from masksam_nnunet.modeling.prompt_encoder import AdaptedPromptEncoder
 from masksam_nnunet.modeling.prompt_generator import Prompts
 
@@ -19,8 +19,8 @@ def plain_prompt_encoder(encoder: AdaptedPromptEncoder, prompts: Prompts) -> tup
         boxes, masks = boxes.detach().floor(), (masks.detach() > 0).to(masks.dtype)
     lead = masks.shape[:3]
     with torch.autocast(masks.device.type, enabled=False):
-        sparse, _ = encoder.sam(points=None, boxes=boxes.float().flatten(0, 2), masks=None)
-    _, dense = encoder.sam(points=None, boxes=None, masks=masks.flatten(0, 2)[:, None])
+        sparse, _ = PromptEncoder.forward(encoder, points=None, boxes=boxes.float().flatten(0, 2), masks=None)
+    _, dense = PromptEncoder.forward(encoder, points=None, boxes=None, masks=masks.flatten(0, 2)[:, None])
     return sparse.unflatten(0, lead), dense.unflatten(0, lead)
 
 
@@ -35,10 +35,10 @@ def plain_decoder(
         sparse, dense: of :func:`plain_prompt_encoder`.
         class_tokens: (B, N, D, P).
     """
-    sam, transformer = decoder.sam, decoder.sam.transformer
+    transformer = decoder.transformer
     b, n, d = sparse.shape[:3]
     h, w = image.shape[-2:]
-    output_tokens = torch.cat([sam.iou_token.weight, sam.mask_tokens.weight]).to(sparse.dtype)
+    output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).to(sparse.dtype)
     class_tokens = class_tokens + decoder.class_token.weight
     tokens = torch.cat([output_tokens.expand(b, n, d, -1, -1), sparse, class_tokens[..., None, :]], dim=-2)
     tokens = tokens.flatten(0, 1)  # (B N, D, T, P)
@@ -47,20 +47,19 @@ def plain_decoder(
     key_pe = torch.repeat_interleave(pe[None], b * n, dim=0).flatten(3).transpose(2, 3)
 
     queries = tokens
-    for layer, adapters in zip(transformer.layers, decoder.adapters, strict=True):
-        queries, keys = _two_way(layer, adapters, queries, keys, tokens, key_pe, (h, w))
+    for layer in transformer.layers:
+        queries, keys = _two_way(layer, queries, keys, tokens, key_pe, (h, w))
     out = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + key_pe, keys)
-    queries = transformer.norm_final_attn(queries + out + decoder.final_adapter(out))
+    queries = transformer.norm_final_attn(queries + out + transformer.final_adapter(out))
 
-    upscaled = sam.output_upscaling(keys.flatten(0, 1).transpose(1, 2).unflatten(2, (h, w)))
-    hyper = sam.output_hypernetworks_mlps[0](queries[:, :, 1]).flatten(0, 1)  # (B N D, P/8)
+    upscaled = decoder.output_upscaling(keys.flatten(0, 1).transpose(1, 2).unflatten(2, (h, w)))
+    hyper = decoder.output_hypernetworks_mlps[0](queries[:, :, 1]).flatten(0, 1)  # (B N D, P/8)
     masks = (hyper[:, None] @ upscaled.flatten(2))[:, 0].unflatten(1, upscaled.shape[2:])
     return masks.unflatten(0, (b, n, d)), decoder.classifier(queries[:, :, -1]).unflatten(0, (b, n))
 
 
 def _two_way(
-    layer: TwoWayAttentionBlock,
-    adapters: TwoWayAdapters,
+    layer: AdaptedTwoWayBlock,
     queries: Tensor,
     keys: Tensor,
     query_pe: Tensor,
@@ -69,13 +68,13 @@ def _two_way(
 ) -> tuple[Tensor, Tensor]:
     q = queries if layer.skip_first_layer_pe else queries + query_pe
     out = _attend(layer.self_attn, q, q, queries)
-    queries = out + adapters.self_attention(out) + (0 if layer.skip_first_layer_pe else queries)
+    queries = out + layer.self_adapter(out) + (0 if layer.skip_first_layer_pe else queries)
     queries = layer.norm1(queries)
     out = _attend(layer.cross_attn_token_to_image, queries + query_pe, keys + key_pe, keys)
-    queries = layer.norm2(queries + out + adapters.token_to_image(out))
-    queries = layer.norm3(queries + layer.mlp(queries) + 0.5 * adapters.mlp(queries))
+    queries = layer.norm2(queries + out + layer.token_adapter(out))
+    queries = layer.norm3(queries + layer.mlp(queries) + 0.5 * layer.mlp_adapter(queries))
     out = _attend(layer.cross_attn_image_to_token, keys + key_pe, queries + query_pe, queries)
-    along_grid = adapters.image_to_token(out.unflatten(2, grid)).flatten(2, 3)
+    along_grid = layer.image_adapter(out.unflatten(2, grid)).flatten(2, 3)
     return queries, layer.norm4(keys + out + along_grid)
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from segment_anything.modeling.image_encoder import Block, window_partition, window_unpartition
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from torch import Tensor
 
-from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder, BlockAdapters
+from masksam_nnunet.modeling.image_encoder import AdaptedBlock, AdaptedImageEncoder
 
 
 def plain_encoder(encoder: AdaptedImageEncoder, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """As ``encoder(images)``."""
     b, d = images.shape[:2]
-    x = encoder.sam.patch_embed(images.flatten(0, 1)) + encoder.sam.pos_embed  # (B D, g_h, g_w, E)
+    x = encoder.patch_embed(images.flatten(0, 1)) + encoder.pos_embed  # (B D, g_h, g_w, E)
     x = x.unflatten(0, (b, d)) + encoder.depth_embedding()[:, None, None]
     levels = []
-    for index, (block, adapters) in enumerate(zip(encoder.sam.blocks, encoder.adapters, strict=True)):
-        x = _block(block, adapters, x)
-        if index in encoder.taps:
+    for index, block in enumerate(encoder.blocks):
+        x = _block(block, x)
+        if index in encoder.global_blocks:
             levels.append(x)
-    neck = encoder.sam.neck(x.flatten(0, 1).permute(0, 3, 1, 2))
+    neck = encoder.neck(x.flatten(0, 1).permute(0, 3, 1, 2))
     return levels, neck.unflatten(0, (b, d))
 
 
-def _block(block: Block, adapters: BlockAdapters, x: Tensor) -> Tensor:
+def _block(block: AdaptedBlock, x: Tensor) -> Tensor:
     b, d, h, w, _ = x.shape
     y = block.norm1(x).flatten(0, 1)  # (B D, g_h, g_w, E)
     if block.window_size > 0:
@@ -31,6 +31,6 @@ def _block(block: Block, adapters: BlockAdapters, x: Tensor) -> Tensor:
     else:
         y = block.attn(y)
     y = y.unflatten(0, (b, d))
-    x = x + y + adapters.attention(y)
+    x = x + y + block.attention_adapter(y)
     y = block.norm2(x)
-    return x + block.mlp(y) + 0.5 * adapters.mlp(y)
+    return x + block.mlp(y) + 0.5 * block.mlp_adapter(y)

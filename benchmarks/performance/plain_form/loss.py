@@ -10,7 +10,7 @@ from torch import Tensor
 from masksam_nnunet.config import Grid, LossConfig
 from masksam_nnunet.losses.matching import generalised_iou
 from masksam_nnunet.modeling import MaskSAMOutput
-from masksam_nnunet.modeling.resize import to_patch
+from masksam_nnunet.modeling.geometry import to_patch
 
 
 class PlainCriterion:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
+from masksam_nnunet.modeling.geometry import to_patch
 from masksam_nnunet.modeling.mask_head import MaskHead
-from masksam_nnunet.modeling.resize import to_patch
 
 from .decoder import plain_decoder, plain_prompt_encoder
 from .encoder import plain_encoder
