@@ -14,7 +14,6 @@ import typer
 from documented import ROOT
 
 from masksam_nnunet.cli import app as cli
-from masksam_nnunet.cli.predict import take_options
 from masksam_nnunet.inference.docker import options as container
 
 OTHERS = ("pip", "python3", "git", "sbatch", "mkdir", ".")
@@ -36,8 +35,10 @@ def parse(words: Sequence[str]) -> None:
         Refused: the command is unknown, or it does not accept an argument.
     """
     name, *arguments = words
-    if name == "masksam":
-        _parse_masksam(arguments)
+    if words[:2] == ["masksam", "train"]:
+        _parse_nnunet("nnUNetv2_train", list(words[2:]))
+    elif name == "masksam":
+        _parse_click(typer.main.get_command(cli.app), name, arguments)
     elif name.startswith("nnUNetv2_"):
         _parse_nnunet(name, arguments)
     elif words[:3] == ["python", "-m", "masksam_nnunet.inference.docker"]:
@@ -51,17 +52,6 @@ def parse(words: Sequence[str]) -> None:
             raise Refused(f"no {file}")
     elif name not in OTHERS and not (name.startswith(".venv/bin/") and name.split("/")[-1] in ("pytest", "ruff")):
         raise Refused(f"unknown command {name}")
-
-
-def _parse_masksam(arguments: list[str]) -> None:
-    if arguments[:1] == ["predict"] and not {"-h", "--help"} & set(arguments):
-        rest, taken = take_options(arguments[1:])
-        instead = ["-d", "1", "-c", "x", "-tr", "x"] if taken.model else []
-        _parse_nnunet("nnUNetv2_predict", [*instead, *rest])
-    elif arguments[:1] == ["train"]:
-        _parse_nnunet("nnUNetv2_train", arguments[1:])
-    else:
-        _parse_click(typer.main.get_command(cli.app), "masksam", arguments)
 
 
 def _parse_click(command: Any, name: str, arguments: list[str]) -> None:

@@ -26,14 +26,11 @@ def locked() -> dict[str, list[str]]:
     return {block.split(" \\")[0]: re.findall(r"--hash=sha256:([0-9a-f]{64})", block) for block in blocks if block}
 
 
-def test_the_lock_is_exact_and_hashed() -> None:
+def test_the_lock_is_exact_and_hashed_and_names_no_machine() -> None:
     assert len(locked()) > 50
     for requirement, hashes in locked().items():
         assert re.match(r"[\w.-]+==[\w.+]+( ; .+)?$", requirement), requirement
         assert hashes, requirement
-
-
-def test_the_lock_names_no_machine() -> None:
     assert not re.search(r"://|file:|--index-url|--find-links|(?m:^#.*/(home|root|work|tmp)/)", LOCK)
 
 

@@ -62,8 +62,6 @@ def test_metadata(site: Path) -> None:
     metadata = (info / "METADATA").read_text().splitlines()
     for line in ("Name: masksam-nnunet", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"):
         assert line in metadata
-    for exact in ("nnunetv2==2.8.1", "segment-anything==1.0"):
-        assert any(line.startswith(f"Requires-Dist: {exact}") for line in metadata)
     assert "masksam = masksam_nnunet.cli.app:main" in (info / "entry_points.txt").read_text()
     assert (info / "licenses" / "LICENSE").is_file()
 
