@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import subdirs
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 from rich.table import Table
@@ -129,9 +129,8 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
         name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
     except (RuntimeError, AssertionError, ValueError) as error:
         if "More than one" in str(error):
-            raise DataError(
-                f"-d {dataset}: several datasets have this number; give the full name, or rename one. {error}"
-            ) from error
+            names = ", ".join(map(str, find_candidate_datasets(int(dataset))))
+            raise DataError(f"-d {dataset}: several datasets have this number: {names}; give the full name") from error
         name = dataset
     if not (raw / name).is_dir():
         present = [folder for folder in subdirs(str(raw), join=False) if folder.startswith("Dataset")]

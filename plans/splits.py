@@ -101,13 +101,13 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
         )
     if len(groups) == number:
         raise DataError(
-            f"--group '{regex}' finds a different patient in each of the {number} cases, such as {_some(list(groups))}; "
+            f"--group '{regex}' finds another patient in each of the {number} cases, such as {_some(list(groups))}; "
             "capture only the part that a patient's cases share"
         )
     if len(groups) == 1:
         raise DataError(
-            f"--group '{regex}' finds the same patient, {next(iter(groups))!r}, in all {number} cases; capture the part "
-            "that differs between patients"
+            f"--group '{regex}' finds one patient, {next(iter(groups))!r}, in all {number} cases; capture the part "
+            "that differs"
         )
     return groups
 
@@ -237,8 +237,8 @@ def split_dataset(
     same = _unordered(existing) == _unordered(splits)
     if existing is not None and not same and not force:
         raise DataError(
-            f"{path} holds another split, with which folds may be trained already; replace it with --force if all folds "
-            "will be trained with the new one"
+            f"{path} holds another split, with which folds may be trained already; replace it with --force if you "
+            "train all folds with the new one"
         )
     wanted = [] if same else [path]
     # nnU-Net's planner stops where the raw dataset's file differs.

@@ -21,7 +21,7 @@ from masksam_nnunet import download
 from masksam_nnunet.cli import data as cli_datasets
 from masksam_nnunet.errors import DataError, FetchError
 from masksam_nnunet.plans.datasets import hippocampus
-from masksam_nnunet.plans.datasets.hippocampus import get_hippocampus, unpack
+from masksam_nnunet.plans.datasets.msd import get_hippocampus, unpack
 
 FILE = "Task04_Hippocampus.tar"
 

@@ -14,7 +14,7 @@ from nnunetv2.dataset_conversion import Dataset027_ACDC
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.datasets import convert
 
 SOME = {"training": (1, 2, 3, 5, 90), "testing": (101, 150)}
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import data as cli_datasets
 from masksam_nnunet.errors import DataError
+from masksam_nnunet.plans.datasets import convert
 from masksam_nnunet.plans.datasets import convert as convert_module
-from masksam_nnunet.plans.datasets.convert import convert
 
 
 @pytest.fixture

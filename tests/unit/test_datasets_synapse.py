@@ -18,7 +18,7 @@ from challenge_replicas import (
 )
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.datasets import convert
 from masksam_nnunet.plans.datasets.synapse import ORGANS_8, ORGANS_13, TEST_12, TRAIN_18, remap_organs
 
 

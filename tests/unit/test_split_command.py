@@ -16,8 +16,14 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import data as cli_datasets
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.datasets.split_file import split_dataset
-from masksam_nnunet.plans.splits import group_by_patient, group_by_regex, patient_folds, patient_of, split_warning
+from masksam_nnunet.plans.splits import (
+    group_by_patient,
+    group_by_regex,
+    patient_folds,
+    patient_of,
+    split_dataset,
+    split_warning,
+)
 
 CASES = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 12) for frame in (1, 12)]
 GROUP = r"(patient\d+)_"
