@@ -1,9 +1,9 @@
-# make demo: the main job · make bench: docs/performance.md · make test: everything that CI checks · make PYTHON=python3.12 ...: another interpreter
+# make help lists the targets. Another interpreter: make PYTHON=python3.12 ...
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Two test files at a time, each on a core of its own: most of a test is one process that waits for another.
-# PASSIVE: threads of a test that wait leave the cores to the other; nnU-Net predicts with as many as there are cores.
+# Two test files at a time, each on one core: most tests are one process that waits for another. PASSIVE: threads that
+# wait leave the cores to the other file, because nnU-Net predicts with as many threads as there are cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/pytest -n 2 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -12,39 +12,41 @@ LOCK_ARGS ?=
 BIN := $(VENV)/bin
 UV ?= $(BIN)/uv
 ROOT := $(CURDIR)
-SITE := $(ROOT)/build/site
+INSTALLED := $(ROOT)/build/site
 
 # A foreign PYTHONPATH would shadow the locked packages.
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
-.PHONY: help venv dev demo bench test test-long lint lock clean distclean python-version
+.PHONY: help venv dev demo bench docs test test-long lint lock clean distclean python-version
 
 help:
-	@echo "make demo   train MaskSAM and nnU-Net for 3 minutes each, write demo_out/report.html"
-	@echo "make bench  measure what the fast paths gain, write docs/performance.md (half an hour on two cores)"
-	@echo "make test   lint, type check, import contracts, tests"
-	@echo "make test-long  the tests that take minutes each, outside make test"
-	@echo "make dev    virtual environment with the package in editable mode"
-	@echo "make lock   resolve requirements.lock anew (LOCK_ARGS=--upgrade for newer versions)"
-	@echo "make clean  build outputs and caches; make distclean: the virtual environment too"
+	@echo "make demo       train a tiny MaskSAM and nnU-Net for 3 minutes each, write demo_out/report.html"
+	@echo "make dev        create the virtual environment with the package in editable mode"
+	@echo "make test       run lint, type check, import contracts and the tests"
+	@echo "make test-long  run the tests that take minutes each and are not part of make test"
+	@echo "make lint       run ruff, mypy and import-linter only"
+	@echo "make docs       build the documentation site in site/"
+	@echo "make bench      measure time and memory, write docs/performance.md (half an hour on two cores)"
+	@echo "make lock       update requirements.lock for pyproject.toml (LOCK_ARGS=--upgrade for newer versions)"
+	@echo "make clean      delete build outputs and caches; make distclean deletes the virtual environment too"
 
-# The two files stand for 'the locked versions are installed' and 'the package is installed'.
+# The two files mark that the locked packages and this package are installed.
 venv: $(VENV)/.package
 
 python-version:
 ifneq ($(origin PYTHON),file)
 	@test ! -x $(BIN)/python || test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || \
-		{ echo "$(VENV) holds $$($(BIN)/python -V), asked for $$($(PYTHON) -V): run make distclean first, or add VENV=DIR" >&2; exit 1; }
+		{ echo "$(VENV) has $$($(BIN)/python -V), not $$($(PYTHON) -V): run make distclean first, or add VENV=DIR" >&2; exit 1; }
 endif
 
-# --no-deps: the lock is complete. Its hashes pick the same files whatever else pip is configured to look at.
+# --no-deps: the lock is complete. Its hashes select the same files however pip is configured.
 $(VENV)/.deps: requirements.lock | python-version
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name one: make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d, but 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@touch $@
 
-# Editable: a wheel's copy would be shadowed in part by the folders of the checkout.
+# Editable: the folders of the checkout would shadow parts of an installed copy.
 $(VENV)/.package: $(VENV)/.deps pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -58,17 +60,21 @@ demo: venv
 bench: venv
 	$(BIN)/python benchmarks/performance/bench.py $(BENCH_ARGS)
 
-# Types and imports are checked on an installed wheel: neither tool follows the mapped folders of the checkout.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html, or run: $(BIN)/mkdocs serve"
+
+# mypy and import-linter run on an installed wheel, because they do not follow the checkout's mapped folders.
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build
 	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-index --target $(SITE) build/wheel/*.whl
-	cd $(SITE) && MYPYPATH=$(SITE) $(abspath $(BIN))/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p masksam_nnunet
-	cd $(SITE) && $(abspath $(BIN))/lint-imports --config $(ROOT)/pyproject.toml --no-cache
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-index --target $(INSTALLED) build/wheel/*.whl
+	cd $(INSTALLED) && MYPYPATH=$(INSTALLED) $(abspath $(BIN))/mypy --config-file $(ROOT)/pyproject.toml --cache-dir $(ROOT)/.mypy_cache -p masksam_nnunet
+	cd $(INSTALLED) && $(abspath $(BIN))/lint-imports --config $(ROOT)/pyproject.toml --no-cache
 
-# pytest comes last: its closing lines are what is read.
+# pytest runs last, so that its summary is at the end of the output. tests/docs builds the site.
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
@@ -84,7 +90,7 @@ $(BIN)/uv: | $(VENV)/.deps
 	@test -x $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find masksam_nnunet plans trainers inference benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -79,7 +79,7 @@ class Witness(threading.Thread):
         trainer = self.trainer
         if trainer is None or trainer.network is None:
             return {}
-        from masksam_nnunet.trainers.time_budget import peak_memory_mb, peak_memory_of  # after nnU-Net's own imports
+        from masksam_nnunet.trainers.training_stats import peak_memory_mib  # after nnU-Net's own imports
 
         parameters = list(trainer.network.parameters())
         log = trainer.logger.get_checkpoint()
@@ -87,8 +87,8 @@ class Witness(threading.Thread):
         starts = list(log["epoch_start_timestamps"])[: len(ends)]
         return {
             "device": _device_name(trainer.device),
-            "peak_memory_mib": peak_memory_mb(trainer.device),
-            "peak_memory_of": peak_memory_of(trainer.device),
+            "peak_memory_mib": peak_memory_mib(trainer.device),
+            "peak_memory_of": "GPU allocations" if trainer.device.type == "cuda" else "process, resident",
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "epochs": len(ends),

@@ -12,35 +12,18 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
-from masksam_nnunet.plans.image_reading import Grid, ImageFileError, NotLabelsError, placement, read_labels
-from masksam_nnunet.plans.nifti_files import check_whole, stored_floats
+from masksam_nnunet.errors import DataError, MaskSAMError
+from masksam_nnunet.plans.image_reading import Grid, read_labels
 
-__all__ = [
-    "Classes",
-    "Grid",
-    "LabelMap",
-    "LabelMapError",
-    "check_same_geometry",
-    "check_values",
-    "check_whole",
-    "class_mask",
-    "read_label_map",
-    "read_volume",
-    "stored_floats",
-]
-
-
-class LabelMapError(ValueError):
-    """A label map is missing, damaged or not of this dataset, or does not lie on the same grid as another."""
+LabelMapError = DataError
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What is scored, and how nnU-Net names it.
+    """The classes that a dataset.json declares, in the order of nnU-Net's network outputs.
 
     Attributes:
-        foreground: label values of each class or region by name, in the order of nnU-Net's network outputs; without
-            background.
+        foreground: label values of each class or region by name, without background.
         has_regions: whether classes are regions, which may overlap.
         ignore_label: value of voxels that do not count, or None.
     """
@@ -59,18 +42,18 @@ class Classes:
             if name != "ignore"
         }
         foreground = {name: values for name, values in named.items() if set(values) != {0}}
-        if not manager.has_regions:  # nnU-Net orders labels by value, regions as they are written
+        if not manager.has_regions:  # nnU-Net sorts labels by value, and leaves regions as written
             foreground = dict(sorted(foreground.items(), key=lambda item: item[1]))
         return cls(foreground, manager.has_regions, manager.ignore_label)
 
     @property
     def heads(self) -> list[str]:
-        """Name of each channel of the network's output."""
+        """The name of each channel of the network's output."""
         return list(self.foreground) if self.has_regions else ["background", *self.foreground]
 
     @property
     def values(self) -> list[int]:
-        """All label values that may occur, background and the ignore label among them."""
+        """All label values that may occur, with background and the ignore label."""
         found = {0, *(value for values in self.foreground.values() for value in values)}
         return sorted(found | ({self.ignore_label} if self.ignore_label is not None else set()))
 
@@ -81,17 +64,16 @@ class LabelMap:
 
     Attributes:
         labels: (D, H, W) whole numbers.
-        spacing: millimetres along (D, H, W).
-        placement: what the reader tells of origin and direction, by name; empty for formats without.
+        grid: where its voxels lie.
     """
 
     labels: NDArray[np.integer[Any]]
-    spacing: tuple[float, float, float]
-    placement: Mapping[str, NDArray[np.float64]]
+    grid: Grid
 
     @property
-    def grid(self) -> Grid:
-        return Grid(self.labels.shape, self.spacing, self.placement)
+    def spacing(self) -> tuple[float, ...]:
+        """Millimetres along (D, H, W)."""
+        return self.grid.spacing
 
 
 def read_volume(files: Sequence[Path], dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -105,52 +87,41 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
     """Read ``CASE`` + file_ending from a folder.
 
     Raises:
-        LabelMapError: if the file is not there, cannot be read, or holds NaN or numbers that are not whole.
+        DataError: the file is missing, cannot be read, or holds NaN or numbers that are not whole.
     """
     path = Path(folder) / (case + dataset_json["file_ending"])
     if not path.is_file():
-        raise LabelMapError(f"case {case!r} has no label map: {path} does not exist")
+        raise DataError(f"case {case!r} has no label map: {path} does not exist")
     try:
         array, properties = read_labels(path, dataset_json)
-    except NotLabelsError as error:
-        raise LabelMapError(
-            f"case {case!r}: {error}; predict this case again, and give label maps, not probabilities"
-        ) from error
-    except ImageFileError as error:
-        raise LabelMapError(f"case {case!r}: {error}") from error
-    depth, height, width = (float(step) for step in properties["spacing"])
-    return LabelMap(np.rint(array[0]).astype(np.int32), (depth, height, width), placement(properties))
+    except (MaskSAMError, ValueError) as error:
+        raise DataError(f"case {case!r}: {error}") from error
+    return LabelMap(np.rint(array[0]).astype(np.int32), Grid.of(array, properties))
 
 
 def check_values(path: Path, case: str, label_map: LabelMap, classes: Classes) -> None:
     """Refuse label values that are not in dataset.json.
 
     Raises:
-        LabelMapError: naming the case, the file, the values and those allowed.
+        DataError: naming the case, the file, the values and those allowed.
     """
     known = np.isin(label_map.labels, classes.values)
     if not known.all():
         unknown = ", ".join(str(value) for value in np.unique(label_map.labels[~known])[:10])
         allowed = ", ".join(map(str, classes.values))
-        raise LabelMapError(
-            f"case {case!r}: {path} holds the label values {unknown}, but dataset.json has only {allowed}; use "
-            "predictions of a model of this dataset, or the dataset.json that belongs to them"
-        )
+        raise DataError(f"case {case!r}: {path} holds the label values {unknown}, but dataset.json has only {allowed}")
 
 
 def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> None:
     """Refuse to compare label maps of different grids.
 
     Raises:
-        LabelMapError: naming the case, what differs and both values.
+        DataError: naming the case, what differs and both values.
     """
     difference = truth.grid.difference(prediction.grid)
     if difference is not None:
         what, one, other = difference
-        raise LabelMapError(
-            f"case {case!r}: {what} of truth and prediction differ ({one} and {other}); "
-            "predict from the same image files the truth was drawn on"
-        )
+        raise DataError(f"case {case!r}: {what} of truth and prediction differ ({one} and {other})")
 
 
 def class_mask(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:

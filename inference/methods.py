@@ -1,4 +1,4 @@
-"""Which methods to compare: ``--trainers`` and ``--plans``, and baselines by name."""
+"""Methods: a trainer, its plans and a configuration, named as on the command line, with baselines by short names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
-from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.errors import UsageError
 from masksam_nnunet.plans.training_inputs import DEFAULT_PLANS
 from masksam_nnunet.trainers import __all__ as our_trainers
 
@@ -23,18 +23,18 @@ BASELINES: Mapping[str, tuple[str, str]] = {
     "resenc-m": ("nnUNetTrainer", "nnUNetResEncUNetMPlans"),
     "resenc-l": ("nnUNetTrainer", "nnUNetResEncUNetLPlans"),
     "resenc-xl": ("nnUNetTrainer", "nnUNetResEncUNetXLPlans"),
-    # nnU-Net's documentation trains Primus on its default plans; of these it takes the patch and the batch only.
+    # nnU-Net's documentation trains Primus on its default plans; it takes only the patch and the batch from them.
     "primus-s": ("nnUNet_Primus_S_Trainer", DEFAULT_PLANS),
     "primus-b": ("nnUNet_Primus_B_Trainer", DEFAULT_PLANS),
     "primus-m": ("nnUNet_Primus_M_Trainer", DEFAULT_PLANS),
     "primus-l": ("nnUNet_Primus_L_Trainer", DEFAULT_PLANS),
 }
-"""Trainer and plans of each, by the name that the command line takes."""
+"""Trainer and plans of each baseline, by its name on the command line."""
 
 
 @dataclass(frozen=True, order=True)
 class Method:
-    """What is trained: nnU-Net's names."""
+    """A trainer, plans and a configuration, by nnU-Net's names."""
 
     trainer: str
     plans: str
@@ -49,46 +49,41 @@ class Method:
 def parse_methods(
     trainers: Sequence[str], plans: Sequence[str], configuration: str, option: str = "--trainers"
 ) -> tuple[Method, ...]:
-    """The methods that the command line names.
+    """Read the methods that a command line names.
 
     Args:
         trainers: class names as nnU-Net finds them, ``TRAINER@PLANS``, or names of :data:`BASELINES`.
-        plans: none, one for all trainers that name none of their own, or one for each trainer.
+        plans: none, one for all trainers without plans of their own, or one for each trainer.
         configuration: nnU-Net's, such as ``3d_fullres``.
-        option: what the user named them by, for the messages.
+        option: the option that names them, for error messages.
 
     Raises:
-        BenchmarkError: unknown trainers, numbers that do not match, plans named twice, the same method twice.
+        UsageError: unknown trainers, numbers that do not match, plans named twice, the same method twice.
     """
     if not trainers:
-        raise BenchmarkError(f"{option}: name at least one, for example {option} nnUNetTrainer MaskSAMTrainer")
+        raise UsageError(f"{option}: name at least one, for example {option} nnUNetTrainer MaskSAMTrainer")
     if len(plans) not in (0, 1, len(trainers)):
-        raise BenchmarkError(
-            f"--plans holds {len(plans)} names for {len(trainers)} trainers: give one for all, or one for each"
-        )
+        raise UsageError(f"--plans: {len(plans)} names for {len(trainers)} trainers; give one for all or one for each")
     each = len(plans) == len(trainers) and len(plans) > 1
-    methods = []
+    methods: list[Method] = []
     for number, text in enumerate(trainers):
         trainer, own = _split(text, option)
         given = plans[number] if each else plans[0] if plans else None
         if own is not None and each and given != own:
-            raise BenchmarkError(f"{option} {text} has the plans {own}, but --plans gives it {given}: leave one out")
+            raise UsageError(f"{option} {text} has the plans {own}, but --plans gives it {given}: leave one out")
         find_trainer(trainer, option)
         method = Method(trainer, own or given or DEFAULT_PLANS, configuration)
         if method in methods:
-            raise BenchmarkError(
-                f"{option}: {method.trainer} with {method.plans} is named twice; leave one out, or give it other "
-                "plans: TRAINER@PLANS"
-            )
+            raise UsageError(f"{option}: {trainer} with {method.plans} is named twice; leave one out")
         methods.append(method)
     return tuple(methods)
 
 
 def _split(text: str, option: str) -> tuple[str, str | None]:
-    """The trainer, and the plans that it names itself."""
+    """Split ``TRAINER[@PLANS]`` or a baseline's name into trainer and plans."""
     name, at, plans = text.partition("@")
     if at and not (name and plans):
-        raise BenchmarkError(f"{option} {text!r}: write TRAINER@PLANS, for example nnUNetTrainer@nnUNetPlans")
+        raise UsageError(f"{option} {text!r}: write TRAINER@PLANS, for example nnUNetTrainer@nnUNetPlans")
     if name in BASELINES:
         trainer, its_plans = BASELINES[name]
         return trainer, plans or its_plans
@@ -96,10 +91,10 @@ def _split(text: str, option: str) -> tuple[str, str | None]:
 
 
 def find_trainer(name: str, option: str = "--trainers") -> type[Any]:
-    """The class that nnU-Net finds for this name, with MaskSAM's trainers among those it looks at.
+    """Find a trainer class as nnU-Net does, with MaskSAM's trainers among the candidates.
 
     Raises:
-        BenchmarkError: if it finds none.
+        UsageError: there is no such trainer.
     """
     return _find_trainer(name, ext_trainer_value(os.environ.get(EXT_TRAINER)), option)
 
@@ -109,15 +104,14 @@ def _find_trainer(name: str, folders: str, option: str) -> type[Any]:
     before = os.environ.get(EXT_TRAINER)
     os.environ[EXT_TRAINER] = folders
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells where it looks
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints where it looks
             found: type[Any] = recursive_find_trainer_class_by_name(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        known = [*BASELINES, "nnUNetTrainer", *our_trainers]
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"baselines by name are {', '.join(BASELINES)};"
-        raise BenchmarkError(
-            f"{option} {name}: nnU-Net finds no such trainer ({error}); {hint} Trainers of your own are found in the "
-            f"folders that {EXT_TRAINER} names"
+        near = difflib.get_close_matches(name, [*BASELINES, "nnUNetTrainer", *our_trainers], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"baselines are {', '.join(BASELINES)}."
+        raise UsageError(
+            f"{option} {name}: nnU-Net finds no such trainer ({error}); {hint} Your own are found in the folders of "
+            f"{EXT_TRAINER}"
         ) from error
     finally:
         if before is None:

@@ -1,27 +1,31 @@
-"""Models to predict with: where they come from, and whether they can be averaged."""
+"""Trained models: find them in nnUNet_results, check their files, load them into a predictor."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 
-from masksam_nnunet.errors import PredictError
+from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.inference.methods import Method
 
-from .cases import channel_names
-from .model_folders import find_models
-from .predictor import MaskSAMPredictor
+from .methods import Method
 
 
 class Model(Protocol):
-    """A trained model, whatever keeps its weights. Nothing of these is read before it is asked for, nor checked."""
+    """A trained model, whatever keeps its weights. Files are read when a property is first asked for."""
 
     @property
     def name(self) -> str:
@@ -40,15 +44,15 @@ class Model(Protocol):
         """Content of dataset.json."""
 
     def describe(self) -> dict[str, Any]:
-        """What tells this model from others, as JSON; predictions are continued by an equal one only."""
+        """What identifies this model, as JSON; only an equal model may continue its predictions."""
 
     def check(self) -> None:
         """Raises:
-        PredictError: something lacks without which it cannot predict.
+        MaskSAMError: a file that prediction needs is missing or damaged.
         """
 
-    def load(self, predictor: MaskSAMPredictor) -> None:
-        """Have the predictor predict with it."""
+    def load(self, predictor: nnUNetPredictor) -> None:
+        """Load the weights into the predictor."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class TrainedModel:
 
     Attributes:
         folder: ``TRAINER__PLANS__CONFIGURATION``.
-        folds: numbers or "all"; what their networks return is averaged.
+        folds: numbers or "all"; the outputs of their networks are averaged.
         checkpoint: the file in each fold's folder.
     """
 
@@ -85,23 +89,20 @@ class TrainedModel:
         return {"model": self.name, "folds": list(self.folds), "checkpoint": self.checkpoint}
 
     def check(self) -> None:
-        trained = sorted(
-            file.parent.name.removeprefix("fold_") for file in self.folder.glob(f"fold_*/{self.checkpoint}")
-        )
-        missing = [str(fold) for fold in self.folds if str(fold) not in trained]
+        files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
+        missing = [str(fold) for fold, file in zip(self.folds, files, strict=True) if not file.is_file()]
         if missing:
-            raise PredictError(
+            trained = sorted(f.parent.name.removeprefix("fold_") for f in self.folder.glob(f"fold_*/{self.checkpoint}"))
+            raise ModelError(
                 f"-f {' '.join(map(str, self.folds))}: {self.name} has no {self.checkpoint} of fold "
-                f"{' '.join(missing)}; name those that have: -f {' '.join(trained) or '(none)'}, another file "
-                "(-chk), or train them"
+                f"{' '.join(missing)}, only of: {' '.join(trained) or 'none'}"
             )
         if self.configuration not in self.plans.get("configurations", {}):
-            raise PredictError(f"{self.folder / 'plans.json'} has no configuration {self.configuration}; restore it")
+            raise ModelError(f"{self.folder / 'plans.json'} has no configuration {self.configuration}; restore it")
+        for file in files:
+            _check_not_cut_off(file)
 
-        for fold in self.folds:
-            _check_checkpoint(self.folder / f"fold_{fold}" / self.checkpoint)
-
-    def load(self, predictor: MaskSAMPredictor) -> None:
+    def load(self, predictor: nnUNetPredictor) -> None:
         predictor.initialize_from_trained_model_folder(str(self.folder), self.folds, self.checkpoint)
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -109,22 +110,48 @@ class TrainedModel:
         try:
             content = read_json(file)
         except (OSError, ValueError) as error:
-            raise PredictError(f"{file} cannot be read ({error}); it belongs to the model: restore it") from error
+            raise ModelError(f"{file} cannot be read ({error}); it belongs to the model: restore it") from error
         if not isinstance(content, dict):
-            raise PredictError(f"{file} holds no JSON object; it belongs to the model: restore it")
+            raise ModelError(f"{file} holds no JSON object; it belongs to the model: restore it")
         return content
+
+
+def find_models(
+    dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None = None
+) -> tuple[Path, list[Path]]:
+    """Find nnU-Net's results folder, and in it the folders of models, ``TRAINER__PLANS__CONFIGURATION``.
+
+    Args:
+        dataset: number or name.
+        trainer: the trainer's class.
+        plans: name of the plans.
+        configurations: all that were trained if not given.
+
+    Raises:
+        ModelError: there is no such dataset or model; the message lists the models that exist.
+    """
+    if not os.environ.get("nnUNet_results"):
+        raise ModelError("nnUNet_results is not set: trained models are looked for there; export it first")
+    results = Path(os.environ["nnUNet_results"])
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"-d {dataset}: {' '.join(str(error).split())}") from error
+    trained = {folder.name.split("__")[2]: folder for folder in (results / name).glob(f"{trainer}__{plans}__*")}
+    missing = [wanted for wanted in configurations or () if wanted not in trained]
+    if missing or not trained:
+        others = sorted(folder.name for folder in (results / name).glob("*__*__*"))
+        raise ModelError(
+            f"{results / name} holds no model {' or '.join(f'{trainer}__{plans}__{c}' for c in missing or '*')}, only: "
+            f"{', '.join(others) or 'none'}. Name another one (-tr, -p, -c), or train it"
+        )
+    return results, [trained[wanted] for wanted in configurations or sorted(trained)]
 
 
 def trained_models(
     dataset: str, methods: Sequence[Method], folds: Sequence[int | str], checkpoint: str
 ) -> list[TrainedModel]:
-    """Models in nnUNet_results.
-
-    Args:
-        dataset: number or name.
-        methods: trainer, plans and configuration of each.
-        folds: of all.
-        checkpoint: of all.
+    """Find one model for each method; ``folds`` and ``checkpoint`` are those of all.
 
     Raises:
         ModelError: there is no such dataset or model.
@@ -133,8 +160,20 @@ def trained_models(
     return [TrainedModel(folder, tuple(folds), checkpoint) for folder in folders]
 
 
+def parse_folds(texts: Sequence[str]) -> list[int | str]:
+    """Read ``-f``: numbers, or "all"; the same one twice counts once.
+
+    Raises:
+        UsageError: any other word.
+    """
+    wrong = [text for text in texts if not (text == "all" or (text.isascii() and text.isdecimal()))]
+    if wrong:
+        raise UsageError(f"-f {wrong[0]}: give fold numbers, or all")
+    return [text if text == "all" else int(text) for text in dict.fromkeys(texts)]
+
+
 def reader_of(model: Model) -> Any:
-    """nnU-Net's reader and writer of its images."""
+    """Make nnU-Net's reader and writer of the model's images."""
     return PlansManager(model.plans).image_reader_writer_class()
 
 
@@ -144,50 +183,38 @@ def previous_stage(model: Model) -> str | None:
     return stage
 
 
-def check_averaging(models: Sequence[Model]) -> None:
-    """Refuse models whose probabilities mean different things.
+def network_to_predict(
+    plans: PlansManager, configuration: str, dataset_json: Mapping[str, Any], trainer: str
+) -> nn.Module:
+    """Build what ``nnUNetPredictor.initialize_from_trained_model_folder`` builds, with new weights.
+
+    Args:
+        plans: the model's own.
+        configuration: its name in them.
+        dataset_json: the model's own.
+        trainer: the trainer's class, which is looked up as nnU-Net does.
 
     Raises:
-        PredictError: naming the models, what differs, and both values.
+        RuntimeError: there is no such trainer.
     """
-    first = models[0]
-    for other in models[1:]:
-        for what, remedy in _MUST_AGREE.items():
-            one, two = _facts(first)[what], _facts(other)[what]
-            if one != two:
-                raise PredictError(
-                    f"--ensemble: {first.name} and {other.name} differ in {what} ({one} and {two}) and cannot be "
-                    f"averaged; {remedy}"
-                )
-
-
-_MUST_AGREE = {
-    "the dataset": "name models that were trained on the same one",
-    "labels": "train one of them again with the other one's dataset.json",
-    "the order of regions": "train one of them again with the other one's dataset.json",
-    "channels": "train one of them again with the other one's dataset.json",
-    "the file ending": "train one of them again with the other one's dataset.json",
-    "the reader of images": "plan one of them again with the same reader (overwrite_image_reader_writer)",
-}
-
-
-def _facts(model: Model) -> Mapping[str, object]:
-    plans, description = model.plans, model.dataset_json
-    return {
-        "the dataset": plans.get("dataset_name"),
-        "labels": description["labels"],
-        "the order of regions": description.get("regions_class_order"),
-        "channels": channel_names(description),
-        "the file ending": description["file_ending"],
-        "the reader of images": plans.get("image_reader_writer"),
-    }
-
-
-def _check_checkpoint(file: Path) -> None:
-    """A zip file that was cut off has lost its end, which lists what is in it."""
-    with file.open("rb") as stream:
-        is_zip = stream.read(2) == b"PK"  # else one of torch's old format, which shows when it is loaded
-    if file.stat().st_size == 0 or (is_zip and not zipfile.is_zipfile(file)):
-        raise PredictError(
-            f"{file} is cut off: copy it anew, go on with the training (--c), or name another file (-chk)"
+    manager = plans.get_configuration(configuration)
+    build = recursive_find_trainer_class_by_name(trainer).build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        described: tuple[Any, ...] = (plans, manager)
+    else:  # trainers written for earlier versions of nnU-Net
+        described = (
+            manager.network_arch_class_name,
+            manager.network_arch_init_kwargs,
+            manager.network_arch_init_kwargs_req_import,
         )
+    channels = determine_num_input_channels(plans, manager, dataset_json)
+    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
+    return build(*described, channels, heads, enable_deep_supervision=False)
+
+
+def _check_not_cut_off(file: Path) -> None:
+    """Refuse a zip file without its end, which lists what is in it; torch's old format is checked at loading."""
+    with file.open("rb") as stream:
+        is_zip = stream.read(2) == b"PK"
+    if file.stat().st_size == 0 or (is_zip and not zipfile.is_zipfile(file)):
+        raise ModelError(f"{file} is cut off: copy it again, continue its training (--c), or name another (-chk)")

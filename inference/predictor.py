@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,30 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.errors import ModelError
 from masksam_nnunet.files import read_json
 
-from .batches import Batches, automatic_size
-from .fold_weights import load_own_tensors, own_tensors
-from .networks import network_to_predict
+from .models import network_to_predict
 
 Window = tuple[slice | int, ...]
 """nnU-Net's index of a window in (C, x, y, z): all channels, then a slice for each axis, or an int for a 2D one."""
+
+# The most voxels and windows in a batch. On CUDA, about one of nnU-Net's large 3D patches. Elsewhere two small
+# windows: PyTorch convolves one small volume on a path that takes up to five times as long, and more gain nothing.
+CUDA_LIMITS, OTHER_LIMITS = (2**21, 16), (2**18, 2)
 
 
 class MaskSAMPredictor(nnUNetPredictor):
     """Predicts what nnU-Net's predictor predicts, with any trainer's network, and differs in two ways.
 
     - Windows and their mirrors go through the network in batches.
-    - ``list_of_parameters`` holds, for each fold, the tensors that not all folds agree on; the others, a frozen SAM
-      among them, are in the network only. Nothing else of a checkpoint stays in memory.
+    - ``list_of_parameters`` holds, for each fold, only the tensors that differ between folds; the network holds the
+      others, a frozen SAM among them.
 
     Args:
         args: nnU-Net's.
-        batch_size: (window, mirror) pairs at once; chosen if not given. Halved, for good, when memory runs out.
+        batch_size: (window, mirror) pairs at once; chosen from device and patch if not given. Halved, for good, when
+            memory runs out.
         kwargs: nnU-Net's.
 
     Raises:
@@ -49,7 +53,7 @@ class MaskSAMPredictor(nnUNetPredictor):
 
     def __init__(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.batches = None if batch_size is None else Batches(batch_size)
+        self.batches = None if batch_size is None else WindowBatches(batch_size)
 
     # ---- folds ---------------------------------------------------------------------------------------------------
 
@@ -59,20 +63,17 @@ class MaskSAMPredictor(nnUNetPredictor):
         use_folds: tuple[int | str, ...] | str | None,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
-        """As nnU-Net's; checkpoints are read one at a time, as tensors, numbers and texts: no code in them is run.
+        """Load folds as nnU-Net does, one checkpoint at a time, without running code from a checkpoint.
 
         Raises:
-            FileNotFoundError: no folds.
-            CheckpointFileError: a checkpoint is missing or damaged, or holds more than that.
+            ModelError: no folds.
+            MaskSAMError: a checkpoint is missing, damaged, or holds more than tensors and plain values.
         """
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(model_training_output_dir, checkpoint_name)
         folds = [use_folds] if isinstance(use_folds, str) else list(use_folds)
         if not folds:
-            raise FileNotFoundError(
-                f"use_folds = {use_folds!r}: none to predict with, or no fold in {model_training_output_dir} has a "
-                f"{checkpoint_name}. Name the folds that are trained."
-            )
+            raise ModelError(f"no fold in {model_training_output_dir} has a {checkpoint_name}; name trained folds (-f)")
         root = Path(model_training_output_dir)
         files = [root / f"fold_{fold}" / checkpoint_name for fold in folds]
         plans, dataset_json = PlansManager(str(root / "plans.json")), read_json(root / "dataset.json")
@@ -95,7 +96,7 @@ class MaskSAMPredictor(nnUNetPredictor):
         *more: Any,
         **named: Any,
     ) -> None:
-        """As nnU-Net's: ``parameters`` are state dicts, of which none is kept."""
+        """As nnU-Net's; ``parameters`` are state dicts, of which none is kept."""
         super().manual_initialization(network, plans_manager, configuration_manager, parameters, *more, **named)
         if parameters:
             self._plain_network.load_state_dict(parameters[0])
@@ -119,7 +120,7 @@ class MaskSAMPredictor(nnUNetPredictor):
 
     @torch.inference_mode()
     def logits_of_folds(self, data: Tensor) -> Iterator[Tensor]:
-        """For each fold (K, x, y, z), float16, on the CPU, for data (C, x, y, z); the network then holds this fold."""
+        """Yield each fold's (K, x, y, z), float16, on the CPU, for data (C, x, y, z); the network then holds it."""
         threads = torch.get_num_threads()
         torch.set_num_threads(min(default_num_processes, threads))
         try:
@@ -130,7 +131,7 @@ class MaskSAMPredictor(nnUNetPredictor):
             torch.set_num_threads(threads)
 
     def hold_fold(self, index: int) -> nn.Module:
-        """Give the network the weights of one of the folds, counted as they were named; the network, uncompiled."""
+        """Give the network the weights of the fold at ``index`` in the order loaded; return it, uncompiled."""
         load_own_tensors(self._plain_network, self.list_of_parameters[index])
         return self._plain_network
 
@@ -152,9 +153,8 @@ class MaskSAMPredictor(nnUNetPredictor):
 
     def _mean_over_windows(self, data: Tensor, slicers: list[Window], device: torch.device) -> Tensor:
         """The weighted mean (K, x, y, z) of the windows' predictions, summed in nnU-Net's order and precision."""
-        total = torch.zeros(
-            (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
-        )
+        heads = self.label_manager.num_segmentation_heads
+        total = torch.zeros((heads, *data.shape[1:]), dtype=torch.half, device=device)
         weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
         weight: Tensor | float = 1.0
         if self.use_gaussian:
@@ -166,17 +166,14 @@ class MaskSAMPredictor(nnUNetPredictor):
             weights[window[1:]] += weight
         total /= weights
         if torch.isinf(total).any():
-            raise RuntimeError(
-                "the prediction has infinite values: sums of the network's outputs, weighted by up to 10, must stay "
-                "below 65504, float16's largest number; a network whose outputs are larger cannot be predicted with"
-            )
+            raise RuntimeError("the prediction is infinite: the network's outputs exceed float16's 65504 / 10")
         return total
 
     def _mean_over_mirrors(self, data: Tensor, slicers: list[Window]) -> Iterator[Tensor]:
-        """For each window its prediction (K, *patch), in the network's precision."""
+        """Yield each window's prediction (K, *patch), in the network's precision."""
         mirrors = self._mirrors()
         if self.batches is None:
-            self.batches = Batches(automatic_size(self.device, tuple(self.configuration_manager.patch_size)))
+            self.batches = WindowBatches(automatic_size(self.device, tuple(self.configuration_manager.patch_size)))
 
         def window(index: int) -> Tensor:
             return torch.flip(data[slicers[index // len(mirrors)]].to(self.device), mirrors[index % len(mirrors)])
@@ -192,3 +189,112 @@ class MaskSAMPredictor(nnUNetPredictor):
         """The axes of (C, *patch) to flip, for each mirror; the first flips none."""
         axes = [axis + 1 for axis in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
         return [chosen for count in range(len(axes) + 1) for chosen in combinations(axes, count)]
+
+
+# ---- batches of windows --------------------------------------------------------------------------------------------
+
+
+def automatic_size(device: torch.device, patch_size: tuple[int, ...]) -> int:
+    """How many windows of ``patch_size`` to try at once."""
+    voxels, most = CUDA_LIMITS if device.type == "cuda" else OTHER_LIMITS
+    return max(1, min(most, voxels // torch.Size(patch_size).numel()))
+
+
+class WindowBatches:
+    """Calls a network in batches of ``size``, which is halved when memory runs out, and stays so."""
+
+    def __init__(self, size: int) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_size = {size!r} must be a positive integer")
+        self.size = size
+
+    def outputs(self, network: nn.Module, make_input: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
+        """Yield the network's outputs for ``count`` inputs, in order: views (*output) into a batch's output.
+
+        Args:
+            network: takes (B, *input) and returns (B, *output).
+            make_input: the input of an index in [0, count), on the network's device.
+            count: how many.
+
+        Raises:
+            RuntimeError: the network's own; memory runs out with a single input too.
+        """
+        done = 0
+        while done < count:
+            results = self._attempt(network, make_input, range(done, min(done + self.size, count)))
+            done += len(results)
+            yield from results
+            del results  # or it would stay in memory beside the next batch
+
+    def _attempt(
+        self, network: nn.Module, make_input: Callable[[int], Tensor], indices: range
+    ) -> tuple[Tensor, ...] | tuple[()]:
+        """The outputs of one batch; none, and a smaller size from now on, if it does not fit."""
+        try:
+            return network(torch.stack([make_input(index) for index in indices])).unbind(0)
+        except RuntimeError as error:
+            if len(indices) == 1 or not _is_out_of_memory(error):
+                raise
+        # Not in the handler, where the traceback still holds the failed attempt's tensors.
+        self.size = len(indices) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"Out of memory with {len(indices)} windows at once, going on with {self.size}")
+        return ()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # cuBLAS, cuDNN and MPS report it as plain RuntimeErrors.
+    texts = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+# ---- weights of folds ----------------------------------------------------------------------------------------------
+
+
+def network_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each under one name: a state dict repeats those of a module that has several."""
+    return {name: t.detach() for name, t in chain(network.named_parameters(), network.named_buffers())}
+
+
+def own_tensors(network: nn.Module, others: Iterable[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    """Compare the folds, and copy only the tensors that differ between them.
+
+    What is compared is what the network holds after loading, so a state dict may lack what the network completes.
+    Tensors that are the same in all folds, bit by bit, such as a frozen encoder's, are not copied.
+
+    Args:
+        network: with the first fold's weights, which it also holds afterwards.
+        others: the other folds' state dicts; they are loaded one by one and none is kept.
+
+    Returns:
+        For each fold, the first included, its tensors that not all folds agree on; empty for a single fold.
+    """
+    held = network_tensors(network)
+    first: dict[str, Tensor] = {}  # the first fold's, where a later one differs
+    folds: list[dict[str, Tensor]] = [{}]
+    for state in others:
+        doubtful = [n for n, t in held.items() if n not in first and not (n in state and same_bits(state[n], t))]
+        before = {name: held[name].clone() for name in doubtful}  # all else is what the first fold has
+        network.load_state_dict(state)
+        del state  # or it would stay while the next one is read
+        first |= {name: t for name, t in before.items() if not same_bits(held[name], t)}
+        folds.append({name: held[name].clone() for name, t in first.items() if not same_bits(held[name], t)})
+    load_own_tensors(network, first)
+    return [first | own for own in folds]
+
+
+@torch.no_grad()
+def load_own_tensors(network: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """Turn the network of one fold into that of another, whose :func:`own_tensors` are given."""
+    held = network_tensors(network)
+    for name, tensor in own.items():
+        held[name].copy_(tensor)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit: NaNs too, and zeros with their signs."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    a, b = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a.to(b.device), b)

@@ -58,14 +58,6 @@ class PortableError(DataError):
     """A portable model cannot be written, checked or loaded."""
 
 
-class ExplainError(DataError):
-    """A case or model cannot be explained."""
-
-
-class SubmissionError(DataError):
-    """A challenge submission cannot be made."""
-
-
 class BenchmarkError(MaskSAMError):
     """Names what is wrong, where, and the remedy; shown without a traceback."""
 

@@ -1,10 +1,10 @@
-"""Checkpoint files: written whole or not at all, and found again when the newest of them is damaged."""
+"""Checkpoint files: when they are saved, how they are written atomically, and which one a training continues from."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,130 +13,164 @@ from typing import Any
 import torch
 
 from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.config import ConfigError
+from masksam_nnunet.environment import SAVE_EVERY
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.zip_damage import damage
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 """nnU-Net's own names."""
 PREVIOUS = "checkpoint_previous.pth"
-"""What was the latest before the latest."""
+"""The latest before the present latest."""
 ORDER = (FINAL, LATEST, PREVIOUS, BEST)
-"""In which a training goes on."""
+"""The order in which a training looks for one to continue from."""
 _PART = ".part"
+_INTERVAL = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>epochs?|min(utes?)?)")
 
 
-class NotWritten(TrainingError):
-    """A checkpoint could not be written; what was there before is as it was."""
+@dataclass(frozen=True)
+class SaveInterval:
+    """How often the latest checkpoint is saved; both values count where both are given.
+
+    Attributes:
+        epochs: after every so many epochs.
+        minutes: after so many minutes since the last save, within an epoch too.
+    """
+
+    epochs: int | None = None
+    minutes: float | None = None
+
+    @classmethod
+    def chosen(cls, default: SaveInterval) -> SaveInterval:
+        """Read ``MASKSAM_SAVE_EVERY``, such as ``10epochs``, ``15min`` or ``10epochs,15min``.
+
+        Raises:
+            ConfigError: it has another form.
+        """
+        text = os.environ.get(SAVE_EVERY, "").strip()
+        if not text:
+            return default
+        values: dict[str, float] = {}
+        for part in text.split(","):
+            found = _INTERVAL.fullmatch(part.strip())
+            number = float(found["number"]) if found else 0.0
+            unit = "epochs" if found and found["unit"].startswith("epoch") else "minutes"
+            if number <= 0 or unit in values or (unit == "epochs" and not number.is_integer()):
+                raise ConfigError(
+                    f"{SAVE_EVERY} = {text!r} is not allowed: give epochs, minutes, or both, such as 10epochs,15min"
+                )
+            values[unit] = number
+        epochs = values.get("epochs")
+        return cls(None if epochs is None else int(epochs), values.get("minutes"))
 
 
 def write(content: dict[str, Any], file: Path, previous: Path | None = None) -> None:
-    """Write a checkpoint; a kill or a power cut at any moment leaves the earlier one or this one, whole.
+    """Write a checkpoint; a kill or power cut at any moment leaves the earlier file or this one, whole.
 
     Args:
         content: what ``torch.save`` takes.
         file: its place.
-        previous: where the one that is there now is kept; None replaces it.
+        previous: where the file that is there now is kept; None replaces it.
 
     Raises:
-        NotWritten: the disk is full, not writable or fails.
+        TrainingError: the disk is full, not writable or fails. The earlier file is as it was.
     """
     partial = file.with_name(file.name + _PART)
     try:
         torch.save(content, str(partial))
         if not zipfile.is_zipfile(partial):
             raise OSError(f"only {partial.stat().st_size} bytes of it were written")
-        _reach_the_disk(partial)
+        _flush_to_disk(partial)
         if previous is not None and file.is_file():
             _keep(file, previous)
         os.replace(partial, file)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has no errors of its own
-        raise NotWritten(f"cannot write {file}: {_reason(error)}; {_room(file.parent)}. {_earlier(file)}") from error
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
+        kept = [name for name in ORDER if (file.parent / name).is_file()]
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:80]
+        raise TrainingError(
+            f"cannot write {file}: {reason}; is the disk full? Make room or make the folder writable. "
+            f"Earlier checkpoints kept: {', '.join(kept) or 'none'}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some network file systems refuse it for folders
-        _reach_the_disk(file.parent)
+        _flush_to_disk(file.parent)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a training that was killed while it wrote has left."""
+    """Remove the files that a training left when it was killed while writing."""
     for file in folder.glob(f"checkpoint_*.pth{_PART}"):
         file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole checkpoint, and for each newer one what is wrong with it and what is lost, in words."""
+class WholeCheckpoint:
+    """A whole checkpoint, and a warning for each newer one that is damaged."""
 
     file: Path
     content: dict[str, Any]
     damaged: tuple[str, ...] = ()
 
 
-def newest_whole(folder: Path) -> Found:
-    """The checkpoint to go on from, in the order final, latest, previous, best.
+def newest_whole(folder: Path) -> WholeCheckpoint:
+    """The checkpoint to continue from: the first whole one of final, latest, previous, best.
 
     Raises:
-        TrainingError: there are checkpoints, and none is whole.
-        CheckpointFileError: the first whole file is none of nnU-Net's checkpoints, or asks for code to be run.
+        TrainingError: none is whole.
+        CheckpointFileError: the first whole file is not one of nnU-Net's checkpoints, or would run code.
     """
-    damaged: list[Path] = []
-    reasons: list[str] = []
-    there = [folder / name for name in ORDER if (folder / name).is_file()]
-    for file in there:
-        wrong = damage(file)
-        if wrong is None:
+    damaged: dict[Path, str] = {}
+    for file in (folder / name for name in ORDER if (folder / name).is_file()):
+        reason = damage(file)
+        if reason is None:
             content = load_checkpoint(file)
-            return Found(file, content, tuple(map(_said, damaged, reasons, [(file, content)] * len(damaged))))
-        damaged.append(file)
-        reasons.append(wrong)
-    listed = "; ".join(f"{file.name}: {reason}" for file, reason in zip(damaged, reasons, strict=True))
+            return WholeCheckpoint(file, content, tuple(_warning(*one, file, content) for one in damaged.items()))
+        damaged[file] = reason
+    listed = "; ".join(f"{file.name}: {reason}" for file, reason in damaged.items())
     raise TrainingError(
-        f"no checkpoint in {folder} is whole ({listed}). Put a whole copy of one there to go on from it; or move the "
-        "damaged files away to train this fold again from its start"
+        f"no checkpoint in {folder} is whole ({listed}). Restore one from a backup, or move the damaged files away to "
+        "train this fold from epoch 0"
     )
 
 
 def exactly(file: Path) -> dict[str, Any]:
-    """This checkpoint and no other.
+    """The content of this checkpoint.
 
     Raises:
         TrainingError: it is damaged.
-        CheckpointFileError: it is none of nnU-Net's, or asks for code to be run.
+        CheckpointFileError: it is not one of nnU-Net's checkpoints, or would run code.
     """
-    wrong = damage(file)
-    if wrong is not None:
+    reason = damage(file)
+    if reason is not None:
         raise TrainingError(
-            f"{file} is damaged ({wrong}): put a whole copy there; or go on with the training (--c), which takes the "
-            "newest whole checkpoint of this fold"
+            f"{file} is damaged ({reason}): restore it from a backup, or continue the training with --c, which takes "
+            "the newest whole checkpoint of this fold"
         )
     return load_checkpoint(file)
 
 
-def _said(file: Path, reason: str, instead: tuple[Path, dict[str, Any]]) -> str:
-    other, content = instead
+def _warning(file: Path, reason: str, other: Path, content: dict[str, Any]) -> str:
     minutes = max(0.0, file.stat().st_mtime - other.stat().st_mtime) / 60
-    done = f"{content.get('current_epoch', '?')} epochs are done"
     return (
-        f"WARNING: {file} is damaged ({reason}). The training goes on from {other.name}, at which {done}; what was "
-        f"trained after it was written ({time.strftime('%F %T', time.localtime(other.stat().st_mtime))}), "
-        f"{minutes:.0f} minutes before the damaged one, is lost."
+        f"WARNING: {file} is damaged ({reason}). The training continues from {other.name}, saved {minutes:.0f} minutes "
+        f"earlier at epoch {content.get('current_epoch', '?')}."
     )
 
 
 def _keep(file: Path, previous: Path) -> None:
-    """Let ``file`` stay under a second name; that costs no copy, and at no moment is there none."""
+    """Give ``file`` a second name: no copy is needed, and at no moment is there no checkpoint."""
     partial = previous.with_name(previous.name + _PART)
     try:
         partial.unlink(missing_ok=True)
         os.link(file, partial)
         os.replace(partial, previous)
-        partial.unlink(missing_ok=True)  # where both names were one file's already
+        partial.unlink(missing_ok=True)  # left where both names were already one file's
     except OSError:
         os.replace(file, previous)  # a file system without links
 
 
-def _reach_the_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -144,23 +178,3 @@ def _reach_the_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: OSError | RuntimeError) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"the disk takes no more of it, being full, over a quota or faulty ({' '.join(str(error).split())[:80]})"
-
-
-def _room(folder: Path) -> str:
-    try:
-        found = os.statvfs(folder) if hasattr(os, "statvfs") else None
-    except OSError:
-        found = None
-    free = "" if found is None else f"{found.f_bavail * found.f_frsize / 2**20:.0f} MiB are free there; "
-    return f"{free}make room or make the folder writable"
-
-
-def _earlier(file: Path) -> str:
-    kept = [name for name in ORDER if (file.parent / name).is_file()]
-    return f"As they were: {', '.join(kept)}" if kept else "There is no earlier checkpoint"

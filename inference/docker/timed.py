@@ -10,8 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from ..batches import Batches, automatic_size
-from ..predictor import MaskSAMPredictor
+from ..predictor import MaskSAMPredictor, WindowBatches, automatic_size
 from .time_limit import Deadline, Way, Work, choose, ways
 
 
@@ -124,7 +123,7 @@ def seconds_per_window(predictor: MaskSAMPredictor, channels: int) -> float:
     predictor.network = predictor.network.to(predictor.device).eval()
     patch = tuple(predictor.configuration_manager.patch_size)
     if predictor.batches is None:
-        predictor.batches = Batches(automatic_size(predictor.device, patch))
+        predictor.batches = WindowBatches(automatic_size(predictor.device, patch))
     batch = predictor.batches.size
     noise = torch.randn(channels, *patch, device=predictor.device)
     cuda = predictor.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Which files a case consists of."""
+"""Find the case to explain, read it as the network sees it, and bring results back to the image's grid."""
 
 from __future__ import annotations
 
@@ -11,65 +11,83 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from nibabel import aff2axcodes
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.utilities.utils import (
+    create_lists_from_splitted_dataset_folder,
+    get_filenames_of_train_images_and_targets,
+)
+from numpy.typing import NDArray
+from torch import Tensor
 
-from masksam_nnunet.errors import ExplainError
+from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.plans.image_reading import Grid
 
-from ..cases import channel_names
+from ..cases import Case, channel_names, preprocess_case
+from ..label_maps import Classes, check_values, read_label_map
+from ..predictor import MaskSAMPredictor
+from .output import affine_of
 
 _NEAR = 5  # names to offer for an unknown one
+_VOXEL_AXES = "kji"  # of the source file, for nnU-Net's array axes
 
 
 @dataclass(frozen=True)
-class CaseFiles:
-    """A case as it lies on disk.
+class FoundCase:
+    """A case's files.
 
     Attributes:
-        name: for people, and for the output folder.
-        images: one file per channel, or one that holds all.
+        case: its name and images.
         label: its label map, if there is one.
-        origin: where it was found, in words.
-        numbered: whether the images' names tell their channels.
+        origin: where it was found, as the page says it.
     """
 
-    name: str
-    images: tuple[Path, ...]
+    case: Case
     label: Path | None
     origin: str
-    numbered: bool = True
 
 
 def find_case(
-    dataset: str, description: Mapping[str, Any], case: str | None, images: Sequence[Path], label: Path | None
-) -> CaseFiles:
-    """The files of a case of the raw dataset, or of ``images``.
+    dataset: str, description: Mapping[str, Any], name: str | None, images: Sequence[Path], label: Path | None
+) -> FoundCase:
+    """Find the files of a case of the raw dataset, or take ``images``.
 
     Args:
-        dataset: its name, a folder in nnUNet_raw.
+        dataset: name of its folder in nnUNet_raw.
         description: the model's dataset.json.
-        case: its name; may be missing where ``images`` are given.
-        images: one file per channel, for anything that is no case of the dataset.
-        label: the label map to show, in place of the dataset's own.
+        name: the case; optional where ``images`` are given.
+        images: one file per channel, of an image that is no case of the dataset.
+        label: the label map to show instead of the dataset's own.
 
     Raises:
-        ExplainError: the case is unknown, or a file is missing.
+        UsageError: the case is unknown, or a file is missing.
     """
     if images:
-        found = _given(description, case, tuple(images))
-    elif case is None:
-        raise ExplainError("no case: name one of the dataset, or give its files with --image")
+        found = _given(description, name, images)
+    elif name is None:
+        raise UsageError("no CASE: name one of the dataset, or give its files with --image")
     else:
-        found = _of_dataset(dataset, description, case)
+        cases = _cases_of(dataset, description)
+        if name not in cases:
+            near = difflib.get_close_matches(name, cases, n=_NEAR, cutoff=0.5) or sorted(cases)[:_NEAR]
+            raise UsageError(
+                f"CASE {name!r} is none of the {len(cases)} cases of {dataset}; near it: {', '.join(near) or 'none'}. "
+                "For other files use --image"
+            )
+        found = cases[name]
     if label is not None:
         found = dataclasses.replace(found, label=label)
     if found.label is not None and not found.label.is_file():
-        raise ExplainError(f"--label {found.label}: there is no such file; name the label map, or leave the option out")
+        raise UsageError(f"--label {found.label}: there is no such file")
     return found
 
 
-def fold_of(dataset: str, case: str, folds: Sequence[str]) -> str | None:
-    """What the split says about a training case, in words; None where there is no split to ask."""
+def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | None:
+    """What the split says about a training case, as the page says it; None where there is no split."""
     preprocessed = os.environ.get("nnUNet_preprocessed")
     file = Path(preprocessed or "") / dataset / "splits_final.json"
     if not preprocessed or not file.is_file():
@@ -81,73 +99,169 @@ def fold_of(dataset: str, case: str, folds: Sequence[str]) -> str | None:
     unseen = [fold for fold in folds if fold not in seen]
     if not seen:
         return f"a validation case of fold {', '.join(folds)}: not seen in training"
-    return f"in the training set of fold {', '.join(seen)}" + (
-        f", not of fold {', '.join(unseen)}" if unseen else "; the network has seen it, so expect it to be too sure"
+    also = f", not of fold {', '.join(unseen)}" if unseen else "; the network has seen it, so expect it to be too sure"
+    return f"in the training set of fold {', '.join(seen)}{also}"
+
+
+def _given(description: Mapping[str, Any], name: str | None, images: Sequence[Path]) -> FoundCase:
+    if missing := [file for file in images if not file.is_file()]:
+        raise UsageError(f"--image {missing[0]}: there is no such file")
+    channels = channel_names(description)
+    if len(images) > len(channels):
+        raise UsageError(f"--image: {len(images)} files, but the model was trained on {', '.join(channels)}")
+    name = name or re.sub(r"(_\d{4})?(\.nii)?\.[^.]+$", "", images[0].name)
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UsageError(f"CASE {name!r}: give a plain name, without folders")
+    return FoundCase(Case(name, tuple(images), numbered=False), None, "files given with --image")
+
+
+def _cases_of(dataset: str, description: Mapping[str, Any]) -> dict[str, FoundCase]:
+    """The cases in imagesTs and imagesTr, or those that the raw dataset.json lists itself."""
+    if not os.environ.get("nnUNet_raw"):
+        raise UsageError("nnUNet_raw is not set: export it, or give the case's files with --image")
+    folder = Path(os.environ["nnUNet_raw"]) / dataset
+    file = folder / "dataset.json"
+    own = read_json(file) if file.is_file() else {}
+    if "dataset" in own:
+        return {
+            str(name): FoundCase(Case(str(name), tuple(map(Path, entry["images"]))), Path(entry["label"]), str(file))
+            for name, entry in get_filenames_of_train_images_and_targets(str(folder), own).items()
+        }
+    ending = description["file_ending"]
+    cases = {}
+    for images, labels in (("imagesTs", "labelsTs"), ("imagesTr", "labelsTr")):
+        if not (folder / images).is_dir():
+            continue
+        for files in create_lists_from_splitted_dataset_folder(str(folder / images), ending):
+            paths = tuple(sorted(map(Path, files)))
+            name = re.sub(r"_\d{4}$", "", paths[0].name.removesuffix(ending))
+            label = folder / labels / (name + ending)
+            cases[name] = FoundCase(Case(name, paths), label if label.is_file() else None, f"{images} of {dataset}")
+    return cases
+
+
+# ---- the network's grid ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A case on the network's grid (D, H, W): transposed, cropped to what is not zero, resampled.
+
+    Attributes:
+        data: (C, D, H, W) float32, the network's input.
+        label: (D, H, W) label values, or None.
+        spacing: millimetres along (D, H, W).
+        kept: the source's slices along D that the network sees; the others are zero.
+        source_slices: number of slices of the source along D.
+        slice_axis: the source's voxel axis along D: i, j or k.
+        directions: where rising indices along (D, H, W) lead (L R A P S I); None if unknown.
+        properties: nnU-Net's, of the source.
+        predictor: whose plans made it.
+    """
+
+    data: Tensor
+    label: NDArray[np.int16] | None
+    spacing: tuple[float, float, float]
+    kept: range
+    source_slices: int
+    slice_axis: str
+    directions: tuple[str, str, str] | None
+    properties: Mapping[str, Any]
+    predictor: MaskSAMPredictor
+
+    @property
+    def image(self) -> NDArray[np.float32]:
+        """(D, H, W), the first channel."""
+        return self.data[0].numpy()
+
+    def network_slice(self, index: int) -> int:
+        """The network's slice whose centre is nearest to that of a source's slice."""
+        place = (index - self.kept.start + 0.5) * self.data.shape[1] / len(self.kept)
+        return min(int(place), self.data.shape[1] - 1)
+
+    def segmentation(self, logits: Tensor) -> NDArray[np.integer[Any]]:
+        """Turn logits (K, D, H, W) into label values on the source's grid, as nnU-Net does."""
+        predictor = self.predictor
+        result: NDArray[np.integer[Any]] = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            predictor.plans_manager,
+            predictor.configuration_manager,
+            predictor.label_manager,
+            dict(self.properties),
+            num_threads_torch=torch.get_num_threads(),
+        )
+        return result
+
+    def to_source(self, array: NDArray[Any], whole_numbers: bool = False) -> NDArray[Any]:
+        """Bring (D, H, W) to the source's grid by nnU-Net's resampling; 0 outside the crop."""
+        settings, plans = self.predictor.configuration_manager, self.predictor.plans_manager
+        resample = settings.resampling_fn_seg if whole_numbers else settings.resampling_fn_probabilities
+        shape = self.properties["shape_after_cropping_and_before_resampling"]
+        original = [float(self.properties["spacing"][axis]) for axis in plans.transpose_forward]
+        back = np.asarray(resample(array[None].astype(np.float32), shape, list(self.spacing), original))[0]
+        full = np.zeros(self.properties["shape_before_cropping"], np.float32)
+        full = insert_crop_into_image(full, back, self.properties["bbox_used_for_cropping"])
+        full = full.transpose(plans.transpose_backward)
+        return np.rint(full).astype(array.dtype) if whole_numbers else full
+
+
+def prepare_case(
+    predictor: MaskSAMPredictor, found: FoundCase, classes: Classes, previous: Path | None
+) -> PreparedCase:
+    """Read and preprocess a case as nnU-Net does for prediction, and its label as for training.
+
+    Args:
+        predictor: with the model.
+        found: the case.
+        classes: of the model.
+        previous: a cascade's label map of the stage before.
+
+    Raises:
+        DataError: an image or the label is damaged, or they do not fit together or to the model.
+    """
+    plans, settings = predictor.plans_manager, predictor.configuration_manager
+    try:
+        data, properties = preprocess_case(found.case, previous, plans, settings, predictor.dataset_json, verbose=False)
+    except CaseError as error:
+        raise DataError(f"case {found.case.name!r}: {error}") from error
+    forward = [int(axis) for axis in plans.transpose_forward]
+    original = [float(properties["spacing"][axis]) for axis in forward]
+    depth, height, width = (original[:1] + [float(step) for step in settings.spacing])[-3:]  # 2D keeps slices' distance
+    label = None
+    if found.label is not None:
+        truth = _read_label(found.case.name, found.label, classes, predictor, properties).transpose(forward)
+        crop = tuple(slice(start, stop) for start, stop in properties["bbox_used_for_cropping"])
+        resampled = settings.resampling_fn_seg(
+            truth[crop][None].astype(np.float32), data.shape[1:], original, [depth, height, width]
+        )
+        label = np.rint(np.asarray(resampled)[0]).astype(np.int16)
+    affine = affine_of(properties)
+    codes = None if affine is None else [str(code) for code in aff2axcodes(affine)]
+    return PreparedCase(
+        data=torch.from_numpy(data),
+        label=label,
+        spacing=(depth, height, width),
+        kept=range(*map(int, properties["bbox_used_for_cropping"][0])),
+        source_slices=int(properties["shape_before_cropping"][0]),
+        slice_axis=_VOXEL_AXES[forward[0]],
+        directions=None if codes is None else (codes[2 - forward[0]], codes[2 - forward[1]], codes[2 - forward[2]]),
+        properties=properties,
+        predictor=predictor,
     )
 
 
-def _given(description: Mapping[str, Any], case: str | None, images: tuple[Path, ...]) -> CaseFiles:
-    for file in images:
-        if not file.is_file():
-            raise ExplainError(f"--image {file}: there is no such file")
-    channels = channel_names(description)
-    if len(images) > len(channels):
-        raise ExplainError(
-            f"--image: {len(images)} files, but the model was trained on {len(channels)} channels "
-            f"({', '.join(channels)}); give one file per channel, in this order"
-        )
-    name = case or re.sub(r"(_\d{4})?(\.nii)?\.[^.]+$", "", images[0].name)
-    return CaseFiles(_safe(name), images, None, "files given with --image", numbered=False)
-
-
-def _safe(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise ExplainError(f"CASE {name!r}: give a plain name, without folders")
-    return name
-
-
-def _of_dataset(dataset: str, description: Mapping[str, Any], case: str) -> CaseFiles:
-    if not os.environ.get("nnUNet_raw"):
-        raise ExplainError("nnUNet_raw not set: cases are looked for there; export it, or give files with --image")
-    folder = Path(os.environ["nnUNet_raw"]) / dataset
-    if not folder.is_dir():
-        raise ExplainError(f"{folder} is no folder: put the raw dataset there, or give the case's files with --image")
-    ending = description["file_ending"]
-    found = _listed(folder) or {
-        **_in_folder(folder, "imagesTs", "labelsTs", ending),
-        **_in_folder(folder, "imagesTr", "labelsTr", ending),
-    }
-    if case not in found:
-        near = difflib.get_close_matches(case, found, n=_NEAR, cutoff=0.5) or sorted(found)[:_NEAR]
-        raise ExplainError(
-            f"CASE {case!r} is none of the {len(found)} cases of {folder} (imagesTr, imagesTs; files that end in "
-            f"{ending!r}); near it: {', '.join(near) or 'none'}. For other files use --image"
-        )
-    return found[case]
-
-
-def _listed(folder: Path) -> dict[str, CaseFiles]:
-    """The cases that the raw dataset.json lists itself, wherever their files are."""
-    file = folder / "dataset.json"
-    description = read_json(file) if file.is_file() else {}
-    if "dataset" not in description:
-        return {}
-    entries = get_filenames_of_train_images_and_targets(str(folder), description)
-    return {
-        str(name): CaseFiles(str(name), tuple(map(Path, entry["images"])), Path(entry["label"]), f"{file} lists it")
-        for name, entry in entries.items()
-    }
-
-
-def _in_folder(folder: Path, images: str, labels: str, ending: str) -> dict[str, CaseFiles]:
-    pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
-    files: dict[str, list[Path]] = {}
-    for path in sorted((folder / images).glob(f"*{ending}")):
-        if match := pattern.fullmatch(path.name):
-            files.setdefault(match[1], []).append(path)
-    result = {}
-    for name, channels in files.items():
-        label = folder / labels / f"{name}{ending}"
-        origin = f"{images} of {folder.name}"
-        result[name] = CaseFiles(name, tuple(channels), label if label.is_file() else None, origin)
-    return result
+def _read_label(
+    case: str, file: Path, classes: Classes, predictor: MaskSAMPredictor, properties: Mapping[str, Any]
+) -> NDArray[np.integer[Any]]:
+    """The label map on the source's grid, (D, H, W) of nnU-Net's reader."""
+    ending = predictor.dataset_json["file_ending"]
+    if not file.name.endswith(ending):
+        raise UsageError(f"--label {file}: must end in {ending!r}, as all files of this dataset")
+    read = read_label_map(file.parent, file.name.removesuffix(ending), predictor.dataset_json)
+    check_values(file, case, read, classes)
+    shape = [int(properties["shape_before_cropping"][axis]) for axis in predictor.plans_manager.transpose_backward]
+    difference = Grid.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
+    if difference is not None:
+        what, one, other = difference
+        raise DataError(f"{file}: its {what} is {other}, the image's {one}; give the image's own label map (--label)")
+    return read.labels

@@ -1,4 +1,4 @@
-"""MaskSAM's prompts on a validation case: the boxes and masks that it draws for itself."""
+"""Run a trained network on windows of a case and read what its queries do: prompts, masks, classes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,82 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.network import MaskSAMOutput
+from masksam_nnunet.precision import autocast
+from masksam_nnunet.semantic import semantic_log_probabilities
 
 from ..label_maps import Classes
+from ..models import TrainedModel
+from ..predictor import MaskSAMPredictor
 from ..report.figures import InsideView
-from .prompts import read_prompts
+
+Corner = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class SliceQueries:
+    """What each of the N queries of one slice of one window finds.
+
+    Attributes:
+        index: the slice on the network's grid.
+        window: the window's number, from 1, and the number of windows.
+        corner: (d, h, w) of the window's first voxel on the network's grid; negative where the volume is padded.
+        size: (D, H, W) of the window.
+        probabilities: (N, K + 1), of each class, "no object" last.
+        boxes: (N, 4), auxiliary boxes x0 y0 x1 y1 in pixels of the window.
+        drafts: (N, H, W), auxiliary masks as probabilities.
+        masks: (N, H, W), final masks as probabilities.
+        inside: rows and columns of the window that lie in the volume.
+    """
+
+    index: int
+    window: tuple[int, int]
+    corner: Corner
+    size: Corner
+    probabilities: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+    drafts: NDArray[np.float32]
+    masks: NDArray[np.float32]
+    inside: tuple[slice, slice]
+
+    @property
+    def plane(self) -> tuple[slice, slice]:
+        """Rows and columns of the network's grid that ``inside`` covers."""
+        rows, columns = (
+            slice(part.start + start, part.stop + start)
+            for part, start in zip(self.inside, self.corner[1:], strict=True)
+        )
+        return rows, columns
+
+
+class WindowPrompts(NamedTuple):
+    """The prompts of a window's D slices and N queries.
+
+    Attributes:
+        probabilities: (D, N, K + 1), of each class, "no object" last.
+        boxes: (D, N, 4), x0 y0 x1 y1 in pixels of the window, which they may leave where it is padded.
+        masks: (D, N, H, W), auxiliary masks as probabilities.
+    """
+
+    probabilities: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+    masks: NDArray[np.float32]
 
 
 def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: Classes) -> InsideView:
@@ -34,112 +95,182 @@ def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: 
         preprocessed: the dataset's folder in nnUNet_preprocessed.
         case: a preprocessed case.
         classes: of the dataset.
-    """
-    predictor = _load(model, fold)
-    configuration = predictor.configuration_manager
-    patch_size = tuple(int(n) for n in configuration.patch_size)
-    folder = str(preprocessed / configuration.data_identifier)
-    data, seg, _, _ = infer_dataset_class(folder)(folder, [case]).load_case(case)
-    image, truth = np.asarray(data[:], dtype=np.float32), np.asarray(seg[:])[0].astype(np.int16)
-
-    flat = len(patch_size) == 2
-    shape = (1, *patch_size) if flat else patch_size
-    window = patch_window(truth > 0, shape)
-    patch = torch.from_numpy(np.stack([cut(channel, window, shape) for channel in image]))[None]  # (1, C, D, H, W)
-    network = predictor.network.to("cpu").float().eval()
-    with torch.no_grad():
-        parts = network.parts(patch[:, :, 0] if flat else patch)
-    spacing = [float(s) for s in configuration.spacing]
-    return read_parts(
-        parts,
-        network.grid.padded,
-        case=case,
-        image=patch[0, 0].numpy(),
-        truth=cut(truth, window, shape),
-        aspect=spacing[-2] / spacing[-1],
-        num_heads=len(classes.heads),
-    )
-
-
-def read_parts(
-    parts: Any,
-    padded: Sequence[int],
-    *,
-    case: str,
-    image: NDArray[np.float32],
-    truth: NDArray[np.int16],
-    aspect: float,
-    num_heads: int,
-) -> InsideView:
-    """Turn a ``MaskSAMOutput`` of one volume into pixels of its patch.
-
-    Args:
-        parts: with the fields class_logits (1, D, N, K+1), aux_mask_logits (1, D, N, 4g_h, 4g_w) and aux_boxes
-            (1, D, N, 4) in [0, 1] of the padded plane.
-        padded: (H_p, W_p), size of that plane in pixels of the patch, which lies in its upper left corner.
-        case: its name.
-        image: (D, H, W).
-        truth: (D, H, W).
-        aspect: height of a pixel over its width.
-        num_heads: K.
 
     Raises:
-        ValueError: if the output has not K + 1 classes.
+        ValueError: the network has other classes.
     """
-    prompts = read_prompts(parts, padded, image.shape[-2:], num_heads)
+    predictor = load_predictor(TrainedModel(model, (fold,)), torch.device("cpu"))
+    network = cast(MaskSAM, predictor.hold_fold(0))
+    settings = predictor.configuration_manager
+    folder = str(preprocessed / settings.data_identifier)
+    data, label, _, _ = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    volume = np.concatenate([np.asarray(data[:], np.float32), np.asarray(label[:], np.float32)])
+    volume = pad_nd_image(volume, window_size(predictor), "constant", {"constant_values": 0})
+    patch = volume[:, *patch_around(volume[-1] > 0, window_size(predictor))]  # (C + 1, D, H, W)
+    prompts = read_prompts(
+        run_network(network, torch.from_numpy(patch[:-1]), torch.device("cpu")), network.grid.padded, patch.shape[2:]
+    )
     heads, no_object = prompts.probabilities[..., :-1], prompts.probabilities[..., -1]
-    confidence = heads.max(-1)
+    if heads.shape[-1] != len(classes.heads):
+        raise ValueError(f"{model}: the network has {heads.shape[-1]} classes, the dataset {len(classes.heads)}")
     return InsideView(
         case=case,
-        image=image,
-        truth=truth,
-        aspect=aspect,
+        image=patch[0],
+        truth=patch[-1].astype(np.int16),
+        aspect=float(settings.spacing[-2] / settings.spacing[-1]),
         classes=heads.argmax(-1),
-        confidence=confidence,
-        kept=confidence > no_object,
+        confidence=heads.max(-1),
+        kept=heads.max(-1) > no_object,
         boxes=prompts.boxes,
         masks=prompts.masks,
     )
 
 
-def patch_window(foreground: NDArray[np.bool_], shape: Sequence[int]) -> tuple[int, ...]:
-    """First voxel of a patch around the foreground's centre of mass, kept inside the volume where it fits."""
-    places = np.argwhere(foreground if foreground.any() else np.ones_like(foreground))
-    centre = places.mean(axis=0)
-    starts = np.rint(centre - (np.array(shape) - 1) / 2).astype(int)
-    room = np.array(foreground.shape) - np.array(shape)
-    # Too small a volume is centred, as nnU-Net's sliding window does it.
-    return tuple(int(min(max(s, 0), r)) if r >= 0 else int(r // 2) for s, r in zip(starts, room, strict=True))
+def load_predictor(model: TrainedModel, device: torch.device, mirroring: bool = True) -> MaskSAMPredictor:
+    """Load a trained model as nnU-Net does, without its remarks and warnings.
 
-
-def cut(volume: NDArray[Any], window: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-    """The patch of ``shape`` that starts at ``window``, zeros where it leaves the volume."""
-    before = [max(-start, 0) for start in window]
-    after = [max(s + n - size, 0) for s, n, size in zip(window, shape, volume.shape, strict=True)]
-    padded = np.pad(volume, list(zip(before, after, strict=True)))
-    return padded[tuple(slice(s + b, s + b + n) for s, b, n in zip(window, before, shape, strict=True))]
-
-
-def _load(model: Path, fold: int) -> nnUNetPredictor:
-    """nnU-Net's own way to a trained network, without its remarks and warnings."""
-    trainers = ext_trainer_value(os.environ.get(EXT_TRAINER))
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    with _environment({EXT_TRAINER: trainers}), quiet, warnings.catch_warnings():
+    Raises:
+        MaskSAMError: a checkpoint is damaged, or SAM's file for a lean one is missing or another one.
+    """
+    os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(model), (fold,), "checkpoint_final.pth")
+        predictor = MaskSAMPredictor(
+            device=device, use_mirroring=mirroring, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
+        )
+        model.load(predictor)
     return predictor
 
 
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def look_into_windows(
+    predictor: MaskSAMPredictor,
+    data: Tensor,
+    centres: Mapping[int, tuple[float, float]],
+    spacing: Sequence[float],
+) -> tuple[dict[int, SliceQueries], NDArray[np.integer[Any]]]:
+    """Run the first fold once, unmirrored, on each of nnU-Net's windows.
+
+    Args:
+        predictor: with the model.
+        data: (C, D, H, W).
+        centres: for each wanted slice, the (h, w) that its window should be near to.
+        spacing: millimetres along (D, H, W), in which distance is measured.
+
+    Returns:
+        The queries of each wanted slice; and for each voxel (D, H, W) the number, from 1, of the query that gives it
+        most of its class in the window whose centre is nearest, or 0 where that window finds background.
+    """
+    network = cast(MaskSAM, predictor.hold_fold(0)).to(predictor.device).eval()
+    size = window_size(predictor)
+    padded, back = pad_nd_image(data, size, "constant", {"value": 0}, True)
+    offset = [int(part.start or 0) for part in back[1:]]
+    windows = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
+    corners: list[Corner] = [tuple(w if isinstance(w, int) else w.start for w in window[1:]) for window in windows]
+    chosen: dict[int, list[int]] = {}
+    for index, centre in centres.items():
+        place = np.add((index, *centre), offset)
+        chosen.setdefault(nearest_window(corners, size, place, spacing), []).append(index)
+
+    owner = np.zeros(padded.shape[1:], np.uint8 if network.config.num_queries < 256 else np.uint16)
+    nearness = np.full(padded.shape[1:], -1.0, np.float32)
+    patch = tuple(predictor.configuration_manager.patch_size)
+    gaussian = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu"))
+    weight = gaussian.float().numpy().reshape(size)
+    slices = {}
+    for number, corner in enumerate(corners):
+        where = tuple(slice(start, start + length) for start, length in zip(corner, size, strict=True))
+        parts = run_network(network, padded[:, *where], predictor.device)
+        nearer = weight > nearness[where]
+        nearness[where][nearer] = weight[nearer]
+        owner[where][nearer] = owners(parts, network.config.regions)[nearer]
+        d, h, w = (start - by for start, by in zip(corner, offset, strict=True))
+        rows, columns = (
+            slice(max(-start, 0), min(length, whole - start))
+            for start, length, whole in zip((h, w), size[1:], data.shape[2:], strict=True)
+        )
+        for index in chosen.get(number, ()):
+            one = MaskSAMOutput(*(part[:, index - d : index - d + 1] for part in parts))
+            prompts = read_prompts(one, network.grid.padded, size[1:])
+            slices[index] = SliceQueries(
+                index=index,
+                window=(number + 1, len(corners)),
+                corner=(d, h, w),
+                size=size,
+                probabilities=prompts.probabilities[0],
+                boxes=prompts.boxes[0],
+                drafts=prompts.masks[0],
+                masks=one.mask_logits[0, 0].sigmoid().numpy(),
+                inside=(rows, columns),
+            )
+    return slices, owner[back[1:]]
+
+
+def window_size(predictor: MaskSAMPredictor) -> Corner:
+    """(D, H, W) of nnU-Net's windows; D is 1 for a 2D configuration."""
+    depth, height, width = ([1, 1, *map(int, predictor.configuration_manager.patch_size)])[-3:]
+    return depth, height, width
+
+
+def patch_around(foreground: NDArray[np.bool_], size: Sequence[int]) -> tuple[slice, ...]:
+    """The patch of ``size`` around the foreground's centre of mass, kept inside the volume, which is not smaller."""
+    places = np.argwhere(foreground if foreground.any() else np.ones_like(foreground))
+    starts = np.rint(places.mean(axis=0) - (np.array(size) - 1) / 2).astype(int)
+    starts = starts.clip(0, np.array(foreground.shape) - size)
+    return tuple(slice(start, start + length) for start, length in zip(starts, size, strict=True))
+
+
+def nearest_window(corners: Sequence[Corner], size: Corner, place: Sequence[float], spacing: Sequence[float]) -> int:
+    """Of the windows that hold the slice of ``place`` (d, h, w), the one whose centre is nearest to it in space."""
+    centres = np.array(corners) + (np.array(size) - 1) / 2
+    distances = (((centres - np.array(place)) * np.array(spacing)) ** 2).sum(1)
+    holding = [n for n, corner in enumerate(corners) if corner[0] <= place[0] < corner[0] + size[0]]
+    return min(holding, key=lambda number: float(distances[number]))
+
+
+@torch.inference_mode()
+def run_network(network: MaskSAM, window: Tensor, device: torch.device) -> MaskSAMOutput:
+    """All outputs of the network for one window (C, D, H, W), in float32 on the CPU."""
+    flat = len(network.config.patch_size) == 2
+    with autocast(device):
+        parts = network.parts((window[:, 0] if flat else window)[None].to(device))
+    return MaskSAMOutput(*(part.float().cpu() for part in parts))
+
+
+def read_prompts(parts: MaskSAMOutput, padded: Sequence[int], plane: Sequence[int]) -> WindowPrompts:
+    """Bring the outputs for one window to its pixels.
+
+    Args:
+        parts: with class_logits (1, D, N, K + 1), aux_mask_logits (1, D, N, 4g_h, 4g_w), and aux_boxes (1, D, N, 4) in
+            [0, 1] of the padded plane.
+        padded: (H_p, W_p) of that plane in pixels of the window, which lies in its upper left corner.
+        plane: (H, W) of the window.
+    """
+    height, width = padded
+    logits = interpolate(parts.aux_mask_logits[0], size=(height, width), mode="bilinear")
+    boxes = parts.aux_boxes[0] * torch.tensor([width, height, width, height])
+    masks = logits[..., : plane[0], : plane[1]].sigmoid()
+    return WindowPrompts(parts.class_logits[0].softmax(-1).numpy(), boxes.numpy(), masks.numpy())
+
+
+@torch.inference_mode()
+def owners(parts: MaskSAMOutput, regions: bool) -> NDArray[np.int64]:
+    """(D, H, W): the number, from 1, of the query that adds most to the class that each voxel is given; 0: background.
+
+    With regions the class is the last one, in their order, that the voxel belongs to, as in nnU-Net.
+    """
+    semantic = semantic_log_probabilities(parts.class_logits, parts.mask_logits, regions)[0]  # (K, D, H, W)
+    if regions:
+        order = torch.arange(1, len(semantic) + 1).view(-1, 1, 1, 1)
+        winner = ((semantic > 0) * order).amax(0) - 1  # -1: in no region
+        background = winner < 0
+        winner = winner.clamp(min=0)
+    else:
+        winner = semantic.argmax(0)
+        background = winner == 0
+    classes = parts.class_logits[0].float().softmax(-1)  # (D, N, K + 1)
+    result = torch.empty(winner.shape, dtype=torch.int64)
+    for depth in range(len(winner)):  # a slice at a time: all queries' masks of a window are large
+        of_winner = classes[depth][:, winner[depth]]  # (N, H, W)
+        result[depth] = (of_winner * parts.mask_logits[0, depth].sigmoid()).argmax(0) + 1
+    result[background] = 0
+    return result.numpy()

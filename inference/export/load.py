@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from masksam_nnunet.errors import PortableError, WeightsError
 
-from ..networks import network_to_predict
+from ..models import network_to_predict
 from .checks import check_model
 from .description import (
     DATASET,

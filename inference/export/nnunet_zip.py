@@ -21,8 +21,7 @@ from masksam_nnunet.files import read_json
 from masksam_nnunet.modeling.lean import is_lean
 from masksam_nnunet.plans.architecture import open_configuration
 
-from ..model_folders import find_models
-from ..networks import network_to_predict
+from ..models import find_models, network_to_predict
 
 CHECKPOINT = "checkpoint_final.pth"
 _MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")

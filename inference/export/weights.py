@@ -13,7 +13,7 @@ from torch import Tensor
 
 from masksam_nnunet.errors import PortableError
 
-from ..fold_weights import same_bits
+from ..predictor import same_bits
 from .description import SHARED, Description, fold_file
 
 _METADATA = {"format": "pt"}

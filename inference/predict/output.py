@@ -1,4 +1,4 @@
-"""Predictions of a case that are there whole or not at all."""
+"""The files of a predicted case, which are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from masksam_nnunet.errors import PredictError
-
-from ..label_maps import check_whole
+from masksam_nnunet.errors import UsageError
+from masksam_nnunet.plans.nifti_files import check_whole
 
 PROBABILITIES = (".npz", ".pkl")
 """What nnU-Net writes beside a label map when it saves probabilities."""
@@ -22,7 +21,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, err
 
 
 def files_of(target: Path, ending: str) -> list[Path]:
-    """All that can be there of a case, the label map last.
+    """All files that a case can have, the label map last.
 
     Args:
         target: folder and name of the case, without a file's ending, as nnU-Net's functions take it.
@@ -33,12 +32,12 @@ def files_of(target: Path, ending: str) -> list[Path]:
 
 @contextlib.contextmanager
 def draft(target: Path, ending: str, reader: Any, probabilities: bool) -> Iterator[Path]:
-    """A target to write a case's files to; they are moved to ``target`` when all are written and can be read.
+    """Yield a target to write a case's files to; they move to ``target`` once all can be read back.
 
     Until then they lie in a hidden folder beside it, which the next attempt on this case clears.
 
     Raises:
-        PredictError: the disk is full or not writable.
+        UsageError: the disk is full or not writable.
     """
     folder = target.with_name(f".{target.name}.draft")
     try:
@@ -47,23 +46,23 @@ def draft(target: Path, ending: str, reader: Any, probabilities: bool) -> Iterat
         name = folder / target.name
         yield name
         if not is_whole(name, ending, reader, probabilities):
-            raise OSError(errno.ENOSPC, "what was written cannot be read back, the disk may be full")
+            raise OSError(errno.ENOSPC, "it cannot be read back, the disk may be full")
         for file, place in zip(files_of(name, ending), files_of(target, ending), strict=True):
             if file.is_file():
                 os.replace(file, place)
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise PredictError(
-            f"cannot write the prediction of {target.name} to {target.parent}: {error.strerror or error}; make room or "
-            "make the folder writable, and run the same command with --continue_prediction"
+        raise UsageError(
+            f"-o: cannot write the prediction of {target.name} to {target.parent}: {error.strerror or error}; make "
+            "room or make the folder writable, and add --continue_prediction"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_whole(target: Path, ending: str, reader: Any, probabilities: bool) -> bool:
-    """Whether a case's label map, and its probabilities if wanted, are there and can be read to their end."""
+    """Whether a case's label map, and its probabilities if wanted, exist and can be read to their end."""
     *more, label_map = files_of(target, ending)
     try:
         check_whole(label_map)
@@ -74,7 +73,7 @@ def is_whole(target: Path, ending: str, reader: Any, probabilities: bool) -> boo
 
 
 def remove(target: Path, ending: str) -> None:
-    """Remove all that is there of a case."""
+    """Remove all files of a case."""
     for file in files_of(target, ending):
         file.unlink(missing_ok=True)
 

@@ -1,31 +1,31 @@
-"""Predict cases one after another, by nnU-Net's own steps; one that fails costs itself only."""
+"""Predict the images of a folder with one model or an ensemble."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Mapping, Sequence
+import json
+import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.utilities.helpers import empty_cache
-from numpy.typing import NDArray
 
-from masksam_nnunet.errors import CaseError, PredictError, in_short
+from masksam_nnunet.errors import UsageError
+from masksam_nnunet.files import read_json, write_json
 
-from ..cases import Case, preprocess_case
+from ..cases import Case, find_cases
+from ..models import Model, reader_of
 from ..predictor import MaskSAMPredictor
-from .output import draft
+from .ensemble import check_averaging, predict_ensemble, previous_stage_folders
+from .output import is_whole, remove
 from .postprocessing import Postprocessing
-from .workers import Task, Workers
+from .predict_cases import Pools, predict_cases
+from .workers import Workers
 
-_WAITING = 2
-"""Predictions that may wait for a free export process: they are large, and the network can be faster."""
+ARGUMENTS = "predict_from_raw_data_args.json"
+"""nnU-Net's file that says how the predictions of a folder were made."""
 
 
 @dataclass(frozen=True)
@@ -33,134 +33,171 @@ class PredictOptions:
     """How cases are predicted and written.
 
     Attributes:
+        device: cuda, cpu or mps.
+        step_size: distance of windows, in patches.
+        mirroring: average predictions of mirrored windows too.
+        on_device: keep results on the GPU where they fit.
+        batch_size: windows and mirrors at once; None to choose it.
+        verbose: of nnU-Net's predictor and preprocessor.
+        progress: show progress bars.
         probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
-        preprocessing: processes that read and preprocess; 0 for none but this one.
-        export: processes that resample and write; 0 for none but this one.
-        postprocessing: done on the label maps.
+        resume: keep whole predictions of the same models.
+        preprocessing_processes: that read and preprocess; 0 to do it in this process.
+        export_processes: that resample and write; 0 to do it in this process.
+        previous: folder of the previous stage's label maps, for cascades.
+        parts: number of commands that share the cases.
+        part: which of them this one is, from 0.
+        postprocessing: applied to the label maps.
     """
 
+    device: str = "cuda"
+    step_size: float = 0.5
+    mirroring: bool = True
+    on_device: bool = True
+    batch_size: int | None = None
+    verbose: bool = False
+    progress: bool = True
     probabilities: bool = False
-    preprocessing: int = 0
-    export: int = 0
+    resume: bool = False
+    preprocessing_processes: int = 3
+    export_processes: int = 3
+    previous: Path | None = None
+    parts: int = 1
+    part: int = 0
     postprocessing: Postprocessing | None = None
 
+    def predictor(self, model: Model) -> MaskSAMPredictor:
+        """Make a predictor and load the model into it."""
+        made = MaskSAMPredictor(
+            tile_step_size=self.step_size,
+            use_mirroring=self.mirroring,
+            perform_everything_on_device=self.on_device,
+            device=torch.device(self.device),
+            verbose=self.verbose,
+            verbose_preprocessing=self.verbose,
+            allow_tqdm=self.progress,
+            batch_size=self.batch_size,
+        )
+        model.load(made)
+        return made
 
-class Crew(contextlib.ExitStack):
-    """The processes of these options, for one model after another: they take seconds to start."""
 
-    def __init__(self, options: PredictOptions) -> None:
-        super().__init__()
-        self.readers = self.enter_context(Workers(options.preprocessing))
-        self.writers = self.enter_context(Workers(options.export))
+def predict(models: Sequence[Model], images: Path, output: Path, options: PredictOptions) -> dict[str, str]:
+    """Write a label map for each case, and nnU-Net's dataset.json, plans.json and arguments.
 
-
-def predict_cases(
-    predictor: MaskSAMPredictor,
-    cases: Sequence[Case],
-    out: Path,
-    options: PredictOptions,
-    crew: Crew,
-    previous: Path | None = None,
-) -> dict[str, str]:
-    """Write the label map of each case, ``CASE`` + the dataset's file ending, once it is whole.
+    Everything that can be checked is checked before a model is loaded or the output folder is made.
 
     Args:
-        predictor: with a model loaded.
-        cases: to predict.
-        out: folder of the predictions; made if it is missing.
+        models: one, or an ensemble whose probabilities are averaged.
+        images: folder of ``CASE_0000`` + file ending.
+        output: folder of the predictions.
         options: see there.
-        crew: of these options.
-        previous: for a cascade, the folder of the previous stage's label maps.
 
     Returns:
-        What was wrong, by name, of the cases that have no prediction now.
+        Why cases have no prediction, by name; empty if all have one.
 
     Raises:
-        PredictError: the disk is full or not writable.
+        UsageError: an option or a folder cannot be used, or the disk is full.
+        ModelError: a model is incomplete or damaged, or models cannot be averaged.
     """
-    plans, configuration, dataset_json = (
-        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    )  # fmt: skip
-    failed: dict[str, str] = {}
-    exports: deque[tuple[Case, Task]] = deque()
-    ending = dataset_json["file_ending"]
-    segmentations = [None if previous is None else previous / (case.name + ending) for case in cases]
-    calls = [
-        (case, segmentation, plans, configuration, dataset_json, predictor.verbose_preprocessing)
-        for case, segmentation in zip(cases, segmentations, strict=True)
-    ]
+    for model in models:
+        model.check()
+    check_averaging(models)
+    if not 0 <= options.part < options.parts:
+        raise UsageError(f"-part_id {options.part}: parts are numbered from 0 to {options.parts - 1} (-num_parts)")
+    if options.previous is not None and not options.previous.is_dir():
+        raise UsageError(f"-prev_stage_predictions {options.previous}: there is no such folder")
+    stages = previous_stage_folders(models, output, options.previous)
+    ending, reader = models[0].dataset_json["file_ending"], reader_of(models[0])
+    cases, failed = find_cases(images, ending)
+    if output.is_dir() and output.samefile(images):
+        raise UsageError(f"-o {output} is the folder of the images (-i): name another one")
+    _make_writable(output)
 
-    def collect(left: int) -> None:
-        while len(exports) > left:
-            case, task = exports.popleft()
-            try:
-                crew.writers.result(task)
-            except CaseError as error:
-                failed[case.name] = str(error)
+    cases = cases[options.part :: options.parts]
+    wanted = cases
+    if options.resume:
+        _check_same_models(output, _identity(models, options))
+        wanted = [case for case in cases if not is_whole(output / case.name, ending, reader, options.probabilities)]
+    print(f"{len(wanted)} cases to predict; {len(cases) - len(wanted)} were done before", flush=True)
+    if not wanted:
+        return failed
 
-    prepared = crew.readers.in_order(preprocess_case, calls)
-    for number, (case, task) in enumerate(zip(cases, prepared, strict=True), start=1):
-        try:
-            data, properties = crew.readers.result(task)
-            print(f"Predicting {case.name} ({number} of {len(cases)})", flush=True)
-            logits = _logits(predictor, data)
-        except CaseError as error:
-            failed[case.name] = str(error)
-            print(f"{case.name} cannot be predicted: {error}", flush=True)
-            continue
-        written = crew.writers.start(
-            export_case, logits, properties, configuration, plans, dataset_json, out / case.name,
-            options.probabilities, options.postprocessing,
+    with Workers(options.preprocessing_processes) as readers, Workers(options.export_processes) as writers:
+        pools = Pools(readers, writers)
+        if len(models) == 1:
+            predictor = options.predictor(models[0])
+            _replace(wanted, models, images, output, options)
+            return failed | predict_cases(
+                predictor, wanted, output, pools, probabilities=options.probabilities,
+                postprocessing=options.postprocessing, previous=stages.get(models[0].name),
+            )  # fmt: skip
+        _replace(wanted, models, images, output, options)
+        return failed | predict_ensemble(
+            models, options.predictor, wanted, output, pools, stages=stages, resume=options.resume,
+            probabilities=options.probabilities, postprocessing=options.postprocessing,
         )  # fmt: skip
-        exports.append((case, written))
-        del data, logits
-        collect(options.export + _WAITING if options.export else 0)
-    collect(0)
-
-    compute_gaussian.cache_clear()
-    empty_cache(predictor.device)
-    return failed
 
 
-def _logits(predictor: MaskSAMPredictor, data: NDArray[np.float32]) -> NDArray[np.float16]:
+def _make_writable(folder: Path) -> None:
     try:
-        logits: NDArray[np.float16] = (
-            predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"-o {folder}: cannot write there ({error.strerror or error}); name another folder") from error
+
+
+def _identity(models: Sequence[Model], options: PredictOptions) -> dict[str, Any]:
+    """What predictions depend on, as JSON."""
+    return {
+        "models": [model.describe() for model in models],
+        "postprocessing": str(options.postprocessing.file) if options.postprocessing else None,
+        "tile_step_size": options.step_size,
+        "use_mirroring": options.mirroring,
+    }
+
+
+def _check_same_models(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse to continue predictions that were made in another way."""
+    file = output / ARGUMENTS
+    try:
+        before = read_json(file).get("masksam") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"--continue_prediction: {file}, which says what predicted the cases, cannot be read ({error}); leave the "
+            "option out, or name another folder (-o)"
+        ) from error
+    now = json.loads(json.dumps(identity))
+    if before is not None and before != now:
+        differing = next(key for key in now if before.get(key) != now[key])
+        raise UsageError(
+            f"--continue_prediction: {output} holds predictions with {differing} = {before.get(differing)}, now it is "
+            f"{now[differing]}; leave the option out to replace them, or name another folder (-o)"
         )
-    except (CaseError, PredictError):
-        raise
-    except Exception as error:  # of any network
-        raise CaseError(f"the network of {predictor.trainer_name} cannot predict it: {in_short(error)}") from error
-    return logits
 
 
-def export_case(
-    logits: NDArray[np.float16],
-    properties: dict[str, Any],
-    configuration: Any,
-    plans: Any,
-    dataset_json: Mapping[str, Any],
-    target: Path,
-    probabilities: bool,
-    postprocessing: Postprocessing | None,
+def _replace(
+    cases: Sequence[Case], models: Sequence[Model], images: Path, output: Path, options: PredictOptions
 ) -> None:
-    """Resample and write a prediction by nnU-Net's own function, whole or not at all.
+    """Remove earlier predictions of the cases, then record what predicts them.
 
-    Args:
-        logits: (K, x, y, z).
-        properties: what preprocessing tells of the case.
-        configuration: nnU-Net's ConfigurationManager.
-        plans: its PlansManager.
-        dataset_json: the model's.
-        target: folder and name of the case.
-        probabilities: whether to write them too; without post-processing, as in nnU-Net.
-        postprocessing: done on the label map.
-
-    Raises:
-        PredictError: the disk is full or not writable.
+    All at once: if this run is interrupted, an earlier run's predictions would pass for this one's.
     """
-    ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
-    with draft(target, ending, reader, probabilities) as name:
-        export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(name), probabilities)
-        if postprocessing is not None:
-            postprocessing.apply(name.with_name(name.name + ending), reader)
+    for case in cases:
+        remove(output / case.name, models[0].dataset_json["file_ending"])
+    arguments = {  # with nnU-Net's names
+        "list_of_lists_or_source_folder": str(images),
+        "output_folder_or_list_of_truncated_output_files": str(output),
+        "save_probabilities": options.probabilities,
+        "overwrite": not options.resume,
+        "num_processes_preprocessing": options.preprocessing_processes,
+        "num_processes_segmentation_export": options.export_processes,
+        "folder_with_segs_from_prev_stage": None if options.previous is None else str(options.previous),
+        "num_parts": options.parts,
+        "part_id": options.part,
+        "masksam": _identity(models, options),
+    }
+    write_json(output / ARGUMENTS, arguments)
+    write_json(output / "dataset.json", models[0].dataset_json)
+    write_json(output / "plans.json", models[0].plans)

@@ -1,4 +1,4 @@
-"""Work in other processes, where a task that fails, or whose process dies, costs itself only."""
+"""Call a function for many cases in other processes; a call that fails, or whose process dies, costs one case."""
 
 from __future__ import annotations
 
@@ -10,25 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Any, Self
 
-from masksam_nnunet.errors import CaseError, PredictError, in_short
-
-
-class Task:
-    """A call that has been handed over."""
-
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self.function = function
-        self.arguments = arguments
-        self.future: Future[Any] | None = None
-        """None: it runs in this process, when its result is asked for."""
+from masksam_nnunet.errors import CaseError, MaskSAMError, in_short
 
 
 class Workers:
-    """Spawned processes, started as they are needed; they end with this process, however it ends.
+    """Spawned processes, started when they are needed; they end with this process, however it ends.
 
     Args:
         processes: 0 to work in this process.
@@ -41,72 +31,80 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
-    def start(self, function: Callable[..., Any], *arguments: Any) -> Task:
-        """Hand over a call; the function is a module's own."""
-        task = Task(function, arguments)
-        if self.processes:
-            try:
-                task.future = self._submit(task)
-            except BrokenProcessPool:
-                self._end()
-                task.future = self._submit(task)
-        return task
+    def outcomes(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[str, tuple[Any, ...]]],
+        waiting: int = 0,
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield each call's name and result, in order; a ``CaseError`` is the result of a call that failed.
 
-    def result(self, task: Task) -> Any:
-        """Wait for what the call returns. What it took is let go.
+        Args:
+            function: of a module, so that it can be pickled.
+            calls: name and arguments; taken while others run, at most ``processes + waiting`` ahead.
+            waiting: calls that may wait for a free process.
 
         Raises:
-            CaseError: it failed, or its process died; in words.
-            PredictError: it cannot be done for any case.
+            MaskSAMError: a call failed for a reason that concerns all cases.
         """
-        try:
-            value, failure = _run(task.function, task.arguments) if task.future is None else task.future.result()
-        except BrokenProcessPool:
-            value, failure = self._alone(task)
-        finally:
-            task.arguments, task.future = (), None
-        if failure is not None:
-            raise failure
-        return value
+        most = self.processes + waiting if self.processes else 0
+        ahead: deque[_Call] = deque()
+        for name, arguments in calls:
+            ahead.append(self._start(_Call(name, function, arguments)))
+            del arguments  # large; the call lets go of them when it is done
+            if len(ahead) > most:
+                yield self._finish(ahead.popleft())
+        while ahead:
+            yield self._finish(ahead.popleft())
 
-    def in_order(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Task]:
-        """The tasks of calls, in their order; as many are ahead of the one that is yielded as there are processes."""
-        ahead: deque[Task] = deque()
-        for arguments in calls:
-            ahead.append(self.start(function, *arguments))
-            if len(ahead) > self.processes:
-                yield ahead.popleft()
-        yield from ahead
+    def _start(self, call: _Call) -> _Call:
+        if self.processes:
+            try:
+                call.future = self._submit(call)
+            except BrokenProcessPool:
+                self._end()
+                call.future = self._submit(call)
+        return call
 
-    def _submit(self, task: Task) -> Future[Any]:
+    def _submit(self, call: _Call) -> Future[Any]:
         if self._executor is None:
             self._executor = _executor(self.processes)
-        return self._executor.submit(_run, task.function, task.arguments)
+        return self._executor.submit(_attempt, call.function, call.arguments)
 
-    def _alone(self, task: Task) -> tuple[Any, CaseError | PredictError | None]:
-        """A process died, and with it what others had in hand. Which one was to blame shows when each works alone."""
+    def _finish(self, call: _Call) -> tuple[str, Any]:
+        try:
+            outcome = _attempt(call.function, call.arguments) if call.future is None else call.future.result()
+        except BrokenProcessPool:
+            outcome = self._alone(call)
+        if isinstance(outcome, MaskSAMError) and not isinstance(outcome, CaseError):
+            raise outcome
+        return call.name, outcome
+
+    def _alone(self, call: _Call) -> Any:
+        """Repeat a call after a process died, which ends all calls; which one is to blame shows when it runs alone."""
         self._end()
         with _executor(1) as executor:
             try:
-                outcome: tuple[Any, CaseError | PredictError | None] = executor.submit(
-                    _run, task.function, task.arguments
-                ).result()
+                return executor.submit(_attempt, call.function, call.arguments).result()
             except BrokenProcessPool:
-                return None, CaseError(
-                    "the process that worked on it died, most likely killed because memory ran out (else it says why): "
-                    "give it more, or predict this case by itself"
-                )
-        return outcome
+                return CaseError("its process died, most likely for lack of memory; predict this case by itself")
 
     def _end(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
+
+
+@dataclass
+class _Call:
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    future: Future[Any] | None = None
+    """None: it runs in this process, when its result is asked for."""
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:
@@ -115,7 +113,7 @@ def _executor(processes: int) -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """Else workers would wait for ever for a parent that was killed, and write when it has been started again."""
+    """End this worker when its parent is killed: it would wait for ever, or write beside the parent's successor."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -128,11 +126,11 @@ def _end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
-def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, CaseError | PredictError | None]:
-    """What the function returns, and what is wrong: errors of libraries do not all travel between processes."""
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Return the result, or the error: errors of libraries do not all travel between processes."""
     try:
-        return function(*arguments), None
-    except (CaseError, PredictError) as error:
-        return None, error
+        return function(*arguments)
+    except MaskSAMError as error:
+        return error
     except Exception as error:
-        return None, CaseError(in_short(error))
+        return CaseError(in_short(error))

@@ -1,89 +1,105 @@
-"""A zip file that is the same for the same files, appears whole or not at all, and has been read back."""
+"""Write the challenge's archive: the same bytes for the same files, whole or not there, and read back."""
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import os
 import zipfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from masksam_nnunet.errors import SubmissionError
+from masksam_nnunet.errors import DataError, UsageError
+from masksam_nnunet.files import atomic_write
+from masksam_nnunet.plans.datasets.checks import open_nifti
 
-from .volumes import read_submitted
+from .inspection import Inspection, SubmittedFile, label_values
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # zip's first
+_PRIVATE = ("descrip", "aux_file", "db_name", "intent_name")
+_LEVEL = 6
 
 
-class Member(NamedTuple):
-    """A file of the archive. ``make`` returns it, its voxels and its affine matrix, when its turn comes."""
-
-    name: str
-    make: Callable[[], tuple[bytes, NDArray[np.generic], NDArray[np.float64]]]
-
-
-def write_archive(out: Path, members: Iterable[Member]) -> None:
-    """Write ``out`` under a hidden name beside it, read that back, and rename it.
-
-    Args:
-        out: the zip file; an earlier one is replaced.
-        members: made and written one at a time, in the order of their names.
+def require_place(out: Path, predictions: Path, *, force: bool = False) -> None:
+    """Refuse a place for the archive before the predictions are checked, which may take long.
 
     Raises:
-        SubmissionError: it cannot be written, or what was read back is not what was written; ``out`` is untouched.
+        UsageError: the file is no zip, or it is there already, or it lies among the predictions.
     """
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    if out.suffix.lower() != ".zip" or out.is_dir():
+        raise UsageError(f"--out {out}: name a file that ends in .zip")
+    if out.exists() and not force:
+        raise UsageError(f"--out {out}: the file exists; name another one, or give --force")
+    if Path(os.path.abspath(out)).is_relative_to(os.path.abspath(predictions)):
+        raise UsageError(f"--out {out}: lies in the folder of predictions; name another folder")
+
+
+def package(inspection: Inspection, out: Path) -> None:
+    """Write the archive of what was inspected and read it back; ``out`` is as before if anything fails.
+
+    Raises:
+        DataError: there are defects, a prediction has changed since, or what is read back differs.
+        UsageError: ``out`` cannot be written.
+    """
+    if inspection.defects:
+        raise DataError(refusal(inspection))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        written: dict[str, str] = {}
-        with zipfile.ZipFile(draft, "w") as archive:
-            for name, make in sorted(members, key=lambda member: member.name):
-                content, voxels, affine = make()
-                archive.writestr(_entry(name), content)
-                written[name] = _digest(voxels, affine)
-        _verify(draft, written)
-        os.replace(draft, out)
-    except OSError as error:
-        raise SubmissionError(
-            f"cannot write {out}: {error.strerror or error}; nothing of it was kept. Make room, or name another file "
-            "with --out"
-        ) from error
-    except ValueError as error:
-        raise SubmissionError(f"cannot write {out}: {error}; nothing of it was kept. Run again") from error
-    finally:
-        draft.unlink(missing_ok=True)
+        with atomic_write(out) as draft:
+            with zipfile.ZipFile(draft, "w") as archive:
+                for file in sorted(inspection.files, key=lambda file: file.name):
+                    archive.writestr(_zip_entry(file.name), _submitted(file))
+            with zipfile.ZipFile(draft) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise DataError(f"{out}: {damaged} is damaged on the disk; nothing was kept, run again")
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--out {out} cannot be written: {reason}; nothing was kept") from error
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
+def refusal(inspection: Inspection) -> str:
+    """Every defect, one a line."""
+    count = "1 defect" if len(inspection.defects) == 1 else f"{len(inspection.defects)} defects"
+    return f"{inspection.title}: {count}, nothing was written:" + "".join(f"\n  {d}" for d in inspection.defects)
+
+
+def _submitted(file: SubmittedFile) -> bytes:
+    """The compressed NIfTI file that the challenge gets, decompressed once to see that it holds what it should.
+
+    It has the header of the image, where there is one, for its grid; texts in the header, which may name people, are
+    emptied.
+
+    Raises:
+        DataError: the prediction holds other values by now, or the file made differs from it.
+    """
+    source = open_nifti(file.prediction)
+    stored = np.asanyarray(source.dataobj)
+    if not np.issubdtype(stored.dtype, np.integer):
+        stored = np.rint(stored).astype(np.int32)
+    if label_values(stored) - file.values.keys():
+        raise DataError(f"{file.prediction} has changed since it was checked; run again")
+    table = np.zeros(max(file.values) + 1, file.dtype)
+    table[list(file.values)] = list(file.values.values())
+    voxels = table[stored]
+    model = open_nifti(file.image) if file.image else source
+    header = model.header.copy()
+    header.set_data_dtype(np.dtype(file.dtype))
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"] = 0, 0
+    for name in set(_PRIVATE) & set(header.keys()):
+        header[name] = b""
+    header.extensions.clear()
+    content = gzip.compress(type(model)(voxels, model.affine, header).to_bytes(), _LEVEL, mtime=0)
+    made = type(model).from_bytes(gzip.decompress(content))
+    stored = np.asanyarray(made.dataobj)
+    if stored.dtype != voxels.dtype or not np.array_equal(stored, voxels) or not np.allclose(made.affine, model.affine):
+        raise DataError(f"{file.name} as it would be submitted differs from {file.prediction}; nothing was kept")
+    return content
+
+
+def _zip_entry(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, _DATE)
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.create_system = 3  # Unix, on every system
     entry.external_attr = 0o644 << 16
     return entry
-
-
-def _verify(file: Path, written: dict[str, str]) -> None:
-    """Read everything back from the disk and compare it with what was meant."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.namelist() != list(written):
-                raise ValueError(f"it holds {archive.namelist()[:5]}, not the files that were written")
-            for name, digest in written.items():
-                if _digest(*read_submitted(archive.read(name))) != digest:
-                    raise ValueError(f"{name} in it has other voxels or another place")
-    except OSError:
-        raise
-    except Exception as error:  # zipfile, gzip, zlib and nibabel each raise their own
-        raise ValueError(f"read back, it is not what was written: {error}") from error
-
-
-def _digest(voxels: NDArray[np.generic], affine: NDArray[np.float64]) -> str:
-    """Of type, shape, values and place; the byte order in the file does not count."""
-    digest = hashlib.sha256(f"{voxels.dtype.newbyteorder('=')} {voxels.shape}".encode())
-    digest.update(voxels.astype(voxels.dtype.newbyteorder("="), copy=False).tobytes())
-    digest.update(affine.astype(np.float64, copy=False).tobytes())
-    return digest.hexdigest()

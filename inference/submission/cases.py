@@ -1,102 +1,81 @@
-"""The cases of a submission: predictions, their images, and the names that the challenge gives them."""
+"""The cases of a submission: predictions, their images, and the names and labels that the challenge gives them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from masksam_nnunet.errors import SubmissionError
+from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.datasets.acdc import named_frames
 from masksam_nnunet.plans.datasets.checks import nifti_names
 
 from .rules import ENDING, Rules
 
-FRAMES = "frames.json"
+_FRAMES = "frames.json"
 _IMAGE_ENDINGS = (ENDING, ".nii", ".mha", ".mhd", ".nrrd", ".hdr", ".img", ".tif", ".tiff", ".png")
 _PROBABILITIES = (".npz", ".npy", ".pkl")
 _OF_NNUNET = (
-    "dataset.json",
-    "plans.json",
-    "predict_from_raw_data_args.json",
-    "summary.json",
-    "postprocessing.json",
-    "postprocessing.pkl",
+    *("dataset.json", "plans.json", "predict_from_raw_data_args.json", "summary.json"),
+    *("postprocessing.json", "postprocessing.pkl"),
 )
 
 
-@dataclass
-class Found:
-    """What a folder of predictions holds.
+def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[str], int]:
+    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are passed over.
 
-    Attributes:
-        cases: the file of each case, also of one with a wrong extension.
-        defects: files that do not belong there, and cases with several.
-        probabilities: how many files of probabilities there are.
+    Returns:
+        The file of each case, even where its extension is wrong; files that do not belong there and cases with
+        several files; the number of files of probabilities.
     """
-
-    cases: dict[str, Path] = field(default_factory=dict)
-    defects: list[str] = field(default_factory=list)
-    probabilities: int = 0
-
-
-def find_predictions(folder: Path, rules: Rules) -> Found:
-    """Sort the content of a folder of predictions; what nnU-Net writes beside them and hidden files are passed over."""
-    found = Found()
+    cases: dict[str, Path] = {}
+    defects: list[str] = []
+    probabilities = 0
     images: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
         name = path.name
         if name.startswith(".") or name in _OF_NNUNET:
             continue
-        if path.is_dir():
-            found.defects.append(f"{name}/: a folder does not belong there")
-            continue
         ending = next((end for end in _IMAGE_ENDINGS if name.lower().endswith(end)), None)
-        if ending:
+        if ending and not path.is_dir():
             images.setdefault(name[: -len(ending)], []).append(name)
         elif path.suffix in _PROBABILITIES:
-            found.probabilities += 1
+            probabilities += 1
         else:
-            found.defects.append(f"{name}: this file does not belong there")
+            defects.append(f"{name}: does not belong in a folder of predictions")
     for case, names in images.items():
+        known = rules.match(case) is not None
+        if known:
+            cases[case] = folder / (case + ENDING if case + ENDING in names else names[0])
         if len(names) > 1:
-            found.defects.append(f"{case}: the case is there twice, as {' and '.join(names)}; remove all but one")
+            defects.append(f"{case}: there are several files, {' and '.join(names)}; remove all but one")
         elif not names[0].endswith(ENDING):
-            found.defects.append(
-                f"{names[0]}: wrong extension, predictions are {case}{ENDING}; predict with the file_ending {ENDING}"
-            )
-        elif rules.match(case) is None:
-            found.defects.append(f"{names[0]}: the name is no case's, which are like {rules.case}{ENDING}")
-            continue
-        if rules.match(case) is not None:
-            found.cases[case] = folder / (case + ENDING if case + ENDING in names else names[0])
-    return found
+            defects.append(f"{names[0]}: predictions must end in {ENDING}")
+        elif not known:
+            defects.append(f"{names[0]}: cases are named like {rules.case.pattern}{ENDING}")
+    return cases, defects, probabilities
 
 
 def find_images(folder: Path, rules: Rules) -> dict[str, Path]:
     """The image of each case in a folder: nnU-Net's CASE_0000, or as in the download, also in folders of patients.
 
     Raises:
-        SubmissionError: there is none.
+        UsageError: there is none.
     """
-    if not folder.is_dir():
-        raise SubmissionError(
-            f"--images {folder}: there is no such folder; name that of the images that were predicted"
-        )
-    inside = [folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"] if rules.task else []
-    for place in (folder, *inside):
-        found = _images_in(place, rules)
-        if found:
+    places = [folder]
+    if rules.task:
+        places += [folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"]
+    for place in places:
+        if found := _images_in(place, rules):
             return found
-    found = {}
-    for patient in sorted(path for path in folder.iterdir() if path.is_dir()):
-        found |= _images_in(patient, rules)
+    patients = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found = {case: image for patient in patients for case, image in _images_in(patient, rules).items()}
     if not found:
-        raise SubmissionError(
-            f"--images {folder} holds no image of a case like {rules.case}, neither as the challenge names them nor "
-            "with nnU-Net's _0000; name the folder of the images that were predicted"
+        raise UsageError(
+            f"--images {folder}: no image of a case like {rules.case} is there, named as by the challenge or by "
+            "nnU-Net (CASE_0000); name the folder of the images that were predicted"
         )
     return found
 
@@ -112,32 +91,28 @@ def _images_in(folder: Path, rules: Rules) -> dict[str, Path]:
 
 
 def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
-    """ED or ES for each case of ACDC: frames.json of ``masksam convert acdc``, or Info.cfg of the download.
+    """ED or ES for each case of ACDC, from frames.json of ``masksam convert acdc`` or Info.cfg of the download.
 
     Args:
-        images: the folder given with --images, the converted imagesTs or the download's testing.
+        images: the folder given with --images: the converted imagesTs or the download's testing.
         dataset: the raw dataset given with -d.
 
     Raises:
-        SubmissionError: nothing tells.
+        DataError: there is neither, or frames.json cannot be read.
     """
-    places = [place for place in (images, images.parent if images else None, dataset) if place]
-    for place in places:
-        if (place / FRAMES).is_file():
+    for place in [place for place in (images, images.parent if images else None, dataset) if place]:
+        if (place / _FRAMES).is_file():
             try:
-                return {str(case): str(phase) for case, phase in read_json(place / FRAMES).items()}
+                return {str(case): str(phase) for case, phase in read_json(place / _FRAMES).items()}
             except (OSError, ValueError, AttributeError) as error:
-                raise SubmissionError(
-                    f"{place / FRAMES} cannot be read: {error}; convert the download again with masksam convert acdc"
-                ) from error
+                raise DataError(f"{place / _FRAMES} cannot be read: {error}; convert the download again") from error
     phases: dict[str, str] = {}
     for patient in sorted(images.glob("patient*")) if images else ():
         phases |= named_frames(patient)[0]
     if not phases:
-        raise SubmissionError(
-            "nothing tells which frame is end-diastole (ED) and which end-systole (ES): frame 01 is not always ED. "
-            "Give -d with a dataset of masksam convert acdc, whose frames.json does, or --images with the download's "
-            "folder testing, whose Info.cfg does"
+        raise DataError(
+            f"no {_FRAMES} and no Info.cfg says which frame is end-diastole (ED): it is not always frame 01. Give -d "
+            "with a dataset of masksam convert acdc, or --images with the download's folder testing"
         )
     return phases
 
@@ -148,25 +123,93 @@ def file_names(
     """The challenge's file name of each case, and why some have none or share one."""
     names: dict[str, str] = {}
     defects: list[str] = []
+    cases_of: dict[str, list[str]] = {}
     for case in cases:
-        fields = {**(rules.match(case) or {}), "case": case, "task": rules.task or ""}
+        fields = {**(rules.match(case) or {}), "case": case, "task": rules.task}
         if rules.needs_phase:
             if phases is None or phases.get(case) not in ("ED", "ES"):
-                defects.append(f"{case}: neither {FRAMES} nor Info.cfg says whether this frame is ED or ES")
+                defects.append(f"{case}: neither {_FRAMES} nor Info.cfg says whether this frame is ED or ES")
                 continue
             fields["phase"] = phases[case]
         names[case] = rules.file_name.format(**fields)
-    shared: dict[str, list[str]] = {}
-    for case, name in names.items():
-        shared.setdefault(name, []).append(case)
-    defects += [f"{' and '.join(same)} would both be {name}" for name, same in shared.items() if len(same) > 1]
+        cases_of.setdefault(names[case], []).append(case)
+    defects += [f"{' and '.join(same)} would both be {name}" for name, same in cases_of.items() if len(same) > 1]
     return names, defects
 
 
 def expected_names(rules: Rules) -> set[str] | None:
-    """The complete list of files, None if the rules do not tell."""
+    """The complete list of files; None if the rules do not give it."""
     if rules.expected is None:
         return None
-    keys = list(rules.expected)
     rows = product(*rules.expected.values())
-    return {rules.file_name.format(**dict(zip(keys, row, strict=True))) for row in rows}
+    return {rules.file_name.format(**dict(zip(rules.expected, row, strict=True))) for row in rows}
+
+
+# ---- labels by name --------------------------------------------------------------------------------------------------
+
+
+def read_labels(places: Sequence[Path]) -> dict[str, int]:
+    """The labels by name in the first dataset.json that exists, without the ignore label, which no prediction holds.
+
+    Raises:
+        DataError: there is no file, it cannot be read, or its labels are missing or regions.
+    """
+    path = next((path for path in places if path.is_file()), places[0])
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. It names the labels, which are matched by name; give the model's with "
+            "--dataset-json or -d"
+        ) from error
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(labels, dict) or not labels or not all(type(value) is int for value in labels.values()):
+        raise DataError(
+            f'{path}: labels must be {{"background": 0, NAME: WHOLE NUMBER, ...}}, not {labels!r}. Where the model has '
+            "regions, give with --dataset-json a file of the values that its predictions hold"
+        )
+    return {name: value for name, value in labels.items() if name != "ignore"}
+
+
+def match_labels(model: Mapping[str, int], rules: Rules) -> tuple[dict[int, int], list[str], list[str]]:
+    """Find the challenge's label for each of a model's labels, by name or by a name in ``also_called``.
+
+    Upper and lower case, spaces, underscores and punctuation do not count.
+
+    Returns:
+        The challenge's value for each value that a prediction may hold; names of the model or of the challenge without
+        a partner; a note on labels of the challenge that stay empty.
+    """
+    labels = rules.labels
+    known = {_plain(name): name for name in labels}
+    for name, others in rules.also_called.items():
+        if name in labels:
+            for other in others:
+                known.setdefault(_plain(other), name)
+    values: dict[int, int] = {}
+    matched: dict[str, list[str]] = {}
+    defects: list[str] = []
+    for name, value in model.items():
+        target = known.get(_plain(name))
+        if target is None:
+            defects.append(
+                f"label {name!r} ({value}) in dataset.json is none of the challenge's ({', '.join(labels)}); if it is "
+                'one by another name, give --rules with {"also_called": {CHALLENGE\'S NAME: [NAME, ...]}}'
+            )
+        else:
+            values[value] = labels[target]
+            matched.setdefault(target, []).append(name)
+    for target, names in matched.items():
+        if len(names) > 1:
+            defects.append(f"labels {names} in dataset.json are all {target!r} of the challenge")
+    missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in matched)
+    notes: list[str] = []
+    if missing and rules.all_labels:
+        defects.append(f"dataset.json lacks labels of the challenge: {missing}; use a model that was trained on them")
+    elif missing:
+        notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
+    return values, defects, notes
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", name.lower()))

@@ -1,282 +1,185 @@
-"""What each challenge accepts: a JSON file for each beside this module, and a user's own values over it."""
+"""What each challenge accepts: one JSON file per challenge beside this module, and the user's own rules over it."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from masksam_nnunet.errors import SubmissionError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+
+from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import read_json
 
 CHALLENGES = ("acdc", "amos", "synapse", "msd")
 ENDING = ".nii.gz"
-_DTYPES = {"uint8": 255, "int16": 32767, "uint16": 65535, "int32": 2**31 - 1, "float32": 2**24}
+_LARGEST = {"uint8": 255, "int16": 32767, "uint16": 65535, "int32": 2**31 - 1, "float32": 2**24}
 
 
-@dataclass(frozen=True)
-class Unconfirmed:
-    """A rule that no publication of the challenge was found for."""
+_Labels = dict[str, Annotated[StrictInt, Field(ge=0)]]
+_Counts = Annotated[tuple[Annotated[StrictInt, Field(gt=0)], ...], Field(min_length=1)]
+_Expected = Annotated[dict[str, Annotated[tuple[str, ...], Field(min_length=1)]], Field(min_length=1)]
+
+
+class TaskRules(BaseModel):
+    """The rules of one task; those that are set replace the challenge's. See :class:`Rules`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    case: re.Pattern[str]
+    labels: _Labels
+    counts: _Counts | None = None
+    expected: _Expected | None = None
+    left_out: tuple[str, ...] = ()
+
+
+class Rules(BaseModel):
+    """What a challenge, or one task of it, accepts.
+
+    Attributes:
+        file_name: format string of a file's name; its fields are the named groups of ``case``, and ``case``, ``task``
+            and ``phase`` (ED or ES).
+        folder: format string of the folder in the archive, "" for none; its only field is ``task``.
+        dtype: NumPy's name of the voxels' type.
+        labels: the challenge's label values by name, background included.
+        also_called: other names of a label.
+        all_labels: whether the model must know all labels.
+        case: regular expression that nnU-Net's case names match as a whole.
+        counts: accepted numbers of files, None for any.
+        expected: values of each field of ``file_name``, whose combinations are the complete list of files; None if
+            the list is unknown.
+        left_out: cases that are not submitted although they have an image.
+        tasks: the rules of each task, for a challenge that has tasks.
+        all_tasks: whether an archive must hold all tasks.
+        task: the task that these rules are for, "" for none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file_name: str = Field(pattern=r"^[^/\\]*\.nii\.gz$")
+    folder: str = Field(pattern=r"^([^./\\][^/\\]*(/[^./\\][^/\\]*)*)?$")
+    dtype: Literal["uint8", "int16", "uint16", "int32", "float32"]
+    labels: _Labels = {}
+    also_called: dict[str, tuple[str, ...]] = {}
+    all_labels: StrictBool = True
+    case: re.Pattern[str] = re.compile("")
+    counts: _Counts | None = None
+    expected: _Expected | None = None
+    left_out: tuple[str, ...] = ()
+    tasks: dict[str, TaskRules] = {}
+    all_tasks: StrictBool = False
+    task: str = ""
+
+    def of_task(self, task: str) -> Rules:
+        """The rules of one of ``tasks``."""
+        own = self.tasks[task]
+        return self.model_copy(update={"task": task} | {name: getattr(own, name) for name in own.model_fields_set})
+
+    def match(self, case: str) -> dict[str, str] | None:
+        """The named groups of a case's name; None if no case of the challenge is named so."""
+        found = self.case.fullmatch(case)
+        return {name: value or "" for name, value in found.groupdict().items()} if found else None
+
+    @property
+    def needs_phase(self) -> bool:
+        """Whether file names tell end-diastole from end-systole."""
+        return "phase" in _fields(self.file_name)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        for part in [self.of_task(task) for task in self.tasks] or [self]:
+            of_task = {"task"} if part.task else set()
+            used, known = _fields(part.file_name), {*part.case.groupindex, "case", "phase"} | of_task
+            numbers = part.labels.values()
+            if not used <= known:
+                raise ValueError(f"file_name has the fields {sorted(used)}, case gives only {sorted(known)}")
+            if not _fields(part.folder) <= of_task:
+                raise ValueError(f"folder {part.folder!r} may have only the field task of a challenge with tasks")
+            if part.expected is not None and set(part.expected) != used:
+                raise ValueError(f"expected lists {sorted(part.expected)}, file_name has the fields {sorted(used)}")
+            if part.labels.get("background") != 0 or len(set(numbers)) < max(len(numbers), 2):
+                raise ValueError(f"labels {part.labels} must be background as 0 and other, different numbers")
+            if max(numbers) > _LARGEST[part.dtype]:
+                raise ValueError(f"labels {part.labels} do not fit into dtype {part.dtype}")
+        return self
+
+
+class UnconfirmedRule(NamedTuple):
+    """A rule that no publication of the challenge states."""
 
     name: str
     value: Any
     source: str
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What one challenge, or one task of it, accepts.
+class ChallengeRules(NamedTuple):
+    """A challenge's rules.
 
     Attributes:
         title: the challenge and its phase.
-        file_name: format string of a file's name, from the named groups of ``case`` and from ``case``, ``task`` and
-            ``phase`` (ED or ES).
-        folder: format string of the folder in the archive, "" for none; of ``task``.
-        labels: the challenge's label values by name, background included.
-        also_called: other names of a label.
-        all_labels: predictions must be of a model that knows all labels.
-        dtype: of the voxels, a NumPy name.
-        case: regular expression that whole case names of nnU-Net match.
-        counts: numbers of files that are accepted, None if any.
-        expected: values of fields of ``file_name`` whose combinations are the complete list of files, None if unknown.
-        left_out: cases that are not submitted though they have an image.
-        tasks: for each task, its own ``case``, ``labels`` and, where there are, ``counts``, ``expected``, ``left_out``.
-        all_tasks: an archive must hold all of them.
-        task: the task that these are the rules of.
-        notes: for the user.
-        unconfirmed: rules in use that are not confirmed; a user's own are not among them.
+        notes: what every user should know.
+        rules: those in use.
+        unconfirmed: those of the challenge's file that are in use and not confirmed.
     """
 
     title: str
-    file_name: str
-    folder: str
-    dtype: str
-    labels: Mapping[str, int] = field(default_factory=dict)
-    also_called: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    all_labels: bool = True
-    case: str = ""
-    counts: tuple[int, ...] | None = None
-    expected: Mapping[str, tuple[str, ...]] | None = None
-    left_out: tuple[str, ...] = ()
-    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    all_tasks: bool = False
-    task: str | None = None
-    notes: tuple[str, ...] = ()
-    unconfirmed: tuple[Unconfirmed, ...] = ()
-
-    def of_task(self, task: str) -> Rules:
-        """The rules of one task; ``task`` is a key of ``tasks``."""
-        return replace(self, task=task, **self.tasks[task])
-
-    @property
-    def folder_name(self) -> str:
-        """The folder in the archive, "" for none."""
-        return self.folder.format(task=self.task)
-
-    def match(self, case: str) -> dict[str, str] | None:
-        """The named groups of a case's name, None for a name that no case of the challenge has."""
-        found = re.fullmatch(self.case, case)
-        return {name: value or "" for name, value in found.groupdict().items()} if found else None
-
-    @property
-    def needs_phase(self) -> bool:
-        """File names tell end-diastole from end-systole."""
-        return "phase" in _fields(self.file_name)
+    notes: tuple[str, ...]
+    rules: Rules
+    unconfirmed: tuple[UnconfirmedRule, ...]
 
 
-def load_rules(challenge: str, override: Path | None = None) -> Rules:
-    """The rules of a challenge, with those of a user's file ``{"folder": "results", ...}`` in their place.
+def load_rules(challenge: str, override: Path | None = None) -> ChallengeRules:
+    """Read the rules of a challenge, with those of a user's file ``{"folder": "results", ...}`` in their place.
 
-    In ``override``, tasks are merged by name and key, every other rule is replaced as a whole.
+    Tasks in ``override`` are merged by task and rule; every other rule is replaced as a whole.
 
     Args:
         challenge: one of ``CHALLENGES``.
         override: a JSON file of some rules.
 
     Raises:
-        SubmissionError: naming the file, each rule that is wrong there, its value and what it must be.
+        UsageError: ``override`` cannot be read, or holds an unknown rule or a wrong value.
     """
-    if challenge not in CHALLENGES:
-        raise SubmissionError(f"there is no challenge {challenge!r}; there are {', '.join(CHALLENGES)}")
     content = read_json(Path(str(files(__package__) / f"{challenge}.json")))
     values = {name: rule["value"] for name, rule in content["rules"].items()}
-    unconfirmed = [
-        Unconfirmed(name, rule["value"], rule["source"])
-        for name, rule in content["rules"].items()
-        if not rule["confirmed"]
-    ]
-    if override is not None:
-        own = _read_override(override, values)
-        unconfirmed = [rule for rule in unconfirmed if rule.name not in own]
-        merged_tasks = {
-            name: values.get("tasks", {}).get(name, {}) | own.get("tasks", {}).get(name, {})
-            for name in {**values.get("tasks", {}), **own.get("tasks", {})}
-        }
-        values |= own
-        if merged_tasks:
-            values["tasks"] = merged_tasks
-    _require_whole(values, f"--rules {override}" if override else challenge)
-    return Rules(
-        title=content["title"], notes=tuple(content["notes"]), unconfirmed=tuple(unconfirmed), **_frozen(values)
-    )
-
-
-def _read_override(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        own = read_json(path)
-    except (OSError, ValueError) as error:
-        raise SubmissionError(
-            f'--rules {path} cannot be read as JSON: {error}; give a file such as {{"folder": "results"}}'
-        ) from error
-    if not isinstance(own, dict):
-        raise SubmissionError(f'--rules {path} holds {own!r}; give an object such as {{"folder": "results"}}')
-    allowed = [name for name in _MUST_BE if name != "tasks" or "tasks" in known]
-    wrong = [f"there is no rule {name!r}, there are {', '.join(allowed)}" for name in own if name not in allowed]
-    wrong += _wrong_values({name: value for name, value in own.items() if name in allowed})
-    if wrong:
-        raise SubmissionError(f"--rules {path}: " + "; ".join(wrong))
-    return own
+        own = {} if override is None else read_json(override)
+        unknown = {"task", *([] if "tasks" in values else ["tasks", "all_tasks"])} & set(own)
+        if unknown or not isinstance(own, dict):
+            raise ValueError(f"{sorted(unknown) or own} are no rules of {challenge}")
+        rules = Rules(**_merged(values, own))
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, item['loc']))} {item['input']!r}: {item['msg']}" if item["loc"] else item["msg"]
+            for item in error.errors()
+        ]
+        raise UsageError(f"--rules {override}: {'; '.join(wrong)}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f'--rules {override}: {error}; give a JSON file such as {{"folder": "results"}}') from error
+    unconfirmed = tuple(
+        UnconfirmedRule(name, rule["value"], rule["source"])
+        for name, rule in content["rules"].items()
+        if not rule["confirmed"] and name not in own
+    )
+    return ChallengeRules(content["title"], tuple(content["notes"]), rules, unconfirmed)
 
 
-def _wrong_values(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with each of some rules."""
-    wrong = []
-    for name, value in values.items():
-        accepted, text = _MUST_BE[name]
-        if not accepted(value):
-            wrong.append(f"{name!r} must be {text}, not {value!r}")
-        elif name == "tasks":
-            wrong += [f"{task!r}: {text}" for task, own in value.items() for text in _wrong_of_task(own)]
-    return wrong
-
-
-def _wrong_of_task(own: Mapping[str, Any]) -> list[str]:
-    known = ", ".join(_OF_TASK)
-    unknown = [f"there is no rule {name!r}, tasks have {known}" for name in own if name not in _OF_TASK]
-    return unknown + _wrong_values({name: value for name, value in own.items() if name in _OF_TASK})
-
-
-def _require_whole(values: Mapping[str, Any], source: str) -> None:
-    """Rules that only fit together, or not."""
-    wrong = []
-    parts = values.get("tasks") or {"": {}}
-    for task, own in parts.items():
-        rules = {**values, **own}
-        at = f"{task}: " if task else ""
-        missing = [key for key in ("case", "labels") if not rules.get(key)]
-        if missing:
-            wrong.append(f"{at}there is no {' and no '.join(missing)}")
-            continue
-        groups = set(re.compile(rules["case"]).groupindex) | {"case", "phase", *(["task"] if task else [])}
-        unknown = _fields(rules["file_name"]) - groups
-        if unknown:
-            wrong.append(
-                f"{at}'file_name' {rules['file_name']!r} needs {', '.join(sorted(unknown))}, but 'case' "
-                f"{rules['case']!r} gives only {', '.join(sorted(groups))}"
-            )
-        if _fields(values["folder"]) - ({"task"} if task else set()):
-            wrong.append(f"{at}'folder' {values['folder']!r} may hold {'{task}' if task else 'no field'}")
-        used, listed = _fields(rules["file_name"]), rules.get("expected")
-        if listed and set(listed) != used:
-            wrong.append(
-                f"{at}'expected' lists {', '.join(listed)}, but 'file_name' {rules['file_name']!r} has "
-                f'{", ".join(sorted(used)) or "no field"}; give both, or "expected": null'
-            )
-        highest = max(rules["labels"].values())
-        if highest > _DTYPES[values["dtype"]]:
-            wrong.append(f"{at}the label {highest} does not fit into 'dtype' {values['dtype']}")
-    if wrong:
-        raise SubmissionError(f"{source}: " + "; ".join(dict.fromkeys(wrong)))
-
-
-def _frozen(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists as tuples, also inside."""
-
-    def freeze(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: freeze(item) for key, item in value.items()}
-        return tuple(freeze(item) for item in value) if isinstance(value, list) else value
-
-    return {name: freeze(value) for name, value in values.items()}
+def _merged(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**values, **own}
+    if isinstance(own.get("tasks"), dict):
+        tasks = {
+            name: values["tasks"].get(name, {}) | task if isinstance(task, dict) else task
+            for name, task in own["tasks"].items()
+        }
+        merged["tasks"] = values["tasks"] | tasks
+    return merged
 
 
 def _fields(text: str) -> set[str]:
-    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-
-
-def _is_regex(value: Any) -> bool:
     try:
-        return isinstance(value, str) and bool(value) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-def _is_format(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and all(name.isidentifier() for name in _fields(value))
-    except ValueError:
-        return False
-
-
-def _is_file_name(value: Any) -> bool:
-    return _is_format(value) and value.endswith(ENDING) and "/" not in value and "\\" not in value
-
-
-def _is_folder(value: Any) -> bool:
-    """A relative folder with forward slashes, without .. in it."""
-    return (
-        _is_format(value)
-        and "\\" not in value
-        and (value == "" or all(part not in ("", ".", "..") for part in value.split("/")))
-    )
-
-
-def _is_labels(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("background") == 0
-        and all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in value.values())
-        and len(set(value.values())) == len(value) > 1
-    )
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_name_lists(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_names(names) for names in value.values())
-
-
-def _is_counts(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list) and bool(value) and all(isinstance(n, int) and type(n) is int and n > 0 for n in value)
-    )
-
-
-def _is_tasks(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(task, dict) for task in value.values())
-
-
-_OF_TASK = ("case", "labels", "counts", "expected", "left_out")
-_MUST_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "case": (_is_regex, "a regular expression for nnU-Net's case names"),
-    "file_name": (_is_file_name, f"a name ending in {ENDING}, with fields such as {{case}}"),
-    "folder": (_is_folder, 'a folder such as "results", "" for none, without .. or leading /'),
-    "labels": (_is_labels, '{"background": 0, NAME: NUMBER, ...} with different whole numbers'),
-    "also_called": (_is_name_lists, "{NAME: [OTHER NAME, ...], ...}"),
-    "all_labels": (lambda value: isinstance(value, bool), "true or false"),
-    "dtype": (lambda value: isinstance(value, str) and value in _DTYPES, " or ".join(_DTYPES)),
-    "counts": (_is_counts, "a list of whole numbers above 0, or null for any"),
-    "expected": (
-        lambda value: value is None or (_is_name_lists(value) and all(value.values()) and bool(value)),
-        "{FIELD: [VALUE, ...], ...} for the fields of file_name, or null",
-    ),
-    "left_out": (_is_names, "a list of case names"),
-    "all_tasks": (lambda value: isinstance(value, bool), "true or false"),
-    "tasks": (_is_tasks, "{TASK: {RULE: VALUE, ...}, ...}"),
-}
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .fail import fail
+from .common import fail
 
 
 def register(app: typer.Typer) -> None:

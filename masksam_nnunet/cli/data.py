@@ -10,7 +10,7 @@ import typer
 
 from masksam_nnunet.errors import MaskSAMError
 
-from .fail import fail
+from .common import fail
 
 
 class Modality(StrEnum):

@@ -13,8 +13,7 @@ import typer
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import MaskSAMError
 
-from .fail import ext_trainer_or_fail, fail
-from .options import SeveralValues
+from .common import DEFAULT_TRAINER, SeveralValues, ext_trainer_or_fail, fail
 
 
 class _CaseAnywhere(SeveralValues):
@@ -33,21 +32,21 @@ def register(app: typer.Typer) -> None:
 
 def explain(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
-    configuration: Annotated[str, typer.Option("-c", "--configuration", help="nnU-Net's.", show_default=False)],
+    configuration: Annotated[
+        str, typer.Option("-c", "--configuration", help="nnU-Net's configuration.", show_default=False)
+    ],
     case: Annotated[
         str | None,
-        typer.Argument(
-            help="A case of the raw dataset, imagesTr or imagesTs; with --image any name.", show_default=False
-        ),
+        typer.Argument(help="A case of the raw dataset; with --image any name.", show_default=False),
     ] = None,
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")] = "MaskSAMTrainer",
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")] = DEFAULT_TRAINER,
     plans: Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")] = "nnUNetPlans",
     folds: Annotated[
         list[str] | None,
         typer.Option(
             "-f",
             "--folds",
-            help="One or more, or all; with several their disagreement is shown too. Queries are the first one's.",
+            help="Fold numbers, or all. The page shows the first one's queries, and where several folds disagree.",
             show_default="0",
         ),
     ] = None,
@@ -56,11 +55,10 @@ def explain(
     ] = "checkpoint_final.pth",
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", help="Files, one per channel, of what is no case of the dataset.", show_default=False),
+        typer.Option("--image", help="Files, one per channel, of an image outside the dataset.", show_default=False),
     ] = None,
     label: Annotated[
-        Path | None,
-        typer.Option("--label", help="The label map to show; the dataset's own if not given.", show_default=False),
+        Path | None, typer.Option("--label", help="The label map to show.", show_default="the dataset's own")
     ] = None,
     previous: Annotated[
         Path | None,
@@ -72,8 +70,7 @@ def explain(
         ),
     ] = None,
     slices: Annotated[
-        list[str] | None,
-        typer.Option("--slices", help="Numbers from 0 in the image, or auto.", show_default="auto"),
+        list[str] | None, typer.Option("--slices", help="Slice numbers in the image, from 0.", show_default="auto")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The folder to write.", show_default="explain_CASE")
@@ -82,32 +79,30 @@ def explain(
         str | None, typer.Option("-device", "--device", help="cpu, cuda, cuda:1, ...", show_default="cuda, else cpu")
     ] = None,
     no_mirroring: Annotated[
-        bool, typer.Option("--disable_tta", "--no-mirroring", help="Faster; the result is then no longer nnU-Net's.")
+        bool, typer.Option("--disable_tta", "--no-mirroring", help="Faster, but the result is not nnU-Net's.")
     ] = False,
 ) -> None:
-    """Show what a trained MaskSAM makes of a case: boxes, masks, classes of its queries, uncertainty, overlays."""
+    """Show what a trained MaskSAM makes of a case: boxes, masks and classes of its queries, uncertainty, overlays."""
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    from masksam_nnunet.inference.explain.run import Request, explain
+    from masksam_nnunet.inference.explain.run import explain
+    from masksam_nnunet.inference.methods import Method
 
-    request = Request(
-        dataset=dataset,
-        configuration=configuration,
-        trainer=trainer,
-        plans=plans,
-        folds=folds or ["0"],
-        checkpoint=checkpoint,
-        case=case,
-        images=image or [],
-        label=label,
-        previous=previous,
-        slices=slices or [],
-        out=out,
-        device=device,
-        mirroring=not no_mirroring,
-    )
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net talks; the path alone is for pipes
-            page = explain(request)
+        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; only the page's path goes to a pipe
+            page = explain(
+                dataset,
+                Method(trainer, plans, configuration),
+                folds or ["0"],
+                checkpoint,
+                case,
+                images=image or [],
+                label=label,
+                previous=previous,
+                slices=slices or [],
+                out=out,
+                device=device,
+                mirroring=not no_mirroring,
+            )
     except MaskSAMError as error:
         fail(str(error))
     typer.echo(page)

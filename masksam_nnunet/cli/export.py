@@ -14,8 +14,7 @@ import typer
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import MaskSAMError
 
-from .fail import ext_trainer_or_fail, fail
-from .options import SeveralValues
+from .common import SeveralValues, ext_trainer_or_fail, fail
 
 
 class Format(StrEnum):

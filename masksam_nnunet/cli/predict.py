@@ -1,147 +1,205 @@
-"""What ``masksam predict`` has beside nnU-Net's arguments. Heavy imports inside, as in ``cli``."""
+"""``masksam predict``: nnU-Net's options and a few more. Heavy imports inside the command."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from types import ModuleType
-from typing import Any
+import multiprocessing
+import os
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from masksam_nnunet.errors import MaskSAMError
+from masksam_nnunet.environment import EXT_TRAINER
+from masksam_nnunet.errors import MaskSAMError, UsageError
 
-from .fail import fail
+from .common import DEFAULT_TRAINER, SeveralValues, ext_trainer_or_fail, fail, require_device
 
-BATCH_SIZE, ENSEMBLE, POSTPROCESSING, KEEP, MODEL = (
-    "--batch-size", "--ensemble", "--postprocessing", "--keep-probabilities", "--model"
-)  # fmt: skip
-HELP = f"""
-of masksam predict, beside nnU-Net's:
-  {BATCH_SIZE} N        Windows and their mirrors that go through the network at once. Default: chosen from the device
-                        and the patch. Halved when the GPU's memory runs out.
-  {ENSEMBLE} TRAINER[@PLANS][:CONFIGURATION] ...
-                        Average the probabilities of several models, for example {ENSEMBLE}
-                        nnUNetTrainer@nnUNetPlans:3d_fullres MaskSAMTrainer@MaskSAMPlans:3d_fullres; names as in
-                        masksam benchmark --trainers, -p and -c for those that name none, -f for all; instead of -tr.
-  {MODEL} FOLDER        Predict with a portable model, which masksam export --format safetensors or masksam import
-                        --unpack wrote; instead of -d, -tr, -p, -c and -chk. All of its folds unless -f names some.
-  {POSTPROCESSING} FILE|auto
-                        Apply a postprocessing.pkl of nnU-Net; auto: the one that its cross-validation wrote for this
-                        model or pair and these folds.
-  {KEEP}  The same as --save_probabilities.
-
-A case that cannot be predicted does not stop the others; the command then ends with their list and exit code 1, and
---continue_prediction predicts what lacks, and label maps that are damaged, again."""
+if TYPE_CHECKING:
+    from masksam_nnunet.inference.models import Model
+    from masksam_nnunet.inference.predict.postprocessing import Postprocessing
 
 
-@dataclass(frozen=True)
-class Options:
-    """Values of the options that nnU-Net's command does not know."""
+class Device(StrEnum):
+    """Devices that nnU-Net predicts on."""
 
-    batch_size: int | None = None
-    ensemble: tuple[str, ...] = ()
-    postprocessing: str | None = None
-    model: str | None = None
-    all_folds: bool = False
-    """Whether none was named; nnU-Net's command then says 0 to 4."""
+    cuda = "cuda"
+    cpu = "cpu"
+    mps = "mps"
 
 
-@dataclass
-class _Named:
-    """The model that nnU-Net's options name."""
-
-    values: tuple[str, ...] = field(default=())
-
-    def folder(self, *values: str) -> str:
-        """Stands in nnU-Net's command for what finds the folder, given -d, -tr, -p and -c."""
-        self.values = values
-        return ""
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command(cls=SeveralValues)(predict)
 
 
-def take_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
-    """Split ``arguments`` into nnU-Net's and the others.
+def predict(
+    images: Annotated[Path, typer.Option("-i", help="Folder of the images, CASE_0000, ...", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", help="Folder for the predictions.", show_default=False)],
+    dataset: Annotated[str, typer.Option("-d", help="The dataset's number or name.", show_default=False)] = "",
+    configuration: Annotated[
+        str, typer.Option("-c", help="nnU-Net's configuration, such as 3d_fullres.", show_default=False)
+    ] = "",
+    trainer: Annotated[str, typer.Option("-tr", help="The trainer's class.", show_default=DEFAULT_TRAINER)] = "",
+    plans: Annotated[str, typer.Option("-p", help="Name of the plans.")] = "nnUNetPlans",
+    folds: Annotated[
+        list[str] | None,
+        typer.Option("-f", metavar="FOLD", help="One or more, averaged, or all.", show_default="0 1 2 3 4"),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option("-chk", help="File name of the checkpoints.")] = "checkpoint_final.pth",
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ensemble",
+            metavar="TRAINER[@PLANS][:CONFIGURATION]",
+            help="Two models or more whose probabilities are averaged, instead of -tr; -p and -c serve those that name "
+            "none. Trainers or baselines, as in masksam benchmark --trainers.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="FOLDER",
+            help="A portable model, instead of -d, -tr, -p, -c and -chk; all of its folds unless -f names some.",
+            show_default=False,
+        ),
+    ] = None,
+    postprocessing: Annotated[
+        str | None,
+        typer.Option(
+            "--postprocessing",
+            metavar="FILE|auto",
+            help="A postprocessing.pkl of nnU-Net; auto: the one of these models' cross-validation.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Windows and their mirrors at once; halved when memory runs out.",
+            show_default="from device and patch",
+        ),
+    ] = None,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save_probabilities", "--keep-probabilities", help="Write probabilities too.")
+    ] = False,
+    continue_prediction: Annotated[
+        bool, typer.Option("--continue_prediction", help="Predict only cases without a whole prediction.")
+    ] = False,
+    step_size: Annotated[float, typer.Option("-step_size", help="Distance of windows, in patches.")] = 0.5,
+    disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring: faster, less accurate.")] = False,
+    previous: Annotated[
+        Path | None,
+        typer.Option(
+            "-prev_stage_predictions", help="For a cascade: folder of the first stage's label maps.", show_default=False
+        ),
+    ] = None,
+    npp: Annotated[
+        int, typer.Option("-npp", min=0, envvar="nnUNet_npp", help="Preprocessing processes; 0 for none.")
+    ] = 3,
+    nps: Annotated[int, typer.Option("-nps", min=0, envvar="nnUNet_nps", help="Export processes; 0 for none.")] = 3,
+    num_parts: Annotated[int, typer.Option("-num_parts", min=1, help="Commands that share the cases.")] = 1,
+    part_id: Annotated[int, typer.Option("-part_id", min=0, help="Which of them this is, from 0.")] = 0,
+    device: Annotated[Device, typer.Option("-device", help="Choose a GPU by CUDA_VISIBLE_DEVICES.")] = Device.cuda,
+    not_on_device: Annotated[
+        bool, typer.Option("--not_on_device", help="Keep results in main memory, for cases too large for the GPU.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print what nnU-Net does.")] = False,
+    disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar", help="No progress bars.")] = False,
+) -> None:
+    """Predict as nnUNetv2_predict does, in batches of windows, with one model or an ensemble.
 
-    Of an option given twice the last counts, as in argparse; what ``--ensemble`` names adds up.
+    A case that cannot be predicted does not stop the others: the command ends with their list and exit code 1.
     """
-    rest: list[str] = []
-    found: dict[str, Any] = {}
-    words = list(arguments)
-    while words:
-        name, equals, value = (word := words.pop(0)).partition("=")
-        given = [value] if equals else []
-        if name == ENSEMBLE:
-            while not equals and words and not words[0].startswith("-"):
-                given.append(words.pop(0))
-            found["ensemble"] = (*found.get("ensemble", ()), *given)
-            if not any(given):
-                fail(f"{ENSEMBLE} names no model: write two or more, TRAINER[@PLANS][:CONFIGURATION]")
-        elif name in (BATCH_SIZE, POSTPROCESSING, MODEL):
-            value = value if equals else words.pop(0) if words else ""
-            found[name.strip("-").replace("-", "_")] = _positive(value) if name == BATCH_SIZE else _file(name, value)
-        else:
-            rest.append("--save_probabilities" if word == KEEP else word)
-    if "ensemble" in found:
-        # nnU-Net's command insists on them; here they name nothing, unless the user gives -c too.
-        rest = ["-c", "", "-tr", ENSEMBLE.strip("-"), *rest]
-    if "model" in found:
-        found["all_folds"] = not any(word.startswith("-f") for word in rest)
-        rest = ["-d", "", "-c", "", "-tr", MODEL.strip("-"), *rest]
-    return rest, Options(**found)
+    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    require_device(device)
+    import torch
 
+    from masksam_nnunet.inference.predict import run
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        fail(
-            f"{BATCH_SIZE} = {text!r} must be a positive whole number: how many windows go through the network at "
-            "once; leave the option out to have it chosen"
-        )
-    return int(text)
-
-
-def _file(option: str, text: str) -> str:
-    if not text or text.startswith("-"):
-        wanted = {POSTPROCESSING: "a postprocessing.pkl of nnU-Net, or auto", MODEL: "a portable model's folder"}
-        fail(f"{option} = {text!r}: give {wanted[option]}")
-    return text
-
-
-@contextmanager
-def masksam_predictor(nnunet: ModuleType, options: Options, show_help: bool = False) -> Iterator[None]:
-    """While it lasts, nnU-Net's command in the module ``nnunet`` parses and ``PredictCommand`` predicts."""
-    from masksam_nnunet.inference.predict.command import PredictCommand
-
-    named = _Named()
-    ours = {
-        "nnUNetPredictor": partial(PredictCommand, partial(_models, named, options), options.batch_size),
-        "get_output_folder": named.folder,
-        "maybe_mkdir_p": lambda _: None,  # the output folder is made when all else has been checked
-    }
-    theirs = {name: getattr(nnunet, name) for name in ours}
-    vars(nnunet).update(ours)
+    torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)  # as nnU-Net's command
     try:
-        yield
+        if model is not None:
+            models, chosen = _portable_model(model, folds, postprocessing, (dataset, configuration, trainer, ensemble))
+        else:
+            models, chosen = _trained_models(
+                dataset, trainer, plans, configuration, folds or "01234", checkpoint, ensemble or (), postprocessing
+            )
+        options = run.PredictOptions(
+            device=device,
+            step_size=step_size,
+            mirroring=not disable_tta,
+            on_device=not not_on_device,
+            batch_size=batch_size,
+            verbose=verbose,
+            progress=not disable_progress_bar,
+            probabilities=save_probabilities,
+            resume=continue_prediction,
+            preprocessing_processes=npp,
+            export_processes=nps,
+            previous=previous,
+            parts=num_parts,
+            part=part_id,
+            postprocessing=chosen,
+        )
+        failed = run.predict(models, images, output, options)
     except MaskSAMError as error:
         fail(str(error))
-    finally:
-        vars(nnunet).update(theirs)
-        if show_help:
-            typer.echo(HELP)
+    if failed:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(failed.items()))
+        fail(
+            f"{len(failed)} of the cases could not be predicted:\n{lines}\n"
+            f"The others are in {output}. Correct these and add --continue_prediction"
+        )
 
 
-def _models(named: _Named, options: Options, folds: Sequence[int | str], checkpoint: str) -> tuple[Any, Any]:
-    """The models to predict with, and the post-processing or None."""
-    from masksam_nnunet.inference.predict.sources import find_sources, portable_source
+def _trained_models(
+    dataset: str,
+    trainer: str,
+    plans: str,
+    configuration: str,
+    folds: Sequence[str],
+    checkpoint: str,
+    ensemble: Sequence[str],
+    postprocessing: str | None,
+) -> tuple[Sequence[Model], Postprocessing | None]:
+    """Find what the options name in nnUNet_results."""
+    from masksam_nnunet.inference.methods import Method
+    from masksam_nnunet.inference.models import parse_folds, trained_models
+    from masksam_nnunet.inference.predict.ensemble import parse_members
+    from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
 
-    dataset, trainer, plans, configuration = named.values
-    if options.model is not None:
-        if options.ensemble or (dataset, trainer, configuration) != ("", MODEL.strip("-"), ""):
-            fail(f"{MODEL} {options.model} names the model: leave -d, -tr, -c and {ENSEMBLE} out")
-        return portable_source(options.model, None if options.all_folds else folds, options.postprocessing)
-    if options.ensemble and trainer != ENSEMBLE.strip("-"):
-        fail(f"-tr {trainer}: {ENSEMBLE} names the trainers; leave -tr out")
-    return find_sources(
-        dataset, trainer, plans, configuration, folds, checkpoint, options.ensemble, options.postprocessing
-    )
+    if not dataset or not (configuration or ensemble):
+        raise UsageError(f"name the model with -d and -c, or with --model; {'-c' if dataset else '-d'} is missing")
+    if ensemble and trainer:
+        raise UsageError(f"-tr {trainer}: --ensemble names the trainers; leave -tr out")
+    if ensemble:
+        methods = parse_members(ensemble, plans, configuration)
+    else:
+        methods = [Method(trainer or DEFAULT_TRAINER, plans, configuration)]
+    numbers = parse_folds(folds)
+    models = trained_models(dataset, methods, numbers, checkpoint)
+    if postprocessing == "auto":
+        return models, find_postprocessing([model.folder for model in models], numbers)
+    return models, read_postprocessing(Path(postprocessing)) if postprocessing else None
+
+
+def _portable_model(
+    folder: Path, folds: Sequence[str] | None, postprocessing: str | None, others: tuple[object, ...]
+) -> tuple[Sequence[Model], Postprocessing | None]:
+    """Find a portable model; ``others`` are the options that name models in another way."""
+    from masksam_nnunet.inference.export.predict_model import PortablePredictModel
+    from masksam_nnunet.inference.models import parse_folds
+    from masksam_nnunet.inference.predict.postprocessing import read_postprocessing
+
+    if any(others):
+        raise UsageError(f"--model {folder} names the model: leave -d, -c, -tr and --ensemble out")
+    if postprocessing == "auto":
+        raise UsageError("--postprocessing auto: a portable model holds none; name a postprocessing.pkl")
+    models = [PortablePredictModel(folder, parse_folds(folds) if folds else None)]
+    return models, read_postprocessing(Path(postprocessing)) if postprocessing else None

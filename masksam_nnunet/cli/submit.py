@@ -5,22 +5,15 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .fail import fail
+from masksam_nnunet.errors import MaskSAMError
 
+from .common import fail
 
-class Challenge(StrEnum):
-    """Challenges whose rules are known."""
-
-    acdc = "acdc"
-    amos = "amos"
-    synapse = "synapse"
-    msd = "msd"
-
-
+Challenge = StrEnum("Challenge", ["acdc", "amos", "synapse", "msd"])
 _SHOWN = 160  # characters of a rule's value
 
 
@@ -30,73 +23,78 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    challenge: Annotated[Challenge, typer.Argument(help="Whose rules apply.", show_default=False)],
+    challenge: Annotated[Challenge, typer.Argument(help="The challenge whose rules apply.", show_default=False)],
     predictions: Annotated[
-        Path, typer.Argument(metavar="PREDICTIONS", help="The folder that was predicted into.", show_default=False)
+        Path, typer.Argument(metavar="PREDICTIONS", help="The folder of nnU-Net's predictions.", show_default=False)
     ],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The zip to write.", show_default=False)] = None,
-    check: Annotated[bool, typer.Option("--check", help="Say what is wrong and write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="List all defects and write nothing.")] = False,
     images: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="The images that were predicted, by nnU-Net's names or the challenge's: for places, sizes and the "
-            "list of cases. Default: imagesTs of -d.",
-            show_default=False,
+            help="The images that were predicted, named by nnU-Net or by the challenge. They give the list of cases "
+            "and the grid of each.",
+            show_default="imagesTs of -d",
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option("-d", "--dataset", help="Raw dataset of nnU-Net, number or name.", show_default=False)
+        str | None, typer.Option("-d", "--dataset", help="A raw dataset, by number or name.", show_default=False)
     ] = None,
     dataset_json: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Names of the labels. Default: dataset.json in PREDICTIONS, else that of -d.",
-            show_default=False,
+            metavar="FILE", help="The model's label names.", show_default="dataset.json in PREDICTIONS, else of -d"
         ),
     ] = None,
     rules: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help='Rules of your own, such as {"folder": "results"}.', show_default=False),
+        typer.Option(metavar="FILE.json", help='Your own rules, such as {"folder": "results"}.', show_default=False),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(metavar="TASK", help="Of msd, such as Task04_Hippocampus; else by the names.", show_default=False),
+        typer.Option(metavar="TASK", help="A task of msd: Task04_Hippocampus.", show_default="by the names of cases"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
 ) -> None:
-    """Package predictions as a challenge accepts them, or list every defect; names and labels are mapped back."""
+    """Package predictions as a challenge accepts them, or list every defect.
+
+    Names of files and labels are mapped back to the challenge's.
+    """
     if (out is None) != check:
         raise typer.BadParameter("give either --out FILE or --check")
-    from masksam_nnunet.errors import MaskSAMError
-    from masksam_nnunet.inference.submission.inspection import Request, inspect
-    from masksam_nnunet.inference.submission.package import package, refusal, require_place
+    from masksam_nnunet.inference.submission.archive import package, refusal, require_place
+    from masksam_nnunet.inference.submission.inspection import inspect
 
-    request = Request(challenge.value, predictions, images, dataset, dataset_json, rules, task)
     try:
         if out is not None:
-            require_place(out, request, force=force)
-        found = inspect(request)
-        for note in found.notes:
-            typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)
+            require_place(out, predictions, force=force)
+        found = inspect(
+            challenge.value,
+            predictions,
+            images=images,
+            dataset=dataset,
+            dataset_json=dataset_json,
+            override=rules,
+            task=task,
+        )
+        warnings = [f"note: {note}" for note in found.notes]
         for rule in found.unconfirmed:
-            text = f"unconfirmed rule: {rule.name} = {_short(rule.value)} ({rule.source})"
-            typer.secho(text, fg=typer.colors.YELLOW, err=True)
+            value = json.dumps(rule.value, ensure_ascii=False)
+            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]} ..."
+            warnings.append(f"unconfirmed rule: {rule.name} = {shown} ({rule.source})")
+        for warning in warnings:
+            typer.secho(warning, fg=typer.colors.YELLOW, err=True)
         if found.unconfirmed:
             typer.echo("compare unconfirmed rules with the challenge's page; --rules FILE.json sets others", err=True)
-        if out is None:
-            if found.defects:
-                fail(refusal(found))
-            typer.echo(f"{found.title}: {len(found.entries)} files, no defects")
-            return
-        package(found, out)
+        if out is not None:
+            package(found, out)
+        elif found.defects:
+            fail(refusal(found))
     except MaskSAMError as error:
         fail(str(error))
-    typer.echo(out)
-    typer.echo(f"{found.title}: {len(found.entries)} files, read back and verified", err=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+    if out is None:
+        typer.echo(f"{found.title}: {len(found.files)} files, no defects")
+    else:
+        typer.echo(out)
+        typer.echo(f"{found.title}: {len(found.files)} files, read back and verified", err=True)

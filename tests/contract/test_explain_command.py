@@ -240,11 +240,10 @@ def test_page_pictures_and_overlays_say_what_the_network_says(
                 assert query["label_iou"] == 1.0
         assert all(not query["kept"] for number, query in by_number.items() if number not in (3, 5))
 
-    # The same in words, and in what was drawn.
+    # The same on the page, and in what was drawn.
     html = (out / "explain.html").read_text()
     page = Page(html)
-    assert "12 of 16 queries shown" in page.text and "What a query is" in page.text
-    assert "makes 16 queries" in page.text and "It is not SAM" in page.text
+    assert "12 of 16 queries" in page.text and "not SAM" in page.text
     assert all(f"Slice {index}" in page.text for index in slices)
     assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
     assert not re.search(r"https?://|@import|url\(|<script", html)
@@ -284,9 +283,9 @@ def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     )
     assert entropy.max() > 0.1 and disagreement.max() > 0.001 and (disagreement <= entropy + 1e-4).all()
     assert disagreement.min() >= 0 and not entropy[0].any()  # nnU-Net cuts it off
-    page = Page((out / "explain.html").read_text())
-    assert "folds 0, 1" in page.text and "Shown are those of fold 0" in page.text
-    assert "IoU with label" not in page.text and len(record(out)["slices"]) == 4
+    facts = record(out)
+    assert facts["folds"] == ["0", "1"] and facts["label"] is None and len(facts["slices"]) == 4
+    assert "IoU with label" not in Page((out / "explain.html").read_text()).text
 
 
 def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) -> None:
@@ -303,8 +302,7 @@ def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) 
     names = re.findall(r'^ +(\d+).*"(.*)"$', (out / "segmentation.label").read_text(), re.MULTILINE)
     assert names == [("0", "Clear Label"), ("1", "whole"), ("2", "core")]
     assert {query["class_name"] for query in facts["slices"][0]["queries"]} <= {"whole", "core"}
-    text = Page((out / "explain.html").read_text()).text
-    assert "A voxel belongs to a region" in text and "in the label: ignored" in text
+    assert facts["ignored"]
 
     model = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres"
     model.rename(model.with_name("other"))
@@ -326,16 +324,15 @@ def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Pat
     write_model(tmp_path, plans, dataset_json(), "3d_cascade_fullres")
     write_case(tmp_path)
     cascade = ("-c", "3d_cascade_fullres", "case_1", "--slices", 4, "--disable_tta", "-o", "out")
-    result = explain(*cascade)
-    assert result.exit_code == 1 and "predict the case with 3d_lowres first" in result.stderr
-    result = explain(*cascade, "-prev_stage_predictions", tmp_path)
-    assert result.exit_code == 1 and "holds no case_1.nii.gz; predict this case" in " ".join(result.stderr.split())
+    for words in ((), ("-prev_stage_predictions", tmp_path)):
+        result = explain(*cascade, *words)
+        assert result.exit_code == 1 and re.search("(?s)-prev_stage_predictions.*3d_lowres", result.stderr)
     result = explain(*cascade, "-prev_stage_predictions", tmp_path / "nnUNet_raw" / DATASET / "labelsTr")
     assert result.exit_code == 0, result.output
     assert record(tmp_path / "out")["configuration"] == "3d_cascade_fullres"
 
 
-def test_what_cannot_be_explained_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_option_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path, plans_with(), dataset_json())
     write_case(tmp_path)
     image, labels = made_up_image()
@@ -351,40 +348,38 @@ def test_what_cannot_be_explained_is_named_and_leaves_nothing(tmp_path: Path, mo
     full.mkdir()
     (full / "mine.txt").touch()
     before = sorted(tmp_path.iterdir())
-    table: list[tuple[str, str]] = [
-        ("case_2", "CASE 'case_2' is none of the 1 cases"),
-        ("case_2", "near it: case_1"),
-        ("", "no case: name one of the dataset"),
-        ("case_1 -tr nnUNetTrainer", "PlainConvUNet, no MaskSAM: it has no queries to show."),
-        ("case_1 -tr nnUNetTrainer", f"Name a trained MaskSAM (-tr); there are: {model.name}"),
-        ("case_1 -tr Other", "no model Other__nnUNetPlans__3d_fullres"),
-        ("case_1 -f 0 3", "fold 3; name those that have: -f 0"),
-        ("case_1 -f x", "-f x: is no fold"),
-        ("case_1 -chk checkpoint_best.pth", "has no checkpoint_best.pth of fold 0"),
-        ("case_1 --slices 4 40", "--slices 40: the image has 9 slices along its axis k, counted from 0: name some"),
-        ("case_1 --slices 0 4", "--slices 0: all zero, so that nnU-Net cuts them off and the network never"),
-        ("case_1 --slices middle", "'middle' is no slice"),
-        ("case_1 --device tpu:x", "--device tpu:x: not usable here"),
-        (f"case_1 --out {full}", "holds mine.txt, no output of masksam explain"),
-        (f"case_1 --out {torn}", "is a file; name a folder"),
-        (f"case_1 --label {shifted}", "its origin is"),
-        (f"case_1 --label {strange}", "holds the label values 7, 8, 9, but dataset.json has only 0, 1, 2"),
-        (f"case_1 --label {model / 'plans.json'}", "must end in '.nii.gz'"),
-        (f"new --image {torn}", "truncated, damaged or of another format"),
-        (f"case_1 -prev_stage_predictions {full}", "only a cascade's configuration takes them"),
-    ]  # fmt: skip
-    for words, said in table:
+    table = [  # the command's words, and what the error names
+        ("case_2", "'case_2'.*case_1"),
+        ("", "CASE"),
+        ("case_1 -tr nnUNetTrainer", f"PlainConvUNet.*-tr.*{model.name}"),
+        ("case_1 -tr Other", "Other__nnUNetPlans__3d_fullres"),
+        ("case_1 -f 0 3", "-f .*3"),
+        ("case_1 -f x", "-f x"),
+        ("case_1 -chk checkpoint_best.pth", "checkpoint_best.pth"),
+        ("case_1 --slices 4 40", "--slices 40: .*9 along its axis k"),
+        ("case_1 --slices 0 4", "--slices 0: "),
+        ("case_1 --slices middle", "--slices middle"),
+        ("case_1 --device tpu:x", "--device tpu:x"),
+        (f"case_1 --out {full}", f"--out {full}.*mine.txt"),
+        (f"case_1 --out {torn}", f"--out {torn}"),
+        (f"case_1 --label {shifted}", f"{shifted}.*origin"),
+        (f"case_1 --label {strange}", f"{strange}.*7, 8, 9"),
+        (f"case_1 --label {model / 'plans.json'}", "--label .*'.nii.gz'"),
+        (f"new --image {torn}", f"{torn}"),
+        (f"case_1 -prev_stage_predictions {full}", "-prev_stage_predictions"),
+    ]
+    for words, named in table:
         result = explain(*words.split())
-        assert result.exit_code == 1 and said in " ".join(result.stderr.split()), (words, result.output)
+        assert result.exit_code == 1 and re.search(named, " ".join(result.stderr.split())), (words, result.output)
         assert "Traceback" not in result.output and not result.stdout
         assert sorted(tmp_path.iterdir()) == before, words
     with monkeypatch.context() as patch:
         patch.delenv("nnUNet_raw")
-        assert "nnUNet_raw not set" in explain("case_1", "-d", DATASET).stderr
+        assert "nnUNet_raw" in explain("case_1", "-d", DATASET).stderr
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     result = explain("case_1")
-    assert result.exit_code == 1 and "checkpoint_final.pth is cut off" in result.stderr
+    assert result.exit_code == 1 and "checkpoint_final.pth" in result.stderr
 
 
 def test_a_lean_checkpoint_needs_sams_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +396,7 @@ def test_a_lean_checkpoint_needs_sams_file(tmp_path: Path, monkeypatch: pytest.M
     (model / "dataset.json").write_text(json.dumps(dataset_json()))
     write_case(tmp_path)
     assert explain("case_1", "--slices", 4, "--disable_tta").exit_code == 0
-    assert "It is not SAM" not in (tmp_path / "explain_case_1" / "explain.html").read_text()
+    assert record(tmp_path / "explain_case_1")["backbone"] == "vit_b"
     file.rename(tmp_path / "away")
     result = explain("case_1", "-o", "out")
-    assert result.exit_code == 1 and "lean checkpoint" in result.stderr and not (tmp_path / "out").exists()
+    assert result.exit_code == 1 and "lean" in result.stderr and not (tmp_path / "out").exists()

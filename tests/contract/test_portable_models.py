@@ -200,8 +200,8 @@ def test_importing_and_predicting_unpickle_nothing(
     write_portable(masksam_model(tmp_path), tmp_path / "model.zip", FOLDS)
     write_image(tmp_path / "images" / "case_0000.nii.gz", size=(32, 32, 4))
     # What is imported on the way may use pickle.
-    importlib.import_module("masksam_nnunet.inference.predict.sources")
-    importlib.import_module("masksam_nnunet.inference.predict.command")
+    importlib.import_module("masksam_nnunet.inference.export.predict_model")
+    importlib.import_module("masksam_nnunet.inference.predict.run")
     logits(from_portable(sound))
     with no_pickle(monkeypatch) as found:
         unpack_model(tmp_path / "model.zip", tmp_path / "unpacked")

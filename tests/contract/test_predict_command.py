@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+import typer
 from container_models import write_image
 from method_pair import MASKSAM, STOCK, write_pair, write_unet
 from nnunetv2.ensembling.ensemble import ensemble_folders
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point
 from nnunetv2.postprocessing.remove_connected_components import (
     apply_postprocessing_to_folder,
     remove_all_but_largest_component_from_segmentation,
@@ -30,8 +31,6 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.inference.models import TrainedModel
-from masksam_nnunet.inference.predict.command import PredictCommand
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 
 QUICK = ["-d", "42", "-device", "cpu", "--disable_tta", "--disable_progress_bar", "-step_size", "1"]
@@ -136,9 +135,7 @@ def test_an_ensemble_is_what_nnunets_commands_make(
     assert sorted(p.name for p in out.iterdir() if p.name.startswith(".")) == []
 
 
-def test_a_bad_case_costs_itself_only_and_the_rest_is_not_done_again(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_case_costs_itself_only_and_the_rest_is_not_done_again(images: Path, tmp_path: Path) -> None:
     bad = images / "b_0001.nii.gz"
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])
@@ -146,8 +143,7 @@ def test_a_bad_case_costs_itself_only_and_the_rest_is_not_done_again(
         bad.write_bytes(whole[: len(whole) // 2])
         result = predict("-i", images, "-o", out, *words)
         assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
-        assert "error: 1 case could not be predicted:\n  b: " in result.stderr and "truncated" in result.stderr
-        assert "--continue_prediction" in result.stderr
+        assert "  b: " in result.stderr and "b_0001.nii.gz" in result.stderr
         assert list(labels(out)) == ["a.nii.gz", "c.nii.gz"] and not (out / ".ensemble").exists()
         before = times(out)
         bad.write_bytes(whole)
@@ -175,7 +171,7 @@ def test_a_case_that_a_network_cannot_predict(images: Path, tmp_path: Path, monk
     out = tmp_path / "out"
     result = predict("-i", images, "-o", out, *PAIR)
     assert result.exit_code == 1
-    assert "b: the network of MaskSAMTrainer cannot predict it: OutOfMemoryError: CUDA out of memory" in result.stderr
+    assert "  b: " in result.stderr and "MaskSAMTrainer" in result.stderr and "CUDA out of memory" in result.stderr
     assert list(labels(out)) == ["a.nii.gz", "c.nii.gz"]
     broken = False
     predicted.clear()
@@ -206,7 +202,7 @@ def test_predictions_of_other_models_are_not_mixed(images: Path, tmp_path: Path)
     before = times(out)
     for words in ([*ONE, "1"], PAIR, [*ONE, "-tr", "MaskSAMTrainer"]):
         result = predict("-i", images, "-o", out, *words, "--continue_prediction")
-        assert result.exit_code == 1 and "--continue_prediction: " in result.stderr and "models = " in result.stderr
+        assert result.exit_code == 1 and "--continue_prediction: " in result.stderr
     assert times(out) == before
 
 
@@ -226,52 +222,71 @@ def test_a_second_run_that_is_broken_off_leaves_nothing_of_the_first(
     assert result.exit_code == 0 and "3 cases to predict" in result.stdout
 
 
-def test_parts(models: Path, images: Path, tmp_path: Path) -> None:
+def test_parts(images: Path, tmp_path: Path) -> None:
     """Two commands for one folder; what one has done the other leaves."""
     out = tmp_path / "out"
-    found = [TrainedModel(models / DATASET / name, (0,)) for name in (STOCK, MASKSAM)]
-    settings = {"tile_step_size": 1.0, "use_mirroring": False, "device": torch.device("cpu"), "allow_tqdm": False}
     for part, done in ((1, ["b"]), (0, ["a", "b", "c"])):
-        command = PredictCommand(lambda folds, checkpoint: (found, None), None, **settings)
-        command.initialize_from_trained_model_folder("", (0,), "checkpoint_final.pth")
-        command.predict_from_files(
-            str(images), str(out), save_probabilities=False, overwrite=True, num_processes_preprocessing=0,
-            num_processes_segmentation_export=0, folder_with_segs_from_prev_stage=None, num_parts=2, part_id=part,
-        )  # fmt: skip
+        result = predict("-i", images, "-o", out, *PAIR, "-num_parts", 2, "-part_id", part)
+        assert result.exit_code == 0, result.output
         assert list(labels(out)) == [f"{name}.nii.gz" for name in done]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        (["-i", "{none}", *ONE], "-i .*: there is no such folder"),
-        (["-i", "{empty}", *PAIR], "-i .*: the folder is empty"),
-        (["-o", "{file}", *ONE], "-o .*: no folder to write to"),
-        (["-o", "{images}", *ONE], "-o .* is the folder of the images"),
-        ([*ONE, "3"], "-f 0 3: .*has no checkpoint_final.pth of fold 3; name those that have: -f 0 1"),
-        ([*ONE, "-c", "2d"], "holds no model nnUNetTrainer__nnUNetPlans__2d; there are: MaskSAMTrainer__"),
-        ([*ONE, "-d", "7"], "-d 7: .*Could not find"),
-        ([*PAIR, "-tr", "nnUNetTrainer"], "-tr nnUNetTrainer: --ensemble names the trainers"),
-        (["--ensemble", "-c", "2d"], "--ensemble names no model"),
-        ([*ONE, "-prev_stage_predictions", "{none}"], "-prev_stage_predictions .*: there is no such folder"),
-        ([*ONE, "--postprocessing", "auto"], "--postprocessing auto: there is no "),
-        ([*ONE, "-npp", "-1", "-nps", "0"], "-npp -1: a number of processes"),
+        (["-i", "{none}", *ONE], ["-i", "none"]),
+        (["-i", "{empty}", *PAIR], ["-i", "empty"]),
+        (["-o", "{file}", *ONE], ["-o", "file"]),
+        (["-o", "{images}", *ONE], ["-o", "images"]),
+        ([*ONE, "3"], ["-f 0 3", "only of: 0 1"]),
+        ([*ONE, "x"], ["-f x"]),
+        ([*ONE, "-c", "2d"], ["nnUNetTrainer__nnUNetPlans__2d", MASKSAM]),
+        ([*ONE, "-d", "7"], ["-d 7"]),
+        ([*ONE[:2], "-f", "0"], ["-c"]),
+        ([*PAIR, "-tr", "nnUNetTrainer"], ["-tr nnUNetTrainer", "--ensemble"]),
+        ([*ONE, "-prev_stage_predictions", "{none}"], ["-prev_stage_predictions", "none"]),
+        ([*ONE, "--postprocessing", "auto"], ["--postprocessing auto"]),
+        ([*ONE, "-num_parts", "2", "-part_id", "2"], ["-part_id 2"]),
+        ([*ONE, "--model", "{empty}"], ["--model", "empty"]),
+        ([*ONE, "-device", "cuda"], ["-device cuda"]),
     ],
 )
-def test_early_errors(images: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_early_errors(images: Path, tmp_path: Path, words: list[str], named: list[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     places = {name: str(tmp_path / name) for name in ("none", "empty", "file", "images")}
     words = [word.format(**places) for word in words]
     base = [] if "-i" in words else ["-i", images]
     base += [] if "-o" in words else ["-o", tmp_path / "out"]
-    # Ours come last, as argparse takes the last.
+    # Those under test come last: the last value counts.
     result = CliRunner().invoke(cli.app, ["predict", *QUICK, *ALONE, *map(str, base), *words])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
-    assert re.search(f"^error: .*{message}", result.stderr, re.DOTALL)
-    assert not (tmp_path / "out").exists() and sorted(os.listdir(images)) == sorted(
-        f"{name}_{channel:04d}.nii.gz" for name in "abc" for channel in range(2)
-    )
+    assert result.stderr.startswith("error: ") and all(name in result.stderr for name in named), result.stderr
+    assert not (tmp_path / "out").exists() and len(os.listdir(images)) == 6
+
+
+def test_options_are_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option of nnUNetv2_predict is here, with its default; -tr, -d and -c are known to differ."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def stop(self: argparse.ArgumentParser, *_: object) -> None:
+        parsers.append(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        predict_entry_point()
+    ours = {name: option for option in typer.main.get_command(cli.app).commands["predict"].params
+            for name in option.opts}  # fmt: skip
+    defaults = {"-tr": "", "-d": "", "-c": "", "-f": None}
+    for action in parsers[0]._actions:
+        for name in set(action.option_strings) - {"-h", "--help"}:
+            assert name in ours, name
+            if name in ("-i", "-o"):
+                assert ours[name].required
+            else:
+                assert ours[name].default == defaults.get(name, action.default), name
+            assert ours[name].multiple == (action.nargs == "+"), name
 
 
 @pytest.fixture
@@ -291,10 +306,8 @@ def edit(file: Path, **changes: object) -> None:
     [
         ("dataset.json", {"labels": {"background": 0, "organ 1": 1}}, "labels"),
         ("dataset.json", {"channel_names": {"0": "CT"}}, "channels"),
-        ("dataset.json", {"file_ending": ".mha"}, "the file ending"),
-        ("dataset.json", {"regions_class_order": [2, 1]}, "the order of regions"),
-        ("plans.json", {"dataset_name": "Dataset007_Other"}, "the dataset"),
-        ("plans.json", {"image_reader_writer": "NibabelIO"}, "the reader of images"),
+        ("plans.json", {"dataset_name": "Dataset007_Other"}, "dataset"),
+        ("plans.json", {"image_reader_writer": "NibabelIO"}, "reader"),
     ],
 )
 def test_models_that_cannot_be_averaged(
@@ -303,7 +316,7 @@ def test_models_that_cannot_be_averaged(
     edit(own_models / MASKSAM / file, **changes)
     result = predict("-i", images, "-o", tmp_path / "out", *PAIR)
     assert result.exit_code == 1
-    assert f"--ensemble: {STOCK} and {MASKSAM} differ in {what} (" in result.stderr
+    assert all(name in result.stderr for name in ("--ensemble", STOCK, MASKSAM, what))
     assert not (tmp_path / "out").exists()
 
 
@@ -327,16 +340,15 @@ def test_a_cascade_needs_its_previous_stage(own_models: Path, images: Path, tmp_
     words = ["-i", images, "-o", out, "-f", "0", "--ensemble", *members]
     result = predict(*words)
     assert result.exit_code == 1 and not out.exists()
-    assert "is a cascade and needs the predictions of nnUNetTrainer__nnUNetPlans__3d_lowres: add" in result.stderr
-    assert "nnUNetTrainer@nnUNetPlans:3d_lowres to the ensemble, or give -prev_stage_predictions" in result.stderr
+    assert low.name in result.stderr and "-prev_stage_predictions" in result.stderr
 
     alone = ["-i", images, "-tr", "nnUNetTrainer", "-f", "0"]
     result = predict(*alone, "-o", out, "-c", "3d_cascade_fullres")
-    assert result.exit_code == 1 and "is a cascade: predict these images with its 3d_lowres model" in result.stderr
+    assert result.exit_code == 1 and "-prev_stage_predictions" in result.stderr
     assert predict(*alone, "-o", tmp_path / "low", "-c", "3d_lowres").exit_code == 0
     (tmp_path / "low" / "b.nii.gz").unlink()
     result = predict(*words, "-prev_stage_predictions", tmp_path / "low")
-    assert result.exit_code == 1 and "b.nii.gz, the previous stage's prediction, is missing" in result.stderr
+    assert result.exit_code == 1 and "  b: " in result.stderr and "low/b.nii.gz" in result.stderr
     given = labels(out)
     assert list(given) == ["a.nii.gz", "c.nii.gz"]
 
@@ -351,11 +363,11 @@ def test_a_cascade_needs_its_previous_stage(own_models: Path, images: Path, tmp_
 def test_a_checkpoint_that_is_cut_off(own_models: Path, images: Path, tmp_path: Path, size: int) -> None:
     os.truncate(own_models / STOCK / "fold_0" / "checkpoint_final.pth", size)
     result = predict("-i", images, "-o", tmp_path / "out", *PAIR)
-    assert result.exit_code == 1 and "fold_0/checkpoint_final.pth is cut off: copy it anew" in result.stderr
+    assert result.exit_code == 1 and "fold_0/checkpoint_final.pth" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_plans_file(own_models: Path, images: Path, tmp_path: Path) -> None:
     (own_models / STOCK / "plans.json").write_text('{"configurations"')
     result = predict("-i", images, "-o", tmp_path / "out", *ONE)
-    assert result.exit_code == 1 and "plans.json cannot be read" in result.stderr and "restore it" in result.stderr
+    assert result.exit_code == 1 and "plans.json" in result.stderr

@@ -26,7 +26,7 @@ from nnunetv2.postprocessing.remove_connected_components import (
     remove_all_but_largest_component_from_segmentation,
 )
 
-from masksam_nnunet.errors import CaseError, PredictError
+from masksam_nnunet.errors import CaseError, UsageError
 from masksam_nnunet.inference.cases import Case, find_cases, read_case
 from masksam_nnunet.inference.predict.ensemble import parse_members
 from masksam_nnunet.inference.predict.output import draft, files_of, is_whole
@@ -48,23 +48,24 @@ def test_cases_of_a_folder(tmp_path: Path) -> None:
     cases, odd = find_cases(tmp_path, GZ)
     assert [case.name for case in cases] == ["a.1", "b", "é ü"]
     assert [file.name for file in cases[0].files] == ["a.1_0000.nii.gz", "a.1_0001.nii.gz"]
-    assert odd == {"odd.nii.gz": "its name has no channel number: rename it to odd_0000.nii.gz"}
+    assert list(odd) == ["odd.nii.gz"]
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "named"),
     [
-        (lambda folder: None, "-i .*: there is no such folder"),
-        (lambda folder: folder.touch(), "-i .* is a file: name the folder"),
-        (lambda folder: folder.mkdir(), "-i .*: the folder is empty; images are named CASE_0000.nii.gz"),
-        (lambda folder: write_image(folder / "a_0000.mha"), "none with the ending .* there are .mha"),
-        (lambda folder: write_image(folder / "a.nii.gz"), "no file has a channel number, such as a.nii.gz"),
+        (lambda folder: None, "-i"),
+        (lambda folder: folder.touch(), "-i"),
+        (lambda folder: folder.mkdir(), "CASE_0000.nii.gz"),
+        (lambda folder: write_image(folder / "a_0000.mha"), "a_0000.mha"),
+        (lambda folder: write_image(folder / "a.nii.gz"), "a.nii.gz"),
     ],
 )
-def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], named: str) -> None:
     make(tmp_path / "in")
-    with pytest.raises(PredictError, match=message):
+    with pytest.raises(UsageError) as error:
         find_cases(tmp_path / "in", GZ)
+    assert str(tmp_path / "in") in str(error.value) and named in str(error.value)
 
 
 @pytest.mark.parametrize("reader", [SimpleITKIO(), NibabelIO()])
@@ -109,21 +110,20 @@ def change(**setters: object) -> Callable[[Path], None]:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda file: file.write_bytes(b""), "is empty (0 bytes): copy it anew"),
-    "truncated": (cut, "cannot be read; it is truncated"),
-    "truncated inside": (cut_inside, "cannot be read; it is truncated"),
-    "damaged": (damage, "cannot be read; it is truncated, damaged"),
-    "text": (lambda file: file.write_text("no image"), "of another format than its name says"),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), "cannot be read"),
-    "a broken link": (lambda file: (file.unlink(), file.symlink_to("nowhere")), "cannot be read"),
-    "NaN": (put_nan, "holds 2 voxels that are NaN or infinite"),
-    "size": (lambda file: write_image(file, size=(40, 35, 5)), "differ in shape ((5, 36, 40) and (5, 35, 40))"),
-    "spacing": (change(Spacing=(0.9, 1.1, 2.0)), "differ in spacing"),
-    "origin": (change(Origin=(0.0, 3.25, 120.125)), "a_0000.nii.gz and a_0001.nii.gz differ in origin"),
-    "direction": (change(Direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), "differ in direction"),
-    "too few": (lambda file: file.unlink(), "it has 1 channels (a_0000.nii.gz), the model was trained on 2 (T1, T2)"),
-    "too many": (lambda file: write_image(file.with_name("a_0002.nii.gz"), 0, SIZE), "it has 3 channels"),
-    "a gap": (lambda file: file.rename(file.with_name("a_0003.nii.gz")), "it has the channels [0, 3]"),
+    "empty": (lambda file: file.write_bytes(b""), T2),
+    "truncated": (cut, T2),
+    "truncated inside": (cut_inside, T2),
+    "damaged": (damage, T2),
+    "text": (lambda file: file.write_text("no image"), T2),
+    "a broken link": (lambda file: (file.unlink(), file.symlink_to("nowhere")), T2),
+    "NaN": (put_nan, "2 voxels"),
+    "size": (lambda file: write_image(file, size=(40, 35, 5)), "shape ((5, 36, 40) and (5, 35, 40))"),
+    "spacing": (change(Spacing=(0.9, 1.1, 2.0)), "spacing"),
+    "origin": (change(Origin=(0.0, 3.25, 120.125)), "origin"),
+    "direction": (change(Direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), "direction"),
+    "too few": (lambda file: file.unlink(), "T1, T2"),
+    "too many": (lambda file: write_image(file.with_name("a_0002.nii.gz"), 0, SIZE), "3 channels"),
+    "a gap": (lambda file: file.rename(file.with_name("a_0003.nii.gz")), "[0, 3]"),
 }
 
 
@@ -131,12 +131,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_bad_cases(tmp_path: Path, what: str) -> None:
     for seed, name in enumerate((T1, T2)):
         write_image(tmp_path / name, seed, SIZE)
-    spoil, message = BAD[what]
+    spoil, named = BAD[what]
     spoil(tmp_path / T2)
     (case,), _ = find_cases(tmp_path, GZ)
     with pytest.raises(CaseError) as error:
         read_case(case, SimpleITKIO(), ["T1", "T2"])
-    assert message in str(error.value)
+    assert named in str(error.value)
 
 
 def test_rounding_in_headers_is_no_other_grid(tmp_path: Path) -> None:
@@ -186,14 +186,11 @@ def test_what_is_not_whole_is_not_done(tmp_path: Path, what: int | str) -> None:
     assert is_whole(target, GZ, SimpleITKIO(), False) == (what != 2)
 
 
-def test_a_full_disk_ends_the_batch_in_words(tmp_path: Path) -> None:
-    with (
-        pytest.raises(PredictError, match=r"cannot write the prediction of a to .*: No space left .* --continue_pred"),
-        draft(tmp_path / "a", GZ, SimpleITKIO(), False),
-    ):
+def test_a_full_disk_ends_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=str(tmp_path)), draft(tmp_path / "a", GZ, SimpleITKIO(), False):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    # ITK tells of no error; what it wrote shows it.
-    with pytest.raises(PredictError, match="cannot be read back"), draft(tmp_path / "a", GZ, SimpleITKIO(), False) as a:
+    # ITK reports no error; what it wrote cannot be read.
+    with pytest.raises(UsageError, match=str(tmp_path)), draft(tmp_path / "a", GZ, SimpleITKIO(), False) as a:
         write_prediction(a, probabilities=False)
         cut(Path(f"{a}{GZ}"))
     assert list(tmp_path.iterdir()) == []
@@ -261,10 +258,10 @@ def test_postprocessing_runs_nothing_else(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "postprocessing.pkl"
     for content in (pickle.dumps(([Evil()], [{}])), pickle.dumps(([shutil.rmtree], [{}])), b"\x80", pickle.dumps(3)):
         file.write_bytes(content)
-        with pytest.raises(PredictError, match=r"--postprocessing .* is no post-processing of nnU-Net"):
+        with pytest.raises(UsageError, match=str(file)):
             read_postprocessing(file)
     assert not (tmp_path / "evil").exists()
-    with pytest.raises(PredictError, match=r"cannot be read: No such file .* or auto"):
+    with pytest.raises(UsageError, match=r"none\.pkl"):
         read_postprocessing(tmp_path / "none.pkl")
 
 
@@ -274,13 +271,13 @@ def test_postprocessing_auto(tmp_path: Path) -> None:
     pair = write_postprocessing(tmp_path / "ensembles" / "ensemble___B__P__c___A__P__c___0_1" / "postprocessing.pkl")
     assert find_postprocessing([a], [0, 1]).file == one
     assert find_postprocessing([a, b], [0, 1]).file == pair
-    for models, folds, message in (
-        ([b], [0, 1], "there is no .*B__P__c.*nnUNetv2_find_best_configuration"),
-        ([a, b], [0, 1, 2], "there is no .* or "),
-        ([a, b, tmp_path / "C"], [0, 1], "not for 3 models"),
-        ([a], ["all"], "not for 1 models with folds all"),
+    for models, folds, named in (
+        ([b], [0, 1], "B__P__c"),
+        ([a, b], [0, 1, 2], "0_1_2"),
+        ([a, b, tmp_path / "C"], [0, 1], "3 models"),
+        ([a], ["all"], "all"),
     ):
-        with pytest.raises(PredictError, match=message):
+        with pytest.raises(UsageError, match=named):
             find_postprocessing(models, folds)
 
 
@@ -299,16 +296,16 @@ def test_members_as_in_the_benchmark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "configuration", "message"),
+    ("texts", "configuration", "named"),
     [
-        ("nnunet MaskSAMTrainer:2d", "", "--ensemble nnunet: no configuration; write TRAINER"),
-        ("nnunet:2d MaskSAMTrainer:", "2d", "--ensemble MaskSAMTrainer:: no configuration"),
-        ("nnunet@:2d MaskSAMTrainer:2d", "", "--ensemble 'nnunet@': write TRAINER@PLANS"),
-        ("nnunet nnUNetTrainer@nnUNetPlans:2d", "2d", "is named before; leave one out"),
-        ("nnunet", "2d", "two models or more"),
-        ("nnunet MaskSAMTrainr", "2d", "--ensemble MaskSAMTrainr: nnU-Net finds no such trainer .* MaskSAMTrainer"),
+        ("nnunet MaskSAMTrainer:2d", "", "nnunet"),
+        ("nnunet:2d MaskSAMTrainer:", "2d", "MaskSAMTrainer:"),
+        ("nnunet@:2d MaskSAMTrainer:2d", "", "nnunet@"),
+        ("nnunet nnUNetTrainer@nnUNetPlans:2d", "2d", "nnUNetTrainer@nnUNetPlans:2d"),
+        ("nnunet", "2d", "nnunet"),
+        ("nnunet MaskSAMTrainr", "2d", "MaskSAMTrainr"),
     ],
 )
-def test_members_that_make_no_ensemble(texts: str, configuration: str, message: str) -> None:
-    with pytest.raises(PredictError, match=message):
+def test_members_that_make_no_ensemble(texts: str, configuration: str, named: str) -> None:
+    with pytest.raises(UsageError, match=f"--ensemble.*{named}"):
         parse_members(texts.split(), "nnUNetPlans", configuration)

@@ -1,77 +1,41 @@
-"""The commands of the pages: every line of every ```sh block of README.md and docs/*.md."""
+"""Reads the command lines of README.md, CONTRIBUTING.md and docs/*.md."""
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = {path.name if path.parent == ROOT else f"docs/{path.name}": path for path in (
-    ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))
-)}  # fmt: skip
-
-_BLOCK = re.compile(r"^(?P<mark><!-- run: (?P<tier>\w+) -->\n+)?```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-TIERS = ("quick", "long")
-
-NOT_RUN = {
-    r"pip install": "needs the network; tests/packaging installs the wheel",
-    r"python3 -m venv|\. masksam-env": "the tests' own environment is used",
-    r"make (demo|test|bench|test-long)": "builds an environment of its own; takes up to half an hour",
-    r"(MEMORY=\S+ )?(TAG=\S+ )?inference/docker/container.sh": "needs Docker; other tests run its entry point",
-    r"sbatch|squeue|scancel": "needs SLURM; the script that is submitted is run, see SCRIPTS",
-    r"masksam benchmark .*--executor slurm": "needs SLURM; tests/slurm/run.sh",
-    r"masksam benchmark .*--devices 0 1": "needs GPUs",
-    r"masksam explain hippocampus_025": "needs the trainings of docs/results.md on the whole dataset",
-    r".* -num_gpus 2": "needs two GPUs; tests/contract/test_distributed.py",
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-"""Lines that no tier runs, and why; they are read by their command's own parser all the same."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """One command line.
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
 
-    Attributes:
-        text: as it stands in the page, continued lines joined.
-        number: of its first line in the page.
-        tier: the test that runs it: quick (by default), long.
-        not_run: why none does, else None.
+
+def commands(page: str, folder: Path) -> list[list[str]]:
+    """The commands in a page's ``sh`` blocks, split into words by bash; none of them runs.
+
+    Args:
+        page: its path from the root of the repository.
+        folder: an empty folder for temporary files.
     """
-
-    text: str
-    number: int
-    tier: str
-    not_run: str | None
-
-
-def lines_of(page: Path) -> list[Line]:
-    """The command lines of a page, in order.
-
-    Raises:
-        ValueError: a block has a mark that is no tier.
-    """
-    content = page.read_text(encoding="utf-8")
-    found = []
-    for block in _BLOCK.finditer(content):
-        tier = block["tier"] or "long"
-        if tier not in TIERS:
-            raise ValueError(f"{page}: <!-- run: {tier} -->: there are {TIERS}")
-        number = content.count("\n", 0, block.start("text")) + 1
-        joined = block["text"].replace("\\\n", "\0")
-        for text in joined.splitlines():
-            if text.strip() and not text.lstrip().startswith("#"):
-                command = text.replace("\0", " ").strip()
-                reason = next((why for what, why in NOT_RUN.items() if re.match(what, command)), None)
-                found.append(Line(command, number, tier, reason))
-            number += 1 + text.count("\0")
-    return found
-
-
-def script(lines: list[Line]) -> str:
-    """A bash script that runs the lines, saying which, to the first that fails."""
-    parts = ["set -eo pipefail"]
-    for line in lines:
-        quoted = line.text.replace("'", "'\\''")
-        parts += [f"printf '\\n[line {line.number}] %s\\n' '{quoted}'", line.text]
-    return "\n".join(parts) + "\n"
+    text = "\n".join(blocks(page, "sh"))
+    recorded, recorder = folder / "commands.json", folder / "record.py"
+    recorder.write_text(
+        "import json, sys\nwith open(sys.argv[1], 'a') as f: f.write(json.dumps(sys.argv[2:]) + '\\n')\n"
+    )
+    # bash calls command_not_found_handle for every command that is not a builtin, since PATH is empty.
+    script = [f'command_not_found_handle() {{ {sys.executable} -S "{recorder}" "{recorded}" "$@"; }}']
+    for name in {".", *re.findall(r"^[\w./]+/[\w.]+\.sh", text, re.MULTILINE)}:
+        script.append(f'{name}() {{ command_not_found_handle {name} "$@"; }}')
+    script += ["PATH=/nowhere", text]
+    subprocess.run(["/bin/bash", "-c", "\n".join(script)], cwd=folder, check=True)
+    return [json.loads(line) for line in recorded.read_text().splitlines()]

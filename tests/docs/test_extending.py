@@ -1,4 +1,4 @@
-"""The module of docs/extending.md: its backbone and its adapter, registered and trained for a step."""
+"""The module in docs/extending.md: its backbone and its adapter are registered and trained for a step."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from types import ModuleType
 import pytest
 import torch
 from configs import tiny_config
-from documented_world import write_module
+from documented import PAGES, blocks
 from plain_plans import dataset_json, folders, plain_plans
 from small_sam import install_small_sam
 
 from masksam_nnunet import config as config_module
-from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.modeling import BackboneSpec, MaskSAM, register_backbone
-from masksam_nnunet.modeling.backbones import registry as sam_parts
-from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
-from masksam_nnunet.modeling.trainable import Trainable
+from masksam_nnunet.modeling.backbones import registry
 from masksam_nnunet.plans.architecture import open_configuration, write_config
 
-CPU = torch.device("cpu")
+PAGE = "docs/extending.md"
+FILE = Path("my_trainers/my_masksam.py")
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The page's module, imported while ``vit_b`` is a small SAM; the registry is put back."""
-    kept = dict(sam_parts.SPECS), dict(config_module.SAM_OF)
+    """The page's module, imported while ``vit_b`` is a small SAM; the registry is restored."""
+    kept = dict(registry.SPECS), dict(config_module.SAM_OF)
     install_small_sam(tmp_path / "cache", monkeypatch)
-    file = write_module(tmp_path)
+    assert f"`{FILE}`" in PAGES[PAGE]
+    file = tmp_path / FILE
+    file.parent.mkdir()
+    file.write_text("\n\n".join(blocks(PAGE, "python")), encoding="utf-8")
     monkeypatch.setenv(EXT_TRAINER, ext_trainer_value(str(file.parent)))
     spec = importlib.util.spec_from_file_location("page_of_extending", file)
     assert spec is not None and spec.loader is not None
@@ -41,9 +43,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     monkeypatch.setitem(sys.modules, spec.name, made)
     spec.loader.exec_module(made)
     yield made
-    for registry, content in zip((sam_parts.SPECS, config_module.SAM_OF), kept, strict=True):
-        for name in set(registry) - set(content):
-            del registry[name]
+    for names, before in zip((registry.SPECS, config_module.SAM_OF), kept, strict=True):
+        for name in set(names) - set(before):
+            del names[name]
 
 
 def test_nnunet_finds_the_trainers(module: ModuleType) -> None:
@@ -54,68 +56,53 @@ def test_nnunet_finds_the_trainers(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("trainer", ["MaskSAMTrainer_resnet18", "MaskSAMTrainer_vit_b_slices"])
-def test_a_step_of_training(trainer: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the trainer, by plans that hold the config: SAM's file is read where there is one."""
+def test_two_training_steps(trainer: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
     plans = plain_plans()
     small = replace(tiny_config(), backbone=getattr(module, trainer).backbone, patch_size=(4, 32, 32))
     write_config(plans, "3d_fullres", small)
-    made = getattr(module, trainer)(plans, "3d_fullres", 0, dataset_json(), CPU)
+    made = getattr(module, trainer)(plans, "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     made.initialize()
     made._load_sam()
     made.on_train_epoch_start()
     network = made.masksam
-    assert network.config.backbone == made.backbone
-    assert network.sam_is_loaded == (trainer != "MaskSAMTrainer_resnet18")
+    assert network.sam_is_loaded == (trainer == "MaskSAMTrainer_vit_b_slices")
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
 
     batch = {"data": torch.randn(2, 1, 4, 32, 32), "target": torch.randint(0, 3, (2, 1, 4, 32, 32)).float()}
     network.train()
-    for _ in range(2):  # what stands before a zeroed layer has no gradient in the first
-        loss = float(made.train_step(batch)["loss"])
-        assert loss == loss and loss > 0
+    for _ in range(2):  # in the first step nothing before a zeroed layer has a gradient
+        assert float(made.train_step(batch)["loss"]) > 0
     moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
     trained = {name for name, p in network.named_parameters() if p.requires_grad}
     assert moved <= trained
-    own = {name for name in trained if name.startswith("image_encoder.")}
-    assert len(own & moved) > 0.7 * len(own)
+    encoder = {name for name in trained if name.startswith("image_encoder.")}
+    assert len(encoder & moved) > 0.7 * len(encoder)
 
     network.eval()
     with torch.no_grad():
         assert network(batch["data"]).exp().sum(1).allclose(torch.ones(2, 4, 32, 32), atol=1e-4)
 
 
-def test_the_encoder_with_the_new_adapter_is_sam_at_first(module: ModuleType) -> None:
-    plain = MaskSAM(tiny_config(backbone="vit_b"), 1, 3)
-    other = MaskSAM(tiny_config(backbone="vit_b_slices"), 1, 3)
-    assert isinstance(plain.image_encoder, AdaptedImageEncoder) and isinstance(other.image_encoder, AdaptedImageEncoder)
-    other.image_encoder.sam.load_state_dict(plain.image_encoder.sam.state_dict())
+def test_the_encoder_with_the_new_adapter_equals_sam_at_step_0(module: ModuleType) -> None:
+    plain, other = (MaskSAM(tiny_config(backbone=name), 1, 3) for name in ("vit_b", "vit_b_slices"))
+    other.image_encoder.load_state_dict(plain.image_encoder.state_dict(), strict=False)
     images = torch.randn(1, plain.grid.patch[0], 3, *plain.grid.image)
     for ours, theirs in zip(plain.image_encoder(images)[0], other.image_encoder(images)[0], strict=True):
         torch.testing.assert_close(ours, theirs)
-    adapters = [m for m in other.image_encoder.modules() if isinstance(m, module.SliceAttention)]
-    assert len(adapters) == 2 * len(other.image_encoder.sam.blocks)
-    assert all(isinstance(m, Trainable) and p.requires_grad for m in adapters for p in m.parameters())
+    assert any(isinstance(part, module.SliceAttention) for part in other.image_encoder.modules())
 
 
-def test_configs_name_registered_backbones_only(module: ModuleType) -> None:
-    config = replace(tiny_config(), backbone="resnet18")
-    assert MaskSAMConfig.from_json(config.to_json()) == config and config.sam is None and not config.needs_sam
-    assert replace(config, backbone="vit_b_slices").sam == "vit_b"
-    with pytest.raises(ConfigError, match=r"resnet99.*registers"):
-        replace(config, backbone="resnet99")
-
-
-def test_plans_are_read_before_any_trainer_is(module: ModuleType) -> None:
-    """As masksam explain and export do."""
+def test_plans_with_an_own_backbone_open_before_its_module_is_imported(module: ModuleType) -> None:
+    """masksam explain and export read plans first."""
     plans = plain_plans()
     write_config(plans, "3d_fullres", replace(tiny_config(), backbone="resnet18", patch_size=(4, 32, 32)))
-    del sam_parts.SPECS["resnet18"], config_module.SAM_OF["resnet18"]
+    del registry.SPECS["resnet18"], config_module.SAM_OF["resnet18"]
     config = open_configuration(plans, "3d_fullres")[1]
-    assert config is not None and config.backbone == "resnet18" and "resnet18" in sam_parts.SPECS
+    assert config is not None and config.backbone == "resnet18" and "resnet18" in registry.SPECS
 
 
-def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = plain_plans()
     write_config(plans, "3d_fullres", tiny_config())
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["config"]["backbone"] = "elsewhere"
@@ -124,19 +111,19 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigError, match="no_such_package_anywhere"):
         open_configuration(plans, "3d_fullres")
     monkeypatch.delenv(EXT_TRAINER)
-    with pytest.raises(ConfigError, match="backbone = 'elsewhere'"):
+    with pytest.raises(ConfigError, match="elsewhere"):
         open_configuration(plans, "3d_fullres")
 
 
 @pytest.mark.parametrize(
-    ("name", "spec", "what"),
+    ("name", "spec"),
     [
-        ("vit_b", BackboneSpec(8), "project's own"),
-        ("vit_x", BackboneSpec(8, sam="vit_x"), "never released"),
-        ("cnn", BackboneSpec(8, sam="vit_b", encoder=lambda spec, grid: torch.nn.Identity()), "does not fit"),
+        ("vit_b", BackboneSpec(8)),
+        ("vit_x", BackboneSpec(8, sam="vit_x")),
+        ("cnn", BackboneSpec(8, sam="vit_b", encoder=lambda spec, grid: torch.nn.Identity())),
     ],
 )
-def test_what_cannot_be_registered(name: str, spec: BackboneSpec, what: str) -> None:
-    with pytest.raises(ValueError, match=what):
+def test_contradictory_backbones_are_refused(name: str, spec: BackboneSpec) -> None:
+    with pytest.raises(ValueError, match=name):
         register_backbone(name, spec)
-    assert name in ("vit_b",) or name not in config_module.SAM_OF
+    assert name == "vit_b" or name not in config_module.SAM_OF

@@ -1,4 +1,4 @@
-"""What pyproject.toml, requirements.lock and the import contracts promise one another."""
+"""pyproject.toml, requirements.lock, the import contracts and CITATION.cff agree."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from masksam_nnunet import __version__
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (ROOT / "requirements.lock").read_text()
 
 
 def normalized(requirement: str) -> str:
-    """The name of a requirement as package indexes compare it."""
+    """The name of a requirement in the form that package indexes compare."""
     return re.sub("[-_.]+", "-", re.split(r"[\s<>=!;\[]", requirement, maxsplit=1)[0]).lower()
 
 
 def locked() -> dict[str, list[str]]:
-    """Each requirement of the lock, with its hashes."""
+    """The requirements in the lock file, with their hashes."""
     blocks = re.split(r"\n(?=\S)", re.sub(r"(?m)^\s*#.*\n", "", LOCK))
     return {block.split(" \\")[0]: re.findall(r"--hash=sha256:([0-9a-f]{64})", block) for block in blocks if block}
 
 
-def test_the_lock_is_exact_and_hashed() -> None:
+def test_the_lock_is_exact_and_hashed_and_names_no_machine() -> None:
     assert len(locked()) > 50
     for requirement, hashes in locked().items():
         assert re.match(r"[\w.-]+==[\w.+]+( ; .+)?$", requirement), requirement
         assert hashes, requirement
-
-
-def test_the_lock_names_no_machine() -> None:
     assert not re.search(r"://|file:|--index-url|--find-links|(?m:^#.*/(home|root|work|tmp)/)", LOCK)
 
 
@@ -46,7 +45,7 @@ def test_the_lock_holds_every_dependency(extra: str | None) -> None:
 
 
 def test_the_contracts_cover_the_whole_core() -> None:
-    """A module that is in neither list could import nnU-Net unseen."""
+    """A module that is missing from the lists could import nnU-Net unnoticed."""
     layers, core, _ = PROJECT["tool"]["importlinter"]["contracts"]
     modules = {
         path.stem
@@ -58,13 +57,17 @@ def test_the_contracts_cover_the_whole_core() -> None:
 
 
 def test_every_package_is_listed() -> None:
-    """setuptools ships only what is listed; nnunet_ext alone is data."""
+    """setuptools ships only listed packages."""
     setuptools = PROJECT["tool"]["setuptools"]
     folders = {name: ROOT / folder for name, folder in setuptools["package-dir"].items()}
     packages = {
         ".".join([name, *path.parent.relative_to(folder).parts])
         for name, folder in folders.items()
         for path in folder.rglob("__init__.py")
-        if "performance" not in path.parts  # measurements, not installed
+        if "performance" not in path.parts  # not installed
     }
     assert set(setuptools["packages"]) == packages
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -1,16 +1,16 @@
-"""The parts of ``masksam explain``: slices, uncertainty, cases, overlays, the output folder, pictures."""
+"""The parts of ``masksam explain``: slices, uncertainty, cases, overlays, the output folder, queries, pictures."""
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
@@ -18,18 +18,14 @@ from kinds_of_data import OBLIQUE
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
-from masksam_nnunet.errors import ExplainError
+from masksam_nnunet.errors import UsageError
 from masksam_nnunet.inference.explain import figures
-from masksam_nnunet.inference.explain.case import find_case, fold_of
-from masksam_nnunet.inference.explain.facts import SHOWN, slice_facts
-from masksam_nnunet.inference.explain.figures import SliceImages, draw_overview, draw_queries, queries_view
-from masksam_nnunet.inference.explain.folder import RECORD, fresh_folder
-from masksam_nnunet.inference.explain.overlays import affine_of, write_colour_table, write_label_table, write_volume
-from masksam_nnunet.inference.explain.run import caption_of
-from masksam_nnunet.inference.explain.slices import choose_slices, read_slices
-from masksam_nnunet.inference.explain.uncertainty import measure
-from masksam_nnunet.inference.explain.volume import picture_edges
-from masksam_nnunet.inference.explain.windows import SliceQueries, nearest_window, owners
+from masksam_nnunet.inference.explain.case import find_case, seen_in_training
+from masksam_nnunet.inference.explain.figures import SliceImages, draw_overview, draw_queries, picture_edges
+from masksam_nnunet.inference.explain.inside import SliceQueries, nearest_window, owners, patch_around, read_prompts
+from masksam_nnunet.inference.explain.measures import SHOWN, choose_slices, measure_uncertainty, query_table
+from masksam_nnunet.inference.explain.output import RECORD, affine_of, fresh_folder, write_tables, write_volume
+from masksam_nnunet.inference.explain.run import read_slices
 from masksam_nnunet.inference.label_maps import Classes
 from masksam_nnunet.modeling.network import MaskSAMOutput
 
@@ -44,31 +40,18 @@ def test_chosen_slices_are_the_richest_and_spread() -> None:
     foreground = np.array([0, 0, 5, 6, 9, 5, 9, 6, 5, 5, 0, 0])
     entropy = np.zeros(12)
     entropy[[2, 9]] = 1.0
-    chosen = choose_slices(foreground, entropy, 4)
-    assert chosen[0] == 2 and chosen[-1] == 9 and 4 in chosen
-    assert len(chosen) == 4 and all(b - a >= 2 for a, b in pairwise(chosen))
+    assert choose_slices(foreground, entropy, 4) == [2, 4, 6, 9]
     assert choose_slices(np.zeros(5, int), np.array([0, 0, 3.0, 0, 0]), 1) == [2]
     assert choose_slices(np.zeros(3, int), np.zeros(3), 9) == [0, 1, 2]
     assert choose_slices(np.array([0, 7, 0]), np.zeros(3), 4) == [1]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_any_number_of_slices_can_be_chosen_from(count: int) -> None:
-    rng = np.random.default_rng(count)
-    for size in range(1, 30):
-        foreground = rng.integers(0, 2, size) * rng.integers(0, 50, size)
-        chosen = choose_slices(foreground, rng.random(size), count)
-        assert chosen == sorted(set(chosen)) and 1 <= len(chosen) <= count
-        assert not foreground.any() or all(foreground[chosen] > 0)
-
-
 def test_words_of_the_slices_option() -> None:
     assert read_slices([]) is None and read_slices(["auto"]) is None
     assert read_slices(["20", "3", "20"]) == [3, 20]
-    with pytest.raises(ExplainError, match="'-1' is no slice"):
-        read_slices(["4", "-1"])
-    with pytest.raises(ExplainError, match="25 slices; a page shows at most 24"):
-        read_slices([str(n) for n in range(25)])
+    for words in (["4", "-1"], ["auto", "4"], [str(n) for n in range(25)]):
+        with pytest.raises(UsageError, match="--slices"):
+            read_slices(words)
 
 
 # ---- uncertainty -----------------------------------------------------------------------------------------------------
@@ -80,20 +63,20 @@ def volume_of(*probabilities: float) -> torch.Tensor:
 
 
 def test_entropy_by_hand() -> None:
-    even = measure([volume_of(0.5, 0.5, 1e-9)], regions=False)
+    even = measure_uncertainty([volume_of(0.5, 0.5, 1e-9)], regions=False)
     assert even.disagreement is None and even.entropy.item() == pytest.approx(1.0, abs=1e-3)
     p = (0.7, 0.2, 0.1)
     expected = -sum(x * math.log2(x) for x in p)
-    assert measure([volume_of(*p)], regions=False).entropy.item() == pytest.approx(expected, abs=1e-5)
+    assert measure_uncertainty([volume_of(*p)], regions=False).entropy.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_folds_that_are_sure_of_different_things_disagree_and_equal_ones_do_not() -> None:
     sure = [volume_of(1.0, 1e-9), volume_of(1e-9, 1.0)]
-    apart = measure(sure, regions=False)
+    apart = measure_uncertainty(sure, regions=False)
     assert apart.disagreement is not None
     assert apart.entropy.item() == pytest.approx(1.0, abs=1e-4)
     assert apart.disagreement.item() == pytest.approx(1.0, abs=1e-4)
-    unsure = measure([volume_of(0.5, 0.5)] * 3, regions=False)
+    unsure = measure_uncertainty([volume_of(0.5, 0.5)] * 3, regions=False)
     assert unsure.disagreement is not None
     assert unsure.entropy.item() == pytest.approx(1.0, abs=1e-4)
     assert unsure.disagreement.item() == pytest.approx(0.0, abs=1e-5)
@@ -102,7 +85,7 @@ def test_folds_that_are_sure_of_different_things_disagree_and_equal_ones_do_not(
 def test_disagreement_is_a_part_of_the_entropy_and_logits_are_the_mean() -> None:
     folds = [torch.randn(4, 3, 5, 6).mul(3).half() for _ in range(3)]
     for regions in (False, True):
-        measured = measure(iter(folds), regions)
+        measured = measure_uncertainty(iter(folds), regions)
         assert measured.disagreement is not None
         assert (measured.disagreement >= 0).all() and (measured.disagreement <= measured.entropy + 1e-5).all()
         assert measured.entropy.max() <= (1 if regions else 2) + 1e-5
@@ -111,7 +94,7 @@ def test_disagreement_is_a_part_of_the_entropy_and_logits_are_the_mean() -> None
 
 def test_a_voxel_is_as_uncertain_as_its_least_certain_region() -> None:
     logits = torch.tensor([8.0, 0.0, -1.0]).reshape(3, 1, 1, 1)
-    assert measure([logits], regions=True).entropy.item() == pytest.approx(1.0, abs=1e-6)
+    assert measure_uncertainty([logits], regions=True).entropy.item() == pytest.approx(1.0, abs=1e-6)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -133,48 +116,51 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_cases_of_both_folders_are_found_with_their_labels(raw: Path) -> None:
     found = find_case(raw.name, DESCRIPTION, "liver_01", [], None)
-    assert [file.name for file in found.images] == ["liver_01_0000.nii.gz", "liver_01_0001.nii.gz"]
+    assert [file.name for file in found.case.files] == ["liver_01_0000.nii.gz", "liver_01_0001.nii.gz"]
     assert found.label == raw / "labelsTr" / "liver_01.nii.gz" and found.origin == "imagesTr of Dataset001_X"
     test = find_case(raw.name, DESCRIPTION, "spleen_a.b", [], None)
     assert test.label is None and test.origin == "imagesTs of Dataset001_X"
     assert find_case(raw.name, DESCRIPTION, "liver_02", [], found.label).label == found.label
     (raw / "dataset.json").write_text(json.dumps({"dataset": {"far": {"label": "l.nii.gz", "images": ["i.nii.gz"]}}}))
-    with pytest.raises(ExplainError, match=r"--label .*l.nii.gz: there is no such file"):
+    with pytest.raises(UsageError, match=r"--label .*l\.nii\.gz"):
         find_case(raw.name, DESCRIPTION, "far", [], None)
 
 
 @pytest.mark.parametrize(
-    ("case", "images", "said"),
+    ("case", "images", "named"),
     [
-        ("liver_1", (), r"'liver_1' is none of the 3 cases .* near it: liver_01"),
-        ("zzz", (), r"near it: liver_01, liver_02, spleen_a.b"),
-        (None, (), "no case: name one"),
-        ("x", ("nowhere.nii.gz",), "--image nowhere.nii.gz: there is no such file"),
-        ("a/b", (__file__,), "give a plain name"),
-        ("x", (__file__, __file__), r"2 files, but the model was trained on 1 channels \(MRI\)"),
+        ("liver_1", (), "'liver_1'.*: liver_01"),
+        ("zzz", (), "'zzz'.*liver_01, liver_02, spleen_a.b"),
+        (None, (), "CASE"),
+        ("x", ("nowhere.nii.gz",), "--image nowhere.nii.gz"),
+        ("a/b", (__file__,), "'a/b'"),
+        ("x", (__file__, __file__), "--image.*MRI"),
     ],
 )
-def test_cases_that_are_not_there(raw: Path, case: str | None, images: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ExplainError, match=said):
+def test_cases_that_do_not_exist_are_named(raw: Path, case: str | None, images: tuple[str, ...], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
         find_case(raw.name, DESCRIPTION, case, [Path(file) for file in images], None)
 
 
 def test_given_files_are_named_after_themselves(tmp_path: Path) -> None:
     file = tmp_path / "some.one_0000.nii.gz"
     file.touch()
-    assert find_case("Dataset001_X", DESCRIPTION, None, [file], None).name == "some.one"
+    assert find_case("Dataset001_X", DESCRIPTION, None, [file], None).case.name == "some.one"
 
 
-def test_the_page_tells_whether_the_network_has_seen_the_case(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fold_of(raw.name, "liver_01", ["0"]) is None
+def test_the_page_says_whether_the_network_has_seen_the_case(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seen_in_training(raw.name, "liver_01", ["0"]) is None
     splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     (raw / "splits_final.json").write_text(json.dumps(splits))
     monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent))
-    assert fold_of(raw.name, "b", ["0"]) == "a validation case of fold 0: not seen in training"
-    assert "in the training set of fold 0; the network has seen it" in str(fold_of(raw.name, "a", ["0"]))
-    assert fold_of(raw.name, "a", ["0", "1"]) == "in the training set of fold 0, not of fold 1"
-    assert "training set of fold all" in str(fold_of(raw.name, "a", ["all"]))
-    assert fold_of(raw.name, "test case", ["0"]) == "in no part of the split: not seen in training"
+    for case, folds, said in (
+        ("b", ["0"], "validation case of fold 0"),
+        ("a", ["0"], "training set of fold 0; "),
+        ("a", ["0", "1"], "training set of fold 0, not of fold 1"),
+        ("a", ["all"], "training set of fold all"),
+        ("test case", ["0"], "not seen"),
+    ):
+        assert said in str(seen_in_training(raw.name, case, folds))
 
 
 # ---- overlays --------------------------------------------------------------------------------------------------------
@@ -219,7 +205,8 @@ def test_overlays_of_pictures_and_of_files_that_hold_all_channels(tmp_path: Path
     write_source(tmp_path / "flat.nii.gz", dimensions=2)
     array, properties = SimpleITKIO().read_images([str(tmp_path / "flat.nii.gz")])
     write_volume(tmp_path / "overlay.nii.gz", array[0].astype(np.uint8), properties)
-    assert sitk.ReadImage(str(tmp_path / "overlay.nii.gz")).GetSize() == (5, 7)
+    overlay = sitk.ReadImage(str(tmp_path / "overlay.nii.gz"))
+    assert overlay.GetSize() == (5, 7, 1) and overlay.GetSpacing() == pytest.approx((0.7, 0.9, 1))
     assert affine_of(properties) is None
     image = write_source(tmp_path / "channels.nii.gz", dimensions=4)
     array, properties = SimpleITKIO().read_images([str(tmp_path / "channels.nii.gz")])
@@ -250,14 +237,13 @@ def test_edges_of_pictures() -> None:
 
 
 def test_tables_of_names_and_colours(tmp_path: Path) -> None:
-    names, colours = {1: 'the "left" one', 300: "b"}, {1: "#ff8000", 300: "#000001"}
-    write_label_table(tmp_path / "x.label", names, colours)
+    write_tables(tmp_path / "x", {1: 'the "left" one', 300: "b"}, {1: "#ff8000", 300: "#000001"})
     rows = [line for line in (tmp_path / "x.label").read_text().splitlines() if not line.startswith("#")]
-    fields = [(*row.split('"')[0].split(), row.split('"')[1]) for row in rows]
-    assert fields[0] == ("0", "0", "0", "0", "0", "0", "0", "Clear Label")
-    assert fields[1] == ("1", "255", "128", "0", "1", "1", "1", "the 'left' one")
-    assert fields[2] == ("300", "0", "0", "1", "1", "1", "1", "b")
-    write_colour_table(tmp_path / "x.ctbl", names, colours)
+    assert [(*row.split('"')[0].split(), row.split('"')[1]) for row in rows] == [
+        ("0", "0", "0", "0", "0", "0", "0", "Clear Label"),
+        ("1", "255", "128", "0", "1", "1", "1", "the 'left' one"),
+        ("300", "0", "0", "1", "1", "1", "1", "b"),
+    ]
     rows = [line for line in (tmp_path / "x.ctbl").read_text().splitlines() if not line.startswith("#")]
     assert rows == ["0 background 0 0 0 0", '1 the_"left"_one 255 128 0 255', "300 b 0 0 1 255"]
 
@@ -281,7 +267,7 @@ def test_an_earlier_output_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert (out / "page.html").read_text() == "two" and list(out.parent.iterdir()) == [out]
     (out / "notes.txt").touch()
-    with pytest.raises(ExplainError, match=r"holds notes.txt, no output of masksam explain"), fresh_folder(out):
+    with pytest.raises(UsageError, match=r"notes\.txt"), fresh_folder(out):
         pass
     assert (out / "notes.txt").is_file() and (out / "page.html").read_text() == "two"
 
@@ -289,14 +275,10 @@ def test_an_earlier_output_is_replaced_and_nothing_else(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ExplainError, match="is a file; name a folder"), fresh_folder(file):
-        pass
-    with (
-        pytest.raises(ExplainError, match=r"cannot be written: (Not a directory|File exists)"),
-        fresh_folder(file / "out"),
-    ):
-        pass
-    with pytest.raises(ExplainError, match="cannot be written: No space left"), fresh_folder(tmp_path / "x") as folder:
+    for out in (file, file / "out"):
+        with pytest.raises(UsageError, match=f"--out {out}"), fresh_folder(out):
+            pass
+    with pytest.raises(UsageError, match="No space left"), fresh_folder(tmp_path / "x") as folder:
         raise OSError(28, "No space left on device", str(folder / "page.html"))
     assert list(tmp_path.iterdir()) == [file]
 
@@ -327,6 +309,29 @@ def test_who_gives_a_voxel_its_class() -> None:
     assert owners(parts, regions=True).flatten().tolist() == [1, 2, 3, 0]
 
 
+def test_boxes_and_masks_come_to_the_pixels_of_the_window() -> None:
+    masks = torch.full((1, 1, 1, 8, 8), -10.0)
+    masks[..., 1:3, 2:4] = 10.0  # of 8 x 8 for a padded plane of 32 x 32 pixels
+    boxes = torch.tensor([0.25, 0.125, 0.5, 0.375]).reshape(1, 1, 1, 4)
+    parts = MaskSAMOutput(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 20, 24), masks, boxes)
+    prompts = read_prompts(parts, (32, 32), (20, 24))
+    assert prompts.boxes[0, 0].tolist() == [8.0, 4.0, 16.0, 12.0] and prompts.probabilities[0, 0].tolist() == [0.25] * 4
+    rows, columns = np.nonzero(prompts.masks[0, 0] > 0.5)
+    assert prompts.masks.shape == (1, 1, 20, 24)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 12, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "place"), [((30, 40, 40), (3, 35, 20)), ((8, 16, 40), (1, 2, 39)), ((8, 16, 16), None)]
+)
+def test_a_patch_lies_in_the_volume_around_the_foreground(size: tuple[int, ...], place: tuple[int, ...] | None) -> None:
+    foreground = np.zeros(size, dtype=bool)
+    if place:
+        foreground[place] = True
+    patch = foreground[patch_around(foreground, (8, 16, 16))]
+    assert patch.shape == (8, 16, 16) and patch.any() == (place is not None)
+
+
 def made_up_queries(count: int = 24, corner: tuple[int, int, int] = (-1, 2, -3)) -> SliceQueries:
     """A window of 4 x 32 x 32; the first query is a kidney, the second a liver, the third background."""
     probabilities = np.full((count, 4), 0.01, np.float32)
@@ -341,7 +346,9 @@ def made_up_queries(count: int = 24, corner: tuple[int, int, int] = (-1, 2, -3))
     drafts = np.zeros_like(masks)
     drafts[0, 4:12, 8:16] = 1
     boxes = np.tile(np.array([8, 4, 24, 12], np.float32), (count, 1))
-    return SliceQueries(5, 2, 6, corner, (4, 32, 32), probabilities, boxes, drafts, masks, (slice(0, 30), slice(3, 32)))
+    return SliceQueries(
+        5, (2, 6), corner, (4, 32, 32), probabilities, boxes, drafts, masks, (slice(0, 30), slice(3, 32))
+    )
 
 
 def made_up_images(shape: tuple[int, int] = (40, 50)) -> SliceImages:
@@ -353,18 +360,19 @@ def made_up_images(shape: tuple[int, int] = (40, 50)) -> SliceImages:
     return SliceImages(image, result.copy(), result, bits, bits / 2, 1.5, (-2.0, 2.0), ("A", "R"))
 
 
-def test_facts_by_hand() -> None:
-    queries, images = made_up_queries(), made_up_images()
-    facts = slice_facts(7, queries, images.label, images.result, images.entropy, CLASSES)
-    assert (facts.source, facts.network, facts.window, facts.foreground) == (7, 5, (2, 6), 128)
-    assert facts.off_centre == 4.5  # the window is slices -1 to 2
-    by_number = sorted(facts.queries, key=lambda query: query.number)
-    first, second, background, *others = by_number
-    assert [query.number for query in facts.queries[:3]] == [1, 3, 2]  # by share
-    assert (first.number, first.class_name, first.kept, first.contributes) == (1, "kidney $x$", True, True)
-    assert first.box == (5.0, 6.0, 21.0, 14.0)  # in the volume
-    assert (first.draft_pixels, first.mask_pixels, first.draft_iou) == (64, 128, 0.5)
-    assert first.label_iou == 1.0
+def by_number(table: pd.DataFrame) -> list[Any]:
+    return list(table.sort_values("number").itertuples())
+
+
+def test_the_table_of_queries_by_hand() -> None:
+    images = made_up_images()
+    table = query_table(made_up_queries(), images.label, CLASSES)
+    assert table.number.tolist()[:3] == [1, 3, 2]  # by share
+    assert table.shown.sum() == SHOWN == 12 and table.contributes.sum() == 3
+    first, second, background, *others = by_number(table)
+    assert (first.class_name, first.kept, first.contributes) == ("kidney $x$", True, True)
+    assert first.box == [5.0, 6.0, 21.0, 14.0]  # in the volume
+    assert (first.draft_pixels, first.mask_pixels, first.draft_iou, first.label_iou) == (64, 128, 0.5, 1.0)
     assert (second.class_name, second.label_iou, second.draft_iou) == ("liver", 0.0, 0.0)
     assert background.class_name == "background" and background.mask_pixels == 30 * 29
     assert background.label_iou == pytest.approx(1 - 128 / (30 * 29))
@@ -372,10 +380,9 @@ def test_facts_by_hand() -> None:
     assert math.isnan(others[-1].draft_iou) and others[-1].label_iou == 0
     # Shares: (0.94 + 0.02)·128, 0.96·32, (0.02 + 0.02)·870.
     scores = np.array([0.96 * 128, 0.96 * 32, 0.04 * 870])
-    assert [query.share for query in by_number[:3]] == pytest.approx(scores / scores.sum(), abs=1e-4)
-    assert sum(query.share for query in facts.queries) == pytest.approx(1)
-    no_label = slice_facts(7, queries, None, images.result, images.entropy, CLASSES)
-    assert all(math.isnan(query.label_iou) for query in no_label.queries)
+    assert table.share[:3].tolist() == pytest.approx(sorted(scores / scores.sum())[::-1], abs=1e-4)
+    assert table.share.sum() == pytest.approx(1)
+    assert query_table(made_up_queries(), None, CLASSES).label_iou.isna().all()
 
 
 def test_ignored_voxels_do_not_count() -> None:
@@ -383,51 +390,45 @@ def test_ignored_voxels_do_not_count() -> None:
     assert images.label is not None
     images.label[6:14, 13:21] = 3
     classes = Classes(CLASSES.foreground, False, ignore_label=3)
-    facts = slice_facts(7, made_up_queries(), images.label, images.result, images.entropy, classes)
-    assert facts.queries[0].label_iou == 1.0
+    assert by_number(query_table(made_up_queries(), images.label, classes))[0].label_iou == 1.0
     assert draw_overview(images, made_up_queries(), classes).startswith(b"\x89PNG")
 
 
-def test_pictures_hold_what_the_facts_say_and_no_more_than_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
+def test_pictures_hold_what_the_table_says_and_no_more_than_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
     png = figures.png
     monkeypatch.setattr(figures, "png", lambda figure: (drawn.append(figure), png(figure))[1])
     queries, images = made_up_queries(), made_up_images()
-    facts = slice_facts(7, queries, images.label, images.result, images.entropy, CLASSES)
-    assert facts.shown == SHOWN == 12 and facts.contributing == 3
-    view = queries_view(images, queries, facts)
-    assert caption_of(facts, view, images.image.shape).startswith("12 of 24 queries shown")
-    assert draw_queries(images, queries, facts, CLASSES).startswith(b"\x89PNG")
+    table = query_table(queries, images.label, CLASSES)
+    picture, caption = draw_queries(images, queries, table, CLASSES)
+    assert picture.startswith(b"\x89PNG") and caption.startswith("12 of 24 queries")
     panels = [ax for ax in drawn[0].axes if ax.get_visible()]
     titled = [ax for ax in panels if ax.get_title()]
     assert len(panels) == 24 and len(titled) == 12
-    for ax, query in zip(titled, facts.queries, strict=False):
+    rows, columns = (int(number) for number in re.findall(r"(?:rows|columns) (\d+) to", caption))
+    for ax, query in zip(titled, table.itertuples(), strict=False):
         title = ax.get_title()
         assert title.startswith(f"query {query.number}: ") and f"adds {100 * query.share:.0f} %" in title
         assert f"{query.no_object:.2f}" in title and f"{query.probability:.2f}" in title
         (edges,) = ax.patches
-        x0, y0 = edges.get_x() + 0.5 + view[1].start, edges.get_y() + 0.5 + view[0].start
-        assert (x0, y0, x0 + edges.get_width(), y0 + edges.get_height()) == (8, 4, 24, 12)
+        x0, y0 = edges.get_x() + 0.5 + columns, edges.get_y() + 0.5 + rows
+        assert [x0, y0, x0 + edges.get_width(), y0 + edges.get_height()] == query.box
     assert "kidney" in titled[0].get_title() and r"\$x\$" in titled[0].get_title()
-    png_of_overview = draw_overview(images, queries, CLASSES)
+    assert draw_overview(images, queries, CLASSES).startswith(b"\x89PNG")
     titles = [ax.get_title() for ax in drawn[1].axes]
     assert titles[:5] == ["image", "label", "result", "uncertainty (entropy)", "disagreement of folds"]
-    letters = [text.get_text() for text in drawn[1].axes[0].texts]
-    assert letters == ["P", "A", "L", "R"]
+    assert [text.get_text() for text in drawn[1].axes[0].texts] == ["P", "A", "L", "R"]
     assert len(drawn[1].axes[0].patches) == 1  # the window's frame
-    assert png_of_overview.startswith(b"\x89PNG")
 
 
-def test_large_pictures_stay_readable_files(tmp_path: Path) -> None:
-    """One query, no label, a plane of 3 x 200: nothing that depends on sizes breaks."""
+def test_pictures_of_one_query_without_label_in_a_flat_plane() -> None:
     queries = SliceQueries(
-        0, 1, 1, (0, 0, 0), (1, 3, 200), np.array([[0.0, 0.0, 0.0, 1.0]], np.float32),
+        0, (1, 1), (0, 0, 0), (1, 3, 200), np.array([[0.0, 0.0, 0.0, 1.0]], np.float32),
         np.array([[0, 0, 200, 3]], np.float32), *(np.zeros((1, 3, 200), np.float32),) * 2, (slice(0, 3), slice(0, 200)),
     )  # fmt: skip
     nothing = np.zeros((3, 200), np.float32)
     images = SliceImages(nothing, None, nothing.astype(int), nothing, None, 1.0, (0.0, 0.0), None)
-    facts = slice_facts(0, queries, None, images.result, images.entropy, CLASSES)
-    assert facts.contributing == 0 and facts.queries[0].share == 0
-    (tmp_path / "x.png").write_bytes(draw_queries(images, queries, facts, CLASSES))
-    assert matplotlib.image.imread(tmp_path / "x.png").shape[1] > 300
+    table = query_table(queries, None, CLASSES)
+    assert not table.contributes.any() and table.share.tolist() == [0]
+    assert draw_queries(images, queries, table, CLASSES)[0].startswith(b"\x89PNG")
     assert draw_overview(images, queries, CLASSES).startswith(b"\x89PNG")

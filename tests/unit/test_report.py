@@ -8,11 +8,9 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from made_up_benchmark import STATS, made_up_demo
 
 from masksam_nnunet.benchmarks.demo_pictures import choose_cases
@@ -29,10 +27,9 @@ from masksam_nnunet.benchmarks.demo_report import (
 )
 from masksam_nnunet.benchmarks.plots import draw_curves
 from masksam_nnunet.files import write_json
-from masksam_nnunet.inference.explain.inside import InsideView, cut, patch_window, read_parts
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.report.figures import CaseImages, choose_slices, draw_case, draw_inside
+from masksam_nnunet.inference.report.figures import CaseImages, InsideView, choose_slices, draw_case, draw_inside
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 
 NAMES = ("<b>liver & co</b>", "vessel")
@@ -160,66 +157,24 @@ def test_json_is_strict_and_complete(report: Report, tmp_path: Path) -> None:
     assert not (tmp_path / "bad.json").exists()
 
 
-class Parts(NamedTuple):
-    """The fields of MaskSAMOutput that the view reads."""
-
-    class_logits: torch.Tensor
-    aux_mask_logits: torch.Tensor
-    aux_boxes: torch.Tensor
-
-
 def made_up_view() -> InsideView:
-    """Two slices of 20 x 24 in a padded plane of 32 x 32, three queries; masks of 16 x 16."""
-    logits = torch.zeros(1, 2, 3, 4)
-    logits[0, :, 0, 1] = 5  # the first class
-    logits[0, :, 1, 3] = 5  # no object
-    logits[0, :, 2, 0] = 5  # background
-    masks = torch.full((1, 2, 3, 16, 16), -8.0)
-    masks[0, 0, 0, 2:6, 4:8] = 8  # rows 4 to 12, columns 8 to 16 of the plane
-    boxes = torch.tensor([0.25, 0.125, 0.5, 0.375]).expand(1, 2, 3, 4)
+    """Two slices of 20 x 24: the first query found the first class, the second no object, the third background."""
     image = np.random.default_rng(0).normal(size=(2, 20, 24)).astype(np.float32)
     truth = np.zeros((2, 20, 24), dtype=np.int16)
     truth[0, 4:12, 8:16] = 1
-    return read_parts(
-        Parts(logits, masks, boxes), (32, 32), case="x", image=image, truth=truth, aspect=1.0, num_heads=3
+    masks = np.zeros((2, 3, 20, 24), np.float32)
+    masks[0, 0, 4:12, 8:16] = 1
+    return InsideView(
+        case="x",
+        image=image,
+        truth=truth,
+        aspect=1.0,
+        classes=np.array([[1, 0, 0]] * 2),
+        confidence=np.full((2, 3), 0.9, np.float32),
+        kept=np.array([[True, False, True]] * 2),
+        boxes=np.tile(np.array([8, 4, 16, 12], np.float32), (2, 3, 1)),
+        masks=masks,
     )
-
-
-def test_boxes_and_masks_come_to_the_pixels_of_the_patch() -> None:
-    view = made_up_view()
-    assert view.kept.tolist() == [[True, False, True]] * 2
-    assert view.classes[0].tolist() == [1, 0, 0]
-    assert view.boxes[0, 0].tolist() == [8.0, 4.0, 16.0, 12.0]
-    assert view.masks.shape == (2, 3, 20, 24)
-    rows, columns = np.nonzero(view.masks[0, 0] > 0.5)
-    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 12, 8, 16)
-    with pytest.raises(ValueError, match="4 classes, expected 6"):
-        read_parts(
-            Parts(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 8, 8), torch.zeros(1, 2, 3, 4)),
-            (32, 32),
-            case="x",
-            image=view.image,
-            truth=view.truth,
-            aspect=1.0,
-            num_heads=5,
-        )
-
-
-@pytest.mark.parametrize(("size", "place"), [((30, 40, 40), (3, 35, 20)), ((4, 10, 12), (1, 2, 3)), ((4, 40, 5), None)])
-def test_patch_lies_in_the_volume_and_is_padded_where_it_cannot(
-    size: tuple[int, ...], place: tuple[int, ...] | None
-) -> None:
-    volume = np.ones(size)
-    foreground = np.zeros(size, dtype=bool)
-    if place:
-        foreground[place] = True
-    shape = (8, 16, 16)
-    window = patch_window(foreground, shape)
-    patch = cut(volume, window, shape)
-    assert patch.shape == shape
-    assert patch.sum() == np.prod([min(a, b) for a, b in zip(size, shape, strict=True)])
-    if place:
-        assert cut(foreground, window, shape).any()
 
 
 def made_up_case() -> CaseImages:

@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -33,10 +34,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli.app import app
-from masksam_nnunet.errors import SubmissionError
-from masksam_nnunet.inference.submission import archive as archive_module
-from masksam_nnunet.inference.submission.inspection import Inspection, Request, inspect
-from masksam_nnunet.inference.submission.package import package
+from masksam_nnunet.cli.submit import Challenge
+from masksam_nnunet.errors import DataError, UsageError
+from masksam_nnunet.inference.submission.archive import package
+from masksam_nnunet.inference.submission.inspection import Inspection, inspect
 from masksam_nnunet.inference.submission.rules import CHALLENGES, load_rules
 from masksam_nnunet.plans.datasets.convert import convert
 from masksam_nnunet.plans.datasets.synapse import ORGANS_8, ORGANS_13
@@ -97,8 +98,7 @@ def test_acdc(acdc_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = submit("acdc", predictions, "--out", out, "-d", 27)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(out)
-    assert 'unconfirmed rule: file_name = "{patient}_{phase}.nii.gz" (third party' in result.stderr
-    assert "unconfirmed rule: labels" not in result.stderr
+    assert "file_name = " in result.stderr and "third party" in result.stderr and "labels = " not in result.stderr
 
     members = unpack(out, tmp_path / "unpacked")
     assert [member.filename for member in members] == sorted(
@@ -134,14 +134,14 @@ def test_frames_are_named_by_info_cfg_never_by_their_order(tmp_path: Path) -> No
     predict(images, tmp_path / "p", {"background": 0, "RV": 1, "MLV": 2, "LVC": 3})
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps({"expected": None, "counts": None}))
-    found = inspect(Request("acdc", tmp_path / "p", images=source / "testing", rules=rules))
+    found = inspect("acdc", tmp_path / "p", images=source / "testing", override=rules)
     assert not found.defects
-    by_name = {entry.name: entry.prediction.name for entry in found.entries}
+    by_name = {entry.name: entry.prediction.name for entry in found.files}
     assert by_name["patient101_ED.nii.gz"] == f"patient101_frame{second:02d}.nii.gz"
     assert by_name["patient101_ES.nii.gz"] == f"patient101_frame{first:02d}.nii.gz"
     assert by_name["patient102_ED.nii.gz"] == f"patient102_frame{acdc_frames(102)[0]:02d}.nii.gz"
-    with pytest.raises(SubmissionError, match=r"frame 01 is not always ED.*-d.*frames\.json.*--images.*Info\.cfg"):
-        inspect(Request("acdc", tmp_path / "p", images=images, rules=rules))
+    with pytest.raises(DataError, match=r"Info\.cfg"):
+        inspect("acdc", tmp_path / "p", images=images, override=rules)
 
 
 @pytest.mark.parametrize("count", [100, 120])
@@ -160,7 +160,6 @@ def test_amos(tmp_path: Path, count: int) -> None:
 
     result = submit("amos", predictions, "--out", out, "--images", source / "imagesVa")
     assert result.exit_code == 0, result.output
-    assert "a model trained on that dataset has seen them" in " ".join(result.stderr.split())
     assert [member.filename for member in unpack(out, tmp_path / "u")] == [
         f"results/amos_{n:04d}.nii.gz" for n in numbers
     ]
@@ -174,10 +173,8 @@ def test_amos(tmp_path: Path, count: int) -> None:
         )
 
     (predictions / f"amos_{numbers[0]:04d}.nii.gz").unlink()
-    defects = inspect(Request("amos", predictions, images=source / "imagesVa")).defects
-    assert f"there are {count - 1} predictions, the challenge takes exactly 100 or 120" in defects
-    assert f"amos_{numbers[0]:04d}.nii.gz: the prediction is missing (amos_{numbers[0]:04d}.nii.gz)" in defects
-    assert len(defects) == 2
+    defects = inspect("amos", predictions, images=source / "imagesVa").defects
+    assert len(defects) == 2 and defects[0].startswith(f"amos_{numbers[0]:04d}.nii.gz") and "100 or 120" in defects[1]
 
 
 @pytest.mark.parametrize("organs", [13, 8])
@@ -193,7 +190,7 @@ def test_synapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, organs: int) -
 
     result = submit("synapse", predictions, "--out", out, "-d", "Dataset017_Synapse" + str(organs))
     assert result.exit_code == 0, result.output
-    assert ("the model does not know esophagus (5), inferior vena cava (9)" in result.stderr) == (organs == 8)
+    assert ("esophagus (5), inferior vena cava (9)" in result.stderr) == (organs == 8)
     assert [member.filename for member in unpack(out, tmp_path / "u")] == [
         f"label{n:04d}.nii.gz" for n in range(61, 81)
     ]
@@ -210,11 +207,10 @@ def test_transunets_test_cases_are_no_submission(tmp_path: Path, monkeypatch: py
     nnunet_folders(tmp_path, monkeypatch)
     dataset = convert("synapse", build_synapse(tmp_path), 17)
     predict(dataset / "imagesTs", tmp_path / "p", json.loads((dataset / "dataset.json").read_text())["labels"])
-    found = inspect(Request("synapse", tmp_path / "p", dataset="17"))
-    assert "img0001.nii.gz: label0001.nii.gz is none of the 20 files that the challenge takes" in found.defects
-    assert "label0061.nii.gz: the prediction is missing" in found.defects
-    assert len(found.defects) == 12 + 20 + 1
-    assert "TransUNet's 12 test cases are labelled training cases" in found.notes[0]
+    found = inspect("synapse", tmp_path / "p", dataset="17")
+    named = [defect.split(":")[0] for defect in found.defects]
+    assert len(named) == 12 + 20 + 1 and "img0001.nii.gz" in named and "label0061.nii.gz" in named
+    assert "TransUNet" in found.notes[0]
 
 
 def test_msd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +221,7 @@ def test_msd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict(dataset / "imagesTs", predictions, {"background": 0, "posterior": 1, "anterior": 2})
     result = submit("msd", predictions, "--out", out, "-d", 4)
     assert result.exit_code == 0, result.output
-    assert "9 of 10 tasks are missing: Task01_BrainTumour" in result.stderr
+    assert "9 of 10" in result.stderr
     names = [f"Task04_Hippocampus/hippocampus_00{n}.nii.gz" for n in (2, 5)]
     assert [member.filename for member in unpack(out, tmp_path / "u")] == names
     for name in names:
@@ -233,8 +229,8 @@ def test_msd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(submitted == 1, predicted == 2) and np.array_equal(submitted == 2, predicted == 1)
         same_place(tmp_path / "u" / name, source / "imagesTs" / Path(name).name)
     assert submit("msd", predictions, "--check", "-d", 4, "--task", "Task09_Spleen").exit_code == 1
-    with pytest.raises(SubmissionError, match=r"--task Spleen: there are Task01_BrainTumour, Task02"):
-        inspect(Request("msd", predictions, task="Spleen"))
+    with pytest.raises(UsageError, match=r"--task Spleen.*Task01_BrainTumour, Task02"):
+        inspect("msd", predictions, task="Spleen")
 
 
 def msd_task(root: Path, name: str, cases: list[str], labels: Mapping[str, int], channels: int = 1) -> Path:
@@ -261,7 +257,7 @@ def test_several_tasks_of_msd_in_one_archive(tmp_path: Path) -> None:
     out = tmp_path / "msd.zip"
     result = submit("msd", predictions, "--out", out, "--images", tmp_path / "download")
     assert result.exit_code == 0, result.output
-    assert "Task03_Liver: left out, since the challenge does not take them: liver_141" in result.stderr
+    assert "liver_141" in result.stderr
     members = [member.filename for member in unpack(out, tmp_path / "u")]
     assert members == [
         "Task01_BrainTumour/BRATS_485.nii.gz",
@@ -274,15 +270,15 @@ def test_several_tasks_of_msd_in_one_archive(tmp_path: Path) -> None:
         same_place(tmp_path / "u" / name, tmp_path / "download" / task / "imagesTs" / file)
     rules = tmp_path / "rules.json"
     rules.write_text('{"all_tasks": true, "tasks": {"Task03_Liver": {"left_out": []}}}')
-    found = inspect(Request("msd", predictions, rules=rules))
-    assert len(found.entries) == 5
-    assert [defect[:26] for defect in found.defects] == ["8 of 10 tasks are missing:"]
+    found = inspect("msd", predictions, override=rules)
+    assert len(found.files) == 5
+    assert len(found.defects) == 1 and "8 of 10" in found.defects[0]
     (predictions / "Task03_Liver" / "liver_140.nii.gz").unlink()
-    found = inspect(Request("msd", predictions, images=tmp_path / "download"))
-    assert found.defects == ("Task03_Liver/liver_140.nii.gz: the prediction is missing (liver_140.nii.gz)",)
+    found = inspect("msd", predictions, images=tmp_path / "download")
+    assert [defect.split(":")[0] for defect in found.defects] == ["Task03_Liver/liver_140.nii.gz"]
     (predictions / "notes.txt").touch()
-    with pytest.raises(SubmissionError, match=r"holds notes\.txt beside tasks"):
-        inspect(Request("msd", predictions))
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        inspect("msd", predictions)
 
 
 # --- every defect -----------------------------------------------------------------------------------------------------
@@ -300,7 +296,7 @@ def spleens(tmp_path: Path) -> Path:
 
 def checked(predictions: Path, **options: Any) -> Inspection:
     images = predictions.parents[1] / "download" / "Task09_Spleen"
-    return inspect(Request("msd", predictions, **({"images": images} | options)))
+    return inspect("msd", predictions, **({"images": images} | options))
 
 
 def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
@@ -318,13 +314,10 @@ def with_value(value: float, dtype: Any = np.float32) -> Callable[[Path], None]:
     return lambda path: rewrite(path, change)
 
 
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def cut_inside(path: Path) -> None:
-    """A whole gzip file of half a NIfTI file."""
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-50]))
+def scaled_to_probabilities(path: Path) -> None:
+    image = nibabel.Nifti1Image(np.ones((5, 6, 7), np.int16), np.diag([3, 1.5, 2, 1]))
+    image.header.set_slope_inter(0.005, 0)
+    nibabel.save(image, path)
 
 
 def moved(path: Path) -> None:
@@ -333,136 +326,71 @@ def moved(path: Path) -> None:
     rewrite(path, lambda values: values, affine)
 
 
-def other_spacing(path: Path) -> None:
-    rewrite(path, lambda values: values, np.diag([3.0, 1.5, 2, 1]))
-
-
 def flipped(path: Path) -> None:
     affine = nibabel.load(path).affine.copy()
     affine[:3, 1] *= -1
     rewrite(path, lambda values: values, affine)
 
 
-DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing case": (lambda p: p.unlink(), "spleen_11.nii.gz: the prediction is missing (spleen_11.nii.gz)"),
-    "stray file": (lambda p: (p.parent / "notes.txt").touch(), "notes.txt: this file does not belong there"),
-    "stray folder": (lambda p: (p.parent / "old").mkdir(), "old/: a folder does not belong there"),
-    "stray case": (
-        lambda p: shutil.copy(p, p.with_name("spleen_99.nii.gz")),
-        "spleen_99.nii.gz: {images} holds no image of this case; it does not belong there",
-    ),
-    "foreign name": (
-        lambda p: shutil.copy(p, p.with_name("liver_11.nii.gz")),
-        "liver_11.nii.gz: the name is no case's, which are like spleen_\\d{{1,3}}.nii.gz",
-    ),
-    "wrong label": (
-        with_value(2, np.uint8),
-        "spleen_11.nii.gz: holds the labels 2, dataset.json has only 0, 1",
-    ),
-    "negative label": (
-        with_value(-1, np.int16),
-        "spleen_11.nii.gz: holds the labels -1, dataset.json has only 0, 1",
-    ),
-    "label beyond the type": (
-        with_value(257, np.int32),
-        "spleen_11.nii.gz: holds the labels 257, dataset.json has only 0, 1",
-    ),
-    "not whole": (
-        with_value(0.5),
-        "spleen_11.nii.gz: is no label map: 1 voxels are NaN, infinite or no whole numbers, such as 0.5 (float32); "
-        "give label maps, not probabilities",
-    ),
-    "nearly whole": (
-        with_value(0.999),
-        "spleen_11.nii.gz: is no label map: 1 voxels are NaN, infinite or no whole numbers, such as 0.999 (float32); "
-        "give label maps, not probabilities",
-    ),
-    "NaN": (
-        with_value(np.nan),
-        "spleen_11.nii.gz: is no label map: 1 voxels are NaN, infinite or no whole numbers, such as nan (float32); "
-        "give label maps, not probabilities",
-    ),
-    "complex numbers": (
-        with_value(1, np.complex64),
-        "spleen_11.nii.gz: cannot be read, it is truncated or damaged: its voxels are complex64, not numbers; predict "
-        "this case again",
-    ),
-    "other shape": (
-        lambda p: rewrite(p, lambda values: values[:, :-1]),
-        "spleen_11.nii.gz: shape (5, 5, 7) is not its image's (5, 6, 7); predict from the challenge's own images",
-    ),
+DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to spleen_11, what the defect holds
+    "missing case": (lambda p: p.unlink(), "spleen_11.nii.gz: "),
+    "stray file": (lambda p: (p.parent / "notes.txt").touch(), "notes.txt: "),
+    "stray folder": (lambda p: (p.parent / "old").mkdir(), "old: "),
+    "stray case": (lambda p: shutil.copy(p, p.with_name("spleen_99.nii.gz")), "spleen_99.nii.gz: "),
+    "foreign name": (lambda p: shutil.copy(p, p.with_name("liver_11.nii.gz")), "liver_11.nii.gz: "),
+    "wrong label": (with_value(2, np.uint8), "spleen_11.nii.gz: holds the labels 2"),
+    "negative label": (with_value(-1, np.int16), "spleen_11.nii.gz: holds the labels -1"),
+    "label beyond the type": (with_value(257, np.int32), "spleen_11.nii.gz: holds the labels 257"),
+    "not whole": (with_value(0.5), "spleen_11.nii.gz: .* 1 voxels .*0.5"),
+    "nearly whole": (with_value(0.999), "spleen_11.nii.gz: .* 1 voxels .*0.999"),
+    "NaN": (with_value(np.nan), "spleen_11.nii.gz: .* 1 voxels .*nan"),
+    "complex numbers": (with_value(1, np.complex64), "spleen_11.nii.gz: .*complex64"),
+    "other shape": (lambda p: rewrite(p, lambda v: v[:, :-1]), r"spleen_11.nii.gz: shape \(5, 5, 7\).*\(5, 6, 7\)"),
     "other dimensions": (
-        lambda p: rewrite(p, lambda values: values[..., None].repeat(2, axis=3)),
-        "spleen_11.nii.gz: has the shape (5, 6, 7, 2), a label map has 3 dimensions",
+        lambda p: rewrite(p, lambda v: v[..., None].repeat(2, axis=3)), r"spleen_11.nii.gz: .*\(5, 6, 7, 2\)"
     ),
-    "other origin": (
-        moved,
-        "spleen_11.nii.gz: origin (5, 0, 0) is not its image's (0, 0, 0); predict from the challenge's own images",
-    ),
+    "other origin": (moved, r"spleen_11.nii.gz: origin \(5, 0, 0\).*\(0, 0, 0\)"),
     "other spacing": (
-        lambda p: rewrite(p, lambda values: values, np.diag([9.0, 1.5, 2, 1])),
-        "spleen_11.nii.gz: spacing (9, 1.5, 2) is not its image's (3, 1.5, 2); predict from the challenge's own images",
+        lambda p: rewrite(p, lambda v: v, np.diag([9.0, 1.5, 2, 1])),
+        r"spleen_11.nii.gz: spacing \(9, 1.5, 2\).*\(3, 1.5, 2\)",
     ),
-    "other direction": (
-        flipped,
-        "spleen_11.nii.gz: direction (1, 0, 0, 0, -1, 0, 0, 0, 1) is not its image's (1, 0, 0, 0, 1, 0, 0, 0, 1); "
-        "predict from the challenge's own images",
+    "other direction": (flipped, "spleen_11.nii.gz: direction"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-20]), "spleen_11.nii.gz: cannot be read"),
+    "half a NIfTI file in a whole gzip file": (
+        lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-50])),
+        "spleen_11.nii.gz: cannot be read.*512 bytes",
     ),
-    "truncated": (
-        truncated,
-        "spleen_11.nii.gz: cannot be read, it is truncated or damaged: Compressed file ended before the end-of-stream "
-        "marker was reached; predict this case again",
+    "dangling link": (
+        lambda p: (p.unlink(), p.symlink_to(p.parent / "moved away")), "spleen_11.nii.gz: cannot be read"
     ),
-    "truncated inside": (
-        cut_inside,
-        "spleen_11.nii.gz: cannot be read, it is truncated or damaged: it holds 512 bytes, its header says 562 "
-        "(5 x 6 x 7 voxels); predict this case again",
-    ),
-    "wrong extension": (
-        lambda p: p.rename(p.with_suffix("")),
-        "spleen_11.nii: wrong extension, predictions are spleen_11.nii.gz; predict with the file_ending .nii.gz",
-    ),
+    "wrong extension": (lambda p: p.rename(p.with_suffix("")), "spleen_11.nii: "),
     "two formats": (
         lambda p: p.with_suffix("").write_bytes(gzip.decompress(p.read_bytes())),
-        "spleen_11: the case is there twice, as spleen_11.nii and spleen_11.nii.gz; remove all but one",
+        "spleen_11: .*spleen_11.nii and spleen_11.nii.gz",
     ),
-}
+    "probabilities in a scaled file": (
+        scaled_to_probabilities, "spleen_11.nii.gz: .* 210 voxels .*0.005"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_a_defect_is_named_and_nothing_written(spleens: Path, tmp_path: Path, kind: str) -> None:
-    spoil, message = DEFECTS[kind]
+    spoil, named = DEFECTS[kind]
     assert checked(spleens).defects == ()
     spoil(spleens / "spleen_11.nii.gz")
-    place = spleens.parents[1] / "download" / "Task09_Spleen"
-    assert checked(spleens).defects == (message.format(images=place),)
-    out = tmp_path / "out" / "spleen.zip"
-    before = files(spleens)
-    result = submit("msd", spleens, "--images", place, "--out", out)
+    (defect,) = checked(spleens).defects
+    assert re.match(named, defect), defect
+    out, before = tmp_path / "out" / "spleen.zip", files(spleens)
+    result = submit("msd", spleens, "--images", spleens.parents[1] / "download" / "Task09_Spleen", "--out", out)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
-    assert result.stdout == ""
-    assert f"1 defect, nothing was written:\n  {message.format(images=place)}\n" in result.stderr
+    assert result.stdout == "" and defect in result.stderr
     assert not out.parent.exists() and files(spleens) == before
-
-
-def test_not_readable_is_a_defect(spleens: Path, tmp_path: Path) -> None:
-    (spleens / "spleen_11.nii.gz").unlink()
-    (spleens / "spleen_11.nii.gz").symlink_to(tmp_path / "moved away")
-    (defect,) = checked(spleens).defects
-    assert defect.startswith("spleen_11.nii.gz: cannot be read") and "No such file" in defect
-
-
-def test_a_probability_in_a_scaled_file_is_no_label(spleens: Path) -> None:
-    image = nibabel.Nifti1Image(np.ones((5, 6, 7), np.int16), np.diag([3, 1.5, 2, 1]))
-    image.header.set_slope_inter(0.005, 0)
-    nibabel.save(image, spleens / "spleen_11.nii.gz")
-    (defect,) = checked(spleens).defects
-    assert "210 voxels are NaN, infinite or no whole numbers, such as 0.005" in defect
 
 
 def test_all_defects_at_once(spleens: Path) -> None:
     with_value(7, np.uint8)(spleens / "spleen_1.nii.gz")
-    truncated(spleens / "spleen_4.nii.gz")
+    (spleens / "spleen_4.nii.gz").write_bytes((spleens / "spleen_4.nii.gz").read_bytes()[:-20])
     moved(spleens / "spleen_15.nii.gz")
     (spleens / "spleen_23.nii.gz").unlink()
     (spleens / "README").touch()
@@ -492,8 +420,8 @@ def test_what_is_passed_over(spleens: Path) -> None:
     macos_file(spleens / "spleen_11.nii.gz")
     (spleens / ".DS_Store").touch()
     found = checked(spleens)
-    assert found.defects == () and len(found.entries) == 6
-    assert "2 files of probabilities (.npz, .pkl) are left out" in found.notes
+    assert found.defects == () and len(found.files) == 6
+    assert any("2 files of probabilities" in note for note in found.notes)
 
 
 def test_whole_numbers_of_other_types_are_cast(spleens: Path, tmp_path: Path) -> None:
@@ -555,9 +483,7 @@ def test_without_images(spleens: Path) -> None:
     moved(spleens / "spleen_11.nii.gz")
     found = checked(spleens, images=None)
     assert found.defects == ()
-    assert any(
-        "nothing is compared with the challenge's images, and missing cases cannot be told" in n for n in found.notes
-    )
+    assert any("--images" in note and "missing cases" in note for note in found.notes)
 
 
 # --- labels by name ---------------------------------------------------------------------------------------------------
@@ -570,56 +496,51 @@ def describe(predictions: Path, labels: object) -> None:
 def test_labels_that_do_not_match(spleens: Path, tmp_path: Path) -> None:
     describe(spleens, {"background": 0, "Milz": 1})
     unknown, lacking = checked(spleens).defects
-    assert unknown.startswith(
-        "label 'Milz' (1) in dataset.json is none of the challenge's (background, spleen); if it is"
-    )
-    assert lacking.startswith("dataset.json lacks labels of the challenge: spleen (1)")
+    assert "'Milz' (1)" in unknown and "spleen (1)" in lacking
     rules = tmp_path / "rules.json"
     rules.write_text('{"also_called": {"spleen": ["milz"]}}')
-    assert checked(spleens, rules=rules).defects == ()
+    assert checked(spleens, override=rules).defects == ()
     describe(spleens, {"background": 0, "spleen": 1, "Spleen": 2})
-    assert checked(spleens).defects == (
-        "labels 'spleen' and 'Spleen' in dataset.json are both 'spleen' of the challenge",
-    )
+    (twice,) = checked(spleens).defects
+    assert "'spleen', 'Spleen'" in twice
     describe(spleens, {"background": 0, "spleen": 1, "ignore": 2})
     assert checked(spleens).defects == ()
     with_value(2, np.uint8)(spleens / "spleen_4.nii.gz")
-    assert checked(spleens).defects == ("spleen_4.nii.gz: holds the labels 2, dataset.json has only 0, 1",)
+    (ignored,) = checked(spleens).defects
+    assert ignored.startswith("spleen_4.nii.gz: holds the labels 2")
 
 
 def test_other_descriptions(spleens: Path, tmp_path: Path) -> None:
-    for labels, message in (
-        ({"background": 0, "organ": [1, 2]}, r"has regions \(organ\).*--dataset-json"),
-        ({"background": 0, "spleen": "1"}, r"labels must be whole numbers, not \{'spleen': '1'\}"),
-        ([], r'has no "labels".*--dataset-json'),
-    ):
+    for labels in ({"background": 0, "organ": [1, 2]}, {"background": 0, "spleen": "1"}, []):
         describe(spleens, labels)
-        with pytest.raises(SubmissionError, match=message):
+        with pytest.raises(DataError, match="--dataset-json"):
             checked(spleens)
     (tmp_path / "other.json").write_text(json.dumps({"labels": SPLEEN}))
     assert checked(spleens, dataset_json=tmp_path / "other.json").defects == ()
     (spleens / "dataset.json").write_text("{")
-    with pytest.raises(SubmissionError, match=r"dataset\.json cannot be read"):
+    with pytest.raises(DataError, match=r"dataset\.json"):
         checked(spleens)
     (spleens / "dataset.json").unlink()
-    with pytest.raises(SubmissionError, match=r"there is no .*dataset\.json, which names the labels.*never by number"):
+    with pytest.raises(DataError, match=r"dataset\.json.*--dataset-json"):
         checked(spleens)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("challenge", CHALLENGES)
-def test_every_rule_has_its_source(challenge: str) -> None:
-    rules = load_rules(challenge)
-    for rule in rules.unconfirmed:
-        assert rule.source and hasattr(rules, rule.name)
-    assert {rule.name for rule in rules.unconfirmed} >= {"dtype"}
-    for task in rules.tasks or [None]:
-        own = rules.of_task(task) if task else rules
-        assert own.labels["background"] == 0
+def test_the_command_offers_the_challenges_whose_rules_are_known() -> None:
+    assert tuple(Challenge) == CHALLENGES
+
+
+@pytest.mark.parametrize("name", CHALLENGES)
+def test_every_unconfirmed_rule_has_its_source(name: str) -> None:
+    challenge = load_rules(name)
+    assert {rule.name for rule in challenge.unconfirmed} >= {"dtype"}
+    assert all(rule.source and hasattr(challenge.rules, rule.name) for rule in challenge.unconfirmed)
+    for task in challenge.rules.tasks or [None]:
+        own = challenge.rules.of_task(task) if task else challenge.rules
         assert sorted(own.labels.values()) == list(range(len(own.labels)))
-        assert set(own.also_called) <= set(own.labels) or rules.tasks
+        assert set(own.also_called) <= set(own.labels) or challenge.rules.tasks
 
 
 def test_own_rules(spleens: Path, tmp_path: Path) -> None:
@@ -637,68 +558,49 @@ def test_own_rules(spleens: Path, tmp_path: Path) -> None:
     out, place = tmp_path / "out.zip", spleens.parents[1] / "download" / "Task09_Spleen"
     result = submit("msd", spleens, "--out", out, "--images", place, "--rules", rules)
     assert result.exit_code == 0, result.output
-    assert "unconfirmed rule: all_tasks" in result.stderr
-    for own in ("folder", "file_name", "dtype", "tasks"):
-        assert f"unconfirmed rule: {own}" not in result.stderr
+    assert "all_tasks = " in result.stderr
+    assert not any(f"{own} = " in result.stderr for own in ("folder", "file_name", "dtype"))
     names = [member.filename for member in unpack(out, tmp_path / "u")]
     assert names[0] == "submission/Task09_Spleen/seg_spleen_1.nii.gz" and len(names) == 6
     submitted = volume(tmp_path / "u" / names[0])[0]
     assert submitted.dtype == np.int16 and set(np.unique(submitted)) == {0, 300}
     (spleens / "spleen_30.nii.gz").unlink()
-    assert "there are 5 predictions, the challenge takes exactly 6" in checked(spleens, rules=rules).defects
-    assert load_rules("msd", rules).of_task("Task03_Liver").labels["cancer"] == 2  # the others as they were
+    assert any("exactly 6" in defect for defect in checked(spleens, override=rules).defects)
+    assert load_rules("msd", rules).rules.of_task("Task03_Liver").labels["cancer"] == 2  # the others as they were
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("challenge", "content", "named"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[]", r"holds \[\]; give an object"),
-        ('{"folders": "x"}', "there is no rule 'folders', there are case, file_name, folder"),
-        ('{"tasks": {}}', "there is no rule 'tasks'"),
-        ('{"folder": "../x"}', r"'folder' must be a folder.*without \.\. or leading /, not '\.\./x'"),
-        ('{"folder": "/x"}', "'folder' must be"),
-        ('{"folder": "{task}"}', "'folder' '{task}' may hold no field"),
-        ('{"file_name": "x.nii"}', r"'file_name' must be a name ending in \.nii\.gz"),
-        ('{"file_name": "a/{number}.nii.gz"}', "'file_name' must be"),
-        (
-            '{"file_name": "{id}.nii.gz"}',
-            "'file_name' '{id}.nii.gz' needs id, but 'case'.* gives only case, number, phase",
-        ),
-        ('{"file_name": "{.nii.gz"}', "'file_name' must be"),
-        ('{"case": "("}', r"'case' must be a regular expression.*not '\('"),
-        ('{"labels": {"spleen": 1}}', "'labels' must be"),
-        ('{"labels": {"background": 0, "a": 1, "b": 1}}', "'labels' must be"),
-        ('{"labels": {"background": 0, "a": 256}}', "the label 256 does not fit into 'dtype' uint8"),
-        ('{"dtype": "float64"}', "'dtype' must be uint8 or int16"),
-        ('{"counts": [0]}', "'counts' must be"),
-        ('{"counts": 100}', "'counts' must be"),
-        ('{"expected": {"case": []}}', "'expected' must be"),
-        ('{"expected": {"case": ["a"]}}', "'expected' lists case, but 'file_name'.*has number"),
-        ('{"all_labels": 1}', "'all_labels' must be true or false, not 1"),
-        ('{"left_out": "x"}', "'left_out' must be"),
-        ('{"also_called": {"a": "b"}}', "'also_called' must be"),
-        ('{"folder": 1, "dtype": 2}', "'folder' must be.*; 'dtype' must be"),
+        ("amos", "{", "JSON|double quotes"),
+        ("amos", "[]", r"\[\]"),
+        ("amos", '{"folders": "x"}', "folders"),
+        ("amos", '{"tasks": {}}', "tasks"),
+        ("amos", '{"folder": "../x"}', r"folder '\.\./x'"),
+        ("amos", '{"folder": "/x"}', "folder '/x'"),
+        ("amos", '{"folder": "{task}"}', "folder '{task}'"),
+        ("amos", '{"file_name": "x.nii"}', r"file_name 'x\.nii'"),
+        ("amos", '{"file_name": "a/{number}.nii.gz"}', "file_name 'a/{number}"),
+        ("amos", '{"file_name": "{id}.nii.gz"}', "file_name .*'id'"),
+        ("amos", '{"file_name": "{.nii.gz"}', r"'{\.nii\.gz'"),
+        ("amos", '{"case": "("}', r"case '\('"),
+        ("amos", '{"labels": {"spleen": 1}}', "labels .*'spleen': 1"),
+        ("amos", '{"labels": {"background": 0, "a": 1, "b": 1}}', "labels .*'b': 1"),
+        ("amos", '{"labels": {"background": 0, "a": 256}}', "256.*uint8"),
+        ("amos", '{"counts": [0]}', "counts.0 0"),
+        ("amos", '{"expected": {"case": ["a"]}}', r"expected .*'case'.*'number'"),
+        ("amos", '{"all_labels": 1}', "all_labels 1"),
+        ("amos", '{"folder": 1, "dtype": "float64"}', "folder 1.*dtype 'float64'"),
+        ("msd", '{"tasks": {"Task09_Spleen": {"label": {}}}}', "Task09_Spleen.label"),
+        ("msd", '{"tasks": {"Task11_New": {"case": "x"}}}', "Task11_New.labels"),
+        ("msd", '{"tasks": []}', "tasks"),
     ],
 )
-def test_rules_that_cannot_be(tmp_path: Path, content: str, message: str) -> None:
+def test_rules_that_do_not_fit_are_named(tmp_path: Path, challenge: str, content: str, named: str) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(content)
-    with pytest.raises(SubmissionError, match=rf"--rules {rules}.*{message}"):
-        load_rules("amos", rules)
-
-
-def test_rules_of_tasks_that_cannot_be(tmp_path: Path) -> None:
-    rules = tmp_path / "rules.json"
-    for content, message in (
-        ({"Task09_Spleen": {"label": {}}}, "'Task09_Spleen': there is no rule 'label', tasks have case, labels"),
-        ({"Task09_Spleen": {"counts": "6"}}, "'Task09_Spleen': 'counts' must be"),
-        ({"Task11_New": {"case": "x"}}, "Task11_New: there is no labels"),
-        ([], "'tasks' must be"),
-    ):
-        rules.write_text(json.dumps({"tasks": content}))
-        with pytest.raises(SubmissionError, match=message):
-            load_rules("msd", rules)
+    with pytest.raises(UsageError, match=rf"--rules {rules}.*({named})"):
+        load_rules(challenge, rules)
 
 
 # --- the archive ------------------------------------------------------------------------------------------------------
@@ -721,27 +623,23 @@ def test_places_where_nothing_is_put(spleens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.zip"
     out.write_bytes(b"earlier")
     place = spleens.parents[1] / "download" / "Task09_Spleen"
-    for target, message in (
-        (out, "is there already, nothing was changed; give another name, or --force"),
-        (tmp_path / "out.tar", "give a name that ends in .zip"),
-        (spleens / "out.zip", "lies in PREDICTIONS"),
-    ):
+    for target in (out, tmp_path / "out.tar", spleens / "out.zip"):
         result = submit("msd", spleens, "--out", target, "--images", place)
-        assert result.exit_code == 1 and message in result.stderr
+        assert result.exit_code == 1 and f"--out {target}" in result.stderr
     (tmp_path / "folder.zip").mkdir()
-    assert "is a folder" in submit("msd", spleens, "--out", tmp_path / "folder.zip").stderr
+    assert submit("msd", spleens, "--out", tmp_path / "folder.zip").exit_code == 1
     assert out.read_bytes() == b"earlier"
     assert submit("msd", spleens, "--out", out, "--images", place, "--force").exit_code == 0
     assert zipfile.is_zipfile(out)
     for wrong in (["--check", "--out", out], []):
         assert submit("msd", spleens, *wrong).exit_code == 2
-    for options, message in (
-        ({"predictions": tmp_path / "none"}, "PREDICTIONS .*none: there is no such folder"),
-        ({"images": tmp_path / "none"}, "--images .*none: there is no such folder"),
-        ({"images": tmp_path / "folder.zip"}, "holds no image of a case like"),
+    for options, option in (
+        ({"predictions": tmp_path / "none"}, "PREDICTIONS"),
+        ({"images": tmp_path / "none"}, "--images"),
+        ({"images": tmp_path / "folder.zip"}, "--images"),
     ):
-        with pytest.raises(SubmissionError, match=message):
-            inspect(Request(**({"challenge": "msd", "predictions": spleens, "task": "Task09_Spleen"} | options)))
+        with pytest.raises(UsageError, match=option):
+            inspect("msd", **({"predictions": spleens, "task": "Task09_Spleen"} | options))
 
 
 def test_a_full_disk_leaves_what_was_there(spleens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -762,25 +660,27 @@ def test_a_full_disk_leaves_what_was_there(spleens: Path, tmp_path: Path, monkey
     place = spleens.parents[1] / "download" / "Task09_Spleen"
     result = submit("msd", spleens, "--out", out, "--images", place, "--force")
     assert result.exit_code == 1 and written == 4
-    assert f"cannot write {out}: No space left on device; nothing of it was kept" in result.stderr
+    assert f"--out {out}" in result.stderr and "No space left" in result.stderr
     assert [path.name for path in out.parent.iterdir()] == ["out.zip"] and out.read_bytes() == b"earlier"
 
 
-def test_what_is_read_back_wrong_is_not_kept(spleens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_damaged_or_has_changed_is_not_kept(
+    spleens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, out = checked(spleens), tmp_path / "out" / "out.zip"
 
-    def other_voxels(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-        voxels, affine = read(content)
-        return voxels[::-1], affine
+    def damaged(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, content: bytes) -> None:
+        writestr(archive, entry, content)
+        archive.getinfo(entry.filename).CRC ^= 1
 
-    read = archive_module.read_submitted
+    writestr = zipfile.ZipFile.writestr
     with monkeypatch.context() as patched:
-        patched.setattr(archive_module, "read_submitted", other_voxels)
-        with pytest.raises(SubmissionError, match=r"spleen_1\.nii\.gz in it has other voxels.*nothing of it was kept"):
+        patched.setattr(zipfile.ZipFile, "writestr", damaged)
+        with pytest.raises(DataError, match=r"spleen_1\.nii\.gz"):
             package(found, out)
     assert not list(out.parent.iterdir())
     with_value(9, np.uint8)(spleens / "spleen_30.nii.gz")  # after the check
-    with pytest.raises(SubmissionError, match=r"spleen_30\.nii\.gz has changed since it was checked"):
+    with pytest.raises(DataError, match=r"spleen_30\.nii\.gz"):
         package(found, out)
     assert not list(out.parent.iterdir())
 
@@ -804,7 +704,7 @@ def test_real_label_maps(tmp_path: Path) -> None:
 
     refused = submit("acdc", predictions, "--check", "--images", raw / "imagesTr")
     assert refused.exit_code == 1
-    assert "patient001_frame01.nii.gz: patient001_ED.nii.gz is none of the 100 files" in refused.stderr
+    assert "patient001_frame01.nii.gz: patient001_ED.nii.gz" in refused.stderr
     rules, out = tmp_path / "rules.json", tmp_path / "acdc.zip"
     rules.write_text('{"expected": null, "counts": [40]}')
     result = submit("acdc", predictions, "--out", out, "--images", raw / "imagesTr", "--rules", rules)

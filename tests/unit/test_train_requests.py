@@ -1,32 +1,37 @@
-"""What masksam train refuses before nnU-Net makes a folder: in words, with what mends it."""
+"""What masksam train passes to nnU-Net, and what it refuses before nnU-Net makes a folder."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from nnunetv2.run import run_training as nnunet
 from plain_plans import plain_plans
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli.app import app
-from masksam_nnunet.environment import EXT_TRAINER
+from masksam_nnunet.cli.train import training_parser
+from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.errors import WeightsError
 
 NAME = "Dataset052_Asked"
-RIGHT = ("52", "3d_fullres", "0")
+RIGHT = "52 3d_fullres 0"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A planned and preprocessed dataset of five empty cases, as far as it is looked at."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv(EXT_TRAINER, "")
-    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("sys.argv", ["masksam"])
     found = tmp_path / "nnUNet_preprocessed" / NAME
     (found / "hand_data").mkdir(parents=True)
     (found / "nnUNetPlans.json").write_text(json.dumps(plain_plans() | {"dataset_name": NAME}))
@@ -37,73 +42,111 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return found
 
 
-def refused(*words: str) -> str:
-    result = CliRunner().invoke(app, ["train", *words, "-device", "cpu"])
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that nnU-Net would train by."""
+    lines: list[list[str]] = []
+    monkeypatch.setattr(nnunet, "run_training", lambda *_, **__: lines.append(list(sys.argv)))
+    return lines
+
+
+def train(words: str, device: str = "-device cpu") -> Result:
+    return CliRunner().invoke(app, ["train", *words.split(), *device.split()])
+
+
+def refused(words: str, device: str = "-device cpu") -> str:
+    result = train(words, device)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result, result.exception)
     assert "Traceback" not in result.stderr
+    assert not any(Path(os.environ["nnUNet_results"]).iterdir())
     return result.stderr.splitlines()[-1]
 
 
-def test_what_is_right_is_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[object, ...]] = []
-
-    def train(*words: object, **_: object) -> None:
-        calls.append(words)
-
-    monkeypatch.setattr(nnunet, "run_training", train)
-    assert CliRunner().invoke(app, ["train", *RIGHT, "-device", "cpu", "--npz"]).exit_code == 0
-    assert [call[:5] for call in calls] == [(*RIGHT, "MaskSAMTrainer", "nnUNetPlans")]
-    assert nnunet.run_training is train
-
-
-REQUESTS: dict[str, tuple[str, str]] = {
-    "dataset": ("77 3d_fullres 0", "77: no such dataset in nnUNet_preprocessed = "),
-    "dataset by name": ("Dataset052_Ask 3d_fullres 0", f", which holds {NAME}; plan and preprocess it first: "),
-    "no dataset": ("Asked 3d_fullres 0", "Asked: no such dataset in nnUNet_preprocessed = "),
-    "configuration": ("52 3d_lowres 0", "nnUNetPlans.json has no such configuration, but 3d_fullres"),
-    "plans": ("52 3d_fullres 0 -p MaskSAMPlans", "MaskSAMPlans.json; make it with: masksam plan -d 52 --plans-name"),
-    "trainer": ("52 3d_fullres 0 -tr MaskSAMTrainr", "-tr MaskSAMTrainr: nnU-Net finds no such trainer "),
-    "fold": ("52 3d_fullres first", "fold first: give a number from 0 on, or all"),
-    "weights": ("52 3d_fullres 0 -pretrained_weights none.pth", "-pretrained_weights none.pth: there is no such file"),
-    "go on and validate": ("52 3d_fullres 0 --c --val", "--c and --val do not go together: leave one out"),
-    "validate": ("52 3d_fullres 0 --val", "checkpoint_final.pth: the training is not finished; go on with it (--c)"),
-}
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (f"{RIGHT} --npz --c", "-tr MaskSAMTrainer"),
+        (f"-tr=nnUNetTrainer {RIGHT}", ""),
+        (f"{RIGHT} -t nnUNetTrainer", ""),
+    ],
+)
+def test_what_is_right_is_passed_on(calls: list[list[str]], words: str, more: str) -> None:
+    assert train(words).exit_code == 0
+    assert calls == [["masksam train", *words.split(), "-device", "cpu", *more.split()]]
+    assert os.environ[EXT_TRAINER] == str(trainer_folder())
 
 
-@pytest.mark.parametrize("wrong", REQUESTS)
-def test_requests_that_cannot_be(folder: Path, wrong: str) -> None:
-    words, said = REQUESTS[wrong]
-    assert said in refused(*words.split())
-    assert list((folder.parents[1] / "nnUNet_results").iterdir()) == []
+def test_the_parser_is_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy that is checked has the same arguments and defaults; -tr is known to differ."""
+    theirs: list[argparse.ArgumentParser] = []
+
+    def stop(self: argparse.ArgumentParser, *_: object) -> None:
+        theirs.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(KeyboardInterrupt):
+        nnunet.run_training_entry()
+
+    def described(parser: argparse.ArgumentParser) -> dict[str, object]:
+        return {a.dest: (a.option_strings, a.default, a.nargs, a.type or str) for a in parser._actions}
+
+    expected, found = described(theirs[0]), described(training_parser())
+    assert expected.pop("help") and expected.pop("tr") != found.pop("tr")
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_missing_folders_are_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv(name)
+    result = train(RIGHT)
+    assert result.exit_code == 1 and name in result.stderr
+
+
+@pytest.mark.parametrize("device", ["", "-device cuda"])
+def test_training_without_a_gpu_stops_at_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "-device cuda" in refused(RIGHT, device)
+
+
+def test_errors_of_the_package_come_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise WeightsError("no SAM checkpoint")
+
+    monkeypatch.setattr(nnunet, "run_training", fail)
+    assert refused(RIGHT) == "error: no SAM checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("77 3d_fullres 0", ["77", NAME, "nnUNetv2_plan_and_preprocess"]),
+        ("Asked 3d_fullres 0", ["Asked", NAME]),
+        ("52 3d_lowres 0", ["3d_lowres", "3d_fullres"]),
+        (f"{RIGHT} -p MaskSAMPlans", ["MaskSAMPlans.json", "masksam plan -d 52"]),
+        (f"{RIGHT} -tr MaskSAMTrainr", ["-tr MaskSAMTrainr"]),
+        ("52 3d_fullres first", ["fold first"]),
+        (f"{RIGHT} -pretrained_weights none.pth", ["-pretrained_weights none.pth"]),
+        (f"{RIGHT} --c --val", ["--c", "--val"]),
+        (f"{RIGHT} --val", ["--val", "checkpoint_final.pth"]),
+    ],
+)
+def test_requests_that_are_refused(words: str, named: list[str]) -> None:
+    message = refused(words)
+    assert all(name in message for name in named), message
 
 
 STATES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "not preprocessed": (
-        lambda folder: shutil.rmtree(folder / "hand_data"),
-        "hand_data holds no case; preprocess them with: nnUNetv2_preprocess -d 52 -plans_name nnUNetPlans -c 3d",
-    ),
-    "plans cut off": (
-        lambda folder: (folder / "nnUNetPlans.json").write_text('{"configurations": {'),
-        "make it again with: nnUNetv2_plan_and_preprocess -d 52",
-    ),
-    "no dataset.json": (
-        lambda folder: (folder / "dataset.json").unlink(),
-        "which planning writes; plan again with: nnUNetv2_plan_and_preprocess -d 52",
-    ),
-    "four cases": (
-        lambda folder: (folder / "hand_data" / "case_4.b2nd").unlink(),
-        "fold 0: 4 cases, and nnU-Net's default split has 5 folds; train on all of them (fold all), or write ",
-    ),
-    "two datasets": (
-        lambda folder: (folder.parent / "Dataset052_Other").mkdir(),
-        "Or give its name in place of 52",
-    ),
+    "not preprocessed": (lambda folder: shutil.rmtree(folder / "hand_data"), "nnUNetv2_preprocess -d 52"),
+    "plans cut off": (lambda folder: (folder / "nnUNetPlans.json").write_text('{"configurations": {'), "nnUNetPlans"),
+    "no dataset.json": (lambda folder: (folder / "dataset.json").unlink(), "dataset.json"),
+    "four cases": (lambda folder: (folder / "hand_data" / "case_4.b2nd").unlink(), "splits_final.json"),
+    "two datasets": (lambda folder: (folder.parent / "Dataset052_Other").mkdir(), "52"),
 }
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_states_that_cannot_be_trained_from(folder: Path, state: str) -> None:
-    spoil, said = STATES[state]
+    spoil, named = STATES[state]
     spoil(folder)
-    assert said in refused(*RIGHT)
-    assert list((folder.parents[1] / "nnUNet_results").iterdir()) == []
+    assert named in refused(RIGHT)

@@ -1,4 +1,4 @@
-"""Tasks in other processes: failures apart, and no process left behind."""
+"""Calls in other processes: failures apart, and no process left behind."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from masksam_nnunet.errors import CaseError, PredictError
+from masksam_nnunet.errors import CaseError, UsageError
 from masksam_nnunet.inference.predict.workers import Workers
 
 
@@ -32,44 +33,44 @@ def work(number: int) -> int:
         case 3:
             os.kill(os.getpid(), signal.SIGKILL)
         case 4:
-            raise PredictError("disk full")
+            raise UsageError("disk full")
     return 10 * number
 
 
-def outcome(workers: Workers, task: object) -> object:
-    try:
-        return workers.result(task)  # type: ignore[arg-type]
-    except (CaseError, PredictError) as error:
-        return f"{type(error).__name__} {error}"
+def calls(numbers: list[int]) -> list[tuple[str, tuple[int]]]:
+    return [(str(number), (number,)) for number in numbers]
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_each_failure_is_its_own(processes: int) -> None:
-    numbers = [0, 1, 5, 2, 6, 4] if processes == 0 else [0, 1, 3, 5, 2, 4, 7]
+    numbers = [0, 1, 5, 2, 6] if processes == 0 else [0, 1, 3, 5, 2, 7]
     with Workers(processes) as workers:
-        found = [outcome(workers, task) for task in workers.in_order(work, [(n,) for n in numbers])]
-        again = outcome(workers, workers.start(work, 8))
-    expected = {0: 0, 1: "CaseError file 1 is bad", 2: "CaseError OddError: odd", 4: "PredictError disk full"}
-    for number, got in zip(numbers, found, strict=True):
-        if number == 3:
-            assert "died" in str(got) and "memory" in str(got)
+        found = {int(name): outcome for name, outcome in workers.outcomes(work, calls(numbers))}
+        assert list(workers.outcomes(work, calls([8]))) == [("8", 80)], "they can be used again"
+        with pytest.raises(UsageError, match="disk full"):
+            list(workers.outcomes(work, calls([4, 8])))
+    assert list(found) == numbers
+    for number, outcome in found.items():
+        if number in (1, 2, 3):
+            assert isinstance(outcome, CaseError)
         else:
-            assert got == expected.get(number, 10 * number)
-    assert again == 80
+            assert outcome == 10 * number
+    assert "file 1 is bad" in str(found[1]) and "OddError" in str(found[2])
 
 
-def test_not_more_is_ahead_than_there_are_processes() -> None:
-    begun: list[int] = []
+@pytest.mark.parametrize(("processes", "waiting", "ahead"), [(0, 2, 0), (1, 0, 1), (1, 2, 3)])
+def test_calls_are_taken_as_they_are_needed(processes: int, waiting: int, ahead: int) -> None:
+    taken: list[str] = []
 
-    class Counted(Workers):
-        def start(self, function, *arguments):  # type: ignore[no-untyped-def]
-            begun.append(arguments[0])
-            return super().start(function, *arguments)
+    def given() -> Iterator[tuple[str, tuple[int]]]:
+        for name, arguments in calls(list(range(10, 17))):
+            taken.append(name)
+            yield name, arguments
 
-    with Counted(1) as workers:
-        for number, task in enumerate(workers.in_order(work, [(n,) for n in range(10, 16)])):
-            assert workers.result(task) == 10 * (10 + number)
-            assert len(begun) <= number + 2
+    with Workers(processes) as workers:
+        for number, outcome in enumerate(workers.outcomes(work, given(), waiting)):
+            assert outcome == (str(10 + number), 10 * (10 + number))
+            assert len(taken) <= number + 1 + ahead
 
 
 LOST = """
@@ -79,13 +80,12 @@ sys.path.insert(0, sys.argv[2])
 from test_workers import slow
 from masksam_nnunet.inference.predict.workers import Workers
 if __name__ == "__main__":
-    workers = Workers(1)
-    workers.result(workers.start(slow, sys.argv[1]))
+    list(Workers(1).outcomes(slow, [("a", (sys.argv[1],))]))
 """
 
 
 def slow(file: str) -> None:
-    """Tells its process, then works for long."""
+    """Write the process's number, then work for long."""
     draft = Path(f"{file}.part")
     draft.write_text(str(os.getpid()))
     draft.rename(file)

@@ -1,4 +1,7 @@
-"""What nnU-Net imports when it scans this folder: the trainers of the installed package, not second copies of them."""
+"""The module that nnU-Net imports when it scans this folder: it holds the trainers of the installed package.
 
-from .. import *  # noqa: F403
-from .. import __all__ as __all__
+Its imports are absolute, since nnU-Net imports it without its package.
+"""
+
+from masksam_nnunet.trainers import *  # noqa: F403
+from masksam_nnunet.trainers import __all__ as __all__

@@ -1,0 +1,145 @@
+"""Predict cases one after another with one model; a case that fails does not stop the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+from numpy.typing import NDArray
+
+from masksam_nnunet.errors import CaseError, MaskSAMError, in_short
+
+from ..cases import Case, preprocess_case
+from ..predictor import MaskSAMPredictor
+from .output import draft
+from .postprocessing import Postprocessing
+from .workers import Workers
+
+_WAITING = 2
+"""Predictions that may wait for a free export process: they are large, and the network can be faster."""
+
+
+class Pools(NamedTuple):
+    """Worker processes, kept for one model after another: they take seconds to start.
+
+    Attributes:
+        readers: read and preprocess cases.
+        writers: resample and write predictions.
+    """
+
+    readers: Workers
+    writers: Workers
+
+
+def predict_cases(
+    predictor: MaskSAMPredictor,
+    cases: Sequence[Case],
+    output: Path,
+    pools: Pools,
+    *,
+    probabilities: bool = False,
+    postprocessing: Postprocessing | None = None,
+    previous: Path | None = None,
+) -> dict[str, str]:
+    """Write the label map of each case, ``CASE`` + the dataset's file ending.
+
+    Args:
+        predictor: with a model loaded.
+        cases: to predict.
+        output: folder of the predictions; made if it is missing.
+        pools: of worker processes.
+        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
+        postprocessing: applied to the label maps, not to the probabilities, as in nnU-Net.
+        previous: for a cascade, the folder of the previous stage's label maps.
+
+    Returns:
+        Why cases have no prediction, by name.
+
+    Raises:
+        UsageError: the disk is full or not writable.
+    """
+    plans, configuration, dataset_json = (
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )  # fmt: skip
+    failed: dict[str, str] = {}
+
+    def to_read() -> Iterator[tuple[str, tuple[Any, ...]]]:
+        for case in cases:
+            segmentation = None if previous is None else previous / (case.name + dataset_json["file_ending"])
+            settings = (plans, configuration, dataset_json, predictor.verbose_preprocessing)
+            yield case.name, (case, segmentation, *settings)
+
+    def to_write() -> Iterator[tuple[str, tuple[Any, ...]]]:
+        started = 0
+        # Without enumerate, which would keep a reference to the last volume.
+        for name, outcome in pools.readers.outcomes(preprocess_case, to_read()):
+            started += 1
+            print(f"Predicting {name} ({started} of {len(cases)})", flush=True)
+            try:
+                logits, properties = _predict(predictor, outcome)
+            except CaseError as error:
+                failed[name] = str(error)
+                print(f"{name} cannot be predicted: {error}", flush=True)
+                continue
+            del outcome
+            settings = (configuration, plans, dataset_json, output / name, probabilities, postprocessing)
+            yield name, (logits, properties, *settings)
+            del logits
+
+    for name, outcome in pools.writers.outcomes(export_case, to_write(), _WAITING):
+        if isinstance(outcome, CaseError):
+            failed[name] = str(outcome)
+    compute_gaussian.cache_clear()
+    empty_cache(predictor.device)
+    return failed
+
+
+def _predict(predictor: MaskSAMPredictor, preprocessed: Any) -> tuple[NDArray[np.float16], dict[str, Any]]:
+    """The logits (K, x, y, z) and the properties of an outcome of preprocessing."""
+    if isinstance(preprocessed, CaseError):
+        raise preprocessed
+    data, properties = preprocessed
+    try:
+        return predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy(), properties
+    except MaskSAMError:
+        raise
+    except Exception as error:  # of any network
+        raise CaseError(f"the network of {predictor.trainer_name} cannot predict it: {in_short(error)}") from error
+
+
+def export_case(
+    logits: NDArray[np.float16],
+    properties: dict[str, Any],
+    configuration: Any,
+    plans: Any,
+    dataset_json: Mapping[str, Any],
+    target: Path,
+    probabilities: bool,
+    postprocessing: Postprocessing | None,
+) -> None:
+    """Resample and write a prediction by nnU-Net's own function, whole or not at all.
+
+    Args:
+        logits: (K, x, y, z).
+        properties: of the case, from preprocessing.
+        configuration: nnU-Net's ConfigurationManager.
+        plans: its PlansManager.
+        dataset_json: the model's.
+        target: folder and name of the case.
+        probabilities: whether to write them too.
+        postprocessing: applied to the label map.
+
+    Raises:
+        UsageError: the disk is full or not writable.
+    """
+    ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
+    with draft(target, ending, reader, probabilities) as name:
+        export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(name), probabilities)
+        if postprocessing is not None:
+            postprocessing.apply(name.with_name(name.name + ending), reader)

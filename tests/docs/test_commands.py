@@ -1,0 +1,79 @@
+"""Every command line of README.md, CONTRIBUTING.md and docs/*.md is accepted by its own parser."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from documented import PAGES, ROOT, blocks, commands
+from parsers import Refused, parse
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])
+def test_every_command_line_parses(page: str, tmp_path: Path) -> None:
+    refused = []
+    for words in commands(page, tmp_path):
+        try:
+            parse(words)
+        except Refused as error:
+            refused.append(str(error))
+    assert not refused
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "masksam plan -d 4 --backbones vit_b",
+        "masksam plan -d 4 --backbone vit_x",
+        "masksam convert acdc X",
+        "masksam predict -i X -o Y -d 4 -c 2d --ensembles A B",
+        "masksam train 4 2d 0 --npy",
+        "masksam portray",
+        "nnUNetv2_train 4 2d",
+        "nnUNetv2_trains 4 2d 0",
+        "make tset",
+        "unheard_of",
+    ],
+)
+def test_wrong_lines_are_refused(line: str) -> None:
+    with pytest.raises(Refused):
+        parse(line.split())
+
+
+def test_commands_are_in_sh_blocks() -> None:
+    """Commands in other blocks would not be tested."""
+    for page, text in PAGES.items():
+        assert set(re.findall(r"^```(\w+)$", text, re.MULTILINE)) <= {"sh", "json", "python"}, page
+
+
+def test_variables_are_those_of_the_code() -> None:
+    """The pages name every MASKSAM variable that the code reads, and no other."""
+    folders = ("masksam_nnunet", "plans", "trainers", "inference", "benchmarks")
+    files = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files if "performance" not in path.parts)
+    variable = re.compile(r"\bMASKSAM_[A-Z0-9_]+\b")
+    assert set(variable.findall("\n".join(PAGES.values()))) == set(variable.findall(code))
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
+def test_the_cluster_script_requeues_a_training_that_saved(status: int, requeued: bool, tmp_path: Path) -> None:
+    programs = {
+        "srun": 'exec "$@"',
+        "scontrol": 'echo scontrol "$@" >> calls',
+        "masksam": f'echo masksam "$@" >> calls; exit {status}',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "9"}
+    done = subprocess.run(
+        ["bash", ROOT / "docs" / "cluster" / "train_fold.sh", "27", "3d_fullres", "-p", "MaskSAMPlans"],
+        cwd=tmp_path,
+        env=variables | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert done.returncode == status
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["masksam train 27 3d_fullres 3 -p MaskSAMPlans --c", *(["scontrol requeue 9_3"] * requeued)]

@@ -1,0 +1,126 @@
+"""nnU-Net's data loading processes: they may die, and must not outlive the training."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from masksam_nnunet.errors import TrainingError
+
+DEAD_SECONDS = 15.0
+"""How long batches may stay away after a worker's death before the loader is given up."""
+_POLL_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
+_parent: int | None = None  # set while forked processes are to end with this one
+
+
+class LoaderWatch:
+    """Takes batches from one of nnU-Net's loaders and watches its worker processes.
+
+    A worker that was killed may hold a lock or half a message, and a thread that waits for it waits for ever. So an
+    extra thread waits, while the training's thread looks at the workers.
+
+    Args:
+        loader: single- or multi-threaded.
+        give_up: asked about twice a second during a wait; true ends the wait.
+    """
+
+    def __init__(self, loader: Any, give_up: Callable[[], bool] = lambda: False) -> None:
+        self.loader = loader
+        self.give_up = give_up
+        self._workers = list(getattr(loader, "_processes", ()))
+        self._wanted: SimpleQueue[bool] = SimpleQueue()
+        self._made: SimpleQueue[Any] = SimpleQueue()
+        if self._workers:
+            threading.Thread(target=self._fetch, daemon=True, name="batches").start()
+
+    def next_batch(self) -> dict[str, Any] | None:
+        """The next batch; None if ``give_up`` ended the wait.
+
+        Raises:
+            TrainingError: the loader gives no more batches.
+        """
+        if not self._workers:
+            batch: dict[str, Any] = next(self.loader)
+            return batch
+        self._wanted.put(True)
+        dead_since: float | None = None
+        while True:
+            with contextlib.suppress(Empty):
+                made = self._made.get(timeout=_POLL_SECONDS)
+                if isinstance(made, BaseException):
+                    raise TrainingError(self._why()) from made
+                return dict(made)
+            if self.give_up():
+                return None
+            if dead_since is None and not all(worker.is_alive() for worker in self._workers):
+                dead_since = time.monotonic()
+            if dead_since is not None and time.monotonic() - dead_since > DEAD_SECONDS:
+                raise TrainingError(self._why())
+
+    def end(self) -> None:
+        """Kill the workers, and leave the loader as if it had never started: its own way to stop may wait for ever."""
+        self._wanted.put(False)
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join(5)
+        if self._workers:
+            self.loader._processes, self.loader.initialized = [], False
+
+    def _fetch(self) -> None:
+        while self._wanted.get():
+            try:
+                self._made.put(next(self.loader))
+            except BaseException as error:
+                self._made.put(error)
+
+    def _why(self) -> str:
+        codes = [worker.exitcode for worker in self._workers]
+        ended = [code for code in codes if code]
+        if not ended:
+            return "a data loading worker failed; its error is printed above"
+        names = ", ".join(signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in ended)
+        return (
+            f"{len(ended)} of {len(codes)} data loading workers ended by {names} (SIGKILL usually means too little "
+            "memory). Give the job more memory, or set nnUNet_n_proc_DA to fewer workers"
+        )
+
+
+@contextlib.contextmanager
+def forks_end_with_parent() -> Iterator[None]:
+    """Processes forked meanwhile are killed when this one ends, however it ends.
+
+    Linux only, and only from the main thread: the kernel watches the thread that forks.
+    """
+    global _parent
+    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _parent = os.getpid()
+    try:
+        yield
+    finally:
+        _parent = None
+
+
+def _end_with_parent() -> None:
+    global _parent
+    parent, _parent = _parent, None
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended in between
+        os._exit(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_with_parent)
