@@ -35,7 +35,7 @@ def choose_cases(results: BenchmarkResults) -> dict[str, str]:
 
 
 def draw_cases(results: BenchmarkResults) -> list[Picture]:
-    """A picture of each of :func:`choose_cases`; without a PNG where files are missing, and then the caption says so."""
+    """A picture of each of :func:`choose_cases`. Where files are missing it has no PNG, and its caption says why."""
     dice, text = case_means(results, "dice"), number(METRICS["dice"].digits)
     pictures = []
     for case, place in choose_cases(results).items():

@@ -70,7 +70,8 @@ def _csv(table: pd.DataFrame) -> str:
 def to_json(results: BenchmarkResults) -> dict[str, Any]:
     """The results by the field names of :class:`BenchmarkResults`, without pictures; NaN becomes None.
 
-    ``scores`` and ``test_set``, which may be long, are dicts of ``columns`` and ``data``; other tables are lists of dicts.
+    ``scores`` and ``test_set``, which may be long, are dicts of ``columns`` and ``data``; other tables
+    are lists of dicts.
     """
     content = {field.name: getattr(results, field.name) for field in fields(results) if field.name != "inside"}
     for name, value in content.items():
@@ -137,8 +138,8 @@ def to_markdown(results: BenchmarkResults) -> str:
 _COMPARED = (
     "Differences A − B over the n cases where both are defined: mean with its 95 % interval, and median; Wilcoxon's "
     "signed-rank test, two-sided, p corrected by Holm over classes; effect: matched-pairs rank-biserial correlation. "
-    "Only A, only B: cases left out because the score is defined for one only; in the mean over classes, cases of which "
-    "a class is left out, though others may count. Better: at p (Holm) < 0.05."
+    "Only A, only B: cases left out because the score is defined for one only; in the mean over classes, cases "
+    "of which a class is left out, though others may count. Better: at p (Holm) < 0.05."
 )
 
 

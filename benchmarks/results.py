@@ -1,8 +1,8 @@
 """What a benchmark finds: one long table of scores, what statistics make of it, and what the trainings took.
 
 The table of scores has the columns ``method, kind, fold, patient, case, class, metric, value``, one line for each
-value, which is NaN where the metric is undefined. ``method`` is the name of a :class:`Row`. Tables, plots, CSV files and
-comparisons are all derived from it.
+value, which is NaN where the metric is undefined. ``method`` is the name of a :class:`Row`. Tables, plots, CSV files
+and comparisons are all derived from it.
 """
 
 from __future__ import annotations
