@@ -24,11 +24,9 @@ from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.inference.versions import git_hash, versions
 
 from . import statistics
+from .checks import check_fairness, faulty_prediction, refuse_unfair
 from .combine import Combined, check_against_nnunet, combine
-from .errors import refuse_unfair
-from .fairness import check_fairness
-from .faults import faulty_prediction
-from .fold_record import read_fold_compute
+from .folds import read_fold_compute
 from .pictures import choose_cases
 from .report import write_report
 from .results import BenchmarkResults, Kind, Method, Row, is_masksam, joint_name, row_names
@@ -87,7 +85,7 @@ def evaluate(
     with console.status("checking that the comparison is fair"):
         findings = check_fairness(methods, folds, results, preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
-    refuse_unfair(severe, accept_unfair, "this comparison is not fair", "Correct it")
+    refuse_unfair(severe, accept_unfair, "this comparison is not fair")
 
     with _naming_faults(partial(faulty_prediction, methods, cases, results, truths, dataset_json)):
         with console.status("combining folds with nnU-Net's find_best_configuration and post-processing"):

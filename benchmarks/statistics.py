@@ -80,8 +80,8 @@ def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESA
 def signed_rank_test(differences: ArrayLike) -> tuple[float, float]:
     """Wilcoxon's signed-rank test of independent paired differences (N,).
 
-    Differences of zero are dropped (``zero_method="wilcox"``). The test is exact up to 50 values, takes all permutations of
-    signs up to 13 values with ties, and is else the normal approximation with correction for ties
+    Differences of zero are dropped (``zero_method="wilcox"``). The test is exact up to 50 values, takes all
+    permutations of signs up to 13 values with ties, and is else the normal approximation with correction for ties
     (``method="auto"``).
 
     Returns:

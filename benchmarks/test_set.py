@@ -18,7 +18,7 @@ from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.scoring import cases_in, score_folder
 
 from .combine import read_or_empty
-from .commands import run_nnunet
+from .nnunet import run_nnunet
 from .results import Method, joint_name, row_names
 
 COLUMNS = ("method", "case", "class", "metric", "value")

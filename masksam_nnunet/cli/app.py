@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -150,29 +149,6 @@ def plan(
         plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, preset and preset.value, plans_name)
     except MaskSAMError as error:
         fail(str(error))
-
-
-@app.command()
-def demo(
-    data: Annotated[
-        Path | None,
-        typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name), else phantoms are made.", show_default=False),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where the nnU-Net folders and the report go.")] = Path("masksam_demo"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of both methods.")] = 2,
-    fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the phantoms; nnU-Net's trainings have none.")] = 0,
-) -> None:
-    """Train a tiny MaskSAM and nnU-Net for the same minutes, score both on the same fold, write a report."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    from masksam_nnunet.benchmarks.demo import run_demo
-
-    try:
-        report = run_demo(out=out, data=data, minutes=minutes, batch_size=batch_size, fold=fold, seed=seed)
-    except MaskSAMError as error:
-        fail(str(error))
-    typer.echo(report)
 
 
 for group in (train, predict, benchmark, check, data, explain, export, submit):
