@@ -19,11 +19,9 @@ from masksam_nnunet.inference.scoring import Scores, default_tolerance_mm, read_
 from masksam_nnunet.inference.versions import git_hash, versions
 
 from .case_table import case_table, write_csv
+from .checks import check_fairness, faulty_prediction, refuse_unfair
 from .combine import Combined, combine
-from .errors import refuse_unfair
-from .fairness import check_fairness, check_postprocessing
-from .faults import faulty_prediction
-from .fold_record import read_fold_compute
+from .folds import read_fold_compute
 from .names import joint_name, postprocessed_name, row_names
 from .nnunet_scores import check_against_nnunet
 from .report import write_benchmark_report
@@ -79,7 +77,7 @@ def evaluate(
     with console.status("checking that the comparison is fair"):
         findings = check_fairness(methods, folds, results, preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
-    refuse_unfair(severe, accept_unfair, "this comparison is not fair", "Mend it")
+    refuse_unfair(severe, accept_unfair, "this comparison is not fair")
     cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
     fold_of = {case: fold for fold, names in cases.items() for case in names}
     truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
@@ -135,7 +133,7 @@ def evaluate(
             rows=tuple(rows),
             aggregates=aggregates(rows, patients),
             comparisons=comparisons(rows, patients=patients),
-            findings=(*findings, *check_postprocessing(rows)),
+            findings=findings,
             test_set=tuple(test_set),
             best=best,
             policies=policies(rows, classes.ignore_label is not None, patients)

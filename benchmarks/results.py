@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +39,7 @@ class FoldCompute:
     git_hash: str | None
     """Of this package's checkout, where it was one; several with ``then`` between them."""
     wall_seconds: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
     """By the clock, from each start to the validation or the break: with loading, and with work that a break lost."""
 
 

@@ -11,13 +11,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from masksam_nnunet.errors import BenchmarkError, DataError
+from masksam_nnunet.errors import BenchmarkError, MaskSAMError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.label_maps import LabelMapError
 from masksam_nnunet.inference.scoring import Scores, cases_in, score_folder
 
-from .commands import run_nnunet
 from .names import joint_name, row_names
+from .nnunet import run_nnunet
 from .results import Method, TestSetScore
 
 
@@ -111,7 +111,7 @@ def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Pa
             shutil.rmtree(folder, ignore_errors=True)
             run_nnunet(command, arguments, os.environ, folder.with_name(f"{folder.name}.log"))
             write_json(mark, {"stamp": stamp})
-        except (DataError, OSError) as error:
+        except (MaskSAMError, OSError) as error:
             raise BenchmarkError(
                 f"the test set could not be predicted: {error}\nMend that, run masksam report again, or move labelsTs "
                 "out of the raw dataset, which then has no test set. Trained folds are kept."

@@ -22,8 +22,8 @@ from torch.nn.functional import interpolate, pad
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.compute import autocast
 from masksam_nnunet.modeling.network import MaskSAMOutput
-from masksam_nnunet.precision import autocast
 from masksam_nnunet.semantic import semantic_log_probabilities
 
 from ..label_maps import Classes

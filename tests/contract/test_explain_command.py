@@ -23,12 +23,10 @@ from plain_plans import DATASET, dataset_json, folders, plain_plans, region_data
 from small_sam import install_small_sam
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import Grid
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.modeling.network import MaskSAMOutput
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -336,10 +334,9 @@ def test_a_lean_checkpoint_needs_sams_file(tmp_path: Path, monkeypatch: pytest.M
     plans = plans_with(backbone="vit_b")
     manager = PlansManager(plans)
     network: Any = MaskSAMTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 3)
-    new = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    set_sam_sha256(network, weights.load_sam(network.sam_parts(), "vit_b", file, new).sha256)
+    network.load_sam(file)
     model = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres"
-    with lean_state_dicts(network):
+    with network.lean_state_dicts():
         save_fold(model, 0, network.state_dict())
     (model / "plans.json").write_text(json.dumps(plans))
     (model / "dataset.json").write_text(json.dumps(dataset_json()))

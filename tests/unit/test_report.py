@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from made_up_benchmark import STATS, made_up_demo
 
-from masksam_nnunet.benchmarks.demo_pictures import choose_cases
 from masksam_nnunet.benchmarks.demo_report import (
     MethodResult,
     Picture,
@@ -29,6 +28,7 @@ from masksam_nnunet.benchmarks.plots import draw_curves
 from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.label_maps import Classes
+from masksam_nnunet.inference.report.case_choice import choose_cases
 from masksam_nnunet.inference.report.figures import CaseImages, InsideView, choose_slices, draw_case, draw_inside
 from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate
 
