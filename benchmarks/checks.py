@@ -14,7 +14,6 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from masksam_nnunet.config import BACKBONES
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.errors import CheckpointError, DataError, MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
@@ -283,8 +282,7 @@ def _check_start(name: str, configuration: ConfigurationManager, folds: Sequence
     if config is None:
         return []
     if not config.needs_sam:
-        kind = "the tiny encoder" if config.backbone in BACKBONES else "the registered encoder"
-        return [Finding(False, f"{name} has {kind} {config.backbone}, which is not SAM: it says nothing about SAM.")]
+        return [Finding(False, f"{name} has {config.backbone}, which is not SAM: it says nothing about SAM.")]
     logs = {
         fold.name: "".join(file.read_text(encoding="utf-8", errors="replace") for file in training_logs(fold.folder))
         for fold in folds

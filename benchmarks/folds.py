@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field
 
+from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.history import epoch_seconds, read_log
 from masksam_nnunet.inference.versions import git_hash, versions
-from masksam_nnunet.zip_damage import damage
 
 from .results import FoldCompute
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import MatplotlibDeprecationWarning
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -73,11 +75,12 @@ def _boxes(results: BenchmarkResults, panels: Sequence[tuple[str, str, pd.DataFr
         style = {"data": table, "x": "value", "y": "method", "order": names, "hue": "method", "hue_order": names}
         style |= {"palette": palette, "legend": False, "ax": ax}
         mean = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": "black"}
-        if table["value"].notna().any():
+        if table["value"].notna().any():  # seaborn draws no empty boxes
             sns.stripplot(**style, size=2.2, alpha=0.45, jitter=0.2)
-            sns.boxplot(
-                **style, fill=False, showfliers=False, width=0.62, linewidth=1.1, showmeans=True, meanprops=mean
-            )
+            with warnings.catch_warnings():  # seaborn passes an argument that matplotlib deprecates
+                warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
+                shape = {"fill": False, "width": 0.62, "linewidth": 1.1, "showfliers": False}
+                sns.boxplot(**style, **shape, showmeans=True, meanprops=mean)
         ax.set(title=title, xlabel="", ylabel="")
         _scale(ax, metric, table["value"].dropna())
         for place, name in enumerate(names):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from masksam_nnunet import __version__
+from masksam_nnunet.backbones import checkpoint_names, planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import MaskSAMError
 
@@ -27,22 +28,9 @@ app = typer.Typer(
 )
 
 
-class Backbone(StrEnum):
-    """The released SAM checkpoints."""
-
-    vit_b = "vit_b"
-    vit_l = "vit_l"
-    vit_h = "vit_h"
-
-
-class AnyBackbone(StrEnum):
-    """What can be planned."""
-
-    auto = "auto"
-    tiny = "tiny"
-    vit_b = "vit_b"
-    vit_l = "vit_l"
-    vit_h = "vit_h"
+Backbone = StrEnum("Backbone", {name: name for name in checkpoint_names()})  # type: ignore[misc]
+AnyBackbone = StrEnum("AnyBackbone", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
+AUTO = AnyBackbone("auto")
 
 
 class PresetName(StrEnum):
@@ -137,7 +125,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AnyBackbone.auto,
+    backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AUTO,
     gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Memory of the card to train on.")] = 24.0,
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.", show_default=False)] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
