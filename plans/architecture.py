@@ -8,7 +8,8 @@ from typing import Any
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from masksam_nnunet.config import SAM_OF, ConfigError, MaskSAMConfig
+from masksam_nnunet.backbones import BACKBONES
+from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER
 
 BASE_PLANS = "nnUNetPlans"
@@ -35,7 +36,8 @@ def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
             f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs: {found}. Plan again."
         )
     content = kwargs[_CONFIG_KEY]
-    if isinstance(content, dict) and content.get("backbone") not in list(SAM_OF):  # a list: JSON need not be hashable
+    # A list, as what JSON holds need not be hashable.
+    if isinstance(content, dict) and content.get("backbone") not in list(BACKBONES):
         _import_trainers()
     return MaskSAMConfig.from_json(content)
 

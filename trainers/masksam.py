@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from masksam_nnunet import sam_weights as weights
-from masksam_nnunet.config import BACKBONES, ConfigError, MaskSAMConfig
+from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.environment import (
     LEAN_CHECKPOINTS,
     MAX_SKIPPED,
@@ -29,10 +28,10 @@ from masksam_nnunet.environment import (
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
-from masksam_nnunet.modeling.lean import lean_state_dicts, sam_sha256, set_sam_sha256
 from masksam_nnunet.plans.architecture import read_config
-from masksam_nnunet.precision import autocast, autocast_dtype
+from masksam_nnunet.sam_weights import find
 
 from .config_check import check_preset, check_results_folder, check_shared_data, resolve_config
 from .finite_guard import FiniteGuard, Iteration, can_skip, ready_to_skip
@@ -197,7 +196,7 @@ class MaskSAMTrainer(ResumableTrainer):
             return
         if not self.masksam.sam_is_loaded:
             self._read_sam()
-        sha256 = sam_sha256(self.masksam)
+        sha256 = self.masksam.sam_sha256()
         if lean and sha256 is None:
             raise ConfigError(
                 f"{LEAN_CHECKPOINTS} is set, but SAM's part of this network holds random weights ({RANDOM_INIT}), "
@@ -211,12 +210,7 @@ class MaskSAMTrainer(ResumableTrainer):
 
     def _tell_it_is_not_sam(self, lean: bool) -> None:
         if not self.masksam.sam_is_loaded:
-            self.print_to_log_file(
-                f"{self.config.backbone} is a tiny encoder of this project's own. It is not SAM: it starts from random "
-                "weights and is trained throughout."
-                if self.config.backbone in BACKBONES
-                else f"{self.config.backbone} is a registered encoder. It is not SAM, and no file of SAM is read."
-            )
+            self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
         if lean:
             self.print_to_log_file(
                 f"{LEAN_CHECKPOINTS} is set, but {self.config.backbone} has nothing from SAM: checkpoints are full."
@@ -231,12 +225,7 @@ class MaskSAMTrainer(ResumableTrainer):
             )
             return
         assert self.config.sam is not None
-        path = weights.find(self.config.sam)
-        new = [name for name, p in network.named_parameters() if p.requires_grad]
-        report = weights.load_sam(network.sam_parts(), self.config.sam, path, new)
-        network.sam_is_loaded = True
-        set_sam_sha256(network, report.sha256)
-        for line in report.lines():
+        for line in network.load_sam(find(self.config.sam)).lines():
             self.print_to_log_file(line)
 
     @property
@@ -334,5 +323,5 @@ class MaskSAMTrainer(ResumableTrainer):
 
     def network_weights(self) -> Mapping[str, Tensor]:
         """Without SAM's frozen weights where lean checkpoints are asked for."""
-        with lean_state_dicts(self.masksam) if switched_on(LEAN_CHECKPOINTS) else nullcontext():
+        with self.masksam.lean_state_dicts() if switched_on(LEAN_CHECKPOINTS) else nullcontext():
             return super().network_weights()

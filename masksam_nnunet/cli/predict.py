@@ -180,7 +180,7 @@ def _portable_model(
     folder: Path, folds: Sequence[str] | None, postprocessing: str | None, others: tuple[object, ...]
 ) -> tuple[Sequence[Model], Postprocessing | None]:
     """Find a portable model; ``others`` are the options that name models in another way."""
-    from masksam_nnunet.inference.export.predict_model import PortablePredictModel
+    from masksam_nnunet.inference.export.load import PortablePredictModel
     from masksam_nnunet.inference.models import parse_folds
     from masksam_nnunet.inference.predict.postprocessing import read_postprocessing
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tarfile
 import tempfile
 from pathlib import Path
 
 from masksam_nnunet.download import fetch_verified
-from masksam_nnunet.errors import DataError, FetchError
+from masksam_nnunet.errors import DataError
 
 from .convert import convert, free_place
 
@@ -42,23 +41,21 @@ def get_hippocampus(
         The dataset's folder, such as ``Dataset004_Hippocampus``.
 
     Raises:
-        FetchError: no connection, a damaged file, or the cache cannot be written.
-        DataError: the number is taken, nnUNet_raw is not set, or the file does not hold the task.
+        DataError: no connection, a damaged file, the cache cannot be written, the number is taken, nnUNet_raw is not
+            set, or the file does not hold the task.
     """
     raw = free_place(dataset_id, out)  # before the download
-    if source is not None and not (source.is_file() and os.access(source, os.R_OK)):
-        raise FetchError(f"cannot read {source}: --from takes the file {_TASK}.tar")
 
     def check(path: Path, origin: str) -> None:
         with path.open("rb") as file:
             received = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if received != md5:
-            raise FetchError(
+            raise DataError(
                 f"wrong MD5 for {origin}: expected {md5}, received {received}: the file is damaged or another one; "
                 f"fetch {_TASK}.tar again, or name a mirror with --url"
             )
 
-    tar = fetch_verified(f"{_TASK}.tar", url or URL, check, source=source, progress=progress)
+    tar = fetch_verified(f"{_TASK}.tar", url or URL, check, DataError, source=source, progress=progress)
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{_TASK}.", dir=raw) as folder:

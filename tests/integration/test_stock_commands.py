@@ -253,5 +253,5 @@ def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     assert_like_the_input(out, images, dataset.num_classes)
     full = elsewhere.model(dataset.name, trainer) / "fold_0" / "checkpoint_final.pth"
     saved = torch.load(full, weights_only=False)["network_weights"]
-    name = "image_encoder.sam.blocks.3.mlp.lin1.weight"
-    assert torch.equal(saved[name], sam.state_dict()["image_encoder.blocks.3.mlp.lin1.weight"])
+    name = "image_encoder.blocks.3.mlp.lin1.weight"
+    assert torch.equal(saved[name], sam.state_dict()[name])

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet import download
 from masksam_nnunet.cli import data as cli_datasets
-from masksam_nnunet.errors import DataError, FetchError
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets import hippocampus
 from masksam_nnunet.plans.datasets.hippocampus import get_hippocampus, unpack
 
@@ -78,12 +78,12 @@ def test_fetch_verify_convert(server: Server, body: bytes, task: Path, raw: Path
 
 def test_a_damaged_file_leaves_nothing(server: Server, body: bytes, raw: Path, tmp_path: Path) -> None:
     server.body = body[:-512] + b"x" * 512
-    with pytest.raises(FetchError, match=f"wrong MD5 for {server.url}: expected {md5(body)}, received .*--url"):
+    with pytest.raises(DataError, match=f"wrong MD5 for {server.url}: expected {md5(body)}, received .*--url"):
         get_hippocampus(url=server.url, md5=md5(body), progress=False)
     assert cached() == set() and not raw.exists()
     source = tmp_path / "mine.tar"
     source.write_bytes(server.body)
-    with pytest.raises(FetchError, match=r"wrong MD5 for .*mine\.tar"):
+    with pytest.raises(DataError, match=r"wrong MD5 for .*mine\.tar"):
         get_hippocampus(source=source, md5=md5(body))
     assert source.exists() and cached() == set() and not raw.exists()
 
@@ -97,9 +97,9 @@ def test_a_damaged_cached_file_is_fetched_again(server: Server, body: bytes) -> 
 
 def test_no_connection_and_no_file(server: Server, raw: Path, tmp_path: Path) -> None:
     server.answers = [404]
-    with pytest.raises(FetchError, match=r"404.*--url.*--from"):
+    with pytest.raises(DataError, match=r"404.*--url.*--from"):
         get_hippocampus(url=server.url, progress=False)
-    with pytest.raises(FetchError, match=r"nothing\.tar: --from takes the file Task04_Hippocampus.tar"):
+    with pytest.raises(DataError, match=r"nothing\.tar: --from takes the file Task04_Hippocampus.tar"):
         get_hippocampus(source=tmp_path / "nothing.tar")
     assert not raw.exists()
 
@@ -180,7 +180,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def get(**options: Any) -> Path:
         calls.append(options)
         if options["dataset_id"] == 5:
-            raise FetchError("no connection")
+            raise DataError("no connection")
         return tmp_path / "Dataset004_Hippocampus"
 
     monkeypatch.setattr(hippocampus, "get_hippocampus", get)

@@ -1,5 +1,5 @@
 """Fuzzing of what users hand in: no crash without a clear error, no memory for what a header claims, nothing written
-outside the target. docs/robustness.md states the numbers of inputs.
+outside the target.
 """
 
 from __future__ import annotations
