@@ -25,8 +25,7 @@ from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
 
 from .folds import FoldRecord, Stage, fold_state, input_hashes, read_fold_compute, training_logs
-from .names import row_names
-from .results import Finding
+from .results import Finding, row_names
 
 TIME_TOLERANCE = 1.1
 """Time budgets that differ by more than this factor are not the same."""

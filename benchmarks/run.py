@@ -11,48 +11,14 @@ from rich.console import Console
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.inference.methods import parse_methods
 from masksam_nnunet.inference.scoring import cases_in
 
 from .definition import Benchmark, find_benchmark_dataset
 from .evaluate import evaluate
 from .folds import FoldRecord, Stage, locked
-from .jobs import FoldJob, device_kind, require_devices, run_local
+from .jobs import FoldJob, require_devices, run_local
 from .progress import Progress
 from .slurm import Slurm, SlurmSettings
-
-
-def define(
-    dataset: str,
-    configuration: str,
-    trainers: Sequence[str],
-    plans: Sequence[str],
-    folds: Sequence[int],
-    minutes: float | None,
-    devices: Sequence[str],
-    ensembles: bool,
-    accept_unfair: bool,
-    processes: int,
-    group: str | None = None,
-) -> Benchmark:
-    """A benchmark from the values of the command line.
-
-    Raises:
-        MaskSAMError: unknown dataset, trainers, plans or devices.
-    """
-    methods = parse_methods(trainers, plans, configuration)
-    return Benchmark(
-        dataset=find_benchmark_dataset(dataset),
-        configuration=configuration,
-        methods=methods,
-        folds=tuple(folds),
-        minutes=minutes,
-        device=device_kind(devices),
-        ensembles=ensembles and len(methods) > 1,
-        accept_unfair=accept_unfair,
-        processes=processes,
-        group=group,
-    )
 
 
 def run_benchmark(
