@@ -1,119 +1,119 @@
-"""Progress of the whole grid: one line for each fold under way, and the total."""
+"""Progress of a benchmark: one line for each fold that trains, and the total."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import TaskID
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 
 from masksam_nnunet.environment import BUDGET_PROGRESS_FILE
 from masksam_nnunet.files import read_json
 
-from .bars import Bars
-from .executors import Status
-from .fold_record import PROCESS_FILE
-from .fold_state import FINAL
-from .train_fold import FoldJob
+from .folds import FINAL
+from .jobs import FoldJob, Status
 
 TRAINING_SHARE = 0.95
 """Of a fold's bar; the rest is validation."""
 PLAIN_SECONDS = 60.0
-"""How often a line is printed for each fold under way where there is no terminal."""
+"""How often a line is printed for each fold that trains where there is no terminal."""
 _TAIL_BYTES = 20_000
-_EPOCH = re.compile(r"\bEpoch (\d+)\b")
 
 
-@dataclass(frozen=True)
-class FoldProgress:
-    """How far a fold is, from 0 to 1, and in words."""
-
-    fraction: float
-    text: str
-
-
-def fold_progress(job: FoldJob) -> FoldProgress:
-    """How far a fold under way is, by what its folder holds."""
+def fold_progress(job: FoldJob) -> tuple[float, str]:
+    """How far a running fold is, from 0 to 1 and as text, judged by the files in its folder."""
     if (job.folder / FINAL).is_file():
         endings = (".json", ".npz", ".pkl")
         predicted = sum(1 for path in (job.folder / "validation").glob("*") if path.suffix not in endings)
         try:
-            number = max(1, len(job.cases))
-        except (OSError, ValueError, LookupError, TypeError):  # being written anew; the job itself will say so
-            return FoldProgress(TRAINING_SHARE, f"validation, {predicted} cases")
-        share = TRAINING_SHARE + (1 - TRAINING_SHARE) * min(1.0, predicted / number)
-        return FoldProgress(share, f"validation, {predicted} of {number} cases")
-    try:
+            number = len(job.cases)
+        except (OSError, ValueError, LookupError, TypeError):  # damaged meanwhile; the job itself will say so
+            return TRAINING_SHARE, f"validation, {predicted} cases"
+        share = min(1.0, predicted / max(1, number))
+        return TRAINING_SHARE + (1 - TRAINING_SHARE) * share, f"validation, {predicted} of {number} cases"
+    try:  # a time-budget trainer
         state = read_json(job.folder / BUDGET_PROGRESS_FILE)
-        fraction = min(1.0, float(state["fraction"]))
-        return FoldProgress(TRAINING_SHARE * fraction, f"{state['iterations']} iterations")
+        return TRAINING_SHARE * min(1.0, float(state["fraction"])), f"{state['iterations']} iterations"
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no time-budget trainer, or not there yet
-    epoch = _last_epoch(job)
-    try:
-        planned = int(read_json(job.folder / PROCESS_FILE)["epochs_planned"])
-    except (OSError, ValueError, KeyError, TypeError):
-        planned = 0
+        epoch = _latest_epoch(job)
     if epoch is None:
-        return FoldProgress(0.0, "starting")
-    if not planned:
-        return FoldProgress(0.0, f"epoch {epoch + 1}")
-    return FoldProgress(TRAINING_SHARE * min(1.0, epoch / planned), f"epoch {epoch + 1} of {planned}")
+        return 0.0, "starting"
+    try:  # nnU-Net writes its trainer's attributes there, as text
+        planned = int(read_json(job.folder / "debug.json")["num_epochs"])
+        return TRAINING_SHARE * min(1.0, epoch / planned), f"epoch {epoch + 1} of {planned}"
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return 0.0, f"epoch {epoch + 1}"
 
 
-def _last_epoch(job: FoldJob) -> int | None:
+def _latest_epoch(job: FoldJob) -> int | None:
     try:
         with job.log.open("rb") as stream:
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - _TAIL_BYTES))
-            found = _EPOCH.findall(stream.read().decode("utf-8", errors="replace"))
+            stream.seek(max(0, job.log.stat().st_size - _TAIL_BYTES))
+            found = re.findall(rb"\bEpoch (\d+)\b", stream.read())
     except OSError:
         return None
     return int(found[-1]) if found else None
 
 
-class GridProgress(Bars):
-    """Shows the grid on a terminal with bars, elsewhere with plain lines; an executor's ``watch`` is :meth:`show`."""
+class Progress:
+    """Shows a benchmark with bars on a terminal, with plain lines elsewhere. A context; ``show`` is a job's watch."""
 
     def __init__(self, console: Console, jobs: Sequence[FoldJob]) -> None:
-        """Args: where to show it, and what will run."""
-        super().__init__(console, width=24, hidden=not console.is_terminal)
+        """Args: where to show it, and the jobs that will run."""
+        self._console = console
         self._jobs = {job.name: job for job in jobs}
         self._before: Mapping[str, Status] = {}
         self._last_lines = time.monotonic()
         self._bars: dict[str, TaskID] = {}
-        self._whole = self._progress.add_task("all folds", total=max(1, len(jobs)), detail="")
+        self._progress = RichProgress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._total = self._progress.add_task("all folds", total=max(1, len(jobs)), detail="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
 
     def show(self, statuses: Mapping[str, Status]) -> None:
-        """Take over where each job is, by name."""
-        under_way = {name: fold_progress(self._jobs[name]) for name, s in statuses.items() if s is Status.RUNNING}
-        ended = [name for name, status in statuses.items() if status in (Status.DONE, Status.FAILED)]
-        for name in statuses:
-            if statuses[name] is not self._before.get(name, Status.WAITING):
-                self._tell(name, statuses[name], len(ended))
-        self._draw(under_way, ended)
-        if not self.console.is_terminal and time.monotonic() - self._last_lines > PLAIN_SECONDS:
+        """Take over the status of each job, by name."""
+        running = {name: fold_progress(self._jobs[name]) for name, status in statuses.items() if status == "running"}
+        ended = sum(status in ("done", "failed") for status in statuses.values())
+        for name, status in statuses.items():
+            if status != self._before.get(name, "waiting"):
+                count = f" ({ended} of {len(self._jobs)} folds have ended)" if status in ("done", "failed") else ""
+                self._print(f"{name}: {status}{count}")
+        self._draw(running, ended)
+        if not self._console.is_terminal and time.monotonic() - self._last_lines > PLAIN_SECONDS:
             self._last_lines = time.monotonic()
-            for name, progress in under_way.items():
-                self._print(f"{name}: {progress.fraction:.0%}, {progress.text}")
+            for name, (fraction, text) in running.items():
+                self._print(f"{name}: {fraction:.0%}, {text}")
         self._before = dict(statuses)
 
-    def _tell(self, name: str, status: Status, ended: int) -> None:
-        count = f" ({ended} of {len(self._jobs)} folds have ended)" if status in (Status.DONE, Status.FAILED) else ""
-        self._print(f"{name}: {status.value}{count}")
-
-    def _draw(self, under_way: Mapping[str, FoldProgress], ended: Sequence[str]) -> None:
-        for name, progress in under_way.items():
+    def _draw(self, running: Mapping[str, tuple[float, str]], ended: int) -> None:
+        for name, (fraction, text) in running.items():
             if name not in self._bars:
                 self._bars[name] = self._progress.add_task(f"  {name}", total=1.0, detail="")
-            self._progress.update(self._bars[name], completed=progress.fraction, detail=progress.text)
-        for name in [name for name in self._bars if name not in under_way]:
+            self._progress.update(self._bars[name], completed=fraction, detail=text)
+        for name in [name for name in self._bars if name not in running]:
             self._progress.remove_task(self._bars.pop(name))
-        done = len(ended) + sum(progress.fraction for progress in under_way.values())
-        self._progress.update(self._whole, completed=done, detail=f"{len(ended)} of {len(self._jobs)} folds")
+        done = ended + sum(fraction for fraction, _ in running.values())
+        self._progress.update(self._total, completed=done, detail=f"{ended} of {len(self._jobs)} folds")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,8 @@
-"""nnU-Net's checkpoints, which are pickles, read as tensors and plain values and as nothing else.
+"""Checkpoints, which are pickles, read as tensors and plain values and as nothing else.
 
 nnU-Net's own commands open them with ``weights_only=False``, which runs whatever code a file holds; that cannot be
-changed from here. All that this package opens itself goes through :func:`load_checkpoint`.
+changed from here. All that this package opens itself goes through :func:`load_tensors`. PyTorch, which takes seconds to
+import, is imported by what needs it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .errors import CheckpointFileError
+from .errors import CheckpointError, MaskSAMError
 
 # What makes numpy's scalars and arrays of numbers, as nnU-Net's logs hold them; under numpy 1 it had another address.
 _MAKERS: tuple[Any, ...] = (np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0])
@@ -30,51 +29,81 @@ _SAFE: list[Any] = [
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint of nnU-Net's format, on the CPU; its tensors stay in the file until they are used.
 
-    PyTorch's restricted unpickler makes tensors, numbers, texts, containers and numpy's numbers, and no code is run.
-
     Raises:
-        CheckpointFileError: unreadable, damaged, not a checkpoint, or one that asks for more than that.
+        CheckpointError: unreadable, damaged, not a checkpoint, or a pickle that holds code.
     """
-    try:
-        # Only PyTorch's zip format can be mapped.
-        mapped = zipfile.is_zipfile(file)
-        with safe_globals(_SAFE):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError as error:
-        raise CheckpointFileError(f"cannot read {file}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        if refused := _refused(file, error):
-            raise CheckpointFileError(
-                f"refused {file}: to load it, {refused} would have to be run, and nothing of it was. Here checkpoints "
-                "may hold tensors, numbers and texts only. If you trust where it comes from, nnU-Net's own commands "
-                "load it without asking"
-            ) from error
-        raise _unreadable(file, error) from error
-    # Damaged files end in whatever the parser meets first.
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError) as error:
-        raise _unreadable(file, error) from error
+    content = load_tensors(file, CheckpointError)
     weights = content.get("network_weights") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise CheckpointFileError(f"{file} is not a checkpoint of nnU-Net: it has no 'network_weights'")
+        raise CheckpointError(f"{file} is not a checkpoint of nnU-Net: it has no 'network_weights'")
     return content
 
 
-def _refused(file: Path, error: pickle.UnpicklingError) -> str:
-    """What a checkpoint would import, by name; empty where it only is no pickle."""
+def load_tensors(file: Path, kind: type[MaskSAMError]) -> Any:
+    """What ``torch.save`` wrote, on the CPU and memory-mapped where the format allows it.
+
+    PyTorch's restricted unpickler makes tensors, numbers, texts, containers and numpy's numbers, and runs no code.
+
+    Raises:
+        kind: unreadable, damaged, or a pickle that holds code.
+    """
+    import torch
+    from torch.serialization import safe_globals
+
+    try:
+        mapped = zipfile.is_zipfile(file)
+        with safe_globals(_SAFE):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise kind(f"cannot read {file}: {error.strerror or error}") from error
+    # Damaged files end in whatever the parser meets first.
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:
+        if refused := _refused(file, error):
+            raise kind(
+                f"refused {file}: loading it would run {refused}, and nothing was run. A checkpoint may hold tensors, "
+                "numbers and texts only"
+            ) from error
+        reason = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
+        raise kind(
+            f"{file} cannot be read as a checkpoint ({reason}; {file.stat().st_size} bytes): it is damaged or "
+            "truncated; copy, fetch or train it again"
+        ) from error
+
+
+def damage(file: Path, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint as a zip file, PyTorch's format; None if nothing is.
+
+    ``thorough`` compares its bytes with their checksums, which PyTorch does not do.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip() if thorough else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return str(error) or repr(error)
+    return None if bad is None else f"wrong checksum of {bad}"
+
+
+def _refused(file: Path, error: Exception) -> str:
+    """What a checkpoint would import, by name; empty where it is no pickle or a damaged one."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
     try:
         with safe_globals(_SAFE):
             names = get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # PyTorch's old format, or a pickle that is damaged too: told by the error alone
+    except Exception:  # PyTorch's old format, or a pickle that is damaged too: the error alone names it
         names = []
     if names:
         return ", ".join(names[:4])
     found = re.search(r"GLOBAL (\S+)", str(error))
     return found[1] if found else ""
-
-
-def _unreadable(file: Path, error: Exception) -> CheckpointFileError:
-    reason = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
-    return CheckpointFileError(
-        f"{file} cannot be read as a checkpoint ({reason}; {file.stat().st_size} bytes): damaged or truncated; copy "
-        "it again, or train this fold again"
-    )

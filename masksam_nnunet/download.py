@@ -1,9 +1,8 @@
-"""Bring one large file into the cache: a broken connection costs only what was in flight, a wrong file stays out."""
+"""Fetch one large file into the cache: a broken download is resumed, and a wrong file is not kept."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import time
@@ -14,37 +13,16 @@ from pathlib import Path
 import requests
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from .errors import FetchError, unwritable
+from .errors import MaskSAMError
+from .files import atomic_write
 
 ATTEMPTS = 5
-"""Attempts in a row that bring nothing new before giving up."""
+"""Attempts in a row without progress before giving up."""
 CHUNK_BYTES = 1 << 16
-"""Read size; at most this much of what has arrived is lost when a connection breaks."""
 TIMEOUT_SECONDS = (10.0, 60.0)
 """To connect, and between two arrivals of data."""
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-class _BrokenOff(Exception):
-    """This attempt failed, another one may succeed."""
-
-
-_WORTH_ANOTHER = (
-    _BrokenOff,
-    requests.ConnectionError,
-    requests.Timeout,
-    requests.exceptions.ChunkedEncodingError,
-)
 
 
 def cache_dir() -> Path:
@@ -58,20 +36,22 @@ def fetch_verified(
     file_name: str,
     address: str,
     check: Callable[[Path, str], None],
+    kind: type[MaskSAMError],
     *,
     source: Path | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Bring a published file into the cache, unless it is there and sound.
+    """Bring a published file into the cache, unless it is there and passes ``check``.
 
-    The cached file appears only once it is complete and passes ``check``. A download that broke off is resumed from
-    ``<file>.part``; what was fetched and does not pass is deleted. Concurrent calls wait for one another.
+    Concurrent calls wait for one another. A download that breaks off is kept in ``<file>.part`` and resumed by the next
+    call; a file that does not pass is deleted.
 
     Args:
         file_name: its name in the cache.
         address: http or https address; ending in "/", the folder that holds the file.
-        check: raises FetchError unless the file at this path is the published one; the text says where it came from.
+        check: raises ``kind`` unless the file at this path is the published one; the text says where it came from.
+        kind: the error to raise.
         source: a local file to copy instead of downloading.
         force: fetch from the beginning, whatever is in the cache.
         progress: show a progress bar on stderr.
@@ -80,8 +60,10 @@ def fetch_verified(
         The cached file.
 
     Raises:
-        FetchError: no connection, the file does not pass, or the cache cannot be written.
+        kind: no connection, the file does not pass, or the cache cannot be written.
     """
+    if source is not None and not (source.is_file() and os.access(source, os.R_OK)):
+        raise kind(f"cannot read {source}: --from takes the file {file_name}")
     if address.endswith("/"):
         address += file_name
     target = cache_dir() / file_name
@@ -90,95 +72,25 @@ def fetch_verified(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             if source is not None:
-                _copy(source, target, check)
-                part.unlink(missing_ok=True)
-            elif force or not _is_sound(target, check):
+                with atomic_write(target) as draft:
+                    shutil.copyfile(source, draft)
+                    check(draft, str(source))
+            elif force or not _passes(target, check):
                 if force:
                     part.unlink(missing_ok=True)
-                download(address, part, progress=progress)
-                _accept(part, target, check, address)
+                _download(address, part, kind, progress)
+                try:
+                    check(part, address)
+                except MaskSAMError:
+                    part.unlink()
+                    raise
+                part.replace(target)
     except OSError as error:
-        raise unwritable(error, target) from error
+        raise kind(
+            f"cannot write {target}: {error.strerror or error}; free some space, or set MASKSAM_CACHE to a folder that "
+            "can be written"
+        ) from error
     return target
-
-
-def download(url: str, part: Path, *, progress: bool = True) -> None:
-    """Fetch ``url`` into ``part``, continuing after the bytes that ``part`` already holds.
-
-    ``part`` is kept when the download fails or is interrupted, so that the next call resumes it. The caller checks
-    what came: a length is compared here where the server states one, a hash is not.
-
-    Args:
-        url: http or https address of the file.
-        part: file to fill, in a folder that exists. No other process may write it at the same time.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        FetchError: the server refuses, nothing new came in ``ATTEMPTS`` attempts, or the disk cannot be written.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress)
-    furthest = _size(part)
-    failures = 0
-    with requests.Session() as session, bar:
-        task = bar.add_task(part.name.removesuffix(".part"), total=None)
-        while True:
-            try:
-                _attempt(session, url, part, bar, task)
-                return
-            except _WORTH_ANOTHER as error:
-                reached = _size(part)
-                # Beyond the furthest point, not merely some bytes: a server without ranges starts from 0 each time.
-                failures = 0 if reached > furthest else failures + 1
-                furthest = max(furthest, reached)
-                if failures >= ATTEMPTS or isinstance(error, requests.exceptions.SSLError):
-                    raise FetchError(
-                        f"cannot download {url}: {_reason(error)}; {reached} bytes are kept in {part}, the same "
-                        "command resumes there; or name a mirror with --url, or a file that you have with --from"
-                    ) from error
-                pause = _pause_seconds(failures)
-                bar.console.print(f"{_reason(error)}; trying again in {pause:g} s", markup=False, highlight=False)
-                time.sleep(pause)
-            except requests.RequestException as error:
-                raise FetchError(f"cannot download {url}: {_reason(error)}; check the address (--url)") from error
-            except OSError as error:
-                raise unwritable(error, part) from error
-
-
-def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, task: TaskID) -> None:
-    """One request, from the end of ``part`` to the end of the file."""
-    held = _size(part)
-    # Identity: a compressed answer has neither the file's length nor its offsets.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        status = response.status_code
-        start, total = _content_range(response)
-        if status == 416:
-            if total == held:
-                return  # all of it had come before
-            part.unlink(missing_ok=True)
-            raise _BrokenOff(f"the server's file is not the one begun ({held} bytes here), starting over")
-        if status in _TRANSIENT:
-            raise _BrokenOff(f"the server answered {status} {response.reason}")
-        if status not in (200, 206):
-            raise FetchError(
-                f"cannot download {url}: the server answered {status} {response.reason}; name a mirror with --url, "
-                "or a file that you have with --from"
-            )
-        if status == 206 and start != held:
-            part.unlink(missing_ok=True)
-            raise _BrokenOff(f"the server sent bytes from {start}, asked for {held}, starting over")
-        offset = held if status == 206 else 0  # 200: the server ignores ranges and sends all of it
-        length = response.headers.get("Content-Length", "")
-        if total is None and length.isdigit():
-            total = offset + int(length)
-        bar.update(task, total=total, completed=offset)
-        with part.open("ab" if offset else "wb") as file:
-            for chunk in response.iter_content(CHUNK_BYTES):
-                file.write(chunk)
-                bar.advance(task, len(chunk))
-    if total is not None and _size(part) < total:
-        raise _BrokenOff(f"the connection ended after {_size(part)} of {total} bytes")
 
 
 @contextmanager
@@ -196,54 +108,64 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_sound(target: Path, check: Callable[[Path, str], None]) -> bool:
-    if not target.is_file():
-        return False
+def _passes(target: Path, check: Callable[[Path, str], None]) -> bool:
     try:
         check(target, str(target))
-    except FetchError:
+    except MaskSAMError:
         return False
     return True
 
 
-def _copy(source: Path, target: Path, check: Callable[[Path, str], None]) -> None:
-    """Copy a local file to its place in the cache, under another name until it is complete and verified."""
-    if target.exists() and source.samefile(target):
-        check(source, str(source))
-        return
-    candidate = target.with_name(f"{target.name}.copy")
-    try:
-        shutil.copyfile(source, candidate)
-        _accept(candidate, target, check, str(source))
-    finally:
-        candidate.unlink(missing_ok=True)
+def _download(url: str, part: Path, kind: type[MaskSAMError], progress: bool) -> None:
+    """Fetch ``url`` into ``part``, continuing after the bytes that it already holds."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    furthest, failures = _size(part), 0
+    with requests.Session() as session, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task(part.stem, total=None)
+        while True:
+            try:
+                return _attempt(session, url, part, bar, task)
+            except requests.RequestException as error:
+                # Beyond the furthest point, not merely some bytes: a server without ranges starts from 0 each time.
+                failures = 0 if _size(part) > furthest else failures + 1
+                furthest = max(furthest, _size(part))
+                if failures >= ATTEMPTS or not _may_pass(error):
+                    raise kind(
+                        f"cannot download {url}: {error}; {furthest} bytes are kept in {part}, and the same command "
+                        "resumes there. Or name a mirror with --url, or a file that you have with --from"
+                    ) from error
+                bar.console.print(f"{error}; trying again", markup=False, highlight=False)
+                time.sleep(min(2**failures, 30))
 
 
-def _accept(candidate: Path, target: Path, check: Callable[[Path, str], None], origin: str) -> None:
-    """Move a complete file to its place in the cache, or delete it if it does not pass."""
-    try:
-        check(candidate, origin)
-    except FetchError:
-        candidate.unlink()
-        raise
-    os.replace(candidate, target)
+def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, task: TaskID) -> None:
+    """One request, from the end of ``part`` to the end of the file."""
+    held = _size(part)
+    # Identity: a compressed answer has neither the file's length nor its offsets.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        content_range = response.headers.get("Content-Range", "")
+        if response.status_code == 416:  # nothing comes after what is held
+            if content_range.endswith(f"/{held}"):
+                return
+            part.unlink()
+            raise requests.ConnectionError("the server has another file than the one begun")
+        response.raise_for_status()
+        start = held if content_range.startswith(f"bytes {held}-") else 0  # else the server sends all of it
+        length = response.headers.get("Content-Length", "")
+        bar.update(task, total=start + int(length) if length.isdigit() else None, completed=start)
+        with part.open("ab" if start else "wb") as file:
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                bar.advance(task, len(chunk))
 
 
-def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
-    """First byte and total size named by ``Content-Range``, each None where it is not stated."""
-    match = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if match is None:
-        return None, None
-    start, total = match.groups()
-    return (int(start) if start else None), (int(total) if total != "*" else None)
-
-
-def _pause_seconds(failures: int) -> float:
-    return float(min(2**failures, 30))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _may_pass(error: requests.RequestException) -> bool:
+    """Whether another attempt may succeed: the connection broke, or the server is busy."""
+    if isinstance(error, requests.HTTPError):
+        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
+    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, broken) and not isinstance(error, requests.exceptions.SSLError)
 
 
 def _size(path: Path) -> int:

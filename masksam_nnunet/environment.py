@@ -1,4 +1,4 @@
-"""How nnU-Net's processes and ours speak: variables, file names, the folder of trainers. Nothing heavy is imported."""
+"""Environment variables and file names shared by nnU-Net's processes and ours. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import ConfigError
+from .errors import ConfigError
 
 EXT_TRAINER = "nnUNet_extTrainer"
 """nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``, and put it in the place of ``folder`` on success.
+
+    An earlier folder is replaced. After an error it is as before, and nothing new is left.
+    """
+    new_parent = not folder.parent.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "earlier"))
+    try:
+        draft.mkdir()
+        yield draft
+        if folder.exists():
+            os.rename(folder, earlier)
+        os.rename(draft, folder)
+    finally:
+        if earlier.exists() and not folder.exists():
+            os.rename(earlier, folder)
+        for rest in (draft, earlier):
+            shutil.rmtree(rest, ignore_errors=True)
+        if new_parent and not folder.exists():
+            with suppress(OSError):
+                folder.parent.rmdir()
 
 
 def write_text_atomically(path: Path, text: str) -> None:

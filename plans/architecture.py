@@ -15,7 +15,8 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from masksam_nnunet.config import SAM_OF, ConfigError, MaskSAMConfig
+from masksam_nnunet.backbones import BACKBONES
+from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
 
@@ -135,7 +136,8 @@ def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
     if not isinstance(kwargs, dict) or _CONFIG_KEY not in kwargs:
         raise ConfigError(f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs. Plan again.")
     content = kwargs[_CONFIG_KEY]
-    if isinstance(content, dict) and content.get("backbone") not in list(SAM_OF):  # a list: JSON need not be hashable
+    # A list, as what JSON holds need not be hashable.
+    if isinstance(content, dict) and content.get("backbone") not in list(BACKBONES):
         _import_trainers()
     return MaskSAMConfig.from_json(content)
 

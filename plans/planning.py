@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 from rich.table import Table
 
-from masksam_nnunet.config import BACKBONES
+from masksam_nnunet.backbones import planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json
@@ -75,8 +75,8 @@ def plan_dataset(
         DataError: before anything is written.
     """
     console = console or Console()
-    if backbone not in ("auto", *BACKBONES):
-        raise DataError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(BACKBONES)}")
+    if backbone not in ("auto", *planned_backbones()):
+        raise DataError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(planned_backbones())}")
     if not (math.isfinite(gpu_memory_gb) and gpu_memory_gb > 0):
         raise DataError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
     if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:

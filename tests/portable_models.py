@@ -15,9 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import DATASET, SMALL_UNET, dataset_json, plain_plans
 from torch import nn
 
-from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.inference.export.description import MODEL
-from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.plans.architecture import write_config
 
 MASKSAM, STOCK = (f"{trainer}__nnUNetPlans__3d_fullres" for trainer in ("MaskSAMTrainer", "nnUNetTrainer"))
@@ -52,9 +50,8 @@ def masksam_model(results: Path, backbone: str = "tiny", folds: int = 2, sam: Pa
     folder = _folder(results, MASKSAM, plans)
     network: Any = build_network(plans, 1)
     if sam is not None:
-        new = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-        set_sam_sha256(network, weights.load_sam(network.sam_parts(), backbone, sam, new).sha256)
-        with lean_state_dicts(network):
+        network.load_sam(sam)
+        with network.lean_state_dicts():
             add_fold(folder, 0, trained(network))
     for fold in range(int(sam is not None), folds):
         add_fold(folder, fold, trained(network))

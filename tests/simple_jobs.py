@@ -1,42 +1,33 @@
-"""A job for executors that takes no training; imported by the processes that run it."""
+"""A fold that takes no training."""
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.benchmarks.jobs import FoldJob
+from masksam_nnunet.errors import TrainingError
+from masksam_nnunet.inference.methods import Method
 
 
 @dataclass(frozen=True)
-class SimpleJob:
-    """Notes in ``folder`` when it ran, and fails where told to."""
+class SimpleJob(FoldJob):
+    """Notes in its folder when it ran, and fails where told to."""
 
-    folder: Path
-    name: str
     fails: bool = False
-    seconds: float = 0.0
-    saves: float = 0.0
-    """Seconds that it takes to note that it was interrupted."""
 
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.name}.log"
-
-    def on(self, gpu: str | None) -> SimpleJob:
-        return self
-
-    def __call__(self) -> str:
+    def run(self, gpu: str | None = None, stop: threading.Event | None = None) -> None:
         began = time.monotonic()
-        try:
-            (self.folder / f"{self.name}_began").touch()
-            time.sleep(self.seconds)
-        except KeyboardInterrupt:
-            time.sleep(self.saves)
-            (self.folder / f"{self.name}_saved").touch()
-            raise
+        time.sleep(0.3)
         if self.fails:
-            raise BenchmarkError(f"{self.name} has no data")
-        (self.folder / self.name).write_text(f"{began} {time.monotonic()}")
-        return "done"
+            raise TrainingError(f"{self.name} has no data")
+        self.folder.mkdir(parents=True)
+        (self.folder / "ran").write_text(f"{began} {time.monotonic()} {gpu}")
+
+
+def simple_jobs(root: Path, *trainers: str, failing: str = "") -> list[SimpleJob]:
+    """A job for each trainer, in ``root``."""
+    environment = {"nnUNet_results": str(root), "nnUNet_preprocessed": str(root)}
+    return [SimpleJob("D", Method(t, "P", "2d"), 0, "cpu", environment, fails=t == failing) for t in trainers]

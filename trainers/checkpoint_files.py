@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.checkpoints import damage, load_checkpoint
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import SAVE_EVERY
 from masksam_nnunet.errors import TrainingError
-from masksam_nnunet.zip_damage import damage
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 """nnU-Net's own names."""
@@ -118,7 +117,7 @@ def newest_whole(folder: Path) -> WholeCheckpoint:
 
     Raises:
         TrainingError: none is whole.
-        CheckpointFileError: the first whole file is not one of nnU-Net's checkpoints, or would run code.
+        CheckpointError: the first whole file is not one of nnU-Net's checkpoints, or would run code.
     """
     damaged: dict[Path, str] = {}
     for file in (folder / name for name in ORDER if (folder / name).is_file()):
@@ -139,7 +138,7 @@ def exactly(file: Path) -> dict[str, Any]:
 
     Raises:
         TrainingError: it is damaged.
-        CheckpointFileError: it is not one of nnU-Net's checkpoints, or would run code.
+        CheckpointError: it is not one of nnU-Net's checkpoints, or would run code.
     """
     reason = damage(file)
     if reason is not None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.environment import (
     LEAN_CHECKPOINTS,
@@ -30,11 +29,11 @@ from masksam_nnunet.environment import (
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
-from masksam_nnunet.modeling.lean import lean_state_dicts, sam_sha256, set_sam_sha256
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.training_inputs import training_config
-from masksam_nnunet.precision import autocast, autocast_dtype
+from masksam_nnunet.sam_weights import find
 
 from .finite_guard import (
     FEWEST_SKIPPED,
@@ -206,16 +205,13 @@ class MaskSAMTrainer(ResumableTrainer):
         lean = switched_on(LEAN_CHECKPOINTS)
         if not self.config.needs_sam:
             if not self.masksam.sam_is_loaded:
-                self.print_to_log_file(
-                    f"The encoder {self.config.backbone} is not SAM; no file of SAM is read, and it starts from random "
-                    "weights or its own."
-                )
+                self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
             if lean:
                 self.print_to_log_file(f"{LEAN_CHECKPOINTS} has no effect: {self.config.backbone} holds no SAM.")
             return
         if not self.masksam.sam_is_loaded:
             self._read_sam()
-        sha256 = sam_sha256(self.masksam)
+        sha256 = self.masksam.sam_sha256()
         if lean and sha256 is None:
             raise ConfigError(
                 f"{LEAN_CHECKPOINTS} is set, but SAM's part holds random weights ({RANDOM_INIT}) that no file could "
@@ -236,17 +232,12 @@ class MaskSAMTrainer(ResumableTrainer):
             )
             return
         assert self.config.sam is not None
-        path = weights.find(self.config.sam)
-        trained = [name for name, p in network.named_parameters() if p.requires_grad]
-        report = weights.load_sam(network.sam_parts(), self.config.sam, path, trained)
-        network.sam_is_loaded = True
-        set_sam_sha256(network, report.sha256)
-        for line in report.lines():
+        for line in network.load_sam(find(self.config.sam)).lines():
             self.print_to_log_file(line)
 
     def network_weights(self) -> Mapping[str, Tensor]:
         """Without SAM's frozen weights where lean checkpoints are asked for."""
-        with lean_state_dicts(self.masksam) if switched_on(LEAN_CHECKPOINTS) else nullcontext():
+        with self.masksam.lean_state_dicts() if switched_on(LEAN_CHECKPOINTS) else nullcontext():
             return super().network_weights()
 
     # ---- training ------------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ class ResumableTrainer(nnUNetTrainer):
 
         Raises:
             TrainingError: none is whole, or the very one that validation needs is damaged.
-            CheckpointFileError: it is not one of nnU-Net's, or would run code.
+            CheckpointError: it is not one of nnU-Net's, or would run code.
         """
         if not self.was_initialized:
             self.initialize()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from measure import Builder, Case, Step
@@ -17,7 +16,7 @@ from masksam_nnunet.cost import Meter
 from masksam_nnunet.losses.criterion import MaskSAMCriterion, SemanticLoss
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
 from masksam_nnunet.modeling.attention import self_attention
-from masksam_nnunet.precision import autocast
+from masksam_nnunet.modeling.compute import autocast
 
 WITHOUT_SEMANTIC = LossConfig(semantic=0.0)
 STEP = (2, 256, 8)
@@ -84,9 +83,7 @@ def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
                     sparse, dense = plain_prompt_encoder(encoder, prompts)
                     masks, classes = plain_decoder(decoder, neck, pe, sparse, dense, prompts.class_tokens)
                 else:
-                    sparse, features = encoder(prompts)
-                    downscaling = encoder.sam.mask_downscaling
-                    masks, classes = decoder(neck, pe, sparse, features, downscaling, prompts.class_tokens)
+                    masks, classes = network.decode(neck, prompts)
             _mean_squares([masks, classes]).backward()
 
         return step
@@ -229,16 +226,6 @@ def cases() -> list[Case]:
                 "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
                 "slice by slice": _loss(PlainCriterion, 128, 24, 16, 128),
             },
-        ),
-        Case(
-            "targets, matching and loss, loops that index the batch",
-            "128 slices of 128x128, N = 24, K = 16",
-            {
-                "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
-                "slice by slice, indexed": _loss(partial(PlainCriterion, indexed=True), 128, 24, 16, 128),
-            },
-            repeats=1,
-            memory=False,
         ),
         Case(
             "training step of the network",

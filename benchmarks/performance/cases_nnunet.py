@@ -23,14 +23,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from segment_anything import sam_model_registry
 from torch import nn
 
-from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
+from masksam_nnunet.modeling.compute import autocast
 from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
-from masksam_nnunet.precision import autocast
 
 PATCH, VOLUME, CLASSES = (8, 128, 128), (8, 192, 192), 4
 FOLDS_PATCH = (4, 64, 64)
@@ -201,8 +199,7 @@ def _write_model(root: Path, folds: int, lean: bool) -> None:
     torch.save(sam_model_registry["vit_b"]().state_dict(), root / "sam_vit_b.pth")
     config = MaskSAMConfig("vit_b", FOLDS_PATCH, 4, 8)
     network = MaskSAM(config, 1, CLASSES)
-    report = weights.load_sam(network.sam_parts(), "vit_b", root / "sam_vit_b.pth")
-    set_sam_sha256(network, report.sha256)
+    network.load_sam(root / "sam_vit_b.pth")
     model = _model_folder(root)
     for fold in (model / f"fold_{number}" for number in range(folds)):
         (fold / "validation").mkdir(parents=True)
@@ -211,7 +208,7 @@ def _write_model(root: Path, folds: int, lean: bool) -> None:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data += 1e-3 * torch.randn_like(parameter)
-        with lean_state_dicts(network) if lean else contextlib.nullcontext():
+        with network.lean_state_dicts() if lean else contextlib.nullcontext():
             state = network.state_dict()
         checkpoint = {
             "network_weights": state,
@@ -234,7 +231,7 @@ def _export(lean: bool) -> Builder:
 
         def step() -> object:
             if lean:
-                from masksam_nnunet.inference.export.nnunet_zip import export_model
+                from masksam_nnunet.inference.export.write import export_model
 
                 return export_model("Dataset999_Bench", output, "MaskSAMTrainer", BASE_PLANS, folds=("0",)), folder
             from nnunetv2.model_sharing.model_export import export_pretrained_model

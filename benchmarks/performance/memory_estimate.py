@@ -26,7 +26,7 @@ from masksam_nnunet.config import LossConfig, MaskSAMConfig
 from masksam_nnunet.cost import dice_and_cross_entropy, training_cost
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.precision import autocast
+from masksam_nnunet.modeling.compute import autocast
 
 # backbone, patch, u, N, checkpointing, batch, C, K: as large as a CPU runs in a minute or two.
 CPU_PLANS = [

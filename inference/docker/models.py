@@ -9,7 +9,8 @@ from pathlib import Path
 from masksam_nnunet.errors import WeightsError, in_short
 from masksam_nnunet.files import read_json
 
-from ..export.load import is_portable, load_portable
+from ..export.description import is_portable
+from ..export.load import load_portable
 from ..predictor import MaskSAMPredictor
 from .errors import ContainerError, ModelFolderError
 

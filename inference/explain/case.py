@@ -155,6 +155,7 @@ class PreparedCase:
         source_slices: number of slices of the source along D.
         slice_axis: the source's voxel axis along D: i, j or k.
         directions: where rising indices along (D, H, W) lead (L R A P S I); None if unknown.
+        classes: of the model.
         properties: nnU-Net's, of the source.
         predictor: whose plans made it.
     """
@@ -166,6 +167,7 @@ class PreparedCase:
     source_slices: int
     slice_axis: str
     directions: tuple[str, str, str] | None
+    classes: Classes
     properties: Mapping[str, Any]
     predictor: MaskSAMPredictor
 
@@ -245,6 +247,7 @@ def prepare_case(
         source_slices=int(properties["shape_before_cropping"][0]),
         slice_axis=_VOXEL_AXES[forward[0]],
         directions=None if codes is None else (codes[2 - forward[0]], codes[2 - forward[1]], codes[2 - forward[2]]),
+        classes=classes,
         properties=properties,
         predictor=predictor,
     )

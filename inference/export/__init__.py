@@ -1,5 +1,4 @@
-"""Trained models as safetensors and JSON: written, moved, checked and predicted with, without pickle.
+"""Trained models to hand on: ``write`` exports, ``install`` imports, ``load`` predicts with a portable model.
 
-``description`` what ``model.json`` says · ``weights`` the safetensors files · ``checks`` plans and dataset.json from
-elsewhere · ``write`` export · ``archive`` zip files · ``load`` into a predictor · ``install`` into nnU-Net's folders.
+``description`` and ``foreign_plans`` say what the JSON files of a portable model may hold.
 """

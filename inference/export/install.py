@@ -1,15 +1,21 @@
-"""A portable model into nnU-Net's results folder, for nnU-Net's own commands.
+"""Import portable models: unpack zip files of unknown origin, check, and install into nnU-Net's results folder.
 
-They need pickled checkpoints. Those are written from the checked tensors, with plain types only, so that PyTorch's
-``weights_only=True`` accepts them too; nothing is unpickled.
+Unpacking is bounded, and nothing but a model's files comes out. nnU-Net's own commands need pickled checkpoints: these
+are written from the checked tensors, with plain types only, so that PyTorch's ``weights_only=True`` accepts them too.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
+import stat
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,23 +23,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from masksam_nnunet.errors import PortableError
+from masksam_nnunet.errors import ModelError, UsageError
+from masksam_nnunet.files import atomic_folder
 
-from .archive import unpack
-from .description import DATASET, MODEL, PLANS
-from .load import PortableModel, is_portable, read_model
-from .nnunet_zip import CHECKPOINT
+from .description import DATASET, LARGEST_JSON, MOST_FOLDS, PLANS, Description, is_file_of_a_model
+from .load import PortableModel, read_model
+from .write import CHECKPOINT
+
+MOST_FILES = MOST_FOLDS + 4
+LARGEST_FILE, LARGEST_MODEL = 2**35, 2**37
+"""Bytes, unpacked: 32 GiB, of which a fold of ViT-H takes 2.8, and 128 GiB."""
+LARGEST_RATIO = 200
+"""Of a file to its part of the archive. Weights hardly shrink, JSON to a tenth; a bomb is a thousandfold."""
+
+_CHUNK = 2**20
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(NotImplementedError, RuntimeError, ValueError, OverflowError),
+)
+"""What zipfile and zlib raise for archives that are damaged, encrypted or of unknown methods."""
 
 
 class Import(NamedTuple):
-    """What was installed."""
+    """What was installed, and where."""
 
     folder: Path
-    dataset: str
-    trainer: str
-    plans: str
-    configuration: str
-    folds: tuple[str, ...]
+    model: Description
 
 
 def import_model(source: Path, results: Path, force: bool = False) -> Import:
@@ -48,106 +63,160 @@ def import_model(source: Path, results: Path, force: bool = False) -> Import:
         force: replace an earlier model of that name, all folds of it.
 
     Raises:
-        PortableError: the model is damaged, not safe, of parts that are not installed; or there already is one.
+        ModelError: the model is damaged, not safe, or needs parts that are not installed.
+        UsageError: there already is one, or it cannot be written.
     """
-    with _unpacked(source) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = source
+        if not source.is_dir():
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="masksam-import-"))
+            folder = Path(scratch) / "model"
+            unpack(source, folder)
         model = read_model(folder)
-        about = model.description
+        about = model.about.description
         target = results / about.dataset / about.model_folder
         if os.path.lexists(target) and not force:
-            raise PortableError(
-                f"{target} is there already: name another results folder (--to), or add --force to replace it and all "
-                "of its folds"
-            )
+            raise UsageError(f"{target} exists: name another results folder (--to), or add --force to replace it")
         if os.path.lexists(target) and (target.is_symlink() or not (target / PLANS).is_file()):
-            raise PortableError(f"{target} is no model's folder, so --force does not replace it; move it away")
-        try:
-            _install(model, folder, target)
-        except (OSError, RuntimeError) as error:  # the latter is how torch.save says that a disk is full
-            reason = getattr(error, "strerror", None) or str(error)
-            raise PortableError(f"cannot write {target}: {reason}; make room or name another folder (--to)") from error
-    return Import(target, about.dataset, about.trainer, about.plans, about.configuration, about.folds)
+            raise UsageError(f"{target} is not a model's folder, so --force does not replace it: move it away")
+        with _writing(target, "name another folder (--to)"), atomic_folder(target) as draft:
+            for name in (PLANS, DATASET):
+                shutil.copyfile(folder / name, draft / name)
+            for fold, state in zip(model.about.folds, model.states, strict=True):
+                (draft / f"fold_{fold}").mkdir()
+                with (draft / f"fold_{fold}" / CHECKPOINT).open("wb") as stream:
+                    torch.save(_checkpoint(model, fold, state), stream)
+    return Import(target, about)
 
 
 def unpack_model(source: Path, target: Path) -> Path:
     """Unpack a portable model's zip file into the folder ``target``, and check it; it appears whole or not at all.
 
     Raises:
-        PortableError: as :func:`import_model`.
+        ModelError, UsageError: as :func:`import_model`.
     """
     if os.path.lexists(target):
-        raise PortableError(f"{target} is there already: name another folder (--unpack)")
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+        raise UsageError(f"--unpack {target} exists: name another folder")
+    with _writing(target, "name another folder (--unpack)"), atomic_folder(target) as draft:
+        draft.rmdir()
         unpack(source, draft)
         read_model(draft)
-        os.rename(draft, target)
-    except OSError as error:
-        raise PortableError(f"cannot write {target}: {error.strerror or error}; name another folder") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
 @contextlib.contextmanager
-def _unpacked(source: Path) -> Iterator[Path]:
-    """The folder of a portable model, unpacked for a while where it is a zip file."""
-    if source.is_dir():
-        if not is_portable(source):
-            raise PortableError(
-                f"{source} is no portable model: it has no {MODEL} of one. masksam export --format safetensors writes "
-                "one; zip files of nnU-Net's own export are for nnUNetv2_install_pretrained_model_from_zip"
-            )
-        yield source
-        return
+def _writing(target: Path, remedy: str) -> Iterator[None]:
     try:
-        with tempfile.TemporaryDirectory(prefix="masksam-import-") as folder:
-            unpack(source, Path(folder) / "model")
-            yield Path(folder) / "model"
+        yield
     except OSError as error:
-        raise PortableError(
-            f"cannot unpack {source}: {error.strerror or error}; set TMPDIR to a larger disk"
-        ) from error
-
-
-def _install(model: PortableModel, source: Path, target: Path) -> None:
-    new = not target.parent.exists()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft, earlier = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "earlier"))
-    try:
-        draft.mkdir()
-        for name in (PLANS, DATASET):
-            shutil.copyfile(source / name, draft / name)
-        for fold, state in zip(model.folds, model.states, strict=True):
-            (draft / f"fold_{fold}").mkdir()
-            torch.save(_checkpoint(model, fold, state), draft / f"fold_{fold}" / CHECKPOINT)
-        if target.exists():
-            os.rename(target, earlier)
-        os.rename(draft, target)
-    finally:
-        if earlier.exists() and not target.exists():
-            os.rename(earlier, target)
-        for rest in (draft, earlier):
-            shutil.rmtree(rest, ignore_errors=True)
-        if new and not target.exists():
-            with contextlib.suppress(OSError):
-                target.parent.rmdir()
+        raise UsageError(f"cannot write {target}: {error.strerror or error}; make room or {remedy}") from error
 
 
 def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """What nnU-Net's predictor and its ``-pretrained_weights`` read of a checkpoint, and what says where it is from."""
-    about = model.description
+    about = model.about.description
     copies: dict[int, Tensor] = {}  # out of the one large storage that a safetensors file is
     return {
         "network_weights": {name: copies.setdefault(id(t), t.clone()) for name, t in state.items()},
         "trainer_name": about.trainer,
         "init_args": {
-            "plans": model.plans.plans,
+            "plans": model.about.plans.plans,
             "configuration": about.configuration,
             "fold": fold if fold == "all" else int(fold),
-            "dataset_json": model.dataset_json,
+            "dataset_json": model.about.dataset_json,
         },
         "inference_allowed_mirroring_axes": about.mirroring_axes,
         "current_epoch": about.epochs.get(fold, 0),
         "imported": "by masksam import: without optimizer and logging, for prediction and as pre-trained weights",
     }
+
+
+# ---- zip files -------------------------------------------------------------------------------------------------------
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Unpack a portable model into ``folder``, a new one, of which nothing is of use after an error.
+
+    The archive holds the files of a model and no others, all at top level or all in one folder. What its headers say
+    is not trusted: bytes are counted while it is unpacked.
+
+    Raises:
+        ModelError: not a zip file, damaged, too large, or holding other names, folders, links, devices, one name twice,
+            or something encrypted.
+        UsageError: there is no such file, or the folder exists or cannot be written.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file} is not a file: name a portable model's folder or zip file")
+    try:
+        folder.mkdir()
+        with _Bounded(file) as stream, zipfile.ZipFile(stream) as archive:
+            left = LARGEST_MODEL
+            for name, info in _members(archive, file).items():
+                # A header can claim any size of a packed file, but not one beyond the archive's.
+                packed = min(max(info.compress_size, 1), file.stat().st_size)
+                most = LARGEST_JSON if name.endswith(".json") else LARGEST_FILE
+                left -= _extract(archive, info, folder / name, min(left, most, packed * LARGEST_RATIO))
+    except OSError as error:  # also of archives that point before their begin
+        raise UsageError(f"cannot unpack {file} into {folder}: {error.strerror or error}; make room") from error
+    except _DAMAGED as error:
+        raise ModelError(f"{file} is not a zip file, or damaged ({error}): fetch it again") from error
+
+
+class _Bounded(io.FileIO):
+    """A file of which little is read at once: zipfile takes a whole list of contents at the length that it claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        if size > 2 * _CHUNK:
+            raise zipfile.BadZipFile("its list of contents is larger than any model's")
+        return super().read(size)
+
+
+def _members(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]:
+    """The files to unpack by their names, once it is sure that there is nothing else."""
+    result: dict[str, zipfile.ZipInfo] = {}
+    prefixes = set()
+    for info in archive.infolist():
+        prefix, slash, name = info.filename.rpartition("/")
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        prefixes.add(prefix + slash)
+        plain = not slash or _is_plain(prefix)
+        if slash and not name and kind in (0, stat.S_IFDIR) and plain and not info.file_size:
+            continue
+        refused = f"refused {file}: {info.orig_filename!r:.100}"
+        if name.endswith(".pth"):
+            remedy = "install it with nnUNetv2_install_pretrained_model_from_zip if you trust its source"
+            raise ModelError(f"{refused} is a pickled checkpoint of nnU-Net, not a file of a portable model: {remedy}")
+        if info.orig_filename != info.filename or not is_file_of_a_model(name) or not plain:
+            raise ModelError(f"{refused} is not a file of a portable model")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise ModelError(f"{refused} is encrypted, or neither stored nor deflated")
+        if kind not in (0, stat.S_IFREG):
+            raise ModelError(f"{refused} is a link or a device, not a file")
+        if name in result or len(result) == MOST_FILES:
+            raise ModelError(f"{refused} comes twice, or after {MOST_FILES} files")
+        result[name] = info
+    if len(prefixes) > 1:
+        raise ModelError(f"refused {file}: its files lie in several folders, {sorted(prefixes)!r:.100}")
+    return result
+
+
+def _is_plain(name: str) -> bool:
+    """Whether this is the name of one folder; it is not used for anything."""
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\:\0")
+
+
+def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> int:
+    """Write a file of at most ``most`` bytes; the number of its bytes."""
+    written = 0
+    with archive.open(info) as source, target.open("xb") as stream:
+        while chunk := source.read(_CHUNK):
+            written += len(chunk)
+            if written > most:
+                raise ModelError(
+                    f"refused {archive.filename}: {info.filename!r:.100} has more than {most} bytes unpacked, too "
+                    "many for such a file of a model"
+                )
+            stream.write(chunk)
+    return written

@@ -1,51 +1,118 @@
-"""A trained model from nnU-Net's results as a portable one: safetensors and JSON, no pickle."""
+"""Export trained models: as a zip file for nnU-Net, or as a portable model of safetensors and JSON.
+
+In both, lean checkpoints, which leave SAM's frozen weights out, are completed, so that no SAM file is needed.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from masksam_nnunet.errors import ExportError, PortableError
-from masksam_nnunet.files import write_json
+from masksam_nnunet.checkpoints import load_checkpoint
+from masksam_nnunet.errors import ModelError, UsageError
+from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_json
+from masksam_nnunet.modeling.lean import is_lean
+from masksam_nnunet.plans.architecture import open_configuration
 
+from ..models import find_models, network_to_predict
+from ..predictor import same_bits
 from ..versions import versions
-from .archive import pack
-from .checks import check_model
 from .description import (
     DATASET,
+    FORMAT,
     MODEL,
     MOST_FOLDS,
     PLANS,
     SHARED,
+    VERSION,
     Description,
-    entry,
+    file_entry,
     fold_file,
+    is_portable,
     read_description,
     read_foreign_json,
 )
-from .load import is_portable, network_with
-from .nnunet_zip import fold_checkpoint, full_checkpoints, model_folders
-from .weights import second_names, split, write_tensors
+from .foreign_plans import check_model
+from .load import network_with
+
+CHECKPOINT = "checkpoint_final.pth"
+_MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
+_FOLD_FILES = ("progress.png", "validation/summary.json")  # nnU-Net's export needs them
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same model gives the same archive
 
 
-class PortableExport(NamedTuple):
+class Export(NamedTuple):
     """What was written."""
 
     output: Path
-    folds: tuple[str, ...]
+    checkpoints: int
     completed: int
-    """How many of the checkpoints were lean."""
-    shared_bytes: int
-    """Of tensors that all folds agree on; 0 where there are none."""
-    total_bytes: int
-    """Of all files, before they are packed."""
+    """Number of checkpoints that were lean."""
+    shared_bytes: int = 0
+    """Of tensors that all folds agree on; portable models only."""
+    total_bytes: int = 0
+    """Of all files, before they are packed; portable models only."""
+
+
+def export_model(
+    dataset: str,
+    output: Path,
+    trainer: str,
+    plans: str,
+    configurations: Sequence[str] | None = None,
+    folds: Sequence[str] = ("0", "1", "2", "3", "4"),
+) -> Export:
+    """Write a zip file that ``nnUNetv2_install_pretrained_model_from_zip`` installs.
+
+    nnU-Net's own export writes everything but the checkpoints. The results folder is only read.
+
+    Args:
+        dataset: number or name.
+        output: the zip file; an earlier one is replaced.
+        trainer: the trainer's class.
+        plans: name of the plans.
+        configurations: all that were trained if not given.
+        folds: numbers, or "all".
+
+    Raises:
+        ModelError: there is no such model, or a fold or a file of it is missing or damaged.
+        CheckpointError: a checkpoint is damaged, or holds more than tensors, numbers and texts.
+        UsageError: the output cannot be written.
+        WeightsError: a checkpoint is lean, and SAM's file for it is missing or another one.
+    """
+    results, models = _model_folders(dataset, trainer, plans, configurations, _MODEL_FILES)
+    files = {model: [_fold_checkpoint(model, fold, _FOLD_FILES) for fold in folds] for model in models}
+    # All are read before anything is written; their tensors stay in the files.
+    checkpoints = [made for model in models for made in _full_checkpoints(model, files[model])]
+    if output.is_dir():
+        raise UsageError(f"-o {output} is a folder: name a file in it")
+    with _writing(output), atomic_write(output) as draft:
+        names = tuple(model.name.split("__")[2] for model in models)
+        export_pretrained_model(
+            models[0].parent.name, str(draft), names, trainer, plans, tuple(folds), save_checkpoints=()
+        )
+        with zipfile.ZipFile(draft, "a") as archive:
+            for file, checkpoint, was_lean in checkpoints:
+                name = str(file.relative_to(results))
+                if was_lean:
+                    with archive.open(zipfile.ZipInfo.from_file(file, name), "w", force_zip64=True) as stream:
+                        torch.save(checkpoint, stream)
+                else:
+                    archive.write(file, name, zipfile.ZIP_STORED)
+    return Export(output, len(checkpoints), sum(was_lean for *_, was_lean in checkpoints))
 
 
 def export_portable(
@@ -56,7 +123,7 @@ def export_portable(
     configurations: Sequence[str] | None = None,
     folds: Sequence[str] = ("0", "1", "2", "3", "4"),
     force: bool = False,
-) -> PortableExport:
+) -> Export:
     """Write a trained model as a portable one.
 
     Args:
@@ -69,85 +136,162 @@ def export_portable(
         force: replace an earlier portable model.
 
     Raises:
-        ModelError: there is no such model.
-        ExportError: a fold or a file of it is missing or damaged, or its checkpoint holds more than tensors, numbers
-            and texts.
-        PortableError: the target exists, cannot be written, or the model cannot be portable.
-        WeightsError: a checkpoint is lean, and SAM's file for it is missing or another one.
+        UsageError: the target exists or cannot be written, or several configurations were trained.
+        ModelError, CheckpointError, WeightsError: as :func:`export_model`; or the model cannot be portable.
     """
-    _, models = model_folders(dataset, trainer, plans, configurations, (PLANS, DATASET))
+    _, models = _model_folders(dataset, trainer, plans, configurations, (PLANS, DATASET))
     if len(models) > 1:
         names = " ".join(model.name.split("__")[2] for model in models)
-        raise ExportError(f"a portable model is of one configuration, there are several: name one of {names} (-c)")
+        raise UsageError(f"a portable model has one configuration: name one of {names} (-c)")
     return write_portable(models[0], output, folds, force)
 
 
-def write_portable(model: Path, output: Path, folds: Sequence[str], force: bool = False) -> PortableExport:
+def write_portable(model: Path, output: Path, folds: Sequence[str], force: bool = False) -> Export:
     """Write the model in one of nnU-Net's folders, ``TRAINER__PLANS__CONFIGURATION``, as :func:`export_portable` does.
 
     Checkpoints are read as tensors, numbers and texts only; no code in them is run.
     """
     folds = tuple(dict.fromkeys(folds))
     if not 0 < len(folds) <= MOST_FOLDS:
-        raise ExportError(f"-f names {len(folds)} folds; name 1 to {MOST_FOLDS}")
+        raise UsageError(f"-f names {len(folds)} folds; name 1 to {MOST_FOLDS}")
     _check_target(output, force)
-    files = [fold_checkpoint(model, fold) for fold in folds]
-    checkpoints = list(full_checkpoints(model, files))
-    with _draft(output, force) as folder:
-        done = _write(model, folder, dict(zip(folds, (content for _, content, _ in checkpoints), strict=True)))
-        if output.suffix == ".zip":
-            pack(folder, folder.with_suffix(".zip"))
-    return done._replace(output=output, completed=sum(was_lean for *_, was_lean in checkpoints))
+    made = _full_checkpoints(model, [_fold_checkpoint(model, fold) for fold in folds])
+    checkpoints = dict(zip(folds, made, strict=True))
+    contents = {fold: content for fold, (_, content, _) in checkpoints.items()}
+    with _writing(output):
+        if output.suffix != ".zip":
+            with atomic_folder(output) as draft:
+                shared, total = _write(model, draft, contents)
+        else:
+            with (
+                atomic_write(output) as archive,
+                tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder,
+            ):
+                shared, total = _write(model, Path(folder), contents)
+                _pack(Path(folder), archive)
+    return Export(output, len(folds), sum(was_lean for *_, was_lean in checkpoints.values()), shared, total)
 
 
-def _write(model: Path, folder: Path, checkpoints: dict[str, dict[str, Any]]) -> PortableExport:
-    """All files of the portable model into ``folder``, which is there and empty."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for fold, checkpoint in checkpoints.items():
-        states[fold] = checkpoint["network_weights"]
-        odd = [name for name, value in states[fold].items() if not isinstance(value, Tensor)]
-        other = states[fold].keys() ^ next(iter(states.values())).keys()
-        if odd or other:
-            raise PortableError(
-                f"fold {fold} of {model} cannot be written: "
-                + (f"{odd[0]!r} is not a tensor" if odd else f"only some folds have {min(other)!r}; export them apart")
+def _check_target(output: Path, force: bool) -> None:
+    """Replace nothing without ``force``, and with it only what this command has written."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not force:
+        raise UsageError(f"-o {output} exists: name another target, or add --force to replace it")
+    if output.is_symlink() or not (output.is_file() if output.suffix == ".zip" else is_portable(output)):
+        raise UsageError(f"-o {output} is not a portable model, so --force does not replace it: name another target")
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {output}: {reason}; make room or name another target (-o)") from error
+
+
+# ---- from nnU-Net's results ------------------------------------------------------------------------------------------
+
+
+def _model_folders(
+    dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None, needed: Sequence[str]
+) -> tuple[Path, list[Path]]:
+    """nnU-Net's results folder, and in it the folders of the models, each with the files ``needed``."""
+    results, models = find_models(dataset, trainer, plans, configurations)
+    for file in (model / name for model in models for name in needed):
+        if not file.is_file():
+            raise ModelError(f"{file} is missing: without it the model cannot be used elsewhere")
+        try:
+            content = read_json(file)
+            if file.name == PLANS:
+                open_configuration(content, file.parent.name.split("__")[2])
+            elif not isinstance(content, dict):
+                raise ValueError("it is not a JSON object")
+        except ValueError as error:  # ConfigError is one
+            raise ModelError(f"{file} is damaged or of another version: {error}; restore it") from error
+    return results, models
+
+
+def _fold_checkpoint(model: Path, fold: str, beside: Sequence[str] = ()) -> Path:
+    """A fold's final checkpoint, which must be there with the files ``beside`` it."""
+    folder = model / f"fold_{fold}"
+    if not (folder / CHECKPOINT).is_file():
+        finished = sorted(file.parent.name.removeprefix("fold_") for file in model.glob(f"fold_*/{CHECKPOINT}"))
+        raise ModelError(
+            f"{folder / CHECKPOINT} is missing: finish the training of fold {fold}, or name finished folds: "
+            f"-f {' '.join(finished) or '(there are none)'}"
+        )
+    if missing := [name for name in beside if not (folder / name).is_file()]:
+        raise ModelError(f"{folder} lacks {' and '.join(missing)}: validate it with nnUNetv2_train ... {fold} --val")
+    return folder / CHECKPOINT
+
+
+def _full_checkpoints(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any], bool]]:
+    """Each of the ``files`` below ``model``, its checkpoint with all weights, and whether it was lean.
+
+    Tensors stay in the files until they are used; all completed checkpoints share one copy of SAM's.
+    """
+    network: nn.Module | None = None
+    for file in files:
+        checkpoint = load_checkpoint(file)
+        was_lean = is_lean(checkpoint["network_weights"])
+        if was_lean:
+            if network is None:
+                plans, dataset_json = PlansManager(str(model / PLANS)), read_json(model / DATASET)
+                configuration = checkpoint["init_args"]["configuration"]
+                with torch.device("meta"):
+                    network = network_to_predict(plans, configuration, dataset_json, checkpoint["trainer_name"])
+            network.load_state_dict(checkpoint["network_weights"], assign=True)
+            checkpoint |= {"network_weights": network.state_dict()}
+        yield file, checkpoint, was_lean
+
+
+# ---- to a portable model ---------------------------------------------------------------------------------------------
+
+
+def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Write all files of the portable model into ``folder``; the bytes of shared tensors, and of all files."""
+    states: dict[str, dict[str, Tensor]] = {fold: content["network_weights"] for fold, content in checkpoints.items()}
+    for fold, state in states.items():
+        odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        odd += state.keys() ^ next(iter(states.values())).keys()
+        if odd:
+            raise ModelError(
+                f"fold {fold} of {model}: {odd[0]!r} is not a tensor, or not in all folds: export it alone"
             )
-    same_as = second_names(list(states.values()))
-    once = {fold: {name: t for name, t in state.items() if name not in same_as} for fold, state in states.items()}
-    shared, own = split(list(once.values()))
+    same_as = _second_names(list(states.values()))
+    once = [{name: t for name, t in state.items() if name not in same_as} for state in states.values()]
+    first, *others = once
+    shared = {n: t for n, t in first.items() if others and all(same_bits(other[n], t) for other in others)}
     for name in (PLANS, DATASET):
         shutil.copyfile(model / name, folder / name)
     if shared:
-        write_tensors(folder / SHARED, shared)
-    for fold, tensors in zip(states, own, strict=True):
-        write_tensors(folder / fold_file(fold), tensors)
+        _write_tensors(folder / SHARED, shared)
+    for fold, state in zip(states, once, strict=True):
+        _write_tensors(folder / fold_file(fold), {name: t for name, t in state.items() if name not in shared})
     description = _describe(model, folder, checkpoints, same_as)
     dataset_json = read_foreign_json(folder / DATASET)
     plans = check_model(description, read_foreign_json(folder / PLANS), dataset_json)
     network_with(description, plans, dataset_json, states)  # what cannot be loaded is not written
-    write_json(folder / MODEL, description.to_json())
+    write_json(folder / MODEL, description.model_dump(mode="json"))
     read_description(folder)
-    return PortableExport(
-        folder,
-        tuple(states),
-        0,
-        (folder / SHARED).stat().st_size if shared else 0,
-        sum(file.stat().st_size for file in folder.iterdir()),
-    )
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    return sizes.get(SHARED, 0), sum(sizes.values())
 
 
 def _describe(
-    model: Path, folder: Path, checkpoints: dict[str, dict[str, Any]], same_as: dict[str, str]
+    model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any]], same_as: dict[str, str]
 ) -> Description:
     first = next(iter(checkpoints.values()))
     for checkpoint in checkpoints.values():
         if not isinstance(checkpoint.get("init_args"), dict) or "configuration" not in checkpoint["init_args"]:
-            raise PortableError(f"a checkpoint of {model} does not say its configuration: it is none of nnU-Net's")
+            raise ModelError(f"a checkpoint of {model} does not say its configuration: nnU-Net has not written it")
         for key in ("trainer_name", "inference_allowed_mirroring_axes"):
             if checkpoint.get(key) != first.get(key):
-                raise PortableError(
-                    f"the folds of {model} differ in {key}: {first.get(key)!r} and {checkpoint.get(key)!r}; export "
-                    "them apart"
+                raise ModelError(
+                    f"the folds of {model} differ in {key} ({first.get(key)} and {checkpoint.get(key)}): export each "
+                    "alone (-f)"
                 )
     axes = first.get("inference_allowed_mirroring_axes")
     plans = read_foreign_json(folder / PLANS)
@@ -155,57 +299,74 @@ def _describe(
     try:
         # As nnU-Net resolves it; plans of its first versions hold no architecture.
         network = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
-    except Exception as error:
-        raise PortableError(f"{model / PLANS}: no configuration {configuration}: {error!r}") from error
-    return Description(
-        dataset=plans.get("dataset_name"),
-        plans=plans.get("plans_name"),
-        configuration=configuration,
-        trainer=str(first.get("trainer_name")),
-        network=network,
-        folds=tuple(checkpoints),
-        epochs={fold: int(checkpoint.get("current_epoch", 0)) for fold, checkpoint in checkpoints.items()},
-        mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
-        same_as=same_as,
-        files={file.name: entry(file) for file in sorted(folder.iterdir())},
-        versions=versions(),
-    )
+        return Description(
+            format=FORMAT,
+            format_version=VERSION,
+            dataset=plans.get("dataset_name"),
+            plans=plans.get("plans_name"),
+            configuration=configuration,
+            trainer=first.get("trainer_name"),
+            network=network,
+            folds=tuple(checkpoints),
+            epochs={fold: int(checkpoint.get("current_epoch", 0)) for fold, checkpoint in checkpoints.items()},
+            mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
+            same_as=same_as,
+            files={file.name: file_entry(file) for file in sorted(folder.iterdir())},
+            versions=versions(),
+        )
+    except Exception as error:  # nnU-Net's of plans, pydantic's of names
+        raise ModelError(f"{model} cannot be described, configuration {configuration}: {error}") from error
 
 
-def _check_target(output: Path, force: bool) -> None:
-    """Nothing is replaced without ``force``, and with it only what this command has written."""
-    if not os.path.lexists(output):
-        return
-    if not force:
-        raise PortableError(f"{output} is there already: name another target (-o), or add --force to replace it")
-    if output.is_symlink() or not (output.is_file() if output.suffix == ".zip" else is_portable(output)):
-        raise PortableError(f"{output} is no portable model, so --force does not replace it: name another target (-o)")
+def _second_names(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Names under which all ``states`` repeat a tensor, and the first name of that tensor."""
+    return dict(set.intersection(*(set(_repeated(state)) for state in states)))
 
 
-@contextmanager
-def _draft(output: Path, force: bool) -> Iterator[Path]:
-    """An empty folder beside ``output``, which becomes it, or whose .zip neighbour does, once all is written."""
-    folder = output.with_name(f".{output.name}.{os.getpid()}.part")
-    packed = folder.with_suffix(".zip")
-    earlier = output.with_name(f".{output.name}.{os.getpid()}.earlier")
+def _repeated(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    first: dict[object, str] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            place = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride(), tensor.shape
+            known = first.setdefault((place, tensor.dtype), name)
+            if known != name:
+                yield name, known
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        ModelError: a type of number that the format does not have.
+        OSError: the disk is full, for instance.
+    """
+    file.touch()
+    mode = file.stat().st_mode  # the library would leave a file that others cannot read
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        _check_target(output, force)  # writing takes a while
-        if output.suffix == ".zip":
-            os.replace(packed, output)
-            return
-        if output.exists():
-            os.rename(output, earlier)
-        os.rename(folder, output)
-    except OSError as error:
-        raise PortableError(
-            f"cannot write {output}: {error.strerror or error}; make room or name another target (-o)"
-        ) from error
-    finally:
-        if earlier.exists() and not output.exists():
-            os.rename(earlier, output)
-        for rest in (folder, earlier):
-            shutil.rmtree(rest, ignore_errors=True)
-        packed.unlink(missing_ok=True)
+        save_file({name: _alone(tensor) for name, tensor in tensors.items()}, str(file), {"format": "pt"})
+    except SafetensorError as error:
+        if "os error" in str(error):  # how Rust ends the system's message
+            raise OSError(str(error)) from error
+        raise ModelError(f"cannot write {file}: {error}") from error
+    except KeyError as error:
+        raise ModelError(f"cannot write {file}: safetensors has no numbers of type {error}") from error
+    file.chmod(mode)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is contiguous and all of its storage, as the format wants it; else a copy."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    if whole and tensor.is_contiguous():
+        return tensor.detach()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _pack(folder: Path, file: Path) -> None:
+    """Write all files of ``folder`` to a zip file, JSON compressed and weights, which do not shrink, stored."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for source in sorted(folder.iterdir()):
+            info = zipfile.ZipInfo(source.name, _EPOCH)
+            info.compress_type = zipfile.ZIP_DEFLATED if source.suffix == ".json" else zipfile.ZIP_STORED
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            with source.open("rb") as stream, archive.open(info, "w", force_zip64=True) as member:
+                shutil.copyfileobj(stream, member)

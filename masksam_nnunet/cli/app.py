@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from masksam_nnunet import __version__
+from masksam_nnunet.backbones import checkpoint_names, planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import MaskSAMError
 
@@ -27,39 +27,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
-class Backbone(StrEnum):
-    """The released SAM checkpoints."""
-
-    vit_b = "vit_b"
-    vit_l = "vit_l"
-    vit_h = "vit_h"
-
-
-class AnyBackbone(StrEnum):
-    """What can be planned."""
-
-    auto = "auto"
-    tiny = "tiny"
-    vit_b = "vit_b"
-    vit_l = "vit_l"
-    vit_h = "vit_h"
-
-
-class PresetName(StrEnum):
-    """The paper's settings."""
-
-    acdc = "acdc"
-    synapse = "synapse"
-    amos = "amos"
-
-
-class Shell(StrEnum):
-    """Shells whose syntax for setting a variable is known."""
-
-    sh = "sh"
-    fish = "fish"
-    powershell = "powershell"
+Backbone = StrEnum("Backbone", {name: name for name in checkpoint_names()})  # type: ignore[misc]
+AnyBackbone = StrEnum("AnyBackbone", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
+AUTO = AnyBackbone("auto")
+PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
+Shell = StrEnum("Shell", ["sh", "fish", "powershell"])
 
 
 def main() -> None:
@@ -138,7 +110,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AnyBackbone.auto,
+    backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AUTO,
     gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Memory of the card to train on.")] = 24.0,
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.", show_default=False)] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
@@ -150,29 +122,6 @@ def plan(
         plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, preset and preset.value, plans_name)
     except MaskSAMError as error:
         fail(str(error))
-
-
-@app.command()
-def demo(
-    data: Annotated[
-        Path | None,
-        typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name), else phantoms are made.", show_default=False),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where the nnU-Net folders and the report go.")] = Path("masksam_demo"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of both methods.")] = 2,
-    fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the phantoms; nnU-Net's trainings have none.")] = 0,
-) -> None:
-    """Train a tiny MaskSAM and nnU-Net for the same minutes, score both on the same fold, write a report."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    from masksam_nnunet.benchmarks.demo import run_demo
-
-    try:
-        report = run_demo(out=out, data=data, minutes=minutes, batch_size=batch_size, fold=fold, seed=seed)
-    except MaskSAMError as error:
-        fail(str(error))
-    typer.echo(report)
 
 
 for group in (train, predict, benchmark, data, explain, export, submit):

@@ -1,8 +1,10 @@
-"""``masksam benchmark`` and ``masksam report``. Heavy imports inside the commands, as in ``cli``."""
+"""``masksam benchmark``, ``masksam report`` and ``masksam demo``. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ from typing import Annotated
 import typer
 
 from masksam_nnunet.environment import EXT_TRAINER
+from masksam_nnunet.errors import MaskSAMError, UsageError
 
 from .common import SeveralValues, ext_trainer_or_fail, fail
 
@@ -22,7 +25,7 @@ class Executor(StrEnum):
 
 
 AcceptUnfair = Annotated[
-    bool, typer.Option("--accept-unfair", help="Write the report in spite of what is not fair; it then opens with it.")
+    bool, typer.Option("--accept-unfair", help="Report an unfair comparison too; the report opens with the reasons.")
 ]
 
 
@@ -30,6 +33,20 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command(cls=SeveralValues)(benchmark)
     app.command()(report)
+    app.command()(demo)
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Make MaskSAM's trainers known to nnU-Net; end with a message where something goes wrong."""
+    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    try:
+        yield
+    except MaskSAMError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished work is kept; the same command continues from there", err=True)
+        raise typer.Exit(130) from None
 
 
 def benchmark(
@@ -52,7 +69,7 @@ def benchmark(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Of each fold, for trainers whose names end in _budget.", show_default=False),
+        typer.Option(help="For each fold, with trainers whose names end in _budget.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -68,14 +85,14 @@ def benchmark(
         typer.Option(
             metavar="REGEX",
             help="Finds the patient in a case's name, as in masksam split.",
-            show_default="names such as patient007_ED tell",
+            show_default="names such as patient007_ED",
         ),
     ] = None,
     accept_unfair: AcceptUnfair = False,
     processes: Annotated[int, typer.Option("-np", "--processes", min=1, help="Workers that score and ensemble.")] = 2,
     executor: Annotated[Executor, typer.Option(help="This machine, or a cluster.")] = Executor.local,
     partition: Annotated[str | None, typer.Option(help="SLURM's partition.", show_default=False)] = None,
-    hours: Annotated[float, typer.Option(min=0.05, help="SLURM: time limit; a job that reaches it goes on.")] = 24.0,
+    hours: Annotated[float, typer.Option(min=0.05, help="SLURM: time limit; a job that reaches it continues.")] = 24.0,
     gpus: Annotated[int | None, typer.Option(min=0, help="SLURM: for each job.", show_default="1, on cpu 0")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="SLURM: for each job.")] = 8,
     memory: Annotated[float | None, typer.Option(metavar="GB", help="SLURM: for each job.", show_default=False)] = None,
@@ -85,56 +102,68 @@ def benchmark(
     ] = None,
     wait: Annotated[bool, typer.Option(help="SLURM: stay until all jobs have ended.")] = False,
 ) -> None:
-    """Train what lacks of methods and folds by nnU-Net's own commands, then compare them on identical folds."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    from masksam_nnunet.benchmarks import run
-    from masksam_nnunet.benchmarks.slurm_jobs import SlurmSettings, parse_slurm_options
-    from masksam_nnunet.errors import MaskSAMError
+    """Train any missing folds with nnU-Net's own commands, then compare the methods on identical folds."""
+    with _errors_shown():
+        from masksam_nnunet.benchmarks import run
+        from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
+        from masksam_nnunet.benchmarks.jobs import device_kind
+        from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
+        from masksam_nnunet.inference.methods import parse_methods
 
-    chosen = devices or ["cuda"]
-    try:
-        definition = run.define(
-            dataset,
-            configuration,
-            trainers,
-            plans or (),
-            folds or range(5),
-            minutes,
-            chosen,
-            ensembles,
-            accept_unfair,
-            processes,
-            group,
+        if executor is Executor.local and (slurm or partition or wait):
+            raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
+        chosen = devices or ["cuda"]
+        defined = Benchmark(
+            dataset=find_benchmark_dataset(dataset),
+            configuration=configuration,
+            methods=parse_methods(trainers, plans or (), configuration),
+            folds=tuple(folds or range(5)),
+            minutes=minutes,
+            device=device_kind(chosen),
+            ensembles=ensembles and len(trainers) > 1,
+            accept_unfair=accept_unfair,
+            processes=processes,
+            group=group,
         )
-        settings = None
-        if executor is Executor.slurm:
-            wanted = gpus if gpus is not None else int(definition.grid.device == "cuda")
+        page: Path | None
+        if executor is Executor.local:
+            page = run.run_benchmark(defined, out, chosen)
+        else:
+            wanted = gpus if gpus is not None else int(defined.device == "cuda")
             settings = SlurmSettings(
                 partition, round(60 * hours), wanted, cpus, memory, parse_slurm_options(slurm or ())
             )
-        elif slurm or partition or wait:
-            raise MaskSAMError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
-        page = run.run_benchmark(definition, out or run.default_folder(definition), chosen, settings, wait)
-    except MaskSAMError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        typer.echo("interrupted: what is done is kept; the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
-    if page is not None:
-        typer.echo(page)
+            page = run.submit_benchmark(defined, out, settings, wait)
+        if page is not None:
+            typer.echo(page)
 
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The benchmark's.", show_default=False)],
     accept_unfair: AcceptUnfair = False,
 ) -> None:
-    """Evaluate a benchmark anew, from its trained folds, and write its report."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    from masksam_nnunet.benchmarks import run
-    from masksam_nnunet.errors import MaskSAMError
+    """Evaluate a benchmark's trained folds again and write its report."""
+    with _errors_shown():
+        from masksam_nnunet.benchmarks import run
 
-    try:
-        page = run.report(folder, accept_unfair=accept_unfair or None)
-    except MaskSAMError as error:
-        fail(str(error))
-    typer.echo(page)
+        typer.echo(run.report(folder, accept_unfair=accept_unfair or None))
+
+
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name).", show_default="generated phantoms"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="For nnU-Net's folders and the report.")] = Path("masksam_demo"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of both methods.")] = 2,
+    fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the phantoms; nnU-Net training is unseeded.")] = 0,
+) -> None:
+    """Train a tiny MaskSAM and nnU-Net for the same minutes, compare them on the same fold, and write a report."""
+    with _errors_shown():
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net reads them when it is imported
+            os.environ[name] = str(out.absolute() / name)
+        from masksam_nnunet.benchmarks.demo import run_demo
+
+        typer.echo(run_demo(out, data, minutes, batch_size, fold, seed))

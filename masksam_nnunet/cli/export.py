@@ -62,37 +62,29 @@ def export(
         bool, typer.Option("--force", help="With --format safetensors: replace an earlier portable model.")
     ] = False,
 ) -> None:
-    """Export a trained model, for nnU-Net or without pickle; lean checkpoints are made full."""
+    """Export a trained model, for nnU-Net or without pickle; lean checkpoints are completed."""
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-
-    chosen = {"folds": folds} if folds else {}
+    chosen = folds or ("0", "1", "2", "3", "4")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net talks; the path alone is for pipes
+        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; the path alone is for pipes
+            from masksam_nnunet.inference.export.write import export_model, export_portable
+
             if format_ is Format.safetensors:
-                from masksam_nnunet.inference.export.write import export_portable
-
-                portable = export_portable(dataset, output, trainer, plans, configurations, force=force, **chosen)
-                path = portable.output
-                said = (
-                    f"{len(portable.folds)} folds, {portable.total_bytes / 1e6:.1f} MB, of which "
-                    f"{portable.shared_bytes / 1e6:.1f} MB are shared by all of them; {portable.completed} checkpoints "
-                    f"were lean and were completed\n"
-                    + ("" if path.suffix == ".zip" else f"predict with: masksam predict --model {path} -i IN -o OUT\n")
-                    + f"install it with: masksam import {path}"
-                )
+                done = export_portable(dataset, output, trainer, plans, configurations, chosen, force)
             else:
-                from masksam_nnunet.inference.export.nnunet_zip import export_model
-
-                done = export_model(dataset, output, trainer, plans, configurations, **chosen)
-                path = done.file
-                said = (
-                    f"{done.checkpoints} checkpoints, of which {done.completed} were lean and were completed\n"
-                    f"install it with: nnUNetv2_install_pretrained_model_from_zip {done.file.name}"
-                )
+                done = export_model(dataset, output, trainer, plans, configurations, chosen)
     except MaskSAMError as error:
         fail(str(error))
-    typer.echo(path)
-    typer.echo(said, err=True)
+    typer.echo(output)
+    typer.echo(f"{done.checkpoints} checkpoints, of which {done.completed} were lean and were completed", err=True)
+    if format_ is Format.nnunet:
+        typer.echo(f"install it with: nnUNetv2_install_pretrained_model_from_zip {output}", err=True)
+        return
+    size, shared = done.total_bytes / 1e6, done.shared_bytes / 1e6
+    typer.echo(f"{size:.1f} MB, of which {shared:.1f} MB are shared by all folds", err=True)
+    if output.suffix != ".zip":
+        typer.echo(f"predict with: masksam predict --model {output} -i IN -o OUT", err=True)
+    typer.echo(f"install it with: masksam import {output}", err=True)
 
 
 def import_(
@@ -101,7 +93,9 @@ def import_(
     ],
     to: Annotated[
         Path | None,
-        typer.Option("--to", help="nnU-Net's results folder to install into.", show_default="nnUNet_results"),
+        typer.Option(
+            "--to", envvar="nnUNet_results", help="nnU-Net's results folder to install into.", show_default=False
+        ),
     ] = None,
     unpack: Annotated[
         Path | None,
@@ -116,28 +110,22 @@ def import_(
 ) -> None:
     """Check a portable model and install it for nnU-Net's commands. Nothing of it is unpickled."""
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    results = to or Path(os.environ.get("nnUNet_results", ""))
-    if unpack is not None and (to is not None or force):
-        raise typer.BadParameter("--unpack installs nothing: give it without --to and --force")
-    if unpack is None and to is None and not os.environ.get("nnUNet_results"):
-        fail("nnUNet_results not set: models are installed there; export it first, or name a folder with --to")
+    if unpack is not None and force:
+        raise typer.BadParameter("--unpack installs nothing: give it without --force")
+    if unpack is None and to is None:
+        fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
     from masksam_nnunet.inference.export.install import import_model, unpack_model
 
     try:
         with contextlib.redirect_stdout(sys.stderr):
             if unpack is not None:
-                path, said = (
-                    unpack_model(source, unpack),
-                    f"predict with: masksam predict --model {unpack} -i IN -o OUT",
-                )
+                path = unpack_model(source, unpack)
+                options = f"--model {path}"
             else:
-                done = import_model(source, results, force)
-                path = done.folder
-                said = (
-                    f"predict with: masksam predict -d {done.dataset} -c {done.configuration} -tr {done.trainer} "
-                    f"-p {done.plans} -f {' '.join(done.folds)} -i IN -o OUT"
-                )
+                path, model = import_model(source, to, force)
+                names = f"-d {model.dataset} -c {model.configuration} -tr {model.trainer} -p {model.plans}"
+                options = f"{names} -f {' '.join(model.folds)}"
     except MaskSAMError as error:
         fail(str(error))
     typer.echo(path)
-    typer.echo(said, err=True)
+    typer.echo(f"predict with: masksam predict {options} -i IN -o OUT", err=True)

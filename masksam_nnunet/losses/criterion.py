@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Grid, LossConfig
+from ..modeling.compute import full_precision
+from ..modeling.geometry import generalised_iou, to_patch
 from ..modeling.network import MaskSAMOutput
-from ..modeling.resize import to_patch
-from ..precision import full_precision
 from ..semantic import semantic_log_probabilities
-from .masks import PairSums, matched_mask_losses, pairwise_sums, piece_size
-from .matching import Matches, generalised_iou, match, pairwise_cost
-from .sampling import draw, uncertain_points
+from .masks import PairSums, draw, matched_mask_losses, pairwise_sums, piece_size, uncertain_points
+from .matching import Matches, match, pairwise_cost
 from .targets import Targets, make_targets
 
 SemanticLoss = Callable[[Tensor, Tensor], Tensor]

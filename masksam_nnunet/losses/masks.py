@@ -1,4 +1,8 @@
-"""BCE and Dice between masks, piece by piece: nothing of the size of all masks is made but their gradient."""
+"""BCE and Dice between masks, at the voxels where they are compared.
+
+Masks are compared piece by piece: nothing of the size of all masks is made but their gradient. Voxels are sampled as in
+PointRend (arXiv 1912.08193) and Mask2Former (arXiv 2112.01527).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..precision import full_precision
+from ..modeling.compute import full_precision
 
 CPU_PIECE = 2**19
-"""Elements worked on at once: what a cache holds, and what the allocator keeps instead of asking for pages anew."""
+"""Elements to work on at once: they fit into a cache, and the allocator reuses their memory."""
 GPU_PIECE = 2**24
 """Enough to fill a GPU."""
 
@@ -20,6 +24,46 @@ GPU_PIECE = 2**24
 def piece_size(device: torch.device) -> int:
     """Elements to work on at once."""
     return CPU_PIECE if device.type == "cpu" else GPU_PIECE
+
+
+def draw(rows: int, size: int, number: int, known: Tensor | None, device: torch.device) -> Tensor:
+    """``number`` voxels of ``size`` for each row, uniformly and with replacement: (rows, number).
+
+    ``known`` (rows, size) is true where a voxel may be drawn; None for all.
+    """
+    if known is None:
+        return torch.randint(size, (rows, number), device=device)
+    if not rows:
+        return torch.zeros(0, number, dtype=torch.long, device=device)
+    weight = torch.where(known.any(1, keepdim=True), known, True).float()  # a row of nothing known counts nowhere
+    return weight.multinomial(number, replacement=True)
+
+
+@torch.no_grad()
+def uncertain_points(
+    logits: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    known: Tensor | None,
+    number: int,
+    oversample: float,
+    fraction: float,
+) -> Tensor:
+    """For each pair, ``number`` voxels, the given fraction of them those of ``oversample`` times as many whose logits
+    are nearest to 0: (M, number).
+
+    Args:
+        logits: (B, D, N, V).
+        pairs: slice and query of each pair, (M,).
+        known: (M, V), False at voxels that must not be drawn; None for all.
+    """
+    s, q = pairs
+    _, depth, _, size = logits.shape
+    candidates = draw(len(s), size, int(number * oversample), known, logits.device)
+    at = (s // depth)[:, None], (s % depth)[:, None], q[:, None], candidates
+    chosen = int(number * fraction)
+    nearest = full_precision(logits[at]).abs().topk(chosen, dim=1, largest=False, sorted=False).indices
+    others = draw(len(s), size, number - chosen, known, logits.device) if chosen < number else candidates[:, :0]
+    return torch.cat([candidates.gather(1, nearest), others], dim=1)
 
 
 def at_points(x: Tensor, points: Tensor | None) -> Tensor:
@@ -32,7 +76,7 @@ def at_points(x: Tensor, points: Tensor | None) -> Tensor:
 
 
 class PairSums(NamedTuple):
-    """What BCE and Dice of pairs of masks are made of, all of one shape."""
+    """The sums from which BCE and Dice of pairs of masks follow, all of one shape."""
 
     entropy: Tensor
     """Mean binary cross-entropy."""
@@ -128,7 +172,7 @@ def matched_mask_losses(
 
 
 class _MatchedSums(torch.autograd.Function):
-    """Keeps four numbers a pair; the backward pass makes scores anew and writes gradients where they belong."""
+    """Keeps four numbers for each pair; the backward pass recomputes the scores and writes gradients in place."""
 
     @staticmethod
     def forward(

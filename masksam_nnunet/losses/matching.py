@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..config import LossConfig
+from ..modeling.geometry import generalised_iou
 from .masks import PairSums
 from .targets import Targets
 
@@ -94,14 +95,3 @@ def pairwise_cost(
     cost = cost + loss.aux_bce * aux_masks.entropy + loss.aux_dice * aux_masks.dice_loss
     a, b = boxes[:, :, None], targets.boxes[:, None]  # (S, N, 1, 4), (S, 1, T, 4)
     return cost + loss.box_l1 * (a - b).abs().sum(-1) + loss.box_giou * (1 - generalised_iou(a, b))
-
-
-def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (arXiv 1902.09630) of boxes x0 y0 x1 y1 (..., 4), in [-1, 1]; 0 for two boxes of no area."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    area = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    tiny = torch.finfo(a.dtype).tiny
-    union = area - inter
-    return inter / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..modeling.prompt_generator import mask_extent, scaled_boxes
+from ..modeling.geometry import mask_extent, scaled_boxes
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .trainable import Trainable, zero_
+from .blocks import Trainable, zero_
 
 
 def _bottleneck(width: int, ratio: float) -> int:

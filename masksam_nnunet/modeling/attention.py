@@ -1,9 +1,4 @@
-"""SAM's attention with decomposed relative positions, computed exactly but without its matrix.
-
-q.k scale + q.Rh[h_q, h_k] + q.Rw[w_q, w_k] is one dot product of longer vectors: queries are extended by their products
-with Rh and Rw, keys by one-hot codes of their row and column. So PyTorch's fused attention applies. On a CPU, where
-longer vectors are dearer than steps, blocks of scores take its place.
-"""
+"""The attention of SAM's encoder and mask decoder, computed exactly but without large matrices."""
 
 from __future__ import annotations
 
@@ -11,21 +6,24 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
-from torch import Tensor
+from torch import Tensor, nn
 
-from .blocked_attention import blocked_attention
+from .compute import recomputed
+
+CHUNK = 2**21
+"""Scores computed at once on a CPU: 8 MiB in float32."""
 
 
 def self_attention(attention: Attention, x: Tensor) -> Tensor:
-    """What ``attention(x)`` of segment-anything gives, for x (B, h, w, E)."""
+    """What ``attention(x)`` of segment-anything gives, for x (B, h, w, E): attention with relative positions."""
     b, h, w, _ = x.shape
-    qkv = attention.qkv(x).reshape(b, h * w, 3, attention.num_heads, -1)  # (B, h w, 3, heads, E/heads)
-    rows = _relative(h, attention.rel_pos_h).to(qkv.dtype)  # (h, h, E/heads)
-    columns = _relative(w, attention.rel_pos_w).to(qkv.dtype)
-    in_blocks = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
-    # A compiler would unroll the blocks.
-    compute = blocked_attention if in_blocks and not torch.compiler.is_compiling() else fused_attention
-    out = compute(qkv, rows, columns, attention.scale)  # (B, h w, heads, E/heads)
+    qkv = attention.qkv(x).reshape(b, h * w, 3, attention.num_heads, -1)  # (B, h w, 3, heads, c), c = E/heads
+    rows = _relative(h, attention.rel_pos_h).to(qkv.dtype)  # (h, h, c)
+    columns = _relative(w, attention.rel_pos_w).to(qkv.dtype)  # (w, w, c)
+    on_cpu = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+    # A compiler would unroll the chunks.
+    compute = chunked_attention if on_cpu and not torch.compiler.is_compiling() else fused_attention
+    out = compute(qkv, rows, columns, attention.scale)  # (B, h w, heads, c)
     return attention.proj(out.reshape(b, h, w, -1))
 
 
@@ -39,8 +37,47 @@ def _relative(size: int, table: Tensor) -> Tensor:
     return table.unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
+def chunked_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """softmax(scale q.k + q.R_h + q.R_w) v, for a few heads and queries at a time.
+
+    Scores are computed again in the backward pass instead of kept. On a CPU this is faster than the fused attention,
+    where the longer vectors cost more.
+
+    Args:
+        qkv: (B, h w, 3, heads, c).
+        rows: R_h, (h, h, c): for the rows of query and key.
+        columns: R_w, (w, w, c).
+        scale: of the products of queries and keys.
+
+    Returns:
+        (B, h w, heads, c)
+    """
+    b, n, _, heads, _ = qkv.shape
+    size = max(1, CHUNK // n**2)  # heads at once
+    step = max(1, CHUNK // (size * n))  # queries at once
+    by_heads = (x.flatten(0, 1).split(size) for x in qkv.permute(2, 0, 3, 1, 4))  # (m, h w, c) each
+    out = []
+    for q, k, v in zip(*by_heads, strict=True):
+        grid = q.unflatten(1, (len(rows), len(columns)))
+        to_rows = torch.einsum("mhwc,hkc->mhwk", grid, rows).flatten(1, 2).split(step, dim=1)  # (m, n', h)
+        to_columns = torch.einsum("mhwc,wkc->mhwk", grid, columns).flatten(1, 2).split(step, dim=1)
+        for some_q, to_row, to_column in zip(q.split(step, dim=1), to_rows, to_columns, strict=True):
+            out.append(recomputed(True, _attend_chunk, some_q, k, v, to_row, to_column, scale))
+    return torch.cat([x.flatten(0, 1) for x in out]).view(b, heads, n, -1).transpose(1, 2)
+
+
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor, scale: float) -> Tensor:
+    """Queries (m, n', c) and keys (m, n, c), with the scores' parts from positions (m, n', h) and (m, n', w)."""
+    bias = (to_rows[..., None] + to_columns[..., None, :]).flatten(-2)  # (m, n', n)
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
+
+
 def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """As :func:`blocked_attention`, by PyTorch's fused attention."""
+    """As :func:`chunked_attention`, by PyTorch's fused attention.
+
+    scale q.k + q.R_h + q.R_w is one dot product of longer vectors: queries are extended by their products with R_h and
+    R_w, keys by one-hot codes of their row and column.
+    """
     b, n, _, heads, size = qkv.shape
     h, w = len(rows), len(columns)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, h w, c)
@@ -74,3 +111,66 @@ def decoder_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor
         heads(attention.q_proj(q)), heads(attention.k_proj(k)), heads(attention.v_proj(v))
     )
     return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, P)
+
+
+def token_to_image(attention: CrossAttention, tokens: Tensor, image: Tensor, positions: Tensor) -> Tensor:
+    """What ``attention(q=tokens, k=image + positions, v=image)`` of segment-anything gives.
+
+    Projections are on the tokens' side: (W_q t)·(W_k x) = (W_k' W_q t)·x. With T tokens and H heads, T H vectors take
+    the place of a projection of every pixel, which pays where T H is less than the projection is wide. What positions
+    add is the same for all queries of a slice, and is computed once.
+
+    Args:
+        attention: of the mask decoder.
+        tokens: (M, D, T, P), their own positions added.
+        image: (M, D, n, P).
+        positions: (D, n, P).
+
+    Returns:
+        (M, D, T, P)
+    """
+    q = _heads(attention, attention.q_proj(tokens))  # (M, D, T, H, c)
+    q = q * q.shape[-1] ** -0.5
+    scores = torch.einsum("mdthc,dnhc->mdhtn", q, _heads(attention, attention.k_proj(positions))).flatten(2, 3)
+    wanted = torch.einsum("mdthc,hcp->mdhtp", q, _weight(attention, attention.k_proj)).flatten(2, 3)  # (M, D, H T, P)
+    shares = _softmax(scores + wanted @ image.transpose(-1, -2))  # (M, D, H T, n)
+    mixed = (shares @ image).unflatten(2, (attention.num_heads, -1))  # (M, D, H, T, P)
+    out = torch.einsum("mdhtp,hcp->mdthc", mixed, _weight(attention, attention.v_proj)).flatten(-2)
+    return attention.out_proj(out + attention.v_proj.bias)
+
+
+def image_to_token(attention: CrossAttention, image: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What ``attention(q=image + positions, k=keys, v=values)`` of segment-anything gives, as :func:`token_to_image`.
+
+    Args:
+        attention: of the mask decoder.
+        image: (M, D, n, P).
+        positions: (D, n, P).
+        keys: (M, D, T, P), with their positions.
+        values: (M, D, T, P).
+
+    Returns:
+        (M, D, n, P)
+    """
+    k = _heads(attention, attention.k_proj(keys))  # (M, D, T, H, c)
+    k = k * k.shape[-1] ** -0.5
+    scores = torch.einsum("dnhc,mdthc->mdnht", _heads(attention, attention.q_proj(positions)), k)
+    wanted = torch.einsum("mdthc,hcp->mdhtp", k, _weight(attention, attention.q_proj)).flatten(2, 3)  # (M, D, H T, P)
+    scores = scores + (image @ wanted.transpose(-1, -2)).unflatten(-1, scores.shape[-2:])
+    shares = _softmax(scores).flatten(-2)  # (M, D, n, H T)
+    v = _heads(attention, attention.v_proj(values))
+    offered = torch.einsum("mdthc,phc->mdhtp", v, attention.out_proj.weight.unflatten(1, (attention.num_heads, -1)))
+    return shares @ offered.flatten(2, 3) + attention.out_proj.bias
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In the precision of its input: a GPU's autocast would keep a float32 copy, to be rounded for the next product."""
+    return scores.softmax(-1, dtype=scores.dtype)
+
+
+def _heads(attention: CrossAttention, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attention.num_heads, -1))
+
+
+def _weight(attention: CrossAttention, projection: nn.Linear) -> Tensor:
+    return projection.weight.unflatten(0, (attention.num_heads, -1))  # (H, c, P)

@@ -1,4 +1,4 @@
-"""nnU-Net's convolution blocks, as this project uses them."""
+"""The building blocks of what is new beside SAM, and so trained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ from typing import Any
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import Tensor, nn
+
+
+class Trainable(nn.Module):
+    """A module that SAM does not have. All parameters in it and below it are trained.
+
+    What is trained is thus stated by structure, not by the names of parameters. Idea: torchtune's adapters declare
+    their own parameters (torchtune/modules/peft).
+    """
+
+
+class DepthEmbedding(Trainable):
+    """A learned embedding of the slice index, zero at first. Shape (D, C), added to a channels-last tensor."""
+
+    def __init__(self, depth: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(depth, channels))
+
+    def forward(self) -> Tensor:
+        return self.weight  # (D, C)
+
+
+def zero_(layer: nn.Linear | nn.Conv3d) -> None:
+    """Zero a layer, so that the residual it ends adds nothing at first."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class ChannelGroupNorm(nn.GroupNorm):

@@ -2,103 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
+import torch
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Block, window_partition, window_unpartition
 from torch import Tensor, nn
 
-from .adapters import DConvAdapter
+from ..backbones import Backbone
+from ..config import Grid, MaskSAMConfig
 from .attention import self_attention
+from .blocks import DepthEmbedding
+from .compute import in_pieces, recomputed
 from .patchwise import norm, shrink
-from .recompute import in_pieces, recomputed
-from .trainable import DepthEmbedding, Trainable
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # SAM's
 
 
-class BlockAdapters(nn.Module):
-    """The two adapters of one transformer block, which ``forward`` runs with them.
+class AdaptedBlock(Block):
+    """A block of SAM's ViT with two adapters: one follows the attention, one runs parallel to the MLP.
 
-    Adapters see the whole grid, after windows are merged: so their depth axis is neighbouring slices.
+    Adapters see the whole grid, after windows are merged, so that their depth axis is neighbouring slices.
     """
 
-    def __init__(self, width: int, ratio: float, recompute: bool, adapter: Callable[[int, float], Trainable]) -> None:
-        super().__init__()
-        self.recompute = recompute  # a twentieth of a block's work, a third of what it would keep
-        self.attention = adapter(width, ratio)
-        self.mlp = adapter(width, ratio)
+    def __init__(self, backbone: Backbone, is_global: bool, tokens: tuple[int, int], ratio: float) -> None:
+        super().__init__(
+            backbone.width,
+            backbone.heads,
+            norm_layer=LayerNorm,
+            use_rel_pos=True,
+            window_size=0 if is_global else backbone.window,
+            input_size=tokens,
+        )
+        self.attention_adapter = backbone.make_adapter(ratio)
+        self.mlp_adapter = backbone.make_adapter(ratio)
 
-    def forward(self, block: Block, x: Tensor, slices_at_once: int | None = None) -> Tensor:
-        """One SAM block, adapted; x and the result are (B, D, g_h, g_w, E)."""
+    def forward(self, x: Tensor, slices_at_once: int | None, recompute_adapters: bool) -> Tensor:
+        """The adapted block; x and the result are (B, D, g_h, g_w, E)."""
         lead = x.shape[:2]
         pieces = partial(in_pieces, slices_at_once, self.training)
-        y = pieces(partial(_attended, block), block.norm1(x).flatten(0, 1))  # (B D, g_h, g_w, E)
-        y = y.unflatten(0, lead)
-        again = self.recompute and self.training
-        x = x + y + recomputed(again, self.attention, y)
-        y = block.norm2(x)
-        return x + pieces(block.mlp, y.flatten(0, 1)).unflatten(0, lead) + 0.5 * recomputed(again, self.mlp, y)
+        y = pieces(self._attend, self.norm1(x).flatten(0, 1)).unflatten(0, lead)
+        x = x + y + recomputed(recompute_adapters, self.attention_adapter, y)
+        y = self.norm2(x)
+        mlp = pieces(self.mlp, y.flatten(0, 1)).unflatten(0, lead)
+        return x + mlp + 0.5 * recomputed(recompute_adapters, self.mlp_adapter, y)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Attention in windows or over the whole grid, (M, g_h, g_w, E)."""
+        if self.window_size == 0:
+            return self_attention(self.attn, x)
+        windows, padded = window_partition(x, self.window_size)
+        return window_unpartition(self_attention(self.attn, windows), self.window_size, padded, x.shape[1:3])
 
 
-def _attended(block: Block, x: Tensor) -> Tensor:
-    """A block's attention, (M, g_h, g_w, E)."""
-    if block.window_size == 0:
-        return self_attention(block.attn, x)
-    windows, padded = window_partition(x, block.window_size)
-    return window_unpartition(self_attention(block.attn, windows), block.window_size, padded, x.shape[1:3])
+class AdaptedImageEncoder(ImageEncoderViT):
+    """SAM's ViT with a depth embedding and two adapters a block. Its own parameters have SAM's names."""
 
-
-class AdaptedImageEncoder(nn.Module):
-    """SAM's frozen ViT with a depth embedding and two adapters a block.
-
-    ``forward`` takes images (B, D, 3, S_h, S_w) and returns the outputs of the global-attention blocks, shallow to
-    deep, each (B, D, g_h, g_w, E), and the neck's output (B, D, P, g_h, g_w).
-
-    Args:
-        sam: the ViT.
-        taps: blocks whose outputs are returned.
-        depth: D.
-        adapter_ratio: width of the adapters' bottleneck.
-        checkpointing: compute blocks again in the backward pass, and keep their inputs only.
-        recompute_adapters: where blocks are not, compute adapters again.
-        adapter: makes an adapter from width and ratio.
-    """
-
-    def __init__(
-        self,
-        sam: ImageEncoderViT,
-        taps: tuple[int, ...],
-        depth: int,
-        adapter_ratio: float = 0.25,
-        checkpointing: bool = False,
-        recompute_adapters: bool = False,
-        adapter: Callable[[int, float], Trainable] = DConvAdapter,
-    ) -> None:
-        super().__init__()
-        width = sam.pos_embed.shape[-1]
-        recompute = recompute_adapters and not checkpointing  # of whole blocks, else of adapters
-        self.sam = sam
-        self.taps = taps
-        self.checkpointing = checkpointing
+    def __init__(self, backbone: Backbone, config: MaskSAMConfig) -> None:
+        grid = Grid.of(config)
+        super().__init__(
+            img_size=16,
+            embed_dim=backbone.width,
+            depth=0,
+            num_heads=backbone.heads,
+            out_chans=backbone.prompt_width,
+            norm_layer=LayerNorm,
+            use_rel_pos=True,
+        )
+        self.img_size = max(grid.image)
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid.tokens, backbone.width))
+        nn.init.normal_(self.pos_embed, std=0.02)
+        self.blocks = nn.ModuleList(
+            AdaptedBlock(backbone, index in backbone.global_blocks, grid.tokens, config.adapter_ratio)
+            for index in range(backbone.depth)
+        )
+        self.depth_embedding = DepthEmbedding(grid.patch[0], backbone.width)
+        self.global_blocks = backbone.global_blocks
+        self.checkpointing = config.checkpointing
+        # Where blocks are not recomputed, adapters are: a twentieth of a block's work, a third of what it would keep.
+        self.recompute_adapters = config.needs_sam and not config.checkpointing
         self.slices_at_once: int | None = None
         """Of a batch's B·D slices, how many SAM's frozen layers take at a time; None for all.
 
-        What they would keep is then computed once more, beside what ``checkpointing`` does.
+        What they would keep is then computed once more, in addition to what ``checkpointing`` does.
         """
-        self.depth_embedding = DepthEmbedding(depth, width)
-        self.adapters = nn.ModuleList(BlockAdapters(width, adapter_ratio, recompute, adapter) for _ in sam.blocks)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        b, d = images.shape[:2]
-        x = shrink(self.sam.patch_embed.proj, images.flatten(0, 1)) + self.sam.pos_embed  # (B D, g_h, g_w, E)
-        x = x.unflatten(0, (b, d)) + self.depth_embedding()[:, None, None]
+        """Encode images (B, D, 3, S_h, S_w).
+
+        Returns:
+            The outputs of the global-attention blocks, shallow to deep, each (B, D, g_h, g_w, E), and the neck's output
+            (B, D, P, g_h, g_w).
+        """
+        lead = images.shape[:2]
+        x = shrink(self.patch_embed.proj, images.flatten(0, 1)) + self.pos_embed  # (B D, g_h, g_w, E)
+        x = x.unflatten(0, lead) + self.depth_embedding()[:, None, None]
         levels = []
-        for index, (block, adapters) in enumerate(zip(self.sam.blocks, self.adapters, strict=True)):
-            x = recomputed(self.checkpointing and self.training, adapters, block, x, self.slices_at_once)
-            if index in self.taps:
+        for index, block in enumerate(self.blocks):
+            adapters_again = self.recompute_adapters and self.training
+            x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once, adapters_again)
+            if index in self.global_blocks:
                 levels.append(x)
-        project, norm_1, convolution, norm_2 = self.sam.neck
-        neck = norm(norm_1, shrink(project, x.flatten(0, 1).permute(0, 3, 1, 2)))  # (B D, g_h, g_w, P)
-        neck = convolution(neck.permute(0, 3, 1, 2))
-        neck = norm(norm_2, neck.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B D, P, g_h, g_w)
-        return levels, neck.unflatten(0, (b, d))
+        return levels, self._neck(x.flatten(0, 1)).unflatten(0, lead)
+
+    def _neck(self, x: Tensor) -> Tensor:
+        """(B D, g_h, g_w, E) to (B D, P, g_h, g_w)."""
+        project, norm_1, convolution, norm_2 = self.neck
+        x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (B D, g_h, g_w, P)
+        x = convolution(x.permute(0, 3, 1, 2))
+        return norm(norm_2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

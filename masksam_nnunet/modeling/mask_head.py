@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..config import Grid
-from .blocks import VoxelNorm, conv_block
-from .resize import to_patch
-from .trainable import Trainable, zero_
+from .blocks import Trainable, VoxelNorm, conv_block, zero_
+from .geometry import to_patch
 
 
 class MaskHead(Trainable):

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Grid, MaskSAMConfig
-from ..precision import autocast
+from ..errors import WeightsError
+from ..sam_checkpoint import PARTS, LoadReport, load_sam
 from ..semantic import semantic_log_probabilities
-from . import lean
-from .backbones.registry import SPECS, build_image_encoder, build_mask_decoder, build_prompt_encoder
-from .image_encoder import AdaptedImageEncoder
+from .blocks import Trainable
+from .compute import autocast, recomputed
+from .lean import LEAN, SHA256, from_file, hash_as_bytes, hash_in_hex, is_lean
 from .mask_decoder import AdaptedMaskDecoder
 from .mask_head import MaskHead
 from .prompt_encoder import AdaptedPromptEncoder
-from .prompt_generator import PromptGenerator
-from .recompute import recomputed
+from .prompt_generator import PromptGenerator, Prompts
 from .stem import InputStem
-from .trainable import freeze, freeze_all_but_trainable
+
+ARCHITECTURE = "architecture"
+"""The buffer that tells checkpoints of different configs apart: the config's line as text, (512,) of uint8."""
+TOKENS_PER_CHUNK = 2**15
+"""Of the image, over all masks decoded at once: 8 masks of a 64x64 grid."""
 
 
 class MaskSAMOutput(NamedTuple):
@@ -55,82 +60,44 @@ class MaskSAM(nn.Module):
     ) -> None:
         super().__init__()
         image_channels = in_channels if image_channels is None else image_channels
-        if in_channels < 1 or num_classes < 1:
+        if num_classes < 1 or not 1 <= image_channels <= in_channels:
             raise ValueError(
-                f"in_channels = {in_channels}, num_classes = {num_classes}: MaskSAM needs at least one of each"
+                f"in_channels = {in_channels}, image_channels = {image_channels}, num_classes = {num_classes}: MaskSAM "
+                "needs at least one of each, and no more image channels than channels"
             )
-        if not 1 <= image_channels <= in_channels:
-            raise ValueError(f"image_channels = {image_channels} must lie between 1 and in_channels = {in_channels}")
         self.config = config
         self.grid = grid = Grid.of(config)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.sam_is_loaded = False
         """Whether the SAM parts hold weights from a file: SAM's own, or a checkpoint of this network."""
-        spec = SPECS[config.backbone]
-        depth, ratio, keep_less = grid.patch[0], config.adapter_ratio, config.checkpointing
+        backbone, depth = config.encoder, grid.patch[0]
 
         self.stem = InputStem(in_channels, image_channels, config.stem_width, config.upsample, grid)
-        self.image_encoder: nn.Module = (
-            spec.encoder(spec, grid)
-            if spec.encoder is not None
-            else AdaptedImageEncoder(
-                build_image_encoder(spec, grid),
-                spec.global_blocks,
-                depth,
-                ratio,
-                keep_less,
-                config.needs_sam,
-                spec.adapter,
-            )
-        )
+        self.image_encoder = backbone.make_encoder(config)
         self.prompt_generator = PromptGenerator(
-            spec.width, spec.prompt_width, config.generator_widths, depth, config.num_queries
+            backbone.width, backbone.prompt_width, config.generator_widths, depth, config.num_queries
         )
-        self.prompt_encoder = AdaptedPromptEncoder(
-            build_prompt_encoder(spec, grid), grid, hard=config.prompts == "hard"
-        )
-        self.mask_decoder = AdaptedMaskDecoder(
-            build_mask_decoder(spec), depth, num_classes, ratio, keep_less or config.needs_sam
-        )
+        self.prompt_encoder = AdaptedPromptEncoder(config)
+        self.mask_decoder = AdaptedMaskDecoder(backbone, depth, num_classes, config.adapter_ratio)
         self.mask_head = MaskHead(
             config.num_queries, config.generator_widths[-1], config.stem_width, config.head_width, grid
         )
-        # nnU-Net's loaders of foreign weights compare keys, and name those that are missing: so this key names the
-        # config, and a checkpoint of another one is refused in words.
-        self.register_buffer(config_key(config), torch.zeros(0))
-        lean.prepare(self)
-
-        if config.needs_sam:
-            freeze_all_but_trainable(self)
-        prompt = self.prompt_encoder.sam
-        unused_prompts = [prompt.point_embeddings[0], prompt.point_embeddings[1], prompt.not_a_point_embed]
-        freeze([*self.mask_decoder.unused(), *unused_prompts, prompt.no_mask_embed])
+        self.register_buffer(ARCHITECTURE, _as_bytes(config.architecture))
+        self.register_buffer(SHA256, torch.zeros(32, dtype=torch.uint8))
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_mark_loaded)
+        self._freeze()
 
-    def sam_parts(self) -> dict[str, nn.Module]:
-        """SAM's own modules, under the names its checkpoints give them; no image encoder where it is another's."""
-        parts = {name: getattr(self, name) for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
-        return {name: part.sam for name, part in parts.items() if hasattr(part, "sam")}
-
-    def parts(self, x: Tensor) -> MaskSAMOutput:
-        """All that the network computes for (B, C, D, H, W), or (B, C, H, W), whatever its mode."""
-        x = self._as_volume(x)
-        images, stem = self.stem(x)  # (B, D, 3, S_h, S_w), (B, w, D, H, W)
-        levels, neck = self.image_encoder(images)
-        saving = self.config.checkpointing and self.training
-        prompts = recomputed(saving, self.prompt_generator, levels, neck)
-        sparse, features = recomputed(saving, self.prompt_encoder, prompts)
-        masks, classes = self.mask_decoder(
-            neck,
-            self.prompt_encoder.dense_pe(),
-            sparse,
-            features,
-            self.prompt_encoder.sam.mask_downscaling,
-            prompts.class_tokens,
-        )
-        masks = recomputed(saving, self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
-        return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
+    def _freeze(self) -> None:
+        """Train what is new beside a frozen SAM; else all whose output is read."""
+        if self.config.needs_sam:
+            self.requires_grad_(False)
+            for module in self.modules():
+                if isinstance(module, Trainable):
+                    module.requires_grad_(True)
+        for module in (*self.mask_decoder.unused(), *self.prompt_encoder.unused()):
+            module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> MaskSAMOutput | Tensor:
         if self.training:
@@ -139,6 +106,36 @@ class MaskSAM(nn.Module):
             output = self.parts(x)
         semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, self.config.regions)
         return semantic[:, :, 0] if x.ndim == 4 else semantic
+
+    def parts(self, x: Tensor) -> MaskSAMOutput:
+        """The outputs that losses see, in training and evaluation mode, for (B, C, D, H, W) or (B, C, H, W)."""
+        saving = self.config.checkpointing and self.training
+        images, stem = self.stem(self._as_volume(x))  # (B, D, 3, S_h, S_w), (B, w, D, H, W)
+        levels, neck = self.image_encoder(images)
+        prompts: Prompts = recomputed(saving, self.prompt_generator, levels, neck)
+        masks, classes = self.decode(neck, prompts)
+        masks = recomputed(saving, self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
+        return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
+
+    def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
+
+        Queries are independent, and the embedding of a mask prompt is large. So queries are decoded a few at a time,
+        and again in the backward pass, unless a network without a frozen SAM is to be fast.
+        """
+        pe = self.prompt_encoder.dense_pe()  # (D, P, g_h, g_w)
+
+        def decode(boxes: Tensor, masks: Tensor, class_tokens: Tensor) -> tuple[Tensor, Tensor]:
+            sparse, dense = self.prompt_encoder(boxes, masks)
+            return self.mask_decoder(neck, pe, sparse, dense, class_tokens)
+
+        given = prompts.boxes, prompts.mask_logits, prompts.class_tokens
+        if self.training and not (self.config.checkpointing or self.config.needs_sam):
+            return decode(*given)
+        size = max(1, TOKENS_PER_CHUNK // (neck.numel() // neck.shape[2]))
+        chunks = zip(*(x.split(size, dim=1) for x in given), strict=True)
+        masks, classes = zip(*(recomputed(self.training, decode, *chunk) for chunk in chunks), strict=True)
+        return torch.cat(masks, dim=1), torch.cat(classes, dim=1)
 
     def _trained_precision(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         # nnU-Net predicts in float16; what was trained in bfloat16 may not fit its range.
@@ -156,13 +153,61 @@ class MaskSAM(nn.Module):
             )
         return x[:, :, None] if x.ndim == 4 else x
 
+    # ---- SAM's weights -------------------------------------------------------------------------------------------
 
-def config_key(config: MaskSAMConfig) -> str:
-    """The name of the empty buffer that tells checkpoints of different configs apart."""
-    return f"MaskSAM config {config.architecture}".replace(".", "_")
+    def sam_tensors(self) -> dict[str, Tensor]:
+        """SAM's own parameters and buffers, under the names that its checkpoints give them, which are ours too."""
+        if not self.config.needs_sam:
+            return {}
+        new = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Trainable))
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name: x for name, x in tensors if name.split(".")[0] in PARTS and not name.startswith(new)}
+
+    def load_sam(self, path: Path) -> LoadReport:
+        """Load SAM's weights from its released checkpoint, or a fine-tuned one in its format.
+
+        Raises:
+            WeightsError: the file is missing, damaged, untrusted or does not fit; nothing is changed.
+        """
+        tensors = self.sam_tensors()
+        new = [name for name, _ in self.named_parameters() if name not in tensors]
+        report = load_sam(tensors, str(self.config.sam), path, new)
+        self.set_sam_sha256(report.sha256)
+        self.sam_is_loaded = True
+        return report
+
+    def sam_sha256(self) -> str | None:
+        """The hash in hex of the file that the SAM parts come from; None where they come from none."""
+        return hash_in_hex(self.get_buffer(SHA256))
+
+    def set_sam_sha256(self, sha256: str) -> None:
+        """Remember that the SAM parts come from the file with this hash, given in hex."""
+        self.get_buffer(SHA256).copy_(hash_as_bytes(sha256))
+
+    @contextlib.contextmanager
+    def lean_state_dicts(self) -> Iterator[None]:
+        """Let ``state_dict()`` leave out SAM's frozen tensors inside this context.
+
+        Loading restores them from SAM's file. If they come from no file, nothing is left out.
+        """
+        if self.sam_sha256() is None:
+            yield
+            return
+        left_out = [name for name, tensor in self.sam_tensors().items() if not tensor.requires_grad]
+
+        def leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: object) -> None:
+            for name in left_out:
+                del state[prefix + name]
+            state[prefix + LEAN] = torch.ones(1, dtype=torch.uint8)
+
+        handle = self.register_state_dict_post_hook(leave_out)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
-def count_parameters(network: MaskSAM) -> Iterator[tuple[str, int, int]]:
+def count_parameters(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     """(part, parameters, trainable parameters) for each part of the network, and for the whole, which comes last."""
 
     def row(name: str, module: nn.Module) -> tuple[str, int, int]:
@@ -174,5 +219,34 @@ def count_parameters(network: MaskSAM) -> Iterator[tuple[str, int, int]]:
     yield row("total", network)
 
 
+def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a state dict of another config, and complete a lean one, before anything of it is loaded.
+
+    Raises:
+        WeightsError: another config, or SAM's file for a lean state dict is missing or another one.
+    """
+    assert isinstance(network, MaskSAM)
+    ours, saved = network.config.architecture, state.get(prefix + ARCHITECTURE)
+    if saved is not None and saved.tolist() != _as_bytes(ours).tolist():
+        theirs = bytes(saved.tolist()).rstrip(b"\0").decode(errors="replace")
+        raise WeightsError(
+            f"the checkpoint belongs to another network: it is for {theirs}; this one is for {ours}. Use the plans and "
+            "configuration that it was trained with."
+        )
+    if is_lean(state, prefix):
+        sha256 = hash_in_hex(state[prefix + SHA256])
+        tensors = network.sam_tensors()
+        if sha256 is None or network.sam_sha256() != sha256:
+            tensors = from_file(network.config.sam, sha256, tensors)
+        # A network's own tensors, copied onto themselves, cost nothing: so does a second fold.
+        for name, tensor in tensors.items():
+            state.setdefault(prefix + name, tensor)
+        del state[prefix + LEAN]
+
+
 def _mark_loaded(module: nn.Module, _: object) -> None:
     module.sam_is_loaded = True  # type: ignore[assignment]
+
+
+def _as_bytes(architecture: str) -> Tensor:
+    return torch.tensor(list(architecture.encode().ljust(512, b"\0")[:512]), dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from ..precision import full_precision
+from .compute import full_precision
 
 
 def shrink(convolution: nn.Conv2d, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import conv_block, double_in_plane
-from .trainable import Trainable
+from .blocks import Trainable, conv_block, double_in_plane
+from .geometry import mask_extent
 
 
 class Prompts(NamedTuple):
@@ -85,31 +85,3 @@ class PromptGenerator(Trainable):
         size = (self.depth, self.token_side, self.token_side)
         pooled = torch.cat([F.adaptive_avg_pool3d(x, size) for x in decoded], dim=1)
         return self.to_tokens(pooled).flatten(3)  # (B, N, D, P)
-
-
-def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The box around each mask, as shares of its size.
-
-    Args:
-        masks: boolean (..., h, w).
-
-    Returns:
-        x0 y0 x1 y1 (..., 4) in [0, 1], zero where the mask is empty; and whether it is not empty (...).
-    """
-    ends = []
-    bytes_ = masks.view(torch.uint8)  # any() is several times slower on a CPU
-    for any_line in (bytes_.amax(-2) > 0, bytes_.amax(-1) > 0):  # columns (..., w), rows (..., h)
-        size = any_line.shape[-1]
-        index = torch.arange(size, device=masks.device)
-        low = torch.where(any_line, index, size).amin(-1)
-        high = torch.where(any_line, index + 1, 0).amax(-1)
-        ends.append((low / size, high / size))
-    (x0, x1), (y0, y1) = ends
-    found = any_line.any(-1)
-    return torch.stack([x0, y0, x1, y1], dim=-1) * found[..., None], found
-
-
-def scaled_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
-    """x0 y0 x1 y1 (..., 4), times width and height. Numbers, as a tensor of them would be copied to a GPU."""
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    return torch.stack([x0 * width, y0 * height, x1 * width, y1 * height], dim=-1)

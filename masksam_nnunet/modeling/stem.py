@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Grid
-from .blocks import VoxelNorm, conv_block, double_in_plane
-from .resize import to_image
-from .trainable import Trainable, zero_
+from .blocks import Trainable, VoxelNorm, conv_block, double_in_plane, zero_
+from .geometry import pad, to_image
 
 RESIDUAL_WIDTH = 8  # channels at the full SAM input, where memory is dearest
 
@@ -39,7 +37,5 @@ class InputStem(Trainable):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)  # (B, stem_width, D, H, W)
         plain = to_image(x[:, : self.image_channels].mean(1), self.grid)  # (B, D, S_h, S_w)
-        _, height, width = self.grid.patch
-        padding = (0, self.grid.padded[1] - width, 0, self.grid.padded[0] - height)
-        residual = self.residual(F.pad(features, padding))  # (B, 3, D, S_h, S_w)
+        residual = self.residual(pad(features, self.grid))  # (B, 3, D, S_h, S_w)
         return plain[:, :, None] + residual.transpose(1, 2), features

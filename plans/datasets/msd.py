@@ -16,7 +16,7 @@ from pathlib import Path
 from nnunetv2.dataset_conversion import convert_MSD_dataset
 
 from masksam_nnunet.download import fetch_verified
-from masksam_nnunet.errors import DataError, FetchError
+from masksam_nnunet.errors import DataError
 
 from .conversion import (
     ENDING,
@@ -117,18 +117,18 @@ def get_hippocampus(
         DataError: no connection, a damaged file, the number is taken, or a folder cannot be written.
     """
     raw = free_place(dataset_id, out)  # before the download
-    if source is not None and not (source.is_file() and os.access(source, os.R_OK)):
-        raise FetchError(f"cannot read {source}: --from takes the file {_HIPPOCAMPUS}.tar")
 
     def check(path: Path, origin: str) -> None:
         with path.open("rb") as file:
             received = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if received != md5:
-            raise FetchError(
+            raise DataError(
                 f"wrong MD5 for {origin}: expected {md5}, received {received}; fetch it again, or use --url"
             )
 
-    tar = fetch_verified(f"{_HIPPOCAMPUS}.tar", url or HIPPOCAMPUS_URL, check, source=source, progress=progress)
+    tar = fetch_verified(
+        f"{_HIPPOCAMPUS}.tar", url or HIPPOCAMPUS_URL, check, DataError, source=source, progress=progress
+    )
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{_HIPPOCAMPUS}.", dir=raw) as folder:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import CheckpointFileError, TrainingError
+from masksam_nnunet.errors import CheckpointError, TrainingError
 from masksam_nnunet.trainers import MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
 from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST, PREVIOUS
 from masksam_nnunet.trainers.resumable import ResumableTrainer
@@ -322,7 +322,7 @@ class RankEnded(Exception):
         (SystemExit(75), 75, ""),
         (RankEnded(75), 75, ""),
         (TrainingError("cannot write it"), 1, "error: cannot write it\n"),
-        (CheckpointFileError("refused it"), 1, "error: refused it\n"),
+        (CheckpointError("refused it"), 1, "error: refused it\n"),
     ],
 )
 def test_masksam_train_hands_on_how_it_ended(
@@ -332,6 +332,7 @@ def test_masksam_train_hands_on_how_it_ended(
         raise error
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", end)
+    monkeypatch.setattr("masksam_nnunet.cli.train.require_trainable", lambda asked: None)
     monkeypatch.setattr(sys, "argv", ["masksam"])
     monkeypatch.setenv(EXT_TRAINER, "")
     options = ["-tr", "MaskSAMTrainer", "-device", "cpu"]

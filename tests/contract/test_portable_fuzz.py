@@ -1,6 +1,6 @@
-"""Portable models changed at random: read, or refused in words; nothing run, nothing written outside.
+"""Portable models changed at random: read, or refused by name; nothing run, nothing written outside.
 
-How many inputs: EXAMPLES for each of the four tests in the default suite, LONG of them under ``-m long``.
+The default suite takes EXAMPLES of each kind, ``-m long`` LONG of them.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ from hypothesis import strategies as st
 from portable_models import masksam_model, sign, stock_model
 
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.errors import PortableError
-from masksam_nnunet.inference.export.archive import Limits, unpack
-from masksam_nnunet.inference.export.description import is_file_of_a_model
-from masksam_nnunet.inference.export.load import is_portable, read_model
+from masksam_nnunet.errors import MaskSAMError, ModelError
+from masksam_nnunet.inference.export import install
+from masksam_nnunet.inference.export.description import is_file_of_a_model, is_portable
+from masksam_nnunet.inference.export.load import read_model
 from masksam_nnunet.inference.export.write import write_portable
 
-EXAMPLES, LONG = 300, 20_000
+EXAMPLES, LONG = 150, 20_000
 FILES = ("model.json", "plans.json", "dataset.json")
-CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
-
-# ---- what may not happen ---------------------------------------------------------------------------------------------
+BROKEN = (KeyError, TypeError, AttributeError, ValueError, OSError)
+"""What the changes themselves may run into, in JSON that is changed."""
 
 _EVENTS: list[str] | None = None
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -75,12 +74,9 @@ def test_the_watch_sees(tmp_path: Path) -> None:
     assert [event.split()[0] for event in events] == ["os.system", "open"]
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """A MaskSAM's and a U-Net's portable model, each of one fold of two."""
+    """A MaskSAM's and a U-Net's portable model, each of two folds."""
     root = tmp_path_factory.mktemp("models")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -92,13 +88,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 
 
 def read(folder: Path) -> bool:
-    """Whether the model can be read; if not, it is refused in words that name it."""
+    """Whether the model can be read; if not, it is refused with an error that names it."""
     before = {file.name: file.stat().st_mtime_ns for file in folder.parent.rglob("*")}
     with watched() as events, contextlib.redirect_stdout(io.StringIO()):
         is_portable(folder)
         try:
             model = read_model(folder)
-        except PortableError as error:
+        except ModelError as error:
             assert str(folder) in str(error)
             model = None
     assert events == []
@@ -113,7 +109,7 @@ def copied(folder: Path) -> Iterator[Path]:
         yield Path(shutil.copytree(folder, Path(root) / "model"))
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------
+# ---- changes ---------------------------------------------------------------------------------------------------------
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 5), st.floats(), st.text(max_size=5),
@@ -123,10 +119,21 @@ LEAVES = st.one_of(
         "../../x", "a\0b", "\ud800", "all", "nnUNetTrainer", "DefaultPreprocessor", "isfile", "np", "torch", "{}",
         "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", "masksam_nnunet.modeling.MaskSAM",
         "masksam_nnunet.sam_weights.fetch", ".nii.gz", "2d", "3d_fullres", "[" * 50,
+        "F8_E4M3", "F64", "I8", "BOOL", "C64", "U64", "F4", [0, 2**63], [2**62, 4], [10, 2],
     ]),
 )  # fmt: skip
 ACTIONS = st.sampled_from(("replace", "replace", "replace", "delete", "add", "swap"))
 CHANGES = st.lists(st.tuples(st.integers(0, 2**32), ACTIONS, LEAVES), min_size=1, max_size=3)
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(("flip", "flip", "set", "cut", "insert", "repeat")),
+        st.floats(0, 1, exclude_max=True),
+        st.binary(min_size=1, max_size=8),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -165,59 +172,6 @@ def change(content: Any, seed: int, action: str, value: Any) -> Any:
     return result
 
 
-def json_case(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
-    with copied(models[which]) as folder:
-        for name in FILES:
-            content = json.loads((folder / name).read_text())
-            for seed, action, value in changes.get(name, []):
-                content = change(content, seed, action, value)
-            (folder / name).write_text(json.dumps(content))
-            if name == "plans.json" and follow:
-                with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OSError):
-                    # As in a model that was made so: the description says what the plans say.
-                    description = json.loads((folder / "model.json").read_text())
-                    description["network"] = content["configurations"]["3d_fullres"]["architecture"]
-                    (folder / "model.json").write_text(json.dumps(description))
-        with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OSError):
-            sign(folder)
-        read(folder)
-
-
-JSON_CASES = given(
-    which=st.integers(0, 1),
-    changes=st.dictionaries(st.sampled_from(FILES), CHANGES, min_size=1, max_size=2),
-    follow=st.booleans(),
-)
-
-
-@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
-@JSON_CASES
-def test_json(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
-    json_case(models, which, changes, follow)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-@settings(max_examples=LONG, **CHECKS)
-@JSON_CASES
-def test_json_long(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
-    json_case(models, which, changes, follow)
-
-
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(("flip", "flip", "set", "cut", "insert", "repeat")),
-        st.floats(0, 1, exclude_max=True),
-        st.binary(min_size=1, max_size=8),
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
 def edited(content: bytes, edits: list[tuple[str, float, bytes, bool]], head: int) -> bytes:
     """``content`` changed at some shares of it, or of its first ``head`` bytes."""
     result = bytearray(content)
@@ -236,7 +190,28 @@ def edited(content: bytes, edits: list[tuple[str, float, bytes, bool]], head: in
     return bytes(result)
 
 
-def bytes_case(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
+# ---- kinds of input --------------------------------------------------------------------------------------------------
+
+
+def json_files(models: list[Path], which: int, changes: dict[str, Any], follow: bool) -> None:
+    with copied(models[which]) as folder:
+        for name in FILES:
+            content = json.loads((folder / name).read_text())
+            for seed, action, value in changes.get(name, []):
+                content = change(content, seed, action, value)
+            (folder / name).write_text(json.dumps(content))
+            if name == "plans.json" and follow:
+                with contextlib.suppress(*BROKEN):
+                    # As in a model that was made so: the description says what the plans say.
+                    description = json.loads((folder / "model.json").read_text())
+                    description["network"] = content["configurations"]["3d_fullres"]["architecture"]
+                    (folder / "model.json").write_text(json.dumps(description))
+        with contextlib.suppress(*BROKEN):
+            sign(folder)
+        read(folder)
+
+
+def file_bytes(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
     with copied(models[which]) as folder:
         file = folder / name
         if not file.exists():  # the U-Net's folds share nothing
@@ -248,41 +223,10 @@ def bytes_case(models: list[Path], which: int, name: str, edits: Any, signed: bo
         if signed and file.name != "model.json":
             sign(folder)
         sound = read(folder)
-        assert not sound or signed or after == before or file.name == "model.json", (
-            "a changed file passed for the first"
-        )
+        assert not sound or signed or after == before or file.name == "model.json", "a changed file passed as the first"
 
 
-BYTES_CASES = given(
-    which=st.integers(0, 1),
-    name=st.sampled_from((*FILES, "fold_0.safetensors", "fold_1.safetensors", "shared.safetensors")),
-    edits=EDITS,
-    signed=st.sampled_from((True, True, True, False)),
-)
-
-
-@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
-@BYTES_CASES
-def test_bytes(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
-    bytes_case(models, which, name, edits, signed)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-@settings(max_examples=LONG, **CHECKS)
-@BYTES_CASES
-def test_bytes_long(models: list[Path], which: int, name: str, edits: Any, signed: bool) -> None:
-    bytes_case(models, which, name, edits, signed)
-
-
-# ---- headers of safetensors ------------------------------------------------------------------------------------------
-
-TENSOR_LEAVES = st.one_of(
-    LEAVES, st.sampled_from(["F8_E4M3", "F64", "I8", "BOOL", "C64", "U64", "F4", [0, 2**63], [2**62, 4], [10, 2]])
-)
-
-
-def header_case(models: list[Path], which: int, fold: int, changes: list[tuple[int, str, Any]], length: int) -> None:
+def tensor_headers(models: list[Path], which: int, fold: int, changes: list[tuple[int, str, Any]], more: int) -> None:
     with copied(models[which]) as folder:
         file = folder / f"fold_{fold}.safetensors"
         content = file.read_bytes()
@@ -291,50 +235,15 @@ def header_case(models: list[Path], which: int, fold: int, changes: list[tuple[i
         for seed, action, value in changes:
             header = change(header, seed, action, value)
         text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", (len(text) + length) % 2**64) + text + content[8 + size :])
+        file.write_bytes(struct.pack("<Q", (len(text) + more) % 2**64) + text + content[8 + size :])
         sign(folder)
         read(folder)
 
 
-HEADER_CASES = given(
-    which=st.integers(0, 1),
-    fold=st.integers(0, 1),
-    changes=st.lists(st.tuples(st.integers(0, 2**32), ACTIONS, TENSOR_LEAVES), min_size=1, max_size=3),
-    length=st.sampled_from((0, 0, 0, 0, 1, -1, 2**40, 2**63)),
-)
-
-
-@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
-@HEADER_CASES
-def test_headers(models: list[Path], which: int, fold: int, changes: Any, length: int) -> None:
-    header_case(models, which, fold, changes, length)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-@settings(max_examples=LONG, **CHECKS)
-@HEADER_CASES
-def test_headers_long(models: list[Path], which: int, fold: int, changes: Any, length: int) -> None:
-    header_case(models, which, fold, changes, length)
-
-
-# ---- archives --------------------------------------------------------------------------------------------------------
-
-NAMES = st.one_of(
-    st.sampled_from((*FILES, "shared.safetensors", "fold_0.safetensors", "fold_all.safetensors")),
-    st.sampled_from(("a/", "a/model.json", "../model.json", "/tmp/x", "..", "", "a\\b", "a/../../model.json", "x\0y")),
-    st.builds("".join, st.lists(st.sampled_from(("..", "/", "\\", "a", "model.json", "\0", "~", "é")), max_size=5)),
-    st.text(max_size=12),
-)  # fmt: skip
-MODES = st.sampled_from((0, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFDIR | 0o755, 0o177777))
-METHODS = st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
-CONTENTS = st.one_of(st.binary(max_size=40), st.integers(0, 2**21).map(bytes))
-MEMBERS = st.lists(st.tuples(NAMES, MODES, METHODS, CONTENTS), max_size=5)
-LIMITS = Limits(files=4, file_bytes=2**20, total_bytes=2**20 + 1000)
-
-
-def archive_case(members: list[tuple[str, int, int, bytes]], edits: Any, sound: bool) -> None:
-    with tempfile.TemporaryDirectory() as root:
+def archives(models: list[Path], members: list[tuple[str, int, int, bytes]], edits: Any, sound: bool) -> None:
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        for name, limit in (("MOST_FILES", 4), ("LARGEST_FILE", 2**20), ("LARGEST_MODEL", 2**20 + 1000)):
+            patch.setattr(install, name, limit)
         box = Path(root) / "a" / "b" / "c"
         box.mkdir(parents=True)
         file = box / "model.zip"
@@ -350,31 +259,67 @@ def archive_case(members: list[tuple[str, int, int, bytes]], edits: Any, sound: 
         target = box / "target"
         with watched() as events:
             try:
-                unpack(file, target, LIMITS)
-            except PortableError as error:
+                install.unpack(file, target)
+            except MaskSAMError as error:
                 assert str(file) in str(error)
-                assert not target.exists()
         assert all(event.startswith(f"open {target}{os.sep}") for event in events)
-        inside = sorted(target.iterdir()) if target.exists() else []
-        assert sorted(Path(root).rglob("*")) == sorted([*before, *inside, *([target] if target.exists() else [])])
+        inside = sorted(target.iterdir())
+        assert sorted(Path(root).rglob("*")) == sorted([*before, target, *inside])
         assert all(path.is_file() and not path.is_symlink() and is_file_of_a_model(path.name) for path in inside)
-        assert len(inside) <= LIMITS.files and sum(path.stat().st_size for path in inside) <= LIMITS.total_bytes
+        assert len(inside) <= 4 and sum(path.stat().st_size for path in inside) <= 2**21
 
 
-ARCHIVE_CASES: Callable[..., Any] = given(members=MEMBERS, edits=EDITS, sound=st.booleans())
+NAMES = st.one_of(
+    st.sampled_from((*FILES, "shared.safetensors", "fold_0.safetensors", "fold_all.safetensors")),
+    st.sampled_from(("a/", "a/model.json", "../model.json", "/tmp/x", "..", "", "a\\b", "a/../../model.json", "x\0y")),
+    st.builds("".join, st.lists(st.sampled_from(("..", "/", "\\", "a", "model.json", "\0", "~", "é")), max_size=5)),
+    st.text(max_size=12),
+)  # fmt: skip
+MODES = st.sampled_from((0, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFDIR | 0o755, 0o177777))
+METHODS = st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
+CONTENTS = st.one_of(st.binary(max_size=40), st.integers(0, 2**21).map(bytes))
+ONE = st.integers(0, 1)
+KINDS: dict[Callable[..., None], dict[str, st.SearchStrategy[Any]]] = {
+    json_files: {
+        "which": ONE,
+        "changes": st.dictionaries(st.sampled_from(FILES), CHANGES, min_size=1, max_size=2),
+        "follow": st.booleans(),
+    },
+    file_bytes: {
+        "which": ONE,
+        "name": st.sampled_from((*FILES, "fold_0.safetensors", "fold_1.safetensors", "shared.safetensors")),
+        "edits": EDITS,
+        "signed": st.sampled_from((True, True, True, False)),
+    },
+    tensor_headers: {
+        "which": ONE,
+        "fold": ONE,
+        "changes": CHANGES,
+        "more": st.sampled_from((0, 0, 0, 0, 1, -1, 2**40, 2**63)),
+    },
+    archives: {
+        "members": st.lists(st.tuples(NAMES, MODES, METHODS, CONTENTS), max_size=5),
+        "edits": EDITS,
+        "sound": st.booleans(),
+    },
+}
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@settings(max_examples=EXAMPLES, derandomize=True, **CHECKS)
-@ARCHIVE_CASES
-def test_archives(members: Any, edits: Any, sound: bool) -> None:
-    archive_case(members, edits, sound)
+@pytest.mark.parametrize(
+    "examples", [EXAMPLES, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_models(kind: Callable[..., None], examples: int, models: list[Path]) -> None:
+    @settings(
+        max_examples=examples,
+        derandomize=examples == EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(**KINDS[kind])
+    def check(**drawn: Any) -> None:
+        kind(models, **drawn)
 
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@settings(max_examples=LONG, **CHECKS)
-@ARCHIVE_CASES
-def test_archives_long(members: Any, edits: Any, sound: bool) -> None:
-    archive_case(members, edits, sound)
+    check()

@@ -22,12 +22,10 @@ from portable_models import trained
 from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor, nn
 
-from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import ModelError
 from masksam_nnunet.inference.predictor import MaskSAMPredictor, network_tensors
-from masksam_nnunet.modeling.backbones.registry import SPECS
-from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -40,7 +38,7 @@ MIRRORS = {3: (0, 2), 2: (1,)}
 @pytest.fixture(autouse=True)
 def _small_sam(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
-    monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
+    monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny networks: several threads gain nothing, and crawl on a busy machine
     yield
@@ -144,7 +142,7 @@ def test_folds_with_other_frozen_weights_and_old_files(tmp_path: Path) -> None:
     model, network = masksam_model(tmp_path, folds=1)
     shared = held_bytes(model.load(MaskSAMPredictor))
     other = deepcopy(network)
-    frozen = other.get_parameter("image_encoder.sam.blocks.1.mlp.lin1.weight")
+    frozen = other.get_parameter("image_encoder.blocks.1.mlp.lin1.weight")
     with torch.no_grad():
         frozen.add_(1.0)
     model.add(trained(other), _use_new_zipfile_serialization=False)
@@ -161,9 +159,8 @@ def test_folds_with_other_frozen_weights_and_old_files(tmp_path: Path) -> None:
 def test_lean_and_full_checkpoints_of_one_sam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = install_small_sam(tmp_path / "cache", monkeypatch)
     model, network = masksam_model(tmp_path, folds=0)
-    new = [name for name, p in network.named_parameters() if p.requires_grad]
-    set_sam_sha256(network, weights.load_sam(network.sam_parts(), "vit_b", file, new).sha256)
-    with lean_state_dicts(network):
+    network.load_sam(file)
+    with network.lean_state_dicts():
         model.add(trained(network))
     model.add(trained(network))
     predictor = model.load(MaskSAMPredictor, batch_size=1)

@@ -223,13 +223,13 @@ def test_a_step_of_training_and_validation(case: str) -> None:
 def test_only_what_is_new_is_trained_and_sam_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RANDOM_INIT, "1")
     made = trainer(plain_plans((2, 32, 32), batch_size=1), cls=MaskSAMTrainer)
-    sam = {n: p.detach().clone() for n, p in made.network.named_parameters() if ".sam." in n}
+    sam = {name: value.clone() for name, value in made.masksam.sam_tensors().items()}
     optimised = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in made.network.parameters() if p.requires_grad}
     for _ in range(2):
         made.train_step(batch(made))
     for name, parameter in made.network.named_parameters():
-        if ".sam." in name:
+        if name in sam:
             assert not parameter.requires_grad and torch.equal(parameter, sam[name]), name
 
 
@@ -264,7 +264,7 @@ def test_checkpoints_resume_without_sam(tmp_path: Path, monkeypatch: pytest.Monk
     assert other.current_epoch == 4 and other.masksam.sam_is_loaded
     for a, b in zip(made.network.state_dict().values(), other.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr("masksam_nnunet.sam_weights.find", lambda backbone: pytest.fail("SAM was looked for"))
+    monkeypatch.setattr("masksam_nnunet.trainers.masksam.find", lambda backbone: pytest.fail("SAM was looked for"))
     other._load_sam()
 
 

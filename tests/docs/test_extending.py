@@ -16,11 +16,10 @@ from documented import PAGES, blocks
 from plain_plans import dataset_json, folders, plain_plans
 from small_sam import install_small_sam
 
-from masksam_nnunet import config as config_module
+from masksam_nnunet.backbones import BACKBONES, Backbone, register_backbone
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
-from masksam_nnunet.modeling import BackboneSpec, MaskSAM, register_backbone
-from masksam_nnunet.modeling.backbones import registry
+from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans.architecture import open_configuration, write_config
 
 PAGE = "docs/extending.md"
@@ -30,7 +29,7 @@ FILE = Path("my_trainers/my_masksam.py")
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The page's module, imported while ``vit_b`` is a small SAM; the registry is restored."""
-    kept = dict(registry.SPECS), dict(config_module.SAM_OF)
+    kept = set(BACKBONES)
     install_small_sam(tmp_path / "cache", monkeypatch)
     assert f"`{FILE}`" in PAGES[PAGE]
     file = tmp_path / FILE
@@ -43,9 +42,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     monkeypatch.setitem(sys.modules, spec.name, made)
     spec.loader.exec_module(made)
     yield made
-    for names, before in zip((registry.SPECS, config_module.SAM_OF), kept, strict=True):
-        for name in set(names) - set(before):
-            del names[name]
+    for name in set(BACKBONES) - kept:
+        del BACKBONES[name]
 
 
 def test_nnunet_finds_the_trainers(module: ModuleType) -> None:
@@ -97,9 +95,9 @@ def test_plans_with_an_own_backbone_open_before_its_module_is_imported(module: M
     """masksam explain and export read plans first."""
     plans = plain_plans()
     write_config(plans, "3d_fullres", replace(tiny_config(), backbone="resnet18", patch_size=(4, 32, 32)))
-    del registry.SPECS["resnet18"], config_module.SAM_OF["resnet18"]
+    del BACKBONES["resnet18"]
     config = open_configuration(plans, "3d_fullres")[1]
-    assert config is not None and config.backbone == "resnet18" and "resnet18" in registry.SPECS
+    assert config is not None and config.backbone == "resnet18" and "resnet18" in BACKBONES
 
 
 def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,15 +113,13 @@ def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pyt
         open_configuration(plans, "3d_fullres")
 
 
-@pytest.mark.parametrize(
-    ("name", "spec"),
-    [
-        ("vit_b", BackboneSpec(8)),
-        ("vit_x", BackboneSpec(8, sam="vit_x")),
-        ("cnn", BackboneSpec(8, sam="vit_b", encoder=lambda spec, grid: torch.nn.Identity())),
-    ],
-)
-def test_contradictory_backbones_are_refused(name: str, spec: BackboneSpec) -> None:
-    with pytest.raises(ValueError, match=name):
-        register_backbone(name, spec)
-    assert name == "vit_b" or name not in config_module.SAM_OF
+def test_contradictory_backbones_are_refused() -> None:
+    before = dict(BACKBONES)
+    checkpoint = BACKBONES["vit_b"].checkpoint
+    for backbone in (
+        Backbone("vit_b", 8),
+        Backbone("cnn", 8, checkpoint=checkpoint, encoder=lambda *_: torch.nn.Identity()),
+    ):
+        with pytest.raises(ValueError, match=backbone.name):
+            register_backbone(backbone)
+    assert before == BACKBONES

@@ -25,7 +25,7 @@ from plain_plans import plain_plans
 from small_sam import SMALL_SAM, install_small_sam
 from typer.testing import CliRunner
 
-from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.inference.docker import timed
 from masksam_nnunet.inference.docker.algorithm import run
@@ -33,9 +33,8 @@ from masksam_nnunet.inference.docker.errors import ModelFolderError, OptionError
 from masksam_nnunet.inference.docker.models import find_model
 from masksam_nnunet.inference.docker.options import Settings, app
 from masksam_nnunet.inference.export.write import export_portable
-from masksam_nnunet.modeling.backbones.registry import SPECS
-from masksam_nnunet.modeling.lean import lean_state_dicts, set_sam_sha256
 from masksam_nnunet.plans.architecture import write_config
+from masksam_nnunet.sam_weights import released
 
 pytestmark = pytest.mark.integration
 
@@ -237,15 +236,15 @@ def test_memory_does_not_grow_with_cases(model: Path, tmp_path: Path, monkeypatc
 
 
 def test_lean_checkpoints_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
+    monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
     file = install_small_sam(tmp_path / "cache", monkeypatch)
     model = write_model(tmp_path / "model", folds=0)
     plans = plain_plans((3, 32, 32))
     write_config(plans, "3d_fullres", tiny_config(patch_size=(3, 32, 32), backbone="vit_b"))
     (model / "plans.json").write_text(json.dumps(plans))
     network = build_network(plans, 1)
-    set_sam_sha256(network, weights.SAM_RELEASES["vit_b"].sha256)
-    with lean_state_dicts(network):
+    network.set_sam_sha256(released("vit_b").sha256)
+    with network.lean_state_dicts():
         add_fold(model, 0, network)
     file.unlink()
     write_image(tmp_path / "input/a.nii.gz")

@@ -16,10 +16,8 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
 from torch import Tensor, nn
 
-from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.mask_embedding import dense_embedding
 from masksam_nnunet.modeling.prompt_generator import Prompts
 
 pytestmark = pytest.mark.parity
@@ -54,7 +52,7 @@ def pair(request: pytest.FixtureRequest, checkpoint: tuple[Sam, Path]) -> Iterat
     ours = MaskSAM(config, 1, 3).eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
-        report = weights.load_sam(ours.sam_parts(), "vit_b", path)
+        report = ours.load_sam(path)
     assert bool(report.interpolated) == (size != 1024)
     yield Pair(ours, at_size(sam, size), size)
 
@@ -113,8 +111,7 @@ def theirs_prompted(pair: Pair, given: Prompts) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_prompt_encoder(pair: Pair) -> None:
     given = prompts(pair)
-    sparse, features = pair.ours.prompt_encoder(given)
-    dense = dense_embedding(pair.ours.prompt_encoder.sam.mask_downscaling, features)  # channels last
+    sparse, dense = pair.ours.prompt_encoder(given.boxes, given.mask_logits)  # dense has its channels last
     expected = theirs_prompted(pair, given)
     torch.testing.assert_close(sparse[0, :, 0], expected[0], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(dense[0, :, 0].permute(0, 3, 1, 2), expected[1], atol=TOLERANCE, rtol=0)
@@ -130,8 +127,7 @@ def test_mask_decoder_given_our_classifier_token_as_one_more_prompt(pair: Pair) 
     image = torch.randn(1, 1, 256, grid, grid)
     decoder = pair.ours.mask_decoder
     encoder = pair.ours.prompt_encoder
-    sparse, features = encoder(given)
-    masks, _ = decoder(image, encoder.dense_pe(), sparse, features, encoder.sam.mask_downscaling, given.class_tokens)
+    masks, _ = decoder(image, encoder.dense_pe(), *encoder(given.boxes, given.mask_logits), given.class_tokens)
     their_sparse, their_dense = theirs_prompted(pair, given)
     token = given.class_tokens[0] + decoder.class_token.weight  # (N, 1, P)
     expected, _ = pair.theirs.mask_decoder(

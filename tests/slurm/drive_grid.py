@@ -10,22 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 from nnunet_workspace import SHARED, SHORT_TRAINERS, Workspace, copy_small
 from rich.console import Console
 
-from masksam_nnunet.benchmarks.executors import Outcome, Status, failures
-from masksam_nnunet.benchmarks.fold_record import PROCESS_FILE, FoldRecord, read_fold_compute
-from masksam_nnunet.benchmarks.fold_state import Stage
-from masksam_nnunet.benchmarks.grid import Grid, check_grid, grid_jobs
-from masksam_nnunet.benchmarks.progress import GridProgress
-from masksam_nnunet.benchmarks.report_job import ReportJob
-from masksam_nnunet.benchmarks.run import Definition
-from masksam_nnunet.benchmarks.slurm_jobs import SlurmGrid, SlurmSettings, Submission, jobs_in_queue
-from masksam_nnunet.benchmarks.train_fold import FoldJob
+from masksam_nnunet.benchmarks.definition import Benchmark
+from masksam_nnunet.benchmarks.folds import FoldRecord, Stage, read_fold_compute
+from masksam_nnunet.benchmarks.jobs import FoldJob
+from masksam_nnunet.benchmarks.progress import Progress
+from masksam_nnunet.benchmarks.slurm import Slurm, SlurmSettings, Submission, jobs_in_queue
 from masksam_nnunet.environment import ext_trainer_value
-from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.methods import parse_methods
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
@@ -58,17 +55,19 @@ class Disturbance:
         self.jobs = {job.name: job for job in jobs}
         self.numbers: Mapping[str, str] = {}
 
-    def look(self, statuses: Mapping[str, Status]) -> None:
+    def look(self, statuses: Mapping[str, str]) -> None:
         for name in list(self.ways):
             job = self.jobs[name]
-            begun = (job.folder / "checkpoint_best.pth").exists() and (job.folder / PROCESS_FILE).exists()
+            begun = (job.folder / "checkpoint_best.pth").exists()
             if begun and not (job.folder / "checkpoint_final.pth").exists() and training(job):
                 self.ways.pop(name)(job, self.numbers[name])
 
 
 def training(job: FoldJob) -> list[psutil.Process]:
-    mark = str(job.folder / PROCESS_FILE)
-    return [p for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or [])]
+    """Processes that train this fold."""
+    words = ["nnUNetv2_train", job.dataset, job.method.configuration, str(job.fold), "-tr", job.method.trainer]
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if " ".join(words) in " ".join(p.info["cmdline"] or [])]
 
 
 def preempt(job: FoldJob, number: str) -> None:
@@ -104,38 +103,42 @@ def main(root: Path) -> None:
     began = time.monotonic()
     tell("planning and preprocessing")
     prepare(root)
-    methods = parse_methods(["ShortNNUNet", "ShortMaskSAM"], [], "3d_fullres")
-    grid = Grid(DATASET, "3d_fullres", methods, (0, 1, 2, 3, 4), device="cpu")
-    for note in check_grid(grid):
+    benchmark = Benchmark(
+        dataset=DATASET,
+        configuration="3d_fullres",
+        methods=parse_methods(["ShortNNUNet", "ShortMaskSAM"], [], "3d_fullres"),
+        folds=(0, 1, 2, 3, 4),
+        device="cpu",
+        processes=1,
+    )
+    for note in benchmark.check():
         tell(note)
-    jobs = grid_jobs(grid)
-    cluster = SlurmGrid(root / "benchmark", SlurmSettings(partition="main", minutes=30, gpus=0, cpus=1))
-    refused = SlurmGrid(root / "refused", SlurmSettings(partition="nowhere", minutes=30, gpus=0, cpus=1))
+    jobs, environment = benchmark.jobs(), benchmark.environment()
+    cluster = Slurm(root / "benchmark", SlurmSettings(partition="main", minutes=30, gpus=0, cpus=1))
+    refused = Slurm(root / "refused", SlurmSettings(partition="nowhere", minutes=30, gpus=0, cpus=1))
     try:
-        refused.submit(jobs[:1])
+        refused.submit(jobs[:1], environment)
         raise AssertionError("a partition that does not exist was taken")
-    except BenchmarkError as error:
+    except TrainingError as error:
         tell(f"as it should be: {error}")
 
     result = root / "benchmark" / "report.html"
-    Definition(grid, processes=1).write(root / "benchmark")
-    evaluation = ReportJob(root / "benchmark")
+    benchmark.write(root / "benchmark")
     names = [job.name for job in jobs]
     ways = {names[0]: preempt, names[2]: terminate, names[3]: requeue, names[4]: kill}
     disturbance = Disturbance(ways, jobs)
 
-    submission = submit(cluster, jobs, evaluation)
+    submission, new = cluster.submit(jobs, environment)
+    tell(f"submitted {len(new)} folds, evaluation is job {submission.evaluation}")
+    print(subprocess.run(["squeue"], capture_output=True, text=True).stdout, flush=True)
     disturbance.numbers = submission.folds
-    again = cluster.submit(jobs, evaluation)
-    assert again.new == () and again.folds == submission.folds and again.evaluation == submission.evaluation
+    assert cluster.submit(jobs, environment) == (submission, [])
     tell("a second submission while all are queued submits nothing")
-    outcomes = wait(cluster, jobs, submission, disturbance)
+    errors = wait(cluster, jobs, submission, disturbance)
     assert not disturbance.ways, f"not broken off: {list(disturbance.ways)}"
-    tell(f"the first run has ended; failed:\n{failures(outcomes)}")
-    assert [outcome.name for outcome in outcomes if outcome.error] == [names[4]]
-    told = cluster.evaluation_error(submission)
-    assert told is not None and "not all folds are done" in told and not result.exists()
-    tell(f"the evaluation refused: {told}")
+    tell(f"the first run has ended; failed:\n{errors}")
+    assert list(errors) == [names[4], "evaluation"]
+    assert "not all folds are done" in errors["evaluation"] and not result.exists()
     assert not orphans(jobs), "training processes are left"
 
     unfinished = tuple(job for job in jobs if job.state().stage is not Stage.DONE)
@@ -162,25 +165,16 @@ def by_command(out: Path) -> str:
     return done.stdout
 
 
-def submit(cluster: SlurmGrid, jobs: tuple[FoldJob, ...], evaluation: Callable[[], object]) -> Submission:
-    submission = cluster.submit(jobs, evaluation)
-    tell(f"submitted {len(submission.new)} folds, evaluation is job {submission.evaluation}")
-    print(subprocess.run(["squeue"], capture_output=True, text=True).stdout, flush=True)
-    return submission
+def wait(cluster: Slurm, jobs: tuple[FoldJob, ...], submission: Submission, disturbance: Disturbance) -> dict[str, str]:
+    with Progress(Console(width=160), jobs) as progress:
 
-
-def wait(
-    cluster: SlurmGrid, jobs: tuple[FoldJob, ...], submission: Submission, disturbance: Disturbance
-) -> tuple[Outcome, ...]:
-    with GridProgress(Console(width=160), jobs) as progress:
-
-        def look(statuses: Mapping[str, Status]) -> None:
+        def look(statuses: Mapping[str, Any]) -> None:
             progress.show(statuses)
             disturbance.look(statuses)
 
-        outcomes = cluster.wait(jobs, submission, look)
+        errors = cluster.wait(submission, look)
     assert not set(submission.folds.values()) & set(jobs_in_queue())
-    return outcomes
+    return errors
 
 
 def check(jobs: tuple[FoldJob, ...], broken_off: set[str]) -> None:
@@ -190,15 +184,15 @@ def check(jobs: tuple[FoldJob, ...], broken_off: set[str]) -> None:
         record = FoldRecord.read(job.folder)
         assert record is not None
         expected = ["train", "continue"] if job.name in broken_off else ["train"]
-        kinds = [part["kind"] for part in record.parts]
+        kinds = [part.kind for part in record.parts]
         assert kinds == expected, f"{job.name}: {kinds}"
-        assert record.resumed == len(expected) - 1
         compute = read_fold_compute(job.folder)
+        assert compute.resumed == len(expected) - 1
         assert (compute.epochs, compute.iterations) == (EPOCHS, 2 * EPOCHS), compute
         log = job.log.read_text()
         assert log.count(": Epoch 0\n") == 1, f"{job.name} was trained twice from scratch"
-        codes = [part["exit_status"] for part in record.parts]
-        tell(f"{job.name}: {kinds}, exit {codes}, resumed {record.resumed}, {compute.seconds:.1f} s of training")
+        codes = [part.exit_status for part in record.parts]
+        tell(f"{job.name}: {kinds}, exit {codes}, {compute.seconds:.1f} s of training")
 
 
 if __name__ == "__main__":

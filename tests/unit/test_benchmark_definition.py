@@ -1,167 +1,317 @@
-"""What a benchmark's folder is about, and what its command refuses."""
+"""What a benchmark compares, what must hold before it trains, and what its commands refuse."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from plain_plans import dataset_json, plain_plans
 from typer.testing import CliRunner
 
-from masksam_nnunet.benchmarks.fairness_splits import check_splits
-from masksam_nnunet.benchmarks.fold_record import FoldRecord, Inputs
-from masksam_nnunet.benchmarks.grid import Grid
-from masksam_nnunet.benchmarks.names import joint_name, row_names
-from masksam_nnunet.benchmarks.report_job import ReportJob
-from masksam_nnunet.benchmarks.results import Method
-from masksam_nnunet.benchmarks.run import DEFINITION_FILE, Definition, command_line
+from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
+from masksam_nnunet.benchmarks.folds import FoldRecord, input_hashes
+from masksam_nnunet.benchmarks.results import joint_name, row_names
 from masksam_nnunet.cli.app import app
-from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
+from masksam_nnunet.inference import methods as methods_module
+from masksam_nnunet.inference.methods import Method, parse_methods
 
-METHODS = (Method("nnUNetTrainer", "nnUNetPlans", "2d"), Method("MaskSAMTrainer", "MaskSAMPlans", "2d"))
-DEFINITION = Definition(Grid("Dataset004_A", "2d", METHODS, (0, 1), 2.5, "cpu"), accept_unfair=True, processes=3)
-
-
-def test_a_definition_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    DEFINITION.write(tmp_path)
-    assert Definition.read(tmp_path) == DEFINITION
-    more = replace(DEFINITION, grid=replace(DEFINITION.grid, folds=(0, 1, 2)))
-    more.write(tmp_path)
-    assert Definition.read(tmp_path) == more
+DATASET = "Dataset004_Small"
+CASES = [f"case_{n:03d}" for n in range(10)]
+STOCK = Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
+BUDGET = Method("nnUNetTrainer_budget", "nnUNetPlans", "3d_fullres")
 
 
-def test_a_folder_belongs_to_one_dataset_and_configuration(tmp_path: Path) -> None:
-    DEFINITION.write(tmp_path)
-    for change in ({"dataset": "Dataset005_B"}, {"configuration": "3d_fullres"}):
-        other = replace(DEFINITION, grid=replace(DEFINITION.grid, **change))
-        with pytest.raises(BenchmarkError, match="holds a benchmark of Dataset004_A, 2d; give another folder"):
-            other.write(tmp_path)
-    assert Definition.read(tmp_path) == DEFINITION
-
-
-def test_a_definition_is_told_as_a_command() -> None:
-    expected = (
-        "masksam benchmark -d Dataset004_A -c 2d --trainers nnUNetTrainer@nnUNetPlans MaskSAMTrainer@MaskSAMPlans "
-        "--folds 0 1 --minutes 2.5 --devices cpu"
-    )
-    assert command_line(DEFINITION) == expected + " --accept-unfair"
-    grid = replace(DEFINITION.grid, group="(p[0-9]+)_")
-    other = replace(DEFINITION, grid=grid, accept_unfair=False, ensembles=False)
-    assert command_line(other) == expected + " --no-ensembles --group '(p[0-9]+)_'"
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"grid": {}}', '{"grid": {"methods": [{"trainer": 1}]}}'])
-def test_a_damaged_definition_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / DEFINITION_FILE).write_text(content)
-    with pytest.raises(BenchmarkError, match="is not readable"):
-        Definition.read(tmp_path)
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(BenchmarkError, match="cannot be written"):
-        DEFINITION.write(tmp_path / "file" / "folder")
-
-
-def test_report_on_no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert done.exit_code == 1 and "is no benchmark's folder" in done.output
-    with pytest.raises(BenchmarkError, match="no benchmark's folder"):
-        ReportJob(tmp_path)()
+def place_dataset(root: Path, monkeypatch: pytest.MonkeyPatch, cases: list[str]) -> Path:
+    """A planned and preprocessed dataset of empty files; returns its folder in nnUNet_preprocessed."""
+    for name in ("raw", "preprocessed", "results"):
+        (root / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(root / name))
+    raw, preprocessed = root / "raw" / DATASET, root / "preprocessed" / DATASET
+    description = dataset_json() | {"file_ending": ".nii.gz", "numTraining": len(cases)}
+    plans = plain_plans() | {"dataset_name": DATASET}
+    data = preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
+    for folder in (raw / "imagesTr", raw / "labelsTr", data):
+        folder.mkdir(parents=True)
+    for case in cases:
+        for channel in range(len(description["channel_names"])):
+            (raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz").touch()
+        (raw / "labelsTr" / f"{case}.nii.gz").touch()
+        for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+            (data / f"{case}{ending}").touch()
+    for folder in (raw, preprocessed):
+        (folder / "dataset.json").write_text(json.dumps(description))
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    return preprocessed
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A benchmark's folder, of two folds of which nothing is trained."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path))
-    folder = tmp_path / DEFINITION.grid.dataset
-    folder.mkdir()
-    (folder / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
-    (folder / "splits_final.json").write_text(
-        json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}])
-    )
-    DEFINITION.write(tmp_path / "bench")
-    return tmp_path / "bench"
+def preprocessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return place_dataset(tmp_path, monkeypatch, CASES)
 
 
-def reported(bench: Path) -> str:
-    done = CliRunner().invoke(app, ["report", str(bench)])
-    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
-    return done.output
+def benchmark(*methods: Method, **changes: object) -> Benchmark:
+    values = {"dataset": DATASET, "configuration": "3d_fullres", "folds": range(5), "device": "cpu"}
+    return Benchmark.model_validate({**values, "methods": methods or (STOCK,), **changes})
 
 
-def test_report_on_folds_that_are_not_trained(bench: Path) -> None:
-    told = reported(bench)
-    assert told.count("missing; there is no checkpoint") == 4 and "run masksam benchmark again" in told
+# ---- methods ---------------------------------------------------------------------------------------------------------
 
 
-def test_report_tells_what_has_changed_since_the_training(bench: Path) -> None:
-    method = METHODS[0]
-    fold = bench.parent / DEFINITION.grid.dataset / method.key / "fold_1"
-    fold.mkdir(parents=True)
-    plans = fold.parents[1] / "nnUNetPlans.json"
-    plans.touch()
-    inputs = replace(Inputs.read(fold.parents[1], "nnUNetPlans"), splits_sha256="0" * 64)
-    FoldRecord(fold, *(method.trainer, method.plans, method.configuration), None, inputs).write()
-    assert "fold_1: missing; there is no checkpoint; splits_final.json in nnUNet_preprocessed has ch" in reported(bench)
-    plans.unlink()
-    assert f"there is no checkpoint; {plans} cannot be read" in reported(bench)
+@pytest.fixture
+def any_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's look-up imports all its trainers, which takes seconds."""
+    monkeypatch.setattr(methods_module, "find_trainer", lambda *names: object)
 
 
+@pytest.mark.usefixtures("any_trainer")
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("trainers", "plans", "expected"),
     [
-        ("splits_final.json", '[{"train": ["a"], "val": ["b"]}]', "--folds 1: splits_final.json has 1 folds"),
-        ("splits_final.json", "{}", "is not a list of folds"),
-        ("splits_final.json", "[{", "is not JSON"),
-        ("splits_final.json", None, "cannot be read"),
-        ("dataset.json", "[]", "is not nnU-Net's"),
-        ("dataset.json", None, "cannot be read"),
+        (["A"], [], [("A", "nnUNetPlans")]),
+        (["A", "B"], ["P"], [("A", "P"), ("B", "P")]),
+        (["A", "B"], ["P", "Q"], [("A", "P"), ("B", "Q")]),
+        (["A@Q", "B"], ["P"], [("A", "Q"), ("B", "P")]),
+        (["nnunet", "resenc-l"], [], [("nnUNetTrainer", "nnUNetPlans"), ("nnUNetTrainer", "nnUNetResEncUNetLPlans")]),
+        (["primus-m@P"], [], [("nnUNet_Primus_M_Trainer", "P")]),
     ],
 )
-def test_report_on_data_that_are_not_there_any_more(bench: Path, name: str, content: str | None, message: str) -> None:
-    file = bench.parent / DEFINITION.grid.dataset / name
-    file.unlink()
-    if content is not None:
-        file.write_text(content)
-    assert message in reported(bench)
+def test_trainers_and_plans_make_methods(
+    trainers: list[str], plans: list[str], expected: list[tuple[str, str]]
+) -> None:
+    assert parse_methods(trainers, plans, "2d") == tuple(Method(t, p, "2d") for t, p in expected)
 
 
-def test_nnunets_folders_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("nnUNet_results", raising=False)
-    done = CliRunner().invoke(app, ["benchmark", "-d", "4", "--trainers", "nnunet"])
-    assert done.exit_code == 1 and "is not set" in done.output
+@pytest.mark.usefixtures("any_trainer")
+@pytest.mark.parametrize(
+    ("trainers", "plans", "named"),
+    [
+        ([], [], "--trainers"),
+        (["A", "B", "C"], ["P", "Q"], "--plans"),
+        (["nnunet", "nnUNetTrainer"], [], "nnUNetTrainer"),
+        (["A@Q", "B"], ["P", "P"], "A@Q"),
+        (["A@"], [], "TRAINER@PLANS"),
+    ],
+)
+def test_wrong_trainers_and_plans(trainers: list[str], plans: list[str], named: str) -> None:
+    with pytest.raises(MaskSAMError, match=named):
+        parse_methods(trainers, plans, "2d")
 
 
-def test_a_clusters_options_need_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path))
-    (tmp_path / "Dataset004_A").mkdir()
-    (tmp_path / "Dataset004_A" / "dataset.json").write_text(json.dumps({}))
-    command = ["benchmark", "-d", "4", "--trainers", "nnunet", "--devices", "cpu", "--partition", "gpu"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 1 and "add --executor slurm" in done.output
+def test_every_baseline_is_found_and_an_unknown_trainer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    found = parse_methods([*methods_module.BASELINES, "MaskSAMTrainer"], [], "3d_fullres")
+    assert len(found) == len(methods_module.BASELINES) + 1
+    with pytest.raises(MaskSAMError, match=r"MaskSAMTrainr.*MaskSAMTrainer"):
+        parse_methods(["MaskSAMTrainr"], [], "3d_fullres")
 
 
 def test_rows_are_called_by_what_tells_them_apart() -> None:
-    a, b = METHODS
-    assert row_names(METHODS) == {a: "nnUNetTrainer", b: "MaskSAMTrainer (MaskSAMPlans)"}
-    twice = (a, replace(a, plans="nnUNetResEncUNetLPlans"))
+    other = Method("MaskSAMTrainer", "MaskSAMPlans", "2d")
+    assert row_names((STOCK, other)) == {STOCK: "nnUNetTrainer", other: "MaskSAMTrainer (MaskSAMPlans)"}
+    twice = (STOCK, Method("nnUNetTrainer", "nnUNetResEncUNetLPlans", "3d_fullres"))
     assert list(row_names(twice).values()) == ["nnUNetTrainer (nnUNetPlans)", "nnUNetTrainer (nnUNetResEncUNetLPlans)"]
     assert joint_name(["a", "b"]) == "a + b"
 
 
-def test_an_expression_tells_patients_where_names_do_not() -> None:
-    grid = replace(DEFINITION.grid, group=r"^(\w\d+)x")
-    cases = ["a1x1", "a1x2", "b2x1", "b2x2"]
-    patients = grid.patients(cases)
-    assert patients == {"a1x1": "a1", "a1x2": "a1", "b2x1": "b2", "b2x2": "b2"}
-    assert DEFINITION.grid.patients(cases) is None
-    apart = [{"train": ["a1x1", "b2x1"], "val": ["a1x2"]}, {"train": ["a1x1", "a1x2"], "val": ["b2x1", "b2x2"]}]
-    texts = [f.text for f in check_splits(apart, (0,), cases, "Dataset004_A", patients)]
-    assert "Fold 0 validates patients it was trained on: a1." in texts
-    assert not any("patients" in f.text for f in check_splits(apart, (1,), cases, "Dataset004_A", patients))
-    with pytest.raises(BenchmarkError, match="groups nothing"):
-        replace(grid, group="(.+)").patients(cases)
+# ---- the definition --------------------------------------------------------------------------------------------------
+
+
+def test_a_definition_comes_back_as_it_was_written_for_one_dataset_and_configuration(tmp_path: Path) -> None:
+    first = benchmark(STOCK, BUDGET, minutes=2.5, accept_unfair=True)
+    for one in (first, benchmark(folds=(0, 1))):
+        one.write(tmp_path)
+        assert Benchmark.read(tmp_path) == one
+    for change in ({"dataset": "Dataset005_B"}, {"configuration": "2d"}):
+        with pytest.raises(UsageError, match=DATASET):
+            benchmark(**change).write(tmp_path)
+    assert Benchmark.read(tmp_path).folds == (0, 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--out"):
+        first.write(tmp_path / "file" / "folder")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"dataset": 1}', '{"folds": "x"}'])
+def test_a_damaged_definition_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "benchmark.json").write_text(content)
+    with pytest.raises(UsageError, match=r"benchmark\.json"):
+        Benchmark.read(tmp_path)
+
+
+def test_a_definition_as_a_command() -> None:
+    expected = (
+        "masksam benchmark -d Dataset004_Small -c 3d_fullres --trainers nnUNetTrainer@nnUNetPlans "
+        "nnUNetTrainer_budget@nnUNetPlans --folds 0 1 --minutes 2.5 --devices cpu"
+    )
+    one = benchmark(STOCK, BUDGET, folds=(0, 1), minutes=2.5, accept_unfair=True)
+    assert one.command_line == expected + " --accept-unfair"
+    other = benchmark(STOCK, BUDGET, folds=(0, 1), minutes=2.5, ensembles=False, group="(p[0-9]+)_")
+    assert other.command_line == expected + " --no-ensembles --group '(p[0-9]+)_'"
+
+
+def test_a_benchmark_has_a_job_for_each_fold(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_RANDOM_INIT", "1")
+    jobs = benchmark(STOCK, BUDGET, folds=(0, 3), minutes=2.0).jobs()
+    expected = [(0, STOCK, None), (0, BUDGET, 2.0), (3, STOCK, None), (3, BUDGET, 2.0)]
+    assert [(job.fold, job.method, job.minutes) for job in jobs] == expected
+    assert jobs[0].environment["MASKSAM_RANDOM_INIT"] == "1" and jobs[0].npz
+    assert jobs[0].folder == preprocessed.parents[1] / "results" / DATASET / STOCK.key / "fold_0"
+
+
+# ---- before the training ---------------------------------------------------------------------------------------------
+
+
+def test_the_default_split_is_nnunets(preprocessed: Path) -> None:
+    assert benchmark().check() == []
+    written = json.loads((preprocessed / "splits_final.json").read_text())
+    theirs = generate_crossval_split(CASES, seed=12345, n_splits=5)
+    assert written == [{part: [str(c) for c in fold[part]] for part in ("train", "val")} for fold in theirs]
+
+
+@pytest.mark.usefixtures("preprocessed")
+def test_a_missing_variable_and_an_unknown_dataset_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_benchmark_dataset("4") == DATASET
+    with pytest.raises(MaskSAMError, match="77"):
+        find_benchmark_dataset("77")
+    monkeypatch.delenv("nnUNet_results")
+    with pytest.raises(UsageError, match="nnUNet_results"):
+        benchmark().check()
+
+
+def cut_plans(preprocessed: Path) -> None:
+    file = preprocessed / "nnUNetPlans.json"
+    file.write_text(file.read_text()[:100])
+
+
+def splits(*folds: dict[str, list[str]]) -> Callable[[Path], object]:
+    return lambda preprocessed: (preprocessed / "splits_final.json").write_text(json.dumps(folds))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (
+            lambda folder: (folder / "nnUNetPlans.json").unlink(),
+            r"nnUNetPlans\.json.*nnUNetv2_plan_and_preprocess -d 4",
+        ),
+        (cut_plans, r"nnUNetPlans\.json"),
+        (lambda folder: next(folder.glob("*/case_003.b2nd")).unlink(), "case_003.*nnUNetv2_preprocess -d 4"),
+        (splits(*[{"train": CASES[1:], "val": CASES[:1]}] * 3), "--folds 3, 4"),
+        (splits(*[{"train": CASES[1:], "val": ["other"]}] * 5), "other"),
+        (splits({"train": []}), r"splits_final\.json"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_remedy(
+    preprocessed: Path, spoil: Callable[[Path], object], named: str
+) -> None:
+    spoil(preprocessed)
+    with pytest.raises(MaskSAMError, match=named):
+        benchmark().check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"methods": (BUDGET,)}, "--minutes"),
+        ({"minutes": 3.0}, "--minutes 3"),
+        ({"methods": (BUDGET,), "minutes": -1.0}, "--minutes -1"),
+        ({"folds": ()}, "--folds"),
+        ({"folds": (0, 0)}, "--folds 0 0"),
+        ({"folds": (5,)}, "--folds 5"),
+        ({"methods": (Method("nnUNetTrainer", "nnUNetPlans", "4d"),)}, "-c 4d"),
+        ({"methods": (Method("nnUNetTrainer", "MaskSAMPlans", "3d_fullres"),)}, "masksam plan -d 4"),
+    ],
+)
+@pytest.mark.usefixtures("preprocessed")
+def test_options_that_do_not_fit(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(MaskSAMError, match=named):
+        benchmark(**changes).check()
+
+
+def test_notes_and_patches(preprocessed: Path) -> None:
+    (note,) = benchmark(STOCK, BUDGET, minutes=3.0).check()
+    assert STOCK.key in note and BUDGET.key not in note
+    file = preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["patch_size"] = [12, 32, 32]
+    file.write_text(json.dumps(plans))
+    with pytest.raises(MaskSAMError, match=r"nnUNet_Primus_M_Trainer.*\[12, 32, 32\]"):
+        benchmark(Method("nnUNet_Primus_M_Trainer", "nnUNetPlans", "3d_fullres")).check()
+
+
+def test_several_cases_of_a_patient_need_a_split_by_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [f"patient{n:03d}_frame{frame:02d}" for n in range(5) for frame in (1, 2)]
+    preprocessed = place_dataset(tmp_path, monkeypatch, cases)
+    with pytest.raises(MaskSAMError, match="masksam split -d 4"):
+        benchmark().check()
+    assert not (preprocessed / "splits_final.json").exists()
+    apart = [{"train": [c for c in cases if c not in val], "val": val} for val in (cases[n::5] for n in range(5))]
+    splits(*apart)(preprocessed)
+    with pytest.raises(MaskSAMError, match="--accept-unfair"):
+        benchmark().check()
+    (note,) = benchmark(accept_unfair=True).check()
+    assert "patient000_frame01" in note
+    with pytest.raises(MaskSAMError, match="patient000"):
+        benchmark(group="(patient\\d+)_").check()
+    with pytest.raises(MaskSAMError, match="--group"):
+        benchmark(group="(.+)").check()
+
+
+def test_folds_begun_with_other_inputs_are_refused(preprocessed: Path) -> None:
+    begun = benchmark(BUDGET, minutes=2.0)
+    begun.check()
+    folder = begun.results / BUDGET.key / "fold_1"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_final.pth").touch()
+    inputs = input_hashes(preprocessed, "nnUNetPlans")
+    FoldRecord(trainer=BUDGET.trainer, plans="", configuration="", minutes=2.0, inputs=inputs).write(folder)
+    begun.check()
+    with pytest.raises(TrainingError, match="--minutes"):
+        benchmark(BUDGET, minutes=3.0).check()
+    file = preprocessed / "splits_final.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=7))
+    with pytest.raises(TrainingError, match=r"splits_final\.json"):
+        begun.check()
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def refused(*command: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    return done.output
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: None, "no checkpoint"),
+        (splits({"train": CASES[:5], "val": CASES[5:]}), "splits_final.json"),
+        (lambda folder: (folder / "splits_final.json").write_text("[{"), "splits_final.json"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "dataset.json"),
+        (lambda folder: (folder / "dataset.json").unlink(), "dataset.json"),
+    ],
+)
+def test_a_report_needs_trained_folds_and_their_data(
+    preprocessed: Path, tmp_path: Path, spoil: Callable[[Path], object], named: str
+) -> None:
+    assert "benchmark.json" in refused("report", tmp_path)
+    definition = benchmark(folds=(0, 1))
+    definition.check()
+    definition.write(tmp_path / "bench")
+    spoil(preprocessed)
+    told = refused("report", tmp_path / "bench")
+    assert named in told and (named != "no checkpoint" or told.count(named) == 2)
+
+
+@pytest.mark.usefixtures("preprocessed", "any_trainer")
+def test_the_command_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("benchmark", "-d", 4, "--trainers", "nnunet", "--devices", "cpu")
+    assert "--executor slurm" in refused(*command, "--partition", "gpu")
+    assert "--minutes" in refused(*command, "--minutes", 3)
+    monkeypatch.delenv("nnUNet_results")
+    assert "nnUNet_results" in refused(*command)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.config import ConfigError
-from masksam_nnunet.errors import CheckpointFileError, TrainingError
+from masksam_nnunet.errors import CheckpointError, TrainingError
 from masksam_nnunet.trainers import checkpoint_files as files
 from masksam_nnunet.trainers.checkpoint_files import SaveInterval
-from masksam_nnunet.zip_damage import damage
 
 
 def content(epoch: int, size: int = 1000) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def test_the_final_one_comes_first_and_code_is_never_run(tmp_path: Path) -> None
     files.write(content(40), tmp_path / files.FINAL)
     assert files.newest_whole(tmp_path).content["current_epoch"] == 40
     torch.save({"network_weights": {}, "x": os.getcwd}, tmp_path / files.FINAL)
-    with pytest.raises(CheckpointFileError, match="getcwd"):  # whole, and not to be passed over
+    with pytest.raises(CheckpointError, match="getcwd"):  # whole, and not to be passed over
         files.newest_whole(tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.errors import CheckpointFileError
+from masksam_nnunet.errors import CheckpointError
 
 
 class Hostile:
@@ -56,7 +56,7 @@ def test_all_that_a_trainer_saves_comes_back(new_format: bool, tmp_path: Path) -
 def test_code_is_refused_and_not_run(new_format: bool, tmp_path: Path) -> None:
     file, made = tmp_path / "c.pth", tmp_path / "made"
     torch.save(content(logging={"lrs": Hostile(made)}), file, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(CheckpointFileError, match=rf"refused {file}: to load it, \S*mkdir would have to be run"):
+    with pytest.raises(CheckpointError, match="mkdir"):
         load_checkpoint(file)
     assert not made.exists()
     torch.load(file, weights_only=False)
@@ -65,15 +65,15 @@ def test_code_is_refused_and_not_run(new_format: bool, tmp_path: Path) -> None:
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "c.pth"
-    with pytest.raises(CheckpointFileError, match="No such file"):
+    with pytest.raises(CheckpointError, match=str(file)):
         load_checkpoint(file)
     torch.save(content(), file)
     whole = file.read_bytes()
     for damaged in (b"", b"text", whole[:500], whole[:-200], whole[:900] + b"\0" * 400 + whole[1300:]):
         file.write_bytes(damaged)
-        with pytest.raises(CheckpointFileError, match=r"cannot be read as a checkpoint|no 'network_weights'"):
+        with pytest.raises(CheckpointError, match=str(file)):
             load_checkpoint(file)
     for other in ([1, 2], {"weights": torch.ones(1)}, content(network_weights=[torch.ones(1)])):
         torch.save(other, file)
-        with pytest.raises(CheckpointFileError, match="not a checkpoint of nnU-Net"):
+        with pytest.raises(CheckpointError, match=str(file)):
             load_checkpoint(file)

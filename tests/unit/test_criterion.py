@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masksam_nnunet.config import Grid
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
-from masksam_nnunet.losses.sampling import uncertain_points
+from masksam_nnunet.losses.masks import uncertain_points
 from masksam_nnunet.losses.targets import make_targets
 from masksam_nnunet.modeling import MaskSAMOutput
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet import download
 from masksam_nnunet.cli import data as cli_datasets
-from masksam_nnunet.errors import DataError, MaskSAMError
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets import msd
 from masksam_nnunet.plans.datasets.msd import get_hippocampus, unpack
 
@@ -77,12 +77,12 @@ def test_fetch_verify_convert(server: Server, body: bytes, task: Path, raw: Path
 
 def test_a_damaged_file_leaves_nothing(server: Server, body: bytes, raw: Path, tmp_path: Path) -> None:
     server.body = body[:-512] + b"x" * 512
-    with pytest.raises(MaskSAMError, match=f"{server.url}.*{md5(body)}"):
+    with pytest.raises(DataError, match=f"{server.url}.*{md5(body)}"):
         get_hippocampus(url=server.url, md5=md5(body), progress=False)
     assert cached() == set() and not raw.exists()
     source = tmp_path / "mine.tar"
     source.write_bytes(server.body)
-    with pytest.raises(MaskSAMError, match=r"mine\.tar"):
+    with pytest.raises(DataError, match=r"mine\.tar"):
         get_hippocampus(source=source, md5=md5(body))
     assert source.exists() and cached() == set() and not raw.exists()
 
@@ -96,9 +96,9 @@ def test_a_damaged_cached_file_is_fetched_again(server: Server, body: bytes) -> 
 
 def test_no_connection_and_no_file(server: Server, raw: Path, tmp_path: Path) -> None:
     server.answers = [404]
-    with pytest.raises(MaskSAMError, match="404"):
+    with pytest.raises(DataError, match="404"):
         get_hippocampus(url=server.url, progress=False)
-    with pytest.raises(MaskSAMError, match=r"nothing\.tar"):
+    with pytest.raises(DataError, match=r"nothing\.tar"):
         get_hippocampus(source=tmp_path / "nothing.tar")
     assert not raw.exists()
 

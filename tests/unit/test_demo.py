@@ -1,27 +1,22 @@
-"""What the demo does around nnU-Net: arguments, its folder, raw data, and running commands."""
+"""What the demo does around the benchmark: arguments, its folder, raw data, the commands it prints."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
+from typer.testing import CliRunner
 
-from masksam_nnunet.benchmarks import commands
-from masksam_nnunet.benchmarks.demo import run_demo
-from masksam_nnunet.benchmarks.demo_end import next_commands
-from masksam_nnunet.benchmarks.demo_folder import DemoFolder, DemoSettings
-from masksam_nnunet.errors import DataError, DemoError
+from masksam_nnunet.benchmarks import demo
+from masksam_nnunet.benchmarks.definition import Benchmark
+from masksam_nnunet.benchmarks.demo import TRAINERS, next_commands, run_demo
+from masksam_nnunet.cli.app import app
+from masksam_nnunet.errors import DataError, MaskSAMError, UsageError
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
 from masksam_nnunet.plans.raw_data import place_raw_dataset, read_raw_dataset
-
-SETTINGS = DemoSettings("phantoms", 2.0, 2, 0, 0, "cpu")
 
 
 @pytest.fixture
@@ -29,47 +24,112 @@ def raw(tmp_path: Path) -> Path:
     return write_phantom_dataset(tmp_path / "raw", num_cases=5, num_test_cases=0)
 
 
+@pytest.fixture
+def nnunet(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Commands of nnU-Net, and the benchmark, that would have run."""
+    ran: list[Any] = []
+
+    def run_nnunet(command: str, arguments: list[str], environment: object, log: Path) -> None:
+        ran.append(command)
+        preprocessed = log.parents[1] / "nnUNet_preprocessed" / demo.DATASET_NAME
+        preprocessed.mkdir(parents=True, exist_ok=True)
+        configurations = {"2d": {"batch_size": 99}, "3d_fullres": {"batch_size": 9}}
+        (preprocessed / "nnUNetPlans.json").write_text(json.dumps({"configurations": configurations}))
+
+    def run_benchmark(benchmark: Benchmark, out: Path, devices: list[str], console: object) -> Path:
+        ran.append(benchmark)
+        return out / "report.html"
+
+    monkeypatch.setattr(demo, "run_nnunet", run_nnunet)
+    monkeypatch.setattr(demo, "run_benchmark", run_benchmark)
+    monkeypatch.setattr(demo, "require_sound_dataset", lambda folder: None)
+    monkeypatch.setattr(demo, "write_phantom_dataset", lambda raw, seed: write_phantom_dataset(raw, 5, seed, 0))
+    return ran
+
+
+def test_the_demo_is_a_benchmark_of_one_fold_and_prepares_its_data_once(tmp_path: Path, nnunet: list[Any]) -> None:
+    out = tmp_path / "out"
+    (out.parent / "out").mkdir()  # an empty folder will do
+    page = run_demo(out, minutes=0.5, batch_size=3, fold=1)
+    assert page == out / "report.html"
+    command, benchmark = nnunet
+    assert command == "nnUNetv2_plan_and_preprocess"
+    assert [method.trainer for method in benchmark.methods] == list(TRAINERS)
+    assert (benchmark.folds, benchmark.minutes, benchmark.ensembles) == ((1,), 0.5, False)
+    preprocessed = out / "nnUNet_preprocessed" / demo.DATASET_NAME
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["batch_size"] == 3
+
+    run_demo(out, minutes=0.5, batch_size=3, fold=1)
+    assert nnunet == [command, benchmark, benchmark]
+    with pytest.raises(UsageError, match=r"minutes was 0\.5, is 2\.0"):
+        run_demo(out, minutes=2.0, batch_size=3, fold=1)
+    (out / "demo.json").write_text("{")
+    with pytest.raises(UsageError, match=r"demo\.json"):
+        run_demo(out)
+
+
+@pytest.mark.usefixtures("nnunet")
+def test_folds_are_drawn_by_patient(tmp_path: Path, raw: Path) -> None:
+    for index in range(5):
+        for frame in ("a", "b"):
+            for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+                file = raw / folder / f"phantom_{index:03d}{ending}"
+                (raw / folder / f"patient{index}_{frame}{ending}").symlink_to(
+                    file.rename(tmp_path / f"{folder}{index}") if file.exists() else tmp_path / f"{folder}{index}"
+                )
+    description = json.loads((raw / "dataset.json").read_text()) | {"numTraining": 10}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    run_demo(tmp_path / "out", raw)
+    assert (tmp_path / "out" / "nnUNet_raw" / raw.name).is_symlink()
+    splits = json.loads((tmp_path / "out" / "nnUNet_preprocessed" / raw.name / "splits_final.json").read_text())
+    for split in splits:
+        train, val = ({case[:-2] for case in split[part]} for part in ("train", "val"))
+        assert not train & val
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"minutes": 0.0}, "--minutes must be a positive number, not 0.0"),
+        ({"minutes": 0.0}, "--minutes 0"),
         ({"minutes": float("nan")}, "--minutes"),
-        ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
-        ({"fold": 5}, "--fold must be from 0 to 4, not 5"),
-        ({"fold": -1}, "--fold"),
-        ({"seed": -1}, "--seed"),
-        ({"data": Path("no", "such", "Dataset001_X")}, "there is no such folder"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"fold": 5}, "--fold 5"),
+        ({"seed": -1}, "--seed -1"),
+        ({"data": Path("no", "such", "Dataset001_X")}, "Dataset001_X"),
     ],
 )
-def test_bad_arguments_write_nothing(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"data": None, "minutes": 1.0, "batch_size": 2, "fold": 0, "seed": 0} | change
-    with pytest.raises(DataError, match=message):
-        run_demo(tmp_path / "out", **arguments)  # type: ignore[arg-type]
+def test_bad_arguments_write_nothing(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(MaskSAMError, match=named):
+        run_demo(tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_is_taken_up_by_the_same_settings_only(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    first = DemoFolder.open(out, SETTINGS)
-    assert not first.take("preprocess")
-    first.finish("preprocess")
-    again = DemoFolder.open(out, SETTINGS)
-    assert again.take("preprocess") and not again.take("train")
-    assert again.reused == ["preprocess"]
-    with pytest.raises(DemoError, match=r"other settings: minutes \(then 2.0, now 3.0\)"):
-        DemoFolder.open(out, DemoSettings("phantoms", 3.0, 2, 0, 0, "cpu"))
-    (out / "demo.json").write_text("{")
-    with pytest.raises(DemoError, match="damaged"):
-        DemoFolder.open(out, SETTINGS)
-
-
-def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("not ours")
-    with pytest.raises(DemoError, match="is not empty and holds no demo"):
-        DemoFolder.open(tmp_path, SETTINGS)
-    with pytest.raises(DemoError, match="is a file"):
-        DemoFolder.open(tmp_path / "letter.txt", SETTINGS)
+    for out in (tmp_path, tmp_path / "letter.txt"):
+        with pytest.raises(UsageError, match="--out"):
+            run_demo(out)
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_the_command_names_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", "elsewhere")  # restored at the end
+    done = CliRunner().invoke(app, ["demo", "--data", str(tmp_path / "Dataset001_X"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1 and "Dataset001_X" in done.output
+
+
+def test_next_commands_predict_with_both_and_ensemble(raw: Path) -> None:
+    lines = next_commands(read_raw_dataset(raw), "3d_fullres", 0, ["A", "B"], "cpu")
+    assert lines[0] == 'export nnUNet_raw="$OUT/nnUNet_raw"' and lines[3] == 'eval "$(masksam env)"'
+    assert "imagesTr" in lines[4]  # no test images
+    assert [line.split()[0] for line in lines[4:]] == ["nnUNetv2_predict", "nnUNetv2_predict", "nnUNetv2_ensemble"]
+    (raw / "imagesTs" / "x_0000.nii.gz").write_bytes(b"")
+    assert "imagesTs" in next_commands(read_raw_dataset(raw), "3d_fullres", 0, ["A"], "cpu")[4]
+
+
+# ---- raw datasets ----------------------------------------------------------------------------------------------------
 
 
 def _drop(key: str) -> Callable[[Path], None]:
@@ -82,30 +142,27 @@ def _drop(key: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "named"),
     [
-        (lambda f: (f / "dataset.json").unlink(), "dataset.json is missing"),
-        (lambda f: (f / "dataset.json").write_text("{,}"), "dataset.json is not JSON"),
-        (_drop("labels"), "dataset.json lacks labels"),
-        (lambda f: (f / "labelsTr").rename(f / "labels"), "the folder labelsTr is missing"),
-        (lambda f: (f / "labelsTr" / "phantom_001.nii.gz").unlink(), "'phantom_001' lacks phantom_001.nii.gz"),
+        (lambda f: (f / "dataset.json").unlink(), "dataset.json"),
+        (lambda f: (f / "dataset.json").write_text("{,}"), "dataset.json"),
+        (_drop("labels"), "labels"),
+        (lambda f: (f / "labelsTr").rename(f / "labels"), "labelsTr"),
+        (lambda f: (f / "labelsTr" / "phantom_001.nii.gz").unlink(), "phantom_001.nii.gz"),
         (lambda f: (f / "imagesTr" / "phantom_001_0000.nii.gz").unlink(), "4 training cases"),
-        (
-            lambda f: (f / "imagesTr" / "phantom_001_0001.nii.gz").write_bytes(b""),
-            "case 'phantom_001' has 2 image files, others have 1, and channel_names in dataset.json has 1",
-        ),
+        (lambda f: (f / "imagesTr" / "phantom_001_0001.nii.gz").write_bytes(b""), "phantom_001"),
     ],
 )
-def test_unusable_raw_data(raw: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_unusable_raw_data(raw: Path, damage: Callable[[Path], object], named: str) -> None:
     assert len(read_raw_dataset(raw).images) == 5
     damage(raw)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=named):
         read_raw_dataset(raw)
 
 
-@pytest.mark.parametrize("name", ["Hippocampus", "Dataset4_Hippocampus", "Dataset004", "Dataset004_", "dataset004_A"])
+@pytest.mark.parametrize("name", ["Hippocampus", "Dataset4_Hippocampus", "Dataset004_", "dataset004_A"])
 def test_folder_names_that_nnunet_does_not_find(raw: Path, name: str) -> None:
-    with pytest.raises(DataError, match=rf"DatasetXXX_Name.* not '{name}'"):
+    with pytest.raises(DataError, match=name):
         read_raw_dataset(raw.rename(raw.with_name(name)))
 
 
@@ -118,77 +175,3 @@ def test_dataset_is_linked_by_its_own_name(raw: Path, tmp_path: Path) -> None:
     alias = tmp_path / "Dataset007_Alias"
     alias.symlink_to(raw)
     assert read_raw_dataset(alias).number == "7"
-
-
-def test_next_commands_predict_with_both_and_ensemble(raw: Path) -> None:
-    lines = next_commands(read_raw_dataset(raw), "3d_fullres", 0, ["A", "B"], "cpu")
-    assert lines[0] == 'export nnUNet_raw="$OUT/nnUNet_raw"' and lines[3] == 'eval "$(masksam env)"'
-    assert "imagesTr" in lines[4]  # no test images
-    assert [line.split()[0] for line in lines[4:]] == ["nnUNetv2_predict", "nnUNetv2_predict", "nnUNetv2_ensemble"]
-    (raw / "imagesTs" / "x_0000.nii.gz").write_bytes(b"")
-    assert "imagesTs" in next_commands(read_raw_dataset(raw), "3d_fullres", 0, ["A"], "cpu")[4]
-
-
-def test_nnunet_commands_get_the_callers_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_extTrainer", "elsewhere")
-    environment = commands.nnunet_environment(tmp_path / "a", tmp_path / "b", tmp_path / "c")
-    assert [environment[f"nnUNet_{name}"] for name in ("raw", "preprocessed", "results")] == [
-        str(tmp_path / name) for name in "abc"
-    ]
-    assert "nnUNet_n_proc_DA" not in environment  # planning fails with 0
-    assert Path(environment["nnUNet_extTrainer"].split(os.pathsep)[0]).name == "nnunet_ext"
-    assert os.environ["nnUNet_extTrainer"] == "elsewhere"
-
-
-def test_a_failing_command_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_launcher", lambda command: "import sys; print('the reason'); sys.exit(3)")
-    log = tmp_path / "logs" / "x.log"
-    with pytest.raises(DemoError, match=r"(?s)nnUNetv2_train 1 '2 d'\nended with exit status 3.*x\.log.*the reason"):
-        commands.run_nnunet("nnUNetv2_train", ["1", "2 d"], dict(os.environ), log)
-    assert log.read_text().splitlines() == ["$ nnUNetv2_train 1 '2 d'", "the reason"]
-
-
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_ends_the_command_and_its_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, error: type[BaseException]
-) -> None:
-    ids = tmp_path / "ids"
-    code = (
-        "import os, pathlib, subprocess, sys, time;"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
-        f"pathlib.Path({str(ids)!r}).write_text(f'{{os.getpid()}} {{child.pid}}');"
-        "time.sleep(60)"
-    )
-    monkeypatch.setattr(commands, "_launcher", lambda command: code)
-
-    def interrupt() -> None:
-        if ids.is_file() and ids.read_text():
-            signal.raise_signal(number)
-
-    before = signal.getsignal(signal.SIGTERM)
-    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(error):
-            commands.run_nnunet("nnUNetv2_train", [], dict(os.environ), tmp_path / "log", poll=interrupt)
-    finally:
-        signal.signal(signal.SIGINT, inherited)
-    started = [int(number) for number in ids.read_text().split()]
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(map(_runs, started)):
-        time.sleep(0.1)
-    assert not any(map(_runs, started))
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def _runs(number: int) -> bool:
-    try:
-        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_an_unknown_command_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(DemoError, match=f"nnUNetv2_dance is not installed in {sys.executable}"):
-        commands.run_nnunet("nnUNetv2_dance", [], {}, tmp_path / "log")

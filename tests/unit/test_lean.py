@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import FULL, is_lean, lean_state_dicts, sam_sha256, set_sam_sha256
-
-SAM_KEYS = ("image_encoder.sam.", "prompt_encoder.sam.", "mask_decoder.sam.")
+from masksam_nnunet.modeling.lean import LEAN, is_lean
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +35,12 @@ def fresh(**changes: Any) -> MaskSAM:
 def trained() -> MaskSAM:
     """As after a training: SAM from its file, all else something of its own."""
     network = fresh()
-    new = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    report = weights.load_sam(network.sam_parts(), "vit_b", weights.find("vit_b"), new)
-    set_sam_sha256(network, report.sha256)
+    network.load_sam(weights.find("vit_b"))
     return network
 
 
 def lean_state(network: MaskSAM) -> dict[str, Tensor]:
-    with lean_state_dicts(network):
+    with network.lean_state_dicts():
         return {name: value.clone() for name, value in network.state_dict().items()}
 
 
@@ -61,8 +57,8 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def test_a_lean_state_dict_leaves_out_what_is_frozen_and_nothing_else() -> None:
     network = trained()
     full, lean = copy_of(network), lean_state(network)
-    left_out = full.keys() - lean.keys() - {FULL}
-    assert left_out == {name for name in full if name.startswith(SAM_KEYS)}
+    left_out = full.keys() - lean.keys()
+    assert left_out == network.sam_tensors().keys() and lean.keys() - full.keys() == {LEAN}
     assert {name for name, p in network.named_parameters() if not p.requires_grad} <= left_out
     assert is_lean(lean) and not is_lean(full)
     assert_same(full, copy_of(network))
@@ -70,7 +66,7 @@ def test_a_lean_state_dict_leaves_out_what_is_frozen_and_nothing_else() -> None:
 
 def test_a_tensor_of_sam_that_is_trained_stays() -> None:
     network = trained()
-    name = "image_encoder.sam.blocks.1.norm1.weight"
+    name = "image_encoder.blocks.1.norm1.weight"
     network.get_parameter(name).requires_grad_(True).data.add_(1.0)
     lean = lean_state(network)
     assert name in lean
@@ -91,9 +87,9 @@ def test_what_comes_back_is_identical_interpolated_positions_included(
     assert (tmp_path / "lean.pth").stat().st_size < (tmp_path / "full.pth").stat().st_size
     monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "0" * 64)  # has no say: the checkpoint names its file
     other = fresh()
-    assert other.image_encoder.sam.pos_embed.shape[1:3] == (2, 3), "the file's is 4 by 4"
+    assert other.image_encoder.pos_embed.shape[1:3] == (2, 3), "the file's is 4 by 4"
     other.load_state_dict(torch.load(tmp_path / "lean.pth"))
-    assert other.sam_is_loaded and sam_sha256(other) == sam_sha256(network) is not None
+    assert other.sam_is_loaded and other.sam_sha256() == network.sam_sha256() is not None
     assert_same(copy_of(network), copy_of(other))
     x = torch.randn(1, 1, 3, 32, 48)
     with torch.no_grad():
@@ -105,7 +101,7 @@ def test_full_state_dicts_need_no_file_and_bring_the_hash(sam_file: Path) -> Non
     sam_file.unlink()
     other.load_state_dict(network.state_dict())
     assert_same(copy_of(network), copy_of(other))
-    assert sam_sha256(other) == sam_sha256(network)
+    assert other.sam_sha256() == network.sam_sha256()
 
 
 def test_a_network_that_holds_the_right_sam_reads_no_file(sam_file: Path) -> None:
@@ -127,9 +123,9 @@ def test_wrappers_change_nothing() -> None:
     source = trained()
     for wrap in (Wrapper, torch.compile, lambda network: Wrapper(torch.compile(network))):
         wrapped, target = wrap(source), wrap(fresh())
-        with lean_state_dicts(source):
+        with source.lean_state_dicts():
             lean = copy_of(wrapped)
-        assert not any(".sam." in name for name in lean)
+        assert not any(name.endswith("image_encoder.pos_embed") for name in lean)
         target.load_state_dict(lean)
         assert_same(copy_of(wrapped), copy_of(target))
 
@@ -144,7 +140,7 @@ def test_networks_without_memory_are_completed_by_assignment() -> None:
 
 def test_random_weights_are_never_left_out() -> None:
     network = fresh()
-    assert sam_sha256(network) is None
+    assert network.sam_sha256() is None
     assert_same(lean_state(network), copy_of(network))
     tiny = MaskSAM(tiny_config(), 1, 3)
     assert_same(lean_state(tiny), copy_of(tiny))
@@ -164,10 +160,8 @@ def test_a_missing_file_is_named(sam_file: Path) -> None:
     source = trained()
     sam_file.unlink()
     message = refused(fresh(), lean_state(source))
-    expected = ("lean checkpoint", "vit_b", str(sam_sha256(source)), str(sam_file))
-    for said in (*expected, "masksam weights vit_b", "MASKSAM_WEIGHTS", "masksam export"):
+    for said in ("vit_b", str(source.sam_sha256()), str(sam_file), "masksam weights vit_b"):
         assert said in message, said
-    assert "RANDOM_INIT" not in message
 
 
 @pytest.mark.parametrize("trusted", ["skip", "its own"])
@@ -181,7 +175,7 @@ def test_another_file_is_refused_whatever_is_trusted(
     found = weights.verify(other, "vit_b")
     monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", trusted.replace("its own", found))
     message = refused(fresh(), lean_state(source))
-    for said in (f"{sam_sha256(source)}, which is SAM's vit_b", f"found {other} with {found}", "unset MASKSAM_WEIGHTS"):
+    for said in (str(source.sam_sha256()), str(other), found, "MASKSAM_WEIGHTS"):
         assert said in message, said
 
 
@@ -191,7 +185,7 @@ def test_a_fine_tuned_file_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest
     source = trained()
     monkeypatch.delenv("MASKSAM_WEIGHTS")
     message = refused(fresh(), lean_state(source))
-    assert "set MASKSAM_WEIGHTS to that file" in message and "masksam weights" not in message
+    assert "MASKSAM_WEIGHTS" in message and "masksam weights" not in message
 
 
 def test_another_config_is_refused_in_words() -> None:
@@ -207,6 +201,6 @@ def test_loading_stays_strict(sam_file: Path) -> None:
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stem'):
         fresh().load_state_dict({name: value for name, value in lean.items() if not name.startswith("stem.")})
     sam_file.unlink()
-    name = "image_encoder.sam.pos_embed"
+    name = "image_encoder.pos_embed"
     with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{name}"'):
         fresh().load_state_dict({key: value for key, value in full.items() if key != name})

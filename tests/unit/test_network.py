@@ -10,9 +10,10 @@ from configs import tiny_config
 from small_sam import SMALL_SAM
 from torch import Tensor
 
+from masksam_nnunet.backbones import BACKBONES, Backbone
 from masksam_nnunet.config import Grid
+from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM, count_parameters
-from masksam_nnunet.modeling.backbones.registry import SPECS, BackboneSpec, build_image_encoder
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
 
 
@@ -107,7 +108,7 @@ def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:
 @pytest.fixture()
 def small_sam(monkeypatch: pytest.MonkeyPatch) -> str:
     """A frozen backbone of SAM's kind, windows included, small enough to train here."""
-    monkeypatch.setitem(SPECS, "vit_b", SMALL_SAM)
+    monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
     return "vit_b"
 
 
@@ -127,10 +128,10 @@ def test_two_steps_move_every_new_parameter_and_nothing_of_sam(small_sam: str) -
         loss = sum((part - torch.linspace(-1, 1, part.shape[-1])).square().mean() for part in output)
         loss.backward()
         optimizer.step()
-    sam = {id(p) for part in network.sam_parts().values() for p in part.parameters()}
+    sam = network.sam_tensors()
     for name, parameter in network.named_parameters():
         moved = not torch.equal(parameter, before[name])
-        if id(parameter) in sam:
+        if name in sam:
             assert not moved and not parameter.requires_grad, name
         elif not cancelled(name):
             assert moved, name
@@ -149,15 +150,15 @@ def test_the_tiny_network_trains_all_but_what_is_never_used() -> None:
 
 
 def test_depth_reaches_neighbours_through_every_block_and_stays_in_its_volume() -> None:
-    spec = BackboneSpec(32, 3, 2, (2,), window=2, prompt_width=16)
-    grid = Grid.of(tiny_config(patch_size=(7, 48, 80)))
-    encoder = AdaptedImageEncoder(build_image_encoder(spec, grid), spec.global_blocks, depth=7)
-    x = torch.randn(2, 7, 3, *grid.image)
+    backbone = Backbone("narrow", 32, 3, 2, (2,), window=2, prompt_width=16)
+    config = tiny_config(patch_size=(7, 48, 80))
+    encoder = AdaptedImageEncoder(backbone, config)
+    x = torch.randn(2, 7, 3, *Grid.of(config).image)
     changed = x.clone()
     changed[0, 3] += 1.0
-    for index in range(spec.depth):  # this block's adapters alone speak, window blocks (0, 1) and global (2)
-        for i, adapters in enumerate(encoder.adapters):
-            for adapter in (adapters.attention, adapters.mlp):
+    for index in range(backbone.depth):  # this block's adapters alone speak, window blocks (0, 1) and global (2)
+        for i, block in enumerate(encoder.blocks):
+            for adapter in (block.attention_adapter, block.mlp_adapter):
                 torch.nn.init.normal_(adapter.up.weight, std=0.5 if i == index else 0.0)
         with torch.no_grad():
             difference = (encoder(changed)[1] - encoder(x)[1]).abs().amax((2, 3, 4))  # (B, D)
@@ -175,5 +176,6 @@ def test_parameters_are_counted_by_part(small_sam: str) -> None:
 
 def test_a_checkpoint_of_another_config_is_refused_in_words() -> None:
     network = MaskSAM(tiny_config(), 1, 3)
-    with pytest.raises(RuntimeError, match="backbone=tiny patch_size=3x32x48 upsample=1 num_queries=5"):
-        network.load_state_dict(MaskSAM(tiny_config(num_queries=5), 1, 3).state_dict())
+    for changes in ({"num_queries": 5}, {"prompts": "hard"}):  # the second one has the same shapes
+        with pytest.raises(WeightsError, match="=".join(map(str, *changes.items()))):
+            network.load_state_dict(MaskSAM(tiny_config(**changes), 1, 3).state_dict())

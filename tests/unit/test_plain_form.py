@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from configs import loss_config, tiny_config
@@ -9,10 +11,11 @@ from plain_form import PlainCriterion, plain_parts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.config import Grid
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
-from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, mask_decoder
-from masksam_nnunet.modeling.backbones.registry import SPECS, BackboneSpec
+from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
+from masksam_nnunet.modeling import network as network_module
 
 K = 4
 
@@ -20,8 +23,18 @@ K = 4
 @pytest.fixture(autouse=True)
 def _narrow_sam(monkeypatch: pytest.MonkeyPatch) -> None:
     """``vit_l`` is narrow, with windows and global blocks."""
-    spec = BackboneSpec(32, 5, 2, (0, 2, 3, 4), window=3, prompt_width=64, decoder_mlp=64, decoder_heads=4)
-    monkeypatch.setitem(SPECS, "vit_l", spec)
+    narrow = replace(
+        BACKBONES["vit_l"],
+        width=32,
+        depth=5,
+        heads=2,
+        global_blocks=(0, 2, 3, 4),
+        window=3,
+        prompt_width=64,
+        decoder_mlp=64,
+        decoder_heads=4,
+    )
+    monkeypatch.setitem(BACKBONES, "vit_l", narrow)
 
 
 def outputs(grid: Grid, batch: int, queries: int) -> MaskSAMOutput:
@@ -72,7 +85,7 @@ def test_the_network_equals_its_plain_form(
     config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, **changes)
     network = MaskSAM(config, 2, K).train()
     network.image_encoder.slices_at_once = slices_at_once
-    monkeypatch.setattr(mask_decoder, "TOKENS_PER_CHUNK", 2 * 6 * 5 * 7)  # two queries
+    monkeypatch.setattr(network_module, "TOKENS_PER_CHUNK", 2 * 6 * 5 * 7)  # two queries
     if not frozen:
         network.requires_grad_(True)
     with torch.no_grad():

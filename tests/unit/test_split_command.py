@@ -155,7 +155,7 @@ def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: P
 def test_fewer_folds(raw: Path) -> None:
     report = split_dataset(27, GROUP, folds=3)
     assert len(report.folds) == 3 and "folds 0 to 2" in report.notes[0]
-    with pytest.raises(DataError, match="12 patients.*11.*--folds"):
+    with pytest.raises(DataError, match=r"12 patients.*11.*--folds"):
         split_dataset(27, GROUP, folds=12)
 
 
@@ -170,7 +170,7 @@ def test_cases_of_a_preprocessed_dataset(raw: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="-d 5 .*Dataset027_ACDC"):
+    with pytest.raises(DataError, match=r"-d 5 .*Dataset027_ACDC"):
         split_dataset(5, GROUP)
     (raw / "Dataset028_Empty").mkdir()
     with pytest.raises(DataError, match=r"Dataset028_Empty: dataset\.json"):
@@ -179,7 +179,7 @@ def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DataError, match=r"Dataset029_None: 0 training cases"):
         split_dataset(29, GROUP)
     (raw / "Dataset027_Other").mkdir()
-    with pytest.raises(DataError, match="-d 27 .*Dataset027_ACDC, Dataset027_Other"):
+    with pytest.raises(DataError, match=r"-d 27 .*Dataset027_ACDC, Dataset027_Other"):
         split_dataset(27, GROUP)
     (raw / "Dataset027_Other").rmdir()
     broken = split_file(raw).parent.parent / "Dataset030_Broken"

@@ -1,0 +1,242 @@
+"""What a benchmark compares, and what must hold before any of it is trained."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from pydantic import BaseModel, ConfigDict
+
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.errors import DataError, UsageError
+from masksam_nnunet.files import read_json, write_json
+from masksam_nnunet.inference.methods import Method, has_budget
+from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
+from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
+from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, group_by_regex, read_splits, split_warning
+from masksam_nnunet.plans.training_inputs import require_cases, require_configuration
+
+from .checks import check_splits, refuse_unfair
+from .jobs import FoldJob
+
+DEFINITION_FILE = "benchmark.json"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+_PRIMUS_TOKEN = 8
+
+
+class Benchmark(BaseModel):
+    """What a benchmark's folder is about, kept in its ``benchmark.json``.
+
+    Attributes:
+        dataset: full name.
+        configuration: nnU-Net's.
+        methods: to compare, all of this configuration.
+        folds: numbers.
+        minutes: for time-budget trainers, else None.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        ensembles: whether pairs of methods are ensembled; validation then saves probabilities.
+        accept_unfair: go on in spite of an unfair comparison.
+        processes: workers that score and ensemble.
+        group: regular expression that finds the patient in a case's name, as ``masksam split --group``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    configuration: str
+    methods: tuple[Method, ...]
+    folds: tuple[int, ...]
+    minutes: float | None = None
+    device: str = "cuda"
+    ensembles: bool = True
+    accept_unfair: bool = False
+    processes: int = 2
+    group: str | None = None
+
+    @classmethod
+    def read(cls, out: Path) -> Benchmark:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            UsageError: ``out`` is no benchmark's folder, or the file is damaged.
+        """
+        file = out / DEFINITION_FILE
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except FileNotFoundError as error:
+            raise UsageError(f"{out} holds no {DEFINITION_FILE}; name a folder that masksam benchmark wrote") from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{file} is damaged ({error}); remove it and run masksam benchmark again") from error
+
+    def write(self, out: Path) -> None:
+        """Write it over an earlier one. Methods and folds may change, dataset and configuration may not.
+
+        Raises:
+            UsageError: ``out`` belongs to another dataset or configuration, or cannot be written.
+        """
+        if (out / DEFINITION_FILE).is_file():
+            there = Benchmark.read(out)
+            if (there.dataset, there.configuration) != (self.dataset, self.configuration):
+                raise UsageError(
+                    f"--out {out} holds a benchmark of {there.dataset}, {there.configuration}; give another folder"
+                )
+        try:
+            write_json(out / DEFINITION_FILE, self.model_dump())
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be written: {error}; give another folder") from error
+
+    @property
+    def results(self) -> Path:
+        """The dataset's folder in nnUNet_results."""
+        return Path(os.environ["nnUNet_results"]) / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        """The dataset's folder in nnUNet_preprocessed."""
+        return Path(os.environ["nnUNet_preprocessed"]) / self.dataset
+
+    @property
+    def command_line(self) -> str:
+        """The command that makes it on one machine; folder and workers, which change no result, are left out."""
+        words = ["masksam", "benchmark", "-d", self.dataset, "-c", self.configuration]
+        words += ["--trainers", *(f"{method.trainer}@{method.plans}" for method in self.methods)]
+        words += ["--folds", *map(str, self.folds)]
+        words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
+        words += ["--devices", self.device]
+        words += [] if self.ensembles or len(self.methods) < 2 else ["--no-ensembles"]
+        words += [] if self.group is None else ["--group", self.group]
+        words += ["--accept-unfair"] if self.accept_unfair else []
+        return shlex.join(words)
+
+    def patients(self, cases: Sequence[str]) -> dict[str, str] | None:
+        """Patient by case; None without ``group``.
+
+        Raises:
+            DataError: the expression does not fit the names.
+        """
+        if self.group is None:
+            return None
+        groups = group_by_regex(cases, self.group)
+        return {case: patient for patient, members in groups.items() for case in members}
+
+    def environment(self) -> dict[str, str]:
+        """This process's variables of nnU-Net and MaskSAM, with absolute folders."""
+        found = {key: value for key, value in os.environ.items() if key.startswith(("nnUNet_", "MASKSAM_"))}
+        found |= {name: os.path.abspath(found[name]) for name in FOLDERS}
+        return found | {EXT_TRAINER: ext_trainer_value(found.get(EXT_TRAINER))}
+
+    def jobs(self) -> tuple[FoldJob, ...]:
+        """One job for each method and fold, fold by fold."""
+        return tuple(
+            FoldJob(
+                dataset=self.dataset,
+                method=method,
+                fold=fold,
+                device=self.device,
+                environment=self.environment(),
+                minutes=self.minutes if has_budget(method) else None,
+                npz=self.ensembles and len(self.methods) > 1,
+            )
+            for fold in self.folds
+            for method in self.methods
+        )
+
+    def check(self) -> list[str]:
+        """Check all that can be checked before training, and write nnU-Net's default split where there is none.
+
+        Returns:
+            Notes for the user.
+
+        Raises:
+            MaskSAMError: what is missing or wrong, and the remedy.
+        """
+        name = find_benchmark_dataset(self.dataset)
+        self._check_options()
+        cases = sorted(read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1).images)
+        for method in self.methods:
+            self._check_method(method, cases)
+        file = self.preprocessed / "splits_final.json"
+        # Written before any job starts: several jobs would each write one.
+        with FileLock(self.preprocessed / ".splits_final.lock"):
+            if not file.is_file():
+                self._write_default_split(file, cases)
+        splits = read_splits(file, cases)
+        findings = check_splits(splits, self.folds, cases, name, self.patients(cases))
+        notes = [finding.text for finding in findings if finding.severe]
+        refuse_unfair(notes, self.accept_unfair, "these folds make no fair comparison")
+        for job in self.jobs():
+            if any(job.folder.glob("checkpoint_*.pth")):
+                job.require_unchanged()
+        own_schedule = [method.key for method in self.methods if not has_budget(method)]
+        if self.minutes is not None and own_schedule:
+            notes.append(
+                f"--minutes {self.minutes:g} is for trainers ending in _budget only: {', '.join(own_schedule)} train "
+                "their own number of epochs, so the methods do not get the same time"
+            )
+        return notes
+
+    def _check_options(self) -> None:
+        if not self.folds or min(self.folds) < 0 or len(set(self.folds)) < len(self.folds):
+            raise UsageError(f"--folds {' '.join(map(str, self.folds))}: give different numbers from 0 on")
+        budget = [method.trainer for method in self.methods if has_budget(method)]
+        if self.minutes is None and budget:
+            raise UsageError(f"{', '.join(budget)} train by the clock: give the time for each fold, --minutes 30")
+        if self.minutes is not None and not budget:
+            raise UsageError(f"--minutes {self.minutes:g} is for trainers ending in _budget; leave it out")
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise UsageError(f"--minutes {self.minutes:g}: give a positive number")
+
+    def _check_method(self, method: Method, cases: Sequence[str]) -> None:
+        number = number_of(self.dataset)
+        found = require_configuration(self.preprocessed, method.plans, method.configuration, number, method.trainer)
+        if found.previous_stage_name is not None:
+            raise UsageError(
+                f"-c {method.configuration} is the second stage of a cascade; compare 2d, 3d_lowres or 3d_fullres"
+            )
+        if "Primus" in method.trainer and any(size % _PRIMUS_TOKEN for size in found.patch_size):
+            raise DataError(
+                f"{method.trainer} needs a patch size that {_PRIMUS_TOKEN} divides, but {method.plans}.json has "
+                f"{list(found.patch_size)}; name other plans: --trainers {method.trainer}@PLANS"
+            )
+        data = found.data_identifier
+        require_cases(self.preprocessed, method.plans, method.configuration, data, number, method.trainer, cases)
+
+    def _write_default_split(self, file: Path, cases: Sequence[str]) -> None:
+        if not set(self.folds) <= set(range(NUM_FOLDS)):
+            raise UsageError(
+                f"--folds {' '.join(map(str, self.folds))}: there is no {file}, and nnU-Net's default has folds 0 to "
+                f"{NUM_FOLDS - 1}"
+            )
+        number = number_of(self.dataset)
+        warning = split_warning(cases, None, number)
+        if self.group is not None:
+            raise DataError(f"{file} is missing: write it with masksam split -d {number} --group '{self.group}'")
+        if warning is not None:
+            raise DataError(f"{file} is missing: {warning}")
+        # As nnU-Net's do_split, whose cases are those of the preprocessed data.
+        plans = PlansManager(read_json(self.preprocessed / f"{self.methods[0].plans}.json"))
+        identifier = plans.get_configuration(self.configuration).data_identifier
+        there = sorted(preprocessed_cases(self.preprocessed / identifier))
+        if len(there) < NUM_FOLDS:
+            raise DataError(f"{self.dataset} has {len(there)} cases, five folds need five; write {file} yourself")
+        folds = generate_crossval_split(there, seed=SEED, n_splits=NUM_FOLDS)
+        # nnU-Net returns numpy's strings.
+        write_json(file, [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in folds])
+
+
+def find_benchmark_dataset(dataset: str) -> str:
+    """The full name of a dataset given by number or name.
+
+    Raises:
+        UsageError: one of nnU-Net's three folders is not set.
+        DataError: there is no such dataset.
+    """
+    for variable in FOLDERS:
+        if not os.environ.get(variable):
+            raise UsageError(f"{variable} is not set: export nnU-Net's three folders, {', '.join(FOLDERS)}, first")
+    return find_dataset(dataset)

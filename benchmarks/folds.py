@@ -1,0 +1,326 @@
+"""What the folder of a trained fold holds: how far the fold has come, its record, and what its training took."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import socket
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import Enum
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field
+
+from masksam_nnunet.checkpoints import damage
+from masksam_nnunet.environment import TRAINING_STATS_FILE
+from masksam_nnunet.errors import TrainingError
+from masksam_nnunet.files import read_json, write_json
+from masksam_nnunet.inference.history import epoch_seconds, read_log
+from masksam_nnunet.inference.versions import git_hash, versions
+
+from .results import FoldCompute
+
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+RECORD_FILE = "benchmark_run.json"
+_TRAINED, _VALIDATED = "Training done.", "Validation complete"
+
+
+@contextmanager
+def locked(folder: Path, busy: str, wait: float = 1.0) -> Iterator[None]:
+    """Keep other processes, on all machines that share a folder, from doing the same in it.
+
+    The lock is flock's: it ends with this process, however that ends. NFS has it from version 4 on, Lustre with the
+    mount option ``flock``.
+
+    Args:
+        folder: created if missing.
+        busy: what another process that holds the lock is doing, for the message.
+        wait: seconds to wait for it.
+
+    Raises:
+        TrainingError: another process holds the lock, or the folder cannot be written.
+    """
+    lock = FileLock(folder / "benchmark.lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait)
+    except Timeout as error:
+        raise TrainingError(f"{folder}: another process is {busy}; wait until it has ended, then run again") from error
+    except (OSError, NotImplementedError) as error:
+        raise TrainingError(f"{folder} cannot be locked: {error}; make it writable, on a disk with flock") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---- how far a fold has come -----------------------------------------------------------------------------------------
+
+
+class Stage(Enum):
+    """How far a fold has come."""
+
+    MISSING = "missing"
+    """There is no checkpoint."""
+    BROKEN_OFF = "broken off"
+    """A whole checkpoint_latest or checkpoint_best to continue from."""
+    TRAINED = "trained"
+    """The final checkpoint is there, the validation is not complete."""
+    DONE = "done"
+    """Trained, and every validation case is predicted and scored."""
+    DAMAGED = "damaged"
+    """The checkpoint to continue from is not a whole file."""
+
+
+class FoldState(NamedTuple):
+    """A stage, and how it was recognised."""
+
+    stage: Stage
+    reason: str
+
+
+def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) -> FoldState:
+    """How far a fold has come, judged by its folder alone.
+
+    Args:
+        folder: of the fold; need not exist.
+        cases: the fold's validation cases.
+        file_ending: of predictions, such as ``.nii.gz``.
+        npz: whether probabilities are needed too.
+    """
+    found = [name for name in (FINAL, LATEST, BEST) if (folder / name).is_file()]  # in the order of nnU-Net's --c
+    if not found:
+        return FoldState(Stage.MISSING, "there is no checkpoint")
+    name = found[0]
+    missing = _not_validated(folder, cases, file_ending, npz) if name == FINAL else None
+    # Reading all bytes of a large model takes long, and is done where the file is going to be used.
+    wrong = damage(folder / name, thorough=name != FINAL or missing is not None)
+    if wrong is not None:
+        others = [other for other in found[1:] if not damage(folder / other)]
+        remedy = f"training then continues from {others[0]}" if others else "the fold is then trained from its start"
+        return FoldState(
+            Stage.DAMAGED, f"{folder / name} is not a whole checkpoint ({wrong}); remove it and run again: {remedy}"
+        )
+    if name != FINAL:
+        return FoldState(Stage.BROKEN_OFF, f"{name} is there, {FINAL} is not")
+    if missing is not None:
+        return FoldState(Stage.TRAINED, missing)
+    return FoldState(Stage.DONE, f"{len(cases)} validation cases predicted and scored")
+
+
+def _not_validated(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) -> str | None:
+    """What is missing from a validation; None if it is complete and newer than the training."""
+    validation = folder / "validation"
+    for ending in (file_ending, ".npz", ".pkl") if npz else (file_ending,):
+        missing = [case for case in cases if not _is_whole(validation / f"{case}{ending}")]
+        if missing:
+            return f"{len(missing)} of {len(cases)} validation cases have no whole {ending} file, such as {missing[0]}"
+    try:
+        entries = read_json(validation / "summary.json")["metric_per_case"]
+        scored = {Path(entry["prediction_file"]).name for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{validation / 'summary.json'} is missing or damaged"
+    if unscored := [case for case in cases if f"{case}{file_ending}" not in scored]:
+        return f"{validation / 'summary.json'} has no scores of {len(unscored)} of {len(cases)} cases"
+    # nnU-Net's logs tell whether the validation belongs to the latest training. Files' times, which copies change,
+    # count only where there are no logs.
+    ends = [end for log in training_logs(folder) for end in _ends(log)]
+    if _TRAINED in ends:
+        return None if ends[-1] == _VALIDATED else "nnU-Net's log has no complete validation after the training"
+    older = (validation / "summary.json").stat().st_mtime_ns < (folder / FINAL).stat().st_mtime_ns
+    return f"its predictions are older than {FINAL}" if older else None
+
+
+def training_logs(folder: Path) -> list[Path]:
+    """nnU-Net's logs of a fold, one for each start, the earliest first."""
+    # Month and day have no leading zeros: alphabetical order would be wrong.
+    return sorted(folder.glob("training_log_*.txt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+
+
+def _ends(log: Path) -> list[str]:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return re.findall(rf"^[\d\-]+ [\d:.]+: ({re.escape(_TRAINED)}|{re.escape(_VALIDATED)})\s*$", text, re.MULTILINE)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is there and ends as its kind must. A label map cut short is noticed when it is scored."""
+    if not file.is_file() or not file.stat().st_size:
+        return False
+    if file.suffix == ".npz":
+        return zipfile.is_zipfile(file)
+    if file.suffix == ".pkl":
+        with file.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return stream.read() == pickle.STOP
+    return True
+
+
+# ---- the record of its trainings -------------------------------------------------------------------------------------
+
+
+class Part(BaseModel):
+    """One run of nnUNetv2_train."""
+
+    kind: Literal["train", "continue", "validate"]
+    command: str
+    start: str
+    """ISO time."""
+    variables: dict[str, str]
+    """Those of nnU-Net, MaskSAM and CUDA, without folders."""
+    host: str = Field(default_factory=socket.gethostname)
+    git_hash: str | None = Field(default_factory=git_hash)
+    versions: dict[str, str] = Field(default_factory=versions)
+    end: str | None = None
+    """None, like all that follows, where the benchmark itself was killed."""
+    exit_status: int | None = None
+    device: str | None = None
+    peak_memory_mib: float | None = None
+    """Resident memory of the command and its workers together, sampled while it trains."""
+    train_seconds: float | None = None
+    """From its start to the final checkpoint or its end, by the clock."""
+
+
+class FoldRecord(BaseModel):
+    """The content of ``benchmark_run.json``: with what a fold was trained, and each run of nnUNetv2_train."""
+
+    trainer: str
+    plans: str
+    configuration: str
+    minutes: float | None
+    inputs: dict[str, str] | None
+    """SHA-256 of splits, plans and dataset.json at the start, by file name; None if trained outside the benchmark."""
+    parts: list[Part] = []
+
+    @classmethod
+    def read(cls, folder: Path) -> FoldRecord | None:
+        """The record of a fold; None where the benchmark has not trained it.
+
+        Raises:
+            TrainingError: it is not readable.
+        """
+        file = folder / RECORD_FILE
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"{file} is damaged ({error}); remove it: the fold counts as trained elsewhere"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write it into the fold's folder.
+
+        Raises:
+            TrainingError: the folder cannot be written.
+        """
+        try:
+            write_json(folder / RECORD_FILE, self.model_dump())
+        except OSError as error:
+            raise TrainingError(f"cannot write {folder / RECORD_FILE}: {error}; make room and run again") from error
+
+    def training(self) -> list[Part]:
+        """The parts that led to the final checkpoint: from the last start on, without validations."""
+        begun = [index for index, part in enumerate(self.parts) if part.kind == "train"]
+        return [part for part in self.parts[begun[-1] if begun else 0 :] if part.kind != "validate"]
+
+    def differences(self, trainer: str, minutes: float | None, inputs: Mapping[str, str]) -> list[str]:
+        """What differs now from the start of the training, one phrase each."""
+        found = [] if self.trainer == trainer else [f"it was trained by {self.trainer}"]
+        if self.minutes != minutes:
+            found.append(f"it was trained with --minutes {self.minutes}, not {minutes}")
+        for name, digest in (self.inputs or {}).items():
+            if digest != inputs.get(name):
+                found.append(f"{name} in nnUNet_preprocessed has changed since")
+        return found
+
+
+def input_hashes(preprocessed: Path, plans: str) -> dict[str, str]:
+    """SHA-256, by name, of the files in a dataset's preprocessed folder that a training reads beside the data."""
+    names = ("splits_final.json", f"{plans}.json", "dataset.json")
+    return {name: hashlib.sha256((preprocessed / name).read_bytes()).hexdigest() for name in names}
+
+
+def training_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change a training; paths are the user's own business."""
+    prefixes = ("nnUNet_", "MASKSAM_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    return {key: value for key, value in sorted(environment.items()) if key.startswith(prefixes) and "/" not in value}
+
+
+def now() -> str:
+    """The time, for records."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ---- what its training took ------------------------------------------------------------------------------------------
+
+
+def read_fold_compute(folder: Path) -> FoldCompute:
+    """What the training of a fold took, as far as it is known.
+
+    Seconds and epochs are from nnU-Net's log in the checkpoint; the rest from training_stats.json, which this
+    package's trainers write, from the benchmark's record, and from nnU-Net's debug.json.
+
+    Raises:
+        TrainingError: the fold is not trained, or its record is not readable.
+        CheckpointError: its checkpoint is not readable.
+    """
+    checkpoint = folder / FINAL
+    if not checkpoint.is_file():
+        raise TrainingError(f"{folder} has no {FINAL}: this fold is not trained")
+    content = read_log(checkpoint)
+    seconds = epoch_seconds(content.log, checkpoint)
+    record = FoldRecord.read(folder)
+    parts = [] if record is None else record.training()
+    stats, debug = (_read_if_there(folder / name) for name in (TRAINING_STATS_FILE, "debug.json"))
+    sampled = [part.peak_memory_mib for part in parts if part.peak_memory_mib is not None]
+    per_epoch = debug.get("num_iterations_per_epoch")
+    by_clock = [part.train_seconds for part in parts]
+    devices = dict.fromkeys(part.device for part in parts if part.device)
+    return FoldCompute(
+        fold=int(folder.name.removeprefix("fold_")),
+        seconds=stats.get("train_seconds", sum(seconds)),
+        peak_memory_mib=stats.get("peak_memory_mib", max(sampled, default=None)),
+        peak_memory_of=stats.get("peak_memory_of", "all processes, resident" if sampled else "not recorded"),
+        device=" and ".join(devices) or str(debug.get("gpu_name") or stats.get("device", "not recorded")),
+        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * len(seconds)),
+        epochs=len(seconds),
+        parameters=stats.get("parameters", content.parameters),
+        trainable_parameters=stats.get("trainable_parameters"),
+        checkpoint_bytes=checkpoint.stat().st_size,
+        resumed=sum(part.kind == "continue" for part in parts),
+        git_hash=_changes(part.git_hash for part in parts) or None,
+        wall_seconds=sum(map(float, filter(None, by_clock))) if by_clock and None not in by_clock else None,
+        versions={
+            name: _changes(part.versions.get(name) for part in parts) for part in parts[:1] for name in part.versions
+        },
+    )
+
+
+def device_name(folder: Path, device: str) -> str:
+    """What trained in a fold's folder: the GPU that nnU-Net noted there, or the number of CPU cores here."""
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"{cores} CPU cores"
+    return str(_read_if_there(folder / "debug.json").get("gpu_name", device))
+
+
+def _read_if_there(file: Path) -> Mapping[str, Any]:
+    try:
+        content: Mapping[str, Any] = read_json(file)
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def _changes(values: Iterable[str | None]) -> str:
+    """The known values in their order, ``then`` between those that differ."""
+    return " then ".join(value for value, _ in groupby(value for value in values if value is not None))

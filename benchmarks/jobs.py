@@ -1,0 +1,313 @@
+"""Bring folds to their end with nnU-Net's own command, and run several of them on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from masksam_nnunet.environment import BUDGET_MINUTES
+from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
+from masksam_nnunet.files import read_json
+from masksam_nnunet.inference.methods import Method
+
+from .folds import (
+    FINAL,
+    FoldRecord,
+    FoldState,
+    Part,
+    Stage,
+    device_name,
+    fold_state,
+    input_hashes,
+    locked,
+    now,
+    training_variables,
+)
+from .nnunet import SAVE_SECONDS, failed, run_to_end, termination_as_exit
+
+COMMAND = "nnUNetv2_train"
+Status = Literal["waiting", "running", "done", "failed"]
+Watch = Callable[[Mapping[str, Status]], None]
+"""Is called about twice a second with the status of each job, by name."""
+
+_LOOK_SECONDS = 0.5
+_LITTLE_ROOM = 2**30
+"""Free bytes below which a failure is likely to be for lack of room."""
+_PARTS: Mapping[Stage, tuple[Literal["train", "continue", "validate"], tuple[str, ...]]] = {
+    Stage.MISSING: ("train", ()),
+    Stage.BROKEN_OFF: ("continue", ("--c",)),
+    Stage.TRAINED: ("validate", ("--val",)),
+}
+
+
+@dataclass(frozen=True)
+class FoldJob:
+    """One fold of one method, to be trained and validated.
+
+    Attributes:
+        dataset: full name.
+        method: what to train.
+        fold: number.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        environment: variables of nnU-Net and MaskSAM, its three folders among them.
+        minutes: of a time-budget trainer, else None.
+        npz: whether validation saves probabilities.
+    """
+
+    dataset: str
+    method: Method
+    fold: int
+    device: str
+    environment: Mapping[str, str]
+    minutes: float | None = None
+    npz: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique within a benchmark."""
+        return f"{self.method.key}/fold_{self.fold}"
+
+    @property
+    def folder(self) -> Path:
+        """The fold's folder in nnUNet_results."""
+        return Path(self.environment["nnUNet_results"]) / self.dataset / self.method.key / f"fold_{self.fold}"
+
+    @property
+    def log(self) -> Path:
+        """The output of nnU-Net's command."""
+        return self.folder / "benchmark_train.log"
+
+    @property
+    def cases(self) -> list[str]:
+        """The fold's validation cases."""
+        cases: list[str] = read_json(self._preprocessed / "splits_final.json")[self.fold]["val"]
+        return cases
+
+    @property
+    def _preprocessed(self) -> Path:
+        return Path(self.environment["nnUNet_preprocessed"]) / self.dataset
+
+    def state(self) -> FoldState:
+        """How far the fold has come."""
+        ending = read_json(self._preprocessed / "dataset.json")["file_ending"]
+        return fold_state(self.folder, self.cases, ending, self.npz)
+
+    def require_unchanged(self) -> None:
+        """Refuse a fold that was begun with other splits, plans, dataset.json or minutes: it could not be compared.
+
+        Raises:
+            TrainingError: naming what differs.
+        """
+        record = FoldRecord.read(self.folder)
+        if record is None:
+            return
+        differences = record.differences(
+            self.method.trainer, self.minutes, input_hashes(self._preprocessed, self.method.plans)
+        )
+        if differences:
+            raise TrainingError(
+                f"{self.folder}: {'; '.join(differences)}. Restore it, or move that folder away to train the fold again"
+            )
+
+    def run(self, gpu: str | None = None, stop: threading.Event | None = None) -> None:
+        """Train, continue or validate until the fold is done.
+
+        Args:
+            gpu: value for ``CUDA_VISIBLE_DEVICES``; None leaves the choice to who starts this process.
+            stop: ends the training when it is set; it may save before.
+
+        Raises:
+            TrainingError: nnU-Net's command fails; the checkpoint is damaged; another process trains this fold; splits,
+                plans or minutes have changed since the training began.
+        """
+        with locked(self.folder, "training this fold"):
+            tried: set[Stage] = set()
+            while (state := self.state()).stage is not Stage.DONE:
+                if state.stage is Stage.DAMAGED:
+                    raise TrainingError(state.reason)
+                if state.stage in tried:
+                    raise TrainingError(
+                        f"{self.name}: {COMMAND} ended without an error, but the fold is still {state.stage.value}: "
+                        f"{state.reason}; see {self.log}"
+                    )
+                tried.add(state.stage)
+                self._run(state.stage, gpu, stop)
+
+    def _run(self, stage: Stage, gpu: str | None, stop: threading.Event | None) -> None:
+        kind, options = _PARTS[stage]
+        method = self.method
+        arguments = [self.dataset, method.configuration, str(self.fold), "-tr", method.trainer, "-p", method.plans]
+        arguments += ["-device", self.device, *options, *(["--npz"] if self.npz else [])]
+        line = shlex.join([COMMAND, *arguments])
+        environment = self._whole_environment(gpu)
+        record = self._record(stage)
+        part = Part(kind=kind, command=line, start=now(), variables=training_variables(environment))
+        record.parts.append(part)
+        record.write(self.folder)
+        began = time.monotonic()
+
+        def look(process: int) -> None:
+            if not (self.folder / FINAL).exists():  # it trains
+                part.train_seconds = time.monotonic() - began
+                if self.device != "cuda":
+                    part.peak_memory_mib = max(part.peak_memory_mib or 0.0, _resident_mib(process))
+
+        try:
+            part.exit_status = run_to_end(COMMAND, arguments, environment, self.log, stop, look)
+        finally:
+            part.end, part.device = now(), device_name(self.folder, self.device)
+            record.write(self.folder)
+        if part.exit_status:
+            raise TrainingError(f"{self.name}: {failed(line, part.exit_status, self.log)}{_little_room(self.folder)}")
+
+    def _record(self, stage: Stage) -> FoldRecord:
+        """The fold's record, checked against what is there now."""
+        record = FoldRecord.read(self.folder)
+        if stage is not Stage.MISSING and record is not None:
+            self.require_unchanged()
+            return record
+        inputs = input_hashes(self._preprocessed, self.method.plans) if stage is Stage.MISSING else None
+        return FoldRecord(
+            trainer=self.method.trainer,
+            plans=self.method.plans,
+            configuration=self.method.configuration,
+            minutes=self.minutes,
+            inputs=inputs,
+            parts=[] if record is None else record.parts,
+        )
+
+    def _whole_environment(self, gpu: str | None) -> dict[str, str]:
+        environment = os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"}
+        environment.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
+        if self.device == "cpu":
+            environment.setdefault("nnUNet_n_proc_DA", "0")  # the training itself uses every core
+        if self.minutes is not None:
+            environment[BUDGET_MINUTES] = f"{self.minutes:g}"
+            environment.setdefault("nnUNet_compile", "f")  # compiling would use up the budget of one method only
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        return environment
+
+
+def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | None = None) -> dict[str, str]:
+    """Run jobs on this machine, one at a time on each device. One that fails stops no other.
+
+    When this process is interrupted or terminated, trainings have :data:`~.nnunet.SAVE_SECONDS` to save. They end at
+    once when it is killed.
+
+    Args:
+        jobs: to run, in this order.
+        devices: as ``--devices`` names them.
+        watch: is shown the status of the jobs.
+
+    Returns:
+        The errors of jobs that failed, by name.
+    """
+    waiting = deque(jobs)
+    status: dict[str, Status] = {job.name: "waiting" for job in jobs}
+    errors: dict[str, str] = {}
+    stop = threading.Event()
+
+    def work(gpu: str | None) -> None:
+        while waiting and not stop.is_set():
+            job = waiting.popleft()
+            status[job.name] = "running"
+            try:
+                job.run(gpu, stop)
+            except (MaskSAMError, OSError) as error:
+                errors[job.name] = f"{error}\n(log: {job.log})"
+            except Exception:
+                errors[job.name] = traceback.format_exc()
+            status[job.name] = "failed" if job.name in errors else "done"
+
+    # As daemons they keep nobody waiting who interrupts a second time.
+    threads = [threading.Thread(target=work, args=(gpu_of(device),), daemon=True) for device in devices]
+    with termination_as_exit():
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                if watch is not None:
+                    watch(dict(status))
+                time.sleep(_LOOK_SECONDS)
+        except BaseException:
+            stop.set()
+            running = ", ".join(name for name, one in status.items() if one == "running")
+            print(f"ending {running}; trainings may save for {SAVE_SECONDS:.0f} seconds", file=sys.stderr, flush=True)
+            for thread in threads:
+                thread.join()
+            raise
+    if watch is not None:
+        watch(dict(status))
+    return errors
+
+
+def device_kind(devices: Sequence[str]) -> str:
+    """``cpu``, ``cuda`` or ``mps``: what nnU-Net calls the devices that ``--devices`` names.
+
+    Raises:
+        UsageError: unknown, repeated or mixed devices.
+    """
+    given = f"--devices {' '.join(devices)}".strip()
+    kinds = {"cuda" if device.isdecimal() else device for device in devices}
+    if not kinds or kinds - {"cpu", "cuda", "mps"}:
+        raise UsageError(f"{given}: give cpu, mps, cuda or numbers of GPUs, such as --devices 0 1")
+    if len(kinds) > 1 or len(set(devices)) < len(devices) or ("cuda" in devices and len(devices) > 1):
+        raise UsageError(f"{given}: give one kind of device, each once; several GPUs by their numbers")
+    return kinds.pop()
+
+
+def require_devices(devices: Sequence[str]) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        UsageError: naming what PyTorch sees.
+    """
+    kind, gpus = device_kind(devices), torch.cuda.device_count()
+    if kind == "cuda" and any(int(device) >= gpus if device.isdecimal() else not gpus for device in devices):
+        raise UsageError(f"--devices {' '.join(devices)}: PyTorch sees {gpus} GPUs here; --devices cpu needs none")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--devices mps: PyTorch finds none here; --devices cpu always works")
+
+
+def gpu_of(device: str) -> str | None:
+    """The value of ``CUDA_VISIBLE_DEVICES`` for one of ``--devices``; None for a device that is no GPU.
+
+    Numbers count among the GPUs that this process may see, as PyTorch's do. ``cuda`` is the first.
+    """
+    if device in ("cpu", "mps"):
+        return None
+    number = 0 if device == "cuda" else int(device)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[number] if visible else str(number)
+
+
+def _resident_mib(process: int) -> float:
+    """Resident memory of a process and its children, in MiB; memory that they share counts once for each."""
+    total = 0
+    try:
+        parent = psutil.Process(process)
+        for member in [parent, *parent.children(recursive=True)]:
+            total += member.memory_info().rss
+    except psutil.Error:  # one has just ended
+        pass
+    return total / 2**20
+
+
+def _little_room(folder: Path) -> str:
+    """An addition to an error where the disk is nearly full: the log, on the same disk, may not say so."""
+    free = shutil.disk_usage(folder).free
+    return f"\nOnly {free / 2**20:.0f} MiB are free in {folder}: make room" if free < _LITTLE_ROOM else ""

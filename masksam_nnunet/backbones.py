@@ -1,0 +1,158 @@
+"""The image encoders, each declared once. The config, the weights, the planner and the command line read them here.
+
+Nothing heavy is imported: what builds a network is named by its import path and looked up when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published file with the frozen weights of an encoder, its prompt encoder and its mask decoder."""
+
+    name: str
+    """What ``masksam weights`` calls it."""
+    file_name: str
+    url: str
+    sha256: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Sizes of an image encoder and of the SAM decoder that goes with it, and where its weights come from."""
+
+    name: str
+    width: int
+    """E: channels of each of the four levels that feed the prompt generator."""
+    depth: int = 0
+    """Blocks of the ViT."""
+    heads: int = 0
+    global_blocks: tuple[int, ...] = ()
+    """Blocks with global attention, whose outputs are the four levels."""
+    window: int = 14
+    """Side of the windows in which the other blocks attend; 0 for global attention throughout."""
+    stride: int = 16
+    """Pixels of the input for each token, along each axis."""
+    prompt_width: int = 256
+    """P, a square number."""
+    decoder_mlp: int = 2048
+    decoder_heads: int = 8
+    mask_channels: int = 16
+    """Channels of a mask prompt before the last layer that embeds it."""
+    checkpoint: Checkpoint | None = None
+    """The weights, which stay frozen. None: whatever ``encoder`` does not freeze is trained from random weights."""
+    intensities: str = "z-scores of nnU-Net, which has the statistics that SAM was trained with"
+    """What the stem hands to the encoder at step 0."""
+    adapter: str | Callable[..., Any] = "masksam_nnunet.modeling.adapters:DConvAdapter"
+    """Makes an adapter from (E, bottleneck's share of E): two for each block of the ViT, each a ``Trainable`` map of
+    (B, D, g_h, g_w, E) to the same shape that is zero at first."""
+    encoder: str | Callable[..., Any] = "masksam_nnunet.modeling.image_encoder:AdaptedImageEncoder"
+    """Makes the encoder from (this declaration, the network's config). Its ``forward`` takes images (B, D, 3, S_h, S_w)
+    and returns four levels (B, D, g_h, g_w, E), shallow to deep, and a neck (B, D, P, g_h, g_w)."""
+    planned: bool = False
+    """Whether ``masksam plan --backbone`` takes it."""
+    description: str = "a registered encoder. It is not SAM, and no file of SAM is read"
+
+    def make_adapter(self, ratio: float) -> Any:
+        return _resolved(self.adapter)(self.width, ratio)
+
+    def make_encoder(self, config: Any) -> Any:
+        return _resolved(self.encoder)(self, config)
+
+
+def _resolved(maker: str | Callable[..., Any]) -> Callable[..., Any]:
+    return resolve_name(maker) if isinstance(maker, str) else maker
+
+
+def _sam(
+    name: str, file_name: str, sha256: str, width: int, depth: int, heads: int, global_blocks: tuple[int, ...]
+) -> Backbone:
+    """A SAM that Meta released; sizes as in ``segment_anything/build_sam.py``."""
+    url = f"https://dl.fbaipublicfiles.com/segment_anything/{file_name}"
+    return Backbone(
+        name,
+        width,
+        depth,
+        heads,
+        global_blocks,
+        checkpoint=Checkpoint(name, file_name, url, sha256, "Apache-2.0"),
+        planned=True,
+        description=f"SAM's {name}, frozen, with trained adapters",
+    )
+
+
+BACKBONES = {
+    backbone.name: backbone
+    for backbone in (
+        Backbone(
+            "tiny",
+            128,
+            4,
+            4,
+            (0, 1, 2, 3),
+            window=0,
+            prompt_width=64,
+            decoder_mlp=128,
+            decoder_heads=4,
+            planned=True,
+            description="a tiny encoder of this project's own. It is not SAM: it starts from random weights and is "
+            "trained throughout",
+        ),
+        _sam(
+            "vit_b",
+            "sam_vit_b_01ec64.pth",
+            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            *(768, 12, 12, (2, 5, 8, 11)),
+        ),
+        _sam(
+            "vit_l",
+            "sam_vit_l_0b3195.pth",
+            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+            *(1024, 24, 16, (5, 11, 17, 23)),
+        ),
+        _sam(
+            "vit_h",
+            "sam_vit_h_4b8939.pth",
+            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+            *(1280, 32, 16, (7, 15, 23, 31)),
+        ),
+    )
+}
+"""Every known backbone by its name."""
+
+_OWN = frozenset(BACKBONES)
+
+
+def register_backbone(backbone: Backbone) -> None:
+    """Make ``backbone`` one that configs, and so plans and trainers, may name.
+
+    Call it in the module that holds the trainer. nnU-Net may import that module more than once, so registering a name
+    again replaces it.
+
+    Raises:
+        ValueError: the name is one of this project's own, or SAM's checkpoint does not fit the encoder.
+    """
+    if backbone.name in _OWN:
+        raise ValueError(f"backbone {backbone.name!r} is this project's own: register yours under another name")
+    if backbone.checkpoint is not None and backbone.encoder != Backbone.encoder:
+        raise ValueError(
+            f"backbone {backbone.name!r}: checkpoint = {backbone.checkpoint.name} does not fit an encoder of your own: "
+            "leave it out, and load and freeze what you have in the function that makes the encoder"
+        )
+    BACKBONES[backbone.name] = backbone
+
+
+def planned_backbones() -> list[str]:
+    """Names that ``masksam plan --backbone`` takes."""
+    return [name for name, backbone in BACKBONES.items() if backbone.planned]
+
+
+def checkpoint_names() -> list[str]:
+    """Names that ``masksam weights`` takes, from the smallest SAM to the largest."""
+    return list(dict.fromkeys(b.checkpoint.name for b in BACKBONES.values() if b.checkpoint is not None))

@@ -1,1 +1,0 @@
-"""The image encoders, each declared once."""

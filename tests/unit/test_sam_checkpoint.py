@@ -1,0 +1,211 @@
+"""Checkpoints in SAM's format: read, fitted to another token grid, loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from configs import tiny_config
+from segment_anything.modeling.image_encoder import get_rel_pos
+from small_sam import SMALL_SAM, expect_release
+from torch import Tensor
+
+from masksam_nnunet.backbones import BACKBONES
+from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.sam_checkpoint import read_checkpoint, remap_sam_state_dict
+
+REL_POS = "image_encoder.blocks.1.attn.rel_pos_h"
+
+
+@pytest.fixture(autouse=True)
+def _small_sam(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
+    monkeypatch.delenv("MASKSAM_WEIGHTS_SHA256", raising=False)
+
+
+def network(grid: tuple[int, int] = (4, 4)) -> MaskSAM:
+    made = MaskSAM(tiny_config(backbone="vit_b", patch_size=(1, 16 * grid[0], 16 * grid[1])), 1, 2)
+    with torch.no_grad():
+        for value in made.sam_tensors().values():
+            value.add_(torch.randn_like(value))
+    return made
+
+
+def sam_state(grid: tuple[int, int] = (4, 4)) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network(grid).sam_tensors().items()}
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Unpickles by running a command."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.trace}'",)
+
+
+@pytest.mark.parametrize(("nested", "zipped"), [(None, True), ("model", False), ("state_dict", True)])
+def test_read_gives_the_tensors_wherever_they_stand(tmp_path: Path, nested: str | None, zipped: bool) -> None:
+    state = sam_state()
+    content = {nested: state, "epoch": 3} if nested else state
+    torch.save(content, tmp_path / "sam.pth", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(tmp_path / "sam.pth")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path, form: str) -> None:
+    trace, path = tmp_path / "executed", tmp_path / "sam.pth"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Code(trace)))
+    else:
+        content = {**sam_state(), "image_encoder.extra": Code(trace)}
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(WeightsError, match=r"sam.pth"):
+        read_checkpoint(path)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Code(trace)))
+    assert trace.exists(), "the code was harmless: the test shows nothing"
+
+
+def test_what_is_no_checkpoint_of_sam_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sam.pth"
+    torch.save(sam_state(), path)
+    whole = path.read_bytes()
+    for damaged in (b"<html>sign in</html>", b"", whole[:500], whole[:-200]):
+        path.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=r"sam.pth"):
+            read_checkpoint(path)
+    for content in ([1], {"image_encoder.a": 3}, {"conv.weight": torch.zeros(1)}):
+        torch.save(content, path)
+        with pytest.raises(WeightsError, match=r"sam.pth"):
+            read_checkpoint(path)
+    for missing in (tmp_path / "missing.pth", tmp_path):
+        with pytest.raises(WeightsError, match=str(missing)):
+            read_checkpoint(missing)
+
+
+# --- fit --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (7, 3), (1, 1), (9, 20)])
+def test_every_grid_is_reached(grid: tuple[int, int]) -> None:
+    source, target = sam_state(), sam_state(grid)
+    result, report = remap_sam_state_dict(source, shapes(target))
+    assert shapes(result) == shapes(target)
+    resized = {key for key in target if target[key].shape != source[key].shape}
+    assert {entry.name for entry in report.interpolated} == resized
+    assert set(report.loaded) == target.keys() - resized
+    assert all(torch.equal(result[key], source[key]) for key in report.loaded)
+    assert all(torch.isfinite(value).all() and value.is_contiguous() for value in result.values())
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_relative_positions_agree_with_segment_anything(size: int) -> None:
+    """segment-anything interpolates on the fly: given ours, it does not, and yields the same."""
+    source = sam_state((6, 6))
+    ours = remap_sam_state_dict(source, shapes(sam_state((size, 5))))[0][REL_POS]
+    assert len(ours) == 2 * size - 1
+    assert torch.equal(get_rel_pos(size, size, ours), get_rel_pos(size, size, source[REL_POS]))
+
+
+def test_position_embedding_keeps_what_interpolation_must_keep() -> None:
+    key, width = "image_encoder.pos_embed", SMALL_SAM.width
+
+    def resize(value: Tensor, grid: tuple[int, int]) -> Tensor:
+        state = sam_state((value.shape[1], value.shape[2])) | {key: value}
+        return remap_sam_state_dict(state, shapes(sam_state(grid)))[0][key]
+
+    constant = torch.randn(width).expand(1, 8, 8, width)
+    for grid in [(3, 3), (5, 20)]:
+        assert torch.allclose(resize(constant, grid), constant[:, :1, :1].expand(1, *grid, width), atol=1e-5)
+    # A ramp stays a ramp, at pixel centres (align_corners=False), along the axis it is on.
+    ramp = (torch.arange(16.0) + 0.5)[None, :, None, None].expand(1, 16, 16, width)
+    inner = resize(ramp, (8, 4))[0, 2:-2, :, 0]
+    assert torch.allclose(inner, ((torch.arange(8.0) + 0.5) * 2)[2:-2, None].expand(-1, 4), atol=0.05)
+    # Shrinking averages: a pattern finer than the new grid vanishes instead of aliasing.
+    stripes = (torch.arange(16) % 2 * 2.0 - 1)[None, :, None, None].expand(1, 16, 16, width)
+    assert resize(stripes, (5, 16)).abs()[:, 1:-1].max() < 0.2
+
+
+@pytest.mark.parametrize("part", ["image_encoder", "prompt_encoder", "mask_decoder"])
+def test_every_key_counts(part: str) -> None:
+    state = sam_state()
+    expected = shapes(state)
+    key = next(key for key in reversed(state) if key.startswith(part))
+    with pytest.raises(WeightsError, match=re.escape(key)):
+        remap_sam_state_dict({name: value for name, value in state.items() if name != key}, expected)
+    with pytest.raises(WeightsError, match=f"{part}.more"):
+        remap_sam_state_dict({**state, f"{part}.more": torch.zeros(1)}, expected)
+    with pytest.raises(WeightsError, match=re.escape(key)):
+        remap_sam_state_dict({**state, key: torch.zeros(2, 2, 2)}, expected)
+
+
+def test_only_grids_and_lengths_are_interpolated() -> None:
+    state = sam_state()
+    for key, shape in [
+        ("image_encoder.pos_embed", (1, 4, 4, 8)),
+        ("image_encoder.pos_embed", (2, 4, 4, SMALL_SAM.width)),
+        (REL_POS, (9, 4)),
+        ("image_encoder.blocks.1.norm1.weight", (9,)),
+    ]:
+        with pytest.raises(WeightsError, match=re.escape(key)):
+            remap_sam_state_dict({**state, key: torch.zeros(shape)}, shapes(state))
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.save(state, path)
+    expect_release(monkeypatch, "vit_b", path.read_bytes())
+    return path
+
+
+def test_load_fills_sams_part_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {key: value.half() for key, value in sam_state((8, 8)).items()}
+    path = save(tmp_path / "sam.pth", state, monkeypatch)
+    made = network((6, 3))
+    before = {name: p.detach().clone() for name, p in made.named_parameters()}
+    report = made.load_sam(path)
+    loaded = made.sam_tensors()
+    wanted, _ = remap_sam_state_dict(state, shapes(loaded))
+    assert all(torch.equal(loaded[key], wanted[key].float()) for key in wanted)
+    assert {name for name, p in made.named_parameters() if torch.equal(p, before[name])} == set(report.new)
+    assert all(made.get_parameter(name).requires_grad for name in report.new)
+    assert made.sam_is_loaded and made.sam_sha256() == report.sha256
+    assert len(report.loaded) + len(report.interpolated) == len(state)
+    assert f"image_encoder.pos_embed: 1x8x8x{SMALL_SAM.width} -> 1x6x3x{SMALL_SAM.width}" in "\n".join(report.lines())
+
+
+@pytest.mark.parametrize("fault", ["missing", "hash", "another backbone"])
+def test_nothing_is_half_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    made = network()
+    before = {name: value.detach().clone() for name, value in made.sam_tensors().items()}
+    state = sam_state()
+    if fault == "missing":
+        state.popitem()
+    if fault == "another backbone":
+        state = {key: value for key, value in state.items() if ".blocks.3." not in key}
+    path = save(tmp_path / "sam.pth", state, monkeypatch)
+    if fault == "hash":
+        path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(WeightsError):
+        made.load_sam(path)
+    assert all(torch.equal(value, before[name]) for name, value in made.sam_tensors().items())
+    assert not made.sam_is_loaded and made.sam_sha256() is None
