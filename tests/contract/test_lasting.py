@@ -332,6 +332,7 @@ def test_masksam_train_hands_on_how_it_ended(
         raise error
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", end)
+    monkeypatch.setattr("masksam_nnunet.cli.train.require_trainable", lambda asked: None)
     monkeypatch.setattr(sys, "argv", ["masksam"])
     monkeypatch.setenv(EXT_TRAINER, "")
     options = ["-tr", "MaskSAMTrainer", "-device", "cpu"]

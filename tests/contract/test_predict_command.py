@@ -278,7 +278,7 @@ def test_options_are_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
         predict_entry_point()
     ours = {name: option for option in typer.main.get_command(cli.app).commands["predict"].params
             for name in option.opts}  # fmt: skip
-    defaults = {"-tr": "", "-d": "", "-c": "", "-f": None}
+    defaults = {"-tr": None, "-d": None, "-c": None, "-f": None}
     for action in parsers[0]._actions:
         for name in set(action.option_strings) - {"-h", "--help"}:
             assert name in ours, name
