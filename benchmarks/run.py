@@ -146,6 +146,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
             processes=benchmark.processes,
             commands=commands,
             patients=benchmark.patients(cases_in(benchmark.preprocessed / "gt_segmentations", ending)),
+            notes=benchmark.notes,
             console=console,
         )
     _print_means(out, console or Console())

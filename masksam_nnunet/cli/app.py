@@ -27,26 +27,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 Backbone = StrEnum("Backbone", {name: name for name in checkpoint_names()})  # type: ignore[misc]
 AnyBackbone = StrEnum("AnyBackbone", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
 AUTO = AnyBackbone("auto")
-
-
-class PresetName(StrEnum):
-    """The paper's settings."""
-
-    acdc = "acdc"
-    synapse = "synapse"
-    amos = "amos"
-
-
-class Shell(StrEnum):
-    """Shells whose syntax for setting a variable is known."""
-
-    sh = "sh"
-    fish = "fish"
-    powershell = "powershell"
+PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
+Shell = StrEnum("Shell", ["sh", "fish", "powershell"])
 
 
 def main() -> None:
