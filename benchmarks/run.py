@@ -156,7 +156,8 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
 def _print_means(out: Path, console: Console) -> None:
     """Print each row's means over classes and cases."""
     means = pd.read_csv(out / "aggregates.csv")
-    means = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")].pivot(index="method", columns="metric", values="mean")
+    wanted = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
+    means = wanted.pivot(index="method", columns="metric", values="mean")
     table = Table(Column("mean over cases", overflow="fold"), *(METRICS[metric].heading for metric in means.columns))
     for name, values in means.iterrows():
         table.add_row(escape(str(name)), *(f"{value:.3f}" for value in values))
