@@ -25,7 +25,7 @@ from torch import Tensor
 
 from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.plans.image_reading import Grid
+from masksam_nnunet.plans.images import ImageGeometry
 
 from ..cases import Case, channel_names, preprocess_case
 from ..label_maps import Classes, check_values, read_label_map
@@ -155,6 +155,7 @@ class PreparedCase:
         source_slices: number of slices of the source along D.
         slice_axis: the source's voxel axis along D: i, j or k.
         directions: where rising indices along (D, H, W) lead (L R A P S I); None if unknown.
+        classes: of the model.
         properties: nnU-Net's, of the source.
         predictor: whose plans made it.
     """
@@ -166,6 +167,7 @@ class PreparedCase:
     source_slices: int
     slice_axis: str
     directions: tuple[str, str, str] | None
+    classes: Classes
     properties: Mapping[str, Any]
     predictor: MaskSAMPredictor
 
@@ -245,6 +247,7 @@ def prepare_case(
         source_slices=int(properties["shape_before_cropping"][0]),
         slice_axis=_VOXEL_AXES[forward[0]],
         directions=None if codes is None else (codes[2 - forward[0]], codes[2 - forward[1]], codes[2 - forward[2]]),
+        classes=classes,
         properties=properties,
         predictor=predictor,
     )
@@ -260,7 +263,7 @@ def _read_label(
     read = read_label_map(file.parent, file.name.removesuffix(ending), predictor.dataset_json)
     check_values(file, case, read, classes)
     shape = [int(properties["shape_before_cropping"][axis]) for axis in predictor.plans_manager.transpose_backward]
-    difference = Grid.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
+    difference = ImageGeometry.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
     if difference is not None:
         what, one, other = difference
         raise DataError(f"{file}: its {what} is {other}, the image's {one}; give the image's own label map (--label)")
