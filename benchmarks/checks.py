@@ -17,7 +17,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.errors import CheckpointError, DataError, MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.inference.label_maps import LabelMapError
 from masksam_nnunet.inference.methods import Method, has_budget
 from masksam_nnunet.inference.scoring import cases_in, read_pair
 from masksam_nnunet.plans.architecture import read_config
@@ -195,7 +194,7 @@ def faulty_prediction(
             for case in names:
                 try:
                     read_pair(validation, truths, dataset_json, case)
-                except (MaskSAMError, LabelMapError) as error:
+                except MaskSAMError as error:
                     file = validation / (case + dataset_json["file_ending"])
                     return f"{error}. If the truth is right, remove {file} and run masksam benchmark again"
     return None

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from masksam_nnunet.errors import DataError, MaskSAMError
 from masksam_nnunet.plans.image_reading import Grid, read_labels
 
-LabelMapError = DataError
-
 
 @dataclass(frozen=True)
 class Classes:

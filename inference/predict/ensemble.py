@@ -101,7 +101,7 @@ def previous_stage_folders(models: Sequence[Model], output: Path, previous: Path
         if previous is None and before not in names:
             raise UsageError(
                 f"{model.name} is a cascade: give the predictions of {before} with -prev_stage_predictions FOLDER, or "
-                f"add that model to --ensemble"
+                "add that model to --ensemble"
             )
         folders[model.name] = previous or output / MEMBERS / before
     return folders

@@ -26,7 +26,7 @@ from plain_plans import DATASET, dataset_json, plain_plans, region_dataset_json
 
 from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.inference.label_maps import Classes, LabelMapError, read_label_map
+from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
 from masksam_nnunet.plans.datasets.checks import Volume, require_sound
 from masksam_nnunet.plans.datasets.hippocampus import unpack
@@ -91,7 +91,7 @@ def splits(value: Any, folder: Path) -> None:
 def nifti(content: bytes, folder: Path) -> None:
     file = folder / "case.nii.gz"
     file.write_bytes(content)
-    with pytest.raises((LabelMapError, NothingWrong)):
+    with pytest.raises((DataError, NothingWrong)):
         found = read_label_map(folder, "case", dataset_json())
         assert found.labels.ndim == 3 and np.isfinite(found.spacing).all() and min(found.spacing) > 0
         raise NothingWrong
