@@ -1,4 +1,4 @@
-"""Where a MaskSAM config stands in nnU-Net's plans: inside the configuration's ``architecture``."""
+"""Read and write the MaskSAM config in nnU-Net's plans, inside a configuration's ``architecture``."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, Mas
     """A configuration of plans from a file, as nnU-Net resolves it, and its MaskSAM config; None for another network.
 
     Raises:
-        ConfigError: the plans are damaged, lack the configuration or what nnU-Net reads of it, or are of another
-            version.
+        ConfigError: the plans are damaged, have no such configuration, are of another version, or cannot be read
+            by nnU-Net.
     """
     if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
         raise ConfigError("there are no configurations in these plans: they are damaged, or no plans. Plan again.")
@@ -74,7 +74,7 @@ def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, Mas
         architecture = configuration.configuration.get("architecture")
         if lacking or not isinstance(architecture, dict) or not isinstance(architecture.get("network_class_name"), str):
             raise LookupError(f"it lacks {', '.join(lacking) or 'a network_class_name'}")
-    except Exception as error:  # nnU-Net takes plans as they come, and trips over them in many ways
+    except Exception as error:  # nnU-Net does not validate plans, and fails on damaged ones in many ways
         raise ConfigError(
             f"configuration {name!r} of these plans cannot be used ({type(error).__name__}: {error}): they are damaged "
             "or of another version of nnU-Net. Plan again."
@@ -84,7 +84,7 @@ def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, Mas
 
 def write_config(plans: dict[str, Any], configuration_name: str, config: MaskSAMConfig) -> None:
     """Put a config into plans, in place, beside what nnU-Net needs there."""
-    # An own, parent-less manager: nnU-Net caches and copies configurations.
+    # A manager of its own: nnU-Net caches and copies configurations.
     resolved = PlansManager(plans)._internal_resolve_configuration_inheritance(configuration_name)
     before = ConfigurationManager(resolved)
     plans["configurations"][configuration_name]["architecture"] = {

@@ -1,4 +1,4 @@
-"""A MaskSAM config for plans that know nothing of MaskSAM.
+"""Derive a MaskSAM config for plans that hold none.
 
 A function of plans, dataset.json and backbone only, never of the machine at hand: every fold, and prediction anywhere,
 must come to the same network.
@@ -18,7 +18,7 @@ from masksam_nnunet.cost import TrainingCost, training_cost
 
 MAX_IMAGE = 1024  # SAM's own input size
 CARD_GB = 24.0  # a common research card
-USABLE = 7 / 8  # of a card's memory: the rest is for the driver, fragmentation and what cannot be foreseen
+USABLE = 7 / 8  # of a card's memory: the rest is for the driver, fragmentation and what cannot be predicted
 MEMORY_GIB = CARD_GB * USABLE
 MAX_QUERIES = 64
 
@@ -74,7 +74,7 @@ def derive_config(
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     classes = labels.num_segmentation_heads
     patch_size = tuple(int(size) for size in configuration.patch_size)
-    # K is only a bound on what one slice holds: plain plans do not tell more.
+    # K is only a bound on what one slice holds: plain plans do not say more.
     queries = min(num_queries(classes, backbone), MAX_QUERIES)
     config = config_for(backbone, patch_size, queries, labels.has_regions)
     return choose_upsampling(config, channels, classes, configuration.batch_size, profile_of(backbone))
@@ -83,9 +83,10 @@ def derive_config(
 def num_queries(targets: int, backbone: str) -> int:
     """N from the most targets that a slice may hold.
 
-    Half as many again, in eights, as the paper's recipes have it (8 for ACDC's 4, 24 for 14 and 16), but no more than
-    :data:`MAX_QUERIES` for headroom alone. The tiny network, made for CPUs, has at least one query to spare, in fours.
-    In steps, so that weights trained on one dataset fit another with nearly as many classes.
+    Half as many again, rounded up to a multiple of eight, as in the paper's settings (8 for ACDC's 4, 24 for 14 and
+    16), but no more than :data:`MAX_QUERIES` for headroom alone. The tiny network, made for CPUs, has at least one
+    query to spare, rounded up to a multiple of four. Multiples let weights trained on one dataset fit another with
+    nearly as many classes.
     """
     if backbone == "tiny":
         return round_up(targets + 1, 4)

@@ -1,4 +1,4 @@
-"""dataset.json by nnU-Net's rules: all that is wrong with it, before nnU-Net stumbles over the first of it."""
+"""dataset.json by nnU-Net's rules: all that is wrong with it, where nnU-Net would stop at the first defect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def description_defects(description: Any) -> list[str]:
         return [f"dataset.json is no JSON object but {_short(description)}; write one with {', '.join(KEYS)}"]
     missing = [key for key in KEYS if key not in description]
     if missing:
-        return [f"dataset.json lacks {', '.join(missing)}; nnU-Net needs {', '.join(KEYS)}"]
+        return [f"dataset.json has no {', '.join(missing)}; nnU-Net needs {', '.join(KEYS)}"]
     checks = (_channels, _labels, _number, _ending, _listed)
     return [f"dataset.json: {defect}" for check in checks for defect in check(description)]
 
@@ -41,7 +41,7 @@ def _labels(description: dict[str, Any]) -> Iterator[str]:
         yield (
             'labels must be {"background": 0, NAME: 1, NAME: 2, ...} with whole numbers, or lists of them for regions, '
             f"found {_short(labels)}"
-            + ("; turn it round: in nnU-Net v2 names come first" if flipped and labels else "")
+            + ("; swap names and numbers: in nnU-Net v2 names come first" if flipped and labels else "")
         )
         return
     if labels.get("background") not in (0, "0"):
@@ -59,7 +59,7 @@ def _labels(description: dict[str, Any]) -> Iterator[str]:
         yield "labels has no foreground; name at least one"
     if found != list(range(len(found))):
         numbers = ", ".join(map(str, found))
-        yield f"labels must be 0, 1, 2, ... without gaps, found {numbers}; number them anew, in the files too"
+        yield f"labels must be 0, 1, 2, ... without gaps, found {numbers}; renumber them, in the files too"
     if "ignore" in labels and ignore != found[-1] + 1:
         yield f'"ignore" must be the highest label, {found[-1] + 1} here, found {_short(ignore)}'
     if not regions:

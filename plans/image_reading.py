@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .nifti_files import DamagedFileError, check_whole, stored_floats
 
-_LARGEST_LABEL = 2**24  # float32, in which nnU-Net reads, counts no further
+_LARGEST_LABEL = 2**24  # float32, in which nnU-Net reads, holds no larger integers exactly
 
 
 class ImageFileError(ValueError):
@@ -24,7 +24,7 @@ class ImageFileError(ValueError):
 
 
 class NotLabelsError(ImageFileError):
-    """An image holds what no label map holds."""
+    """A label map holds values that are not labels."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Grid:
     Attributes:
         shape: (D, H, W).
         spacing: millimetres along (D, H, W).
-        placement: what the reader tells of origin and direction, by name; empty for formats without.
+        placement: origin and direction as the reader gives them, by name; empty for formats without.
     """
 
     shape: tuple[int, ...]
@@ -133,5 +133,5 @@ def _unreadable(path: Path, error: Exception) -> ImageFileError:
     reason = " ".join(str(error).split())[-300:] or repr(error)
     return ImageFileError(
         f"{path} cannot be read; it is truncated, damaged or of another format than its name says: make it again, or "
-        f"copy it anew ({reason})"
+        f"copy it again ({reason})"
     )

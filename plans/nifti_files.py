@@ -1,4 +1,4 @@
-"""Is an image file whole, and the header of a NIfTI file sane? Asked before a reader allocates what a header claims.
+"""Check that an image file is whole and its NIfTI header sane, before a reader allocates what the header claims.
 
 ITK, which reads these files for nnU-Net, fills what is missing with noise, takes NaN for 0 and a voxel size of 0 for 1,
 and allocates whatever the header says.
@@ -27,11 +27,11 @@ _FORMS = {348: (nibabel.Nifti1Image, b"n+1\0", 352), 540: (nibabel.Nifti2Image, 
 
 
 class DamagedFileError(ValueError):
-    """An image file is cut off, damaged, or claims what cannot be. The message says what, not which file."""
+    """An image file is cut off or damaged, or its header is impossible. The message does not name the file."""
 
 
 def check_whole(path: Path) -> None:
-    """Refuse a file that is cut off or damaged, gzipped or NIfTI, and a NIfTI header that claims what cannot be.
+    """Refuse a file that is cut off or damaged, gzipped or NIfTI, and an impossible NIfTI header.
 
     The file is read to its end, a block at a time. Other formats are not looked into.
 
@@ -89,7 +89,7 @@ def _form(head: bytes) -> tuple[Any, int]:
 
 
 def _check_header(head: bytes, length: int) -> None:
-    """Refuse what cannot be, and what ``length`` bytes cannot hold."""
+    """Refuse an impossible header, and one that claims more than ``length`` bytes."""
     form, earliest = _form(head)
     header = form.header_class.from_fileobj(io.BytesIO(head), check=False)
     dimensions = [int(size) for size in header["dim"]]

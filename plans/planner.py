@@ -64,7 +64,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         overwrite_target_spacing: of 3d_fullres; such plans have data of their own.
         suppress_transpose: nnU-Net's.
         request: what to plan.
-        notify: is told what is being tried.
+        notify: called with what is being tried.
         raw: the raw dataset, if it is read already.
     """
 
@@ -197,7 +197,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             suppress_transpose=self.suppress_transpose,
         )
         with (
-            contextlib.redirect_stdout(io.StringIO()),  # it tells of U-Nets
+            contextlib.redirect_stdout(io.StringIO()),  # it prints the U-Nets that it plans
             _left_as_it_was(self.folder / "dataset.json"),  # which it copies, while we may still refuse
             _without_variable("nnUNet_n_proc_DA"),  # 0, right for training, makes it fail
         ):
@@ -252,14 +252,14 @@ class MaskSAMPlanner(ExperimentPlanner):
 
 
 class _InMemory(ExperimentPlanner):
-    """nnU-Net's own planner, but for the file that it writes."""
+    """nnU-Net's own planner, without the file that it writes."""
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         recursive_fix_for_json_export(plans)
 
 
 def _with_parents(names: Sequence[str]) -> set[str]:
-    """A cascade needs both configurations that it is made of."""
+    """Refuse a cascade without both of its configurations."""
     return {*names, FULL, LOW} if CASCADE in names else set(names)
 
 
@@ -287,7 +287,7 @@ def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
     for name, settings in configurations.items():
         lacks = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
         if lacks and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
-            raise DataError(f"{file}: {name} lacks {', '.join(lacks)}: it is damaged or of another nnU-Net; {remedy}")
+            raise DataError(f"{file}: {name} has no {', '.join(lacks)}: it is damaged or of another version; {remedy}")
     result: dict[str, Any] = plans
     return result
 

@@ -1,4 +1,4 @@
-"""``masksam plan``: the checks before, the planner, and what is told after."""
+"""``masksam plan``: check the dataset, plan it, and print what was decided."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def plan_dataset(
 
 def _check_fingerprint(file: Path, cases: int, number: int) -> None:
     """Refuse a fingerprint that is damaged or was taken when the dataset had other cases."""
-    remedy = f"extract it anew: nnUNetv2_extract_fingerprint -d {number} --clean"
+    remedy = f"extract it again: nnUNetv2_extract_fingerprint -d {number} --clean"
     try:
         content = read_json(file)
         sizes = [content[key] for key in ("spacings", "shapes_after_crop")]
@@ -119,7 +119,7 @@ def _check_fingerprint(file: Path, cases: int, number: int) -> None:
 
 
 def _splits(raw: RawDataset, preprocessed: Path) -> list[dict[str, list[str]]] | None:
-    """The folds that training will use, or None. nnU-Net's planner stops without a word where the two files differ."""
+    """The folds that training will use, or None. nnU-Net's planner stops without a message if two files differ."""
     ours, theirs = (
         read_splits(file, raw.images) if (file := folder / "splits_final.json").is_file() else None
         for folder in (preprocessed, raw.folder)
@@ -196,7 +196,7 @@ def _recipe(preset: str | None, backbone: str) -> Preset | None:
 
 
 def _unprocessed(plans: dict[str, Any], configurations: list[str], folder: Path, cases: list[str]) -> list[str]:
-    """Those configurations whose folder of preprocessed data lacks a case."""
+    """The configurations with a case that is not preprocessed."""
     manager = PlansManager(plans)
     missing = []
     for name in configurations:

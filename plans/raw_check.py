@@ -1,4 +1,4 @@
-"""``masksam check``: all that is wrong with a raw dataset, found by reading every file of it.
+"""``masksam check``: list all defects of a raw dataset, by reading every file of it.
 
 nnU-Net's ``--verify_dataset_integrity`` stops at the first kind of defect, sees neither NaN in a NIfTI file nor that a
 file is cut off, since ITK reads over both, and only warns where image and label lie at different places.
@@ -31,7 +31,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong, and what may be meant so; each a sentence that names the file."""
+    """What is wrong, and what may be intended; each a sentence that names the file."""
 
     defects: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -43,8 +43,8 @@ class RawCheck:
 
     Attributes:
         dataset: as far as it can be listed.
-        defects: what must be mended.
-        notes: what may be meant so.
+        defects: what must be corrected.
+        notes: what may be intended.
     """
 
     dataset: RawDataset
@@ -90,7 +90,7 @@ def _split_defects(file: Path, dataset: RawDataset) -> list[str]:
         splits = read_splits(file, dataset.images)
     except DataError as error:
         return [str(error)]
-    return [f"{file}: {text}; write it anew with masksam split" for text in overlaps(splits)]
+    return [f"{file}: {text}; write it again with masksam split" for text in overlaps(splits)]
 
 
 def _twins(cases: Mapping[str, _Case]) -> Iterator[str]:
@@ -172,7 +172,7 @@ def _image(path: Path, case: str, dataset: RawDataset, found: Findings) -> tuple
     if odd:
         found.defects.append(
             f"case {case!r}: {path} holds {odd} voxels that are NaN or infinite, which would be read as 0 or spoil the "
-            "normalisation; put numbers there, such as the image's smallest"
+            "normalisation; replace them with numbers, such as the image's smallest"
         )
     elif array.min() == array.max():
         found.notes.append(f"case {case!r}: {path} holds one value only, {array.flat[0]:g}")
@@ -196,7 +196,7 @@ def _label(path: Path, case: str, dataset: RawDataset, found: Findings) -> Grid 
     if values - named:
         found.defects.append(
             f"case {case!r}: {path} holds the labels {', '.join(map(str, sorted(values - named)[:10]))}, which "
-            "dataset.json does not name; add them there or mend the label map"
+            "dataset.json does not name; add them there or correct the label map"
         )
     elif values == {0}:
         found.notes.append(f"case {case!r}: {path} holds background only")

@@ -1,4 +1,4 @@
-"""Check a raw dataset before nnU-Net meets it, and put it where nnU-Net looks."""
+"""Check a raw dataset before nnU-Net reads it, and put it where nnU-Net looks."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _inspect(folder: Path, description: dict[str, Any], option: str, min_cases: 
                 f"channel_names in dataset.json has {channels} entries; files are named CASE_0000, CASE_0001, ..."
             )
         defects += [
-            f"case {case!r} lacks {path.name}; add it or remove the case"
+            f"case {case!r} has no {path.name}; add it or remove the case"
             for path in (*images, label)
             if not path.is_file()
         ]
@@ -200,7 +200,7 @@ def _read_description(folder: Path, option: str) -> dict[str, Any]:
     try:
         description = read_json(path)
     except ValueError as error:
-        raise DataError(f"{option} {folder}: dataset.json is not JSON: {error}; write it anew, in UTF-8") from error
+        raise DataError(f"{option} {folder}: dataset.json is not JSON: {error}; write it again, in UTF-8") from error
     except OSError as error:
         raise DataError(f"{option} {folder}: dataset.json cannot be read: {error.strerror or error}") from error
     defects = description_defects(description)

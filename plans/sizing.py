@@ -61,7 +61,7 @@ class Sizes:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def table(self, epochs: int) -> list[dict[str, Any]]:
-        """Rows of what, value and why, as plain JSON; ``epochs`` of 250 iterations are reckoned."""
+        """Rows of what, value and why, as plain JSON; ``epochs`` of 250 iterations are assumed."""
         config, cost, why = self.config, self.cost, self.reasons
         *depth, height, width = config.patch_size
         hours = 250 * epochs * cost.tflop / 100 / 3600
@@ -93,7 +93,7 @@ def choose_sizes(
         task: what is asked.
         backbones: to be tried in this order.
         gpu_memory_gb: of the card, in GiB as its maker says it.
-        notify: is told what is being tried.
+        notify: called with what is being tried.
 
     Raises:
         DataError: if no backbone fits; it says how much memory the least of them takes.

@@ -91,5 +91,5 @@ def _targets_of_slices(
 def _unknown(case: str, path: Path, value: int) -> str:
     return (
         f"case {case!r}: {path} holds the label {value}, which dataset.json does not name; "
-        "add it there or mend the label map"
+        "add it there or correct the label map"
     )

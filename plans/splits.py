@@ -109,15 +109,15 @@ def read_splits(path: Path, cases: Iterable[str]) -> list[dict[str, list[str]]]:
         cases: names of all training cases.
 
     Raises:
-        DataError: it cannot be read, is no list of folds, or names cases that are not there.
+        DataError: it cannot be read, is not a list of folds, or names cases that are not there.
     """
-    remedy = "write it anew with masksam split, or remove it: nnU-Net then splits by case"
+    remedy = "write it again with masksam split, or remove it: nnU-Net then splits by case"
     try:
         splits = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; {remedy}") from error
     if not isinstance(splits, list) or not splits or not all(_is_fold(fold) for fold in splits):
-        raise DataError(f'{path} is no list of folds {{"train": [CASE, ...], "val": [CASE, ...]}}; {remedy}')
+        raise DataError(f'{path} is not a list of folds {{"train": [CASE, ...], "val": [CASE, ...]}}; {remedy}')
     known = set(cases)
     for number, fold in enumerate(splits):
         unknown = sorted({*fold["train"], *fold["val"]} - known)
@@ -133,7 +133,7 @@ def read_splits(path: Path, cases: Iterable[str]) -> list[dict[str, list[str]]]:
 
 
 def overlaps(splits: Sequence[Mapping[str, Iterable[str]]]) -> list[str]:
-    """A sentence for each thing in which folds are no cross-validation."""
+    """A sentence for each way in which folds are not a cross-validation."""
     found = []
     times = Counter(case for fold in splits for case in set(fold["val"]))
     for number, fold in enumerate(splits):
@@ -161,7 +161,7 @@ def split_warning(
     Args:
         cases: names of all training cases.
         splits: the content of splits_final.json; None where there is none and nnU-Net will split by case.
-        dataset: the number to name in the command that mends it.
+        dataset: the number to name in the command that corrects it.
     """
     cases = list(cases)
     groups = group_by_patient(cases)

@@ -1,4 +1,4 @@
-"""What ``masksam plan`` tells: what was decided and why, and what comes next."""
+"""Print what ``masksam plan`` decided and why, and what comes next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training reads must be there before it starts: plans, a configuration in them, preprocessed cases."""
+"""Check that a training's inputs exist: plans, a configuration in them, preprocessed cases."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def require_cases(
     there = preprocessed_cases(folder / data) if (folder / data).is_dir() else []
     missing = sorted(set(cases) - set(there))
     if missing or not there:
-        lacking = f"lacks {len(missing)} of {len(cases)} cases, such as {missing[0]}" if missing else "holds no case"
+        lacking = f"misses {len(missing)} of {len(cases)} cases, such as {missing[0]}" if missing else "holds no case"
         raise DataError(
             f"{who}: {folder / data} {lacking}; preprocess them with: nnUNetv2_preprocess -d {number} "
             f"-plans_name {plans} -c {configuration}"

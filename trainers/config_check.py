@@ -72,9 +72,9 @@ def resolve_config(
 
 
 def check_shared_data(plans: dict[str, Any], configuration: str) -> None:
-    """MaskSAM's plans point at the data preprocessed for nnU-Net: what made these must still be what the plans say.
+    """MaskSAM's plans use the data preprocessed for nnU-Net, whose settings must still equal the plans' own.
 
-    It is not after ``nnUNetv2_move_plans_between_datasets`` without ``-tp``, or where nnU-Net was planned anew.
+    It does not after ``nnUNetv2_move_plans_between_datasets`` without ``-tp``, or after a new planning of nnU-Net.
 
     Raises:
         ConfigError: naming what differs.
@@ -135,6 +135,6 @@ def check_results_folder(
         changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {ours[k]!r} now" for k in names)
         raise ConfigError(
             f"the results folder {folder} holds folds trained with another MaskSAM config ({changes}). "
-            "All folds share its plans.json. Go on with the plans those folds were trained with, or move the folder "
-            "away, or plan under another name."
+            "All folds share its plans.json. Continue with the plans that those folds were trained with, or move the "
+            "folder away, or plan under another name."
         )

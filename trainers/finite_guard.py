@@ -1,4 +1,4 @@
-"""Iterations whose loss or gradient is not finite: left out, counted, and told of, without waiting for the device.
+"""Skip, count and report iterations whose loss or gradient is not finite, without waiting for the device.
 
 The device itself decides whether the optimizer moves, by the ``found_inf`` of PyTorch's fused optimizers, which their
 gradient scaler uses too. Their number reaches the host by a copy that nobody waits for, and is looked at one iteration
@@ -44,7 +44,7 @@ def ready_to_skip(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What can be told of an iteration; its tensors are on the device, but for the batch's."""
+    """What a report of an iteration needs; its tensors, except the batch's, are on the device."""
 
     number: int
     rate: float
@@ -56,7 +56,7 @@ class Iteration:
 
 
 class FiniteGuard:
-    """Lets no step be made that would spoil the weights.
+    """Prevents steps that would spoil the weights.
 
     Args:
         parts: the trained parameters by the part of the network that they belong to.
@@ -113,7 +113,7 @@ class FiniteGuard:
         self._on_host.copy_(self._counts, non_blocking=True)
 
     def look(self) -> list[str]:
-        """What has come to be known since the last look: a description of each iteration left out."""
+        """Describe each skipped iteration that has become known since the last call."""
         in_a_row, skipped = (int(x) for x in self._on_host.tolist())
         new, self.in_a_row, self.skipped = skipped - self.skipped, in_a_row, skipped
         return self.descriptions(after=self._told) if new else []
@@ -124,7 +124,7 @@ class FiniteGuard:
         return self.in_a_row >= self.limit
 
     def descriptions(self, after: int = -1) -> list[str]:
-        """The latest iterations, from after this number on, that were left out, in words; waits for the device."""
+        """Describe the latest skipped iterations after this number; waits for the device."""
         left_out = [it for it in self._latest if it.number > after and not _total(it.norms).isfinite()]
         self._told = max([self._told, *(it.number for it in left_out)])
         return [self._describe(it) for it in left_out]

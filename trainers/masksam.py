@@ -287,8 +287,8 @@ class MaskSAMTrainer(ResumableTrainer):
         return (
             f"the loss or its gradient was not finite {how_often}, in epoch {self.current_epoch} at the last:\n  "
             f"{latest}\nNo step was made in these iterations, and the checkpoints of before are kept. If the input is "
-            "not finite, mend those cases and preprocess again; else look at their labels, or train with a lower "
-            f"learning rate (a trainer's initial_lr). {MAX_SKIPPED} sets how many in a row are too many"
+            "not finite, correct those cases and preprocess again; otherwise look at their labels, or train with a "
+            f"lower learning rate (a trainer's initial_lr). {MAX_SKIPPED} sets how many in a row are too many"
         )
 
     def restored(self, outputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Is a download complete and undamaged? Answered before anything is written, for all of its files at once."""
+"""Check that a download is complete and undamaged, for all of its files before anything is written."""
 
 from __future__ import annotations
 

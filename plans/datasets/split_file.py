@@ -78,7 +78,7 @@ def split_dataset(
         raise DataError(
             f"{path} holds another split, nothing was changed: folds trained on it and folds trained on a new one "
             "would validate on each other's training cases; replace it with --force if nothing is trained yet or all "
-            "folds will be trained anew"
+            "folds will be trained again"
         )
     own = raw / name / _FILE if raw is not None else None
     # nnU-Net's planner stops where the raw dataset's file differs.
@@ -165,8 +165,8 @@ def _notes(raw: Path | None, name: str, splits: list[dict[str, list[str]]]) -> l
     notes = []
     if len(splits) < NUM_FOLDS:
         notes.append(
-            f"{len(splits)} folds, 0 to {len(splits) - 1}: for a fold that the file lacks, nnU-Net silently makes a "
-            "random split by case"
+            f"{len(splits)} folds, 0 to {len(splits) - 1}: for a fold that is not in the file, nnU-Net silently makes "
+            "a random split by case"
         )
     theirs = _existing(raw / name / _FILE) if raw is not None else None
     if raw is not None and theirs is not None and _canonical(theirs) != _canonical(splits):
