@@ -199,16 +199,18 @@ def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json:
         DataError: the file is not readable, is about other cases or classes, or a value differs.
     """
     names = {values: name for name, values in Classes.from_dataset_json(dataset_json).foreground.items()}
+    ending = str(dataset_json["file_ending"])
     try:
         summary = load_summary_json(str(summary_json))
-        theirs = {
-            (Path(entry["prediction_file"]).name.removesuffix(dataset_json["file_ending"]), names[_labels(label)]): one[
-                "Dice"
-            ]
-            for entry in summary["metric_per_case"]
-            for label, one in entry["metrics"].items()
+        described = {
+            Path(e["prediction_file"]).name.removesuffix(ending): e["metrics"] for e in summary["metric_per_case"]
         }
-        theirs |= {("mean over cases", names[_labels(label)]): one["Dice"] for label, one in summary["mean"].items()}
+        described["mean over cases"] = summary["mean"]
+        theirs = {
+            (case, names[_labels(label)]): scored["Dice"]
+            for case, metrics in described.items()
+            for label, scored in metrics.items()
+        }
         theirs["mean over cases", "all classes"] = summary["foreground_mean"]["Dice"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -217,8 +219,8 @@ def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json:
         ) from error
     dice = scores[scores["metric"] == "dice"]
     means = dice.groupby("class")["value"].mean()
-    ours = {(case, name): value for case, name, value in dice[["case", "class", "value"]].itertuples(index=False)}
-    ours |= {("mean over cases", str(name)): value for name, value in means.items()}
+    ours = dict(zip(zip(dice["case"], dice["class"], strict=True), dice["value"], strict=True))
+    ours |= {("mean over cases", name): value for name, value in means.items()}
     ours["mean over cases", "all classes"] = means.mean(skipna=False)
     if others := sorted(f"{case}, {name}" for case, name in ours.keys() ^ theirs.keys()):
         raise DataError(

@@ -107,18 +107,18 @@ def _scale(ax: Axes, metric: str, values: pd.Series[float]) -> None:
 
 
 def draw_differences(results: BenchmarkResults) -> list[Picture]:
-    """The focus minus each other row without post-processing, case by case."""
-    a = results.focus
-    others = [row for row in results.rows if row.kind != "postprocessed" and row is not a]
+    """The focus and each row that it was compared with, case by case."""
+    pairs = results.comparisons[["a", "b"]].drop_duplicates().itertuples(index=False)
     return [
         Picture(
-            f"{a.name} minus {b.name}",
+            f"{a} minus {b}",
             "Each line is a case, its mean over the classes that are defined for both, sorted by the difference; "
-            f"blue where {a.name} is better, orange where it is worse, grey where both are equal. Dashed: the mean; "
+            f"blue where {a} is better, orange where it is worse, grey where both are equal. Dashed: the mean; "
             "grey band: its 95 % interval. Cases where the metric is undefined for one of the two are left out.",
-            _differences(results, a.name, b.name),
+            _differences(results, a, b),
         )
-        for b in others
+        for a, b in pairs
+        if results.focus.name in (a, b)
     ]
 
 
@@ -138,9 +138,9 @@ def _differences(results: BenchmarkResults, a: str, b: str) -> bytes:
         ax.scatter(places, found, s=7, c=colours, linewidths=0, zorder=3)
         ax.axhline(0, color="black", lw=0.8)
         ax.axhline(found.mean(), color="black", lw=1.1, ls="dashed")
-        low, high = interval_of(results.comparisons, metric, a, b)
-        if not math.isnan(low):
-            ax.axhspan(low, high, color="black", alpha=0.12, lw=0)
+        compared = results.comparisons.set_index(["metric", "class", "a", "b"]).loc[(metric, MEAN, a, b)]
+        if not math.isnan(compared["low"]):
+            ax.axhspan(compared["low"], compared["high"], color="black", alpha=0.12, lw=0)
         better, worse = int(good.sum()), int((found != 0).sum() - good.sum())
         ax.set_xlabel(f"better in {better}, worse in {worse}, of {len(found)}")
     axes[0, 0].set_ylabel("difference")
@@ -153,16 +153,6 @@ def differences_of(scores: pd.DataFrame, metric: str, a: str, b: str) -> pd.Seri
     chosen = values[(values["metric"] == metric) & (values["class"] != MEAN)]
     table = chosen.pivot(index=["case", "class"], columns="method", values="value")
     return (table[a] - table[b]).groupby("case").mean().dropna()
-
-
-def interval_of(comparisons: pd.DataFrame, metric: str, a: str, b: str) -> tuple[float, float]:
-    """The 95 % interval of the mean of a - b over cases and classes; NaN if the two were not compared."""
-    found = comparisons[(comparisons["metric"] == metric) & (comparisons["class"] == MEAN)].set_index(["a", "b"])
-    if (a, b) in found.index:
-        return float(found.loc[(a, b), "low"]), float(found.loc[(a, b), "high"])
-    if (b, a) in found.index:
-        return -float(found.loc[(b, a), "high"]), -float(found.loc[(b, a), "low"])
-    return math.nan, math.nan
 
 
 # ---- learning curves -------------------------------------------------------------------------------------------------

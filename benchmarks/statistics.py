@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,10 @@ SEED = 12345
 CONFIDENCE = 0.95
 ALPHA = 0.05
 """Bound of the corrected p below which a method counts as better."""
+COMPARISON_COLUMNS = (
+    *("metric", "class", "a", "b", "cases", "difference", "low", "high", "median_difference"),
+    *("p", "p_holm", "effect", "better", "only_a", "only_b"),
+)
 _BATCH = 1000  # resamples held in memory at a time
 _DIGITS = 10  # differences are rounded for ranks: equal ones must be equal in spite of float arithmetic
 
@@ -169,52 +173,31 @@ def compare(
         only_b`` (cases left out because only one method has the metric; in the mean over classes, cases in which a
         class is left out).
     """
-    lines: list[dict[str, Any]] = []
-    for a, b in pairs:
-        for metric in METRICS:
-            lines += _compare(scores, metric, a, b, resamples, seed)
-    columns = [
-        *("metric", "class", "a", "b", "cases", "difference", "low", "high", "median_difference"),
-        *("p", "p_holm", "effect", "better", "only_a", "only_b"),
-    ]
-    return pd.DataFrame(lines, columns=columns)
+    tables = [_compare(scores, metric, a, b, resamples, seed) for a, b in pairs for metric in METRICS]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COMPARISON_COLUMNS))
 
 
-def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, seed: int) -> list[dict[str, Any]]:
+def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, seed: int) -> pd.DataFrame:
     one, other = (_by_class(scores, metric, name) for name in (a, b))
     differences, in_a, in_b = one - other, one.notna() & other.isna(), one.isna() & other.notna()
     differences.insert(0, MEAN, differences.mean(axis=1))
     in_a.insert(0, MEAN, in_a.any(axis=1))
     in_b.insert(0, MEAN, in_b.any(axis=1))
-    defined = {name: column.dropna() for name, column in differences.items()}
-    tested = [signed_rank_test(column.groupby("patient").mean()) for column in defined.values()]
-    p_holm = [tested[0][0], *holm([p for p, _ in tested[1:]])]
-    lines = []
-    for (name, column), (p, effect), corrected in zip(defined.items(), tested, p_holm, strict=True):
-        mean = bootstrap_mean(column, column.index.get_level_values("patient"), resamples, seed)
-        better = None
-        if corrected < ALPHA and effect:
-            better = a if (effect > 0) == METRICS[metric].larger_is_better else b
-        lines.append(
-            {
-                "metric": metric,
-                "class": name,
-                "a": a,
-                "b": b,
-                "cases": len(column),
-                "difference": mean.estimate,
-                "low": mean.low,
-                "high": mean.high,
-                "median_difference": column.median(),
-                "p": p,
-                "p_holm": corrected,
-                "effect": effect,
-                "better": better,
-                "only_a": int(in_a[name].sum()),
-                "only_b": int(in_b[name].sum()),
-            }
-        )
-    return lines
+    defined = [column.dropna() for _, column in differences.items()]
+    patients = [column.index.get_level_values("patient") for column in defined]
+    means = [bootstrap_mean(d, p, resamples, seed) for d, p in zip(defined, patients, strict=True)]
+    tests = [signed_rank_test(column.groupby("patient").mean()) for column in defined]
+    table = pd.DataFrame({"metric": metric, "class": differences.columns, "a": a, "b": b})
+    table["cases"] = differences.count().to_numpy()
+    table[["difference", "low", "high"]] = means
+    table["median_difference"] = differences.median().to_numpy()
+    table[["p", "effect"]] = tests
+    table["p_holm"] = [table["p"][0], *holm(table["p"][1:])]
+    a_is_better = (table["effect"] > 0) == METRICS[metric].larger_is_better
+    significant = (table["p_holm"] < ALPHA) & (table["effect"] != 0)
+    table["better"] = pd.Series(np.where(a_is_better, a, b), dtype=object).where(significant, None)
+    table["only_a"], table["only_b"] = in_a.sum().to_numpy(), in_b.sum().to_numpy()
+    return table[list(COMPARISON_COLUMNS)]
 
 
 def _by_class(scores: pd.DataFrame, metric: str, method: str) -> pd.DataFrame:

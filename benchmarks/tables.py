@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from masksam_nnunet.inference.report.html import UNDEFINED, number
 
 from .pictures import case_means
-from .results import MEAN, METRICS, BenchmarkResults, FoldCompute, Kind, MetricStyle
+from .results import MEAN, METRICS, BenchmarkResults, Kind, MetricStyle
 from .statistics import averaged
 
 KINDS: Mapping[Kind, str] = {
@@ -202,34 +203,29 @@ def p_value(p: float) -> str:
 
 def compute(results: BenchmarkResults) -> Table:
     """What the trainings took: a group for each method with a line for each fold and their total."""
-    heads = [
-        *("Fold", "Hours", "Hours with breaks", "Device", "Peak memory [MiB]", "Memory of", "Parameters", "Trainable"),
-        *("Checkpoint [MB]", "Iterations", "Epochs", "Resumed", "Commit"),
-    ]
-    groups = [
-        (name, [*(list(map(Cell, _of_fold(fold))) for fold in folds), [Cell(t, bold=True) for t in _total(folds)]])
-        for name, folds in results.compute.items()
-    ]
-    return Table(heads, groups, wordy=(3, 5, 12))
+    groups = []
+    for name, folds in results.compute.items():
+        lines = [
+            [Cell(str(fold.fold)), *(Cell(_or_not(getattr(fold, column.field), column.text)) for column in _COLUMNS)]
+            for fold in folds
+        ]
+        totals = (column.total([getattr(fold, column.field) for fold in folds], column.text) for column in _COLUMNS)
+        groups.append((name, [*lines, [Cell("all"), *(Cell(total, bold=True) for total in totals)]]))
+    wordy = [place for place, column in enumerate(_COLUMNS, 1) if column.text is str]
+    return Table(["Fold", *(column.head for column in _COLUMNS)], groups, wordy)
 
 
 def software(results: BenchmarkResults) -> Table:
-    """Versions of packages and devices: a column for each method and one for the evaluation."""
+    """Devices, versions of packages and commits: a column for each method and one for the evaluation."""
     trained = {
         name: [{"device": fold.device, **fold.versions, "commit": _short(fold.git_hash)} for fold in folds]
         for name, folds in results.compute.items()
     }
     trained["Evaluation"] = [{**results.versions, "commit": _short(results.git_hash)}]
-    known = dict.fromkeys(key for folds in trained.values() for fold in folds for key in fold)
+    keys = dict.fromkeys(key for folds in trained.values() for fold in folds for key in fold)
     lines = [
-        [
-            Cell(key),
-            *(
-                Cell("; ".join(dict.fromkeys(f[key] for f in folds if key in f)) or UNDEFINED)
-                for folds in trained.values()
-            ),
-        ]
-        for key in known
+        [Cell(key), *(Cell(_kinds([fold.get(key) for fold in folds]) or UNDEFINED) for folds in trained.values())]
+        for key in keys
     ]
     return Table(["", *trained], [("", lines)], wordy=range(1, len(trained) + 1))
 
@@ -244,42 +240,15 @@ def hours(seconds: float) -> str:
     return number(2 if seconds >= 3600 else 3)(seconds / 3600)
 
 
-def _of_fold(fold: FoldCompute) -> list[str]:
-    count = number(0)
-    numbers = [
-        (fold.peak_memory_mib, count),
-        (fold.parameters, count),
-        (fold.trainable_parameters, count),
-        (fold.checkpoint_bytes, _megabytes),
-        (fold.iterations, count),
-        (fold.epochs, count),
-    ]
-    memory, *others = (NOT_RECORDED if value is None else text(value) for value, text in numbers)
-    times = [NOT_RECORDED if value is None else hours(value) for value in (fold.seconds, fold.wall_seconds)]
-    about = [fold.device, memory, fold.peak_memory_of or NOT_RECORDED]
-    return [str(fold.fold), *times, *about, *others, str(fold.resumed), _short(fold.git_hash)]
+def _megabytes(size: float) -> str:
+    return number(1)(size / 1e6)
 
 
-def _total(folds: Sequence[FoldCompute]) -> list[str]:
-    memory = [fold.peak_memory_mib for fold in folds if fold.peak_memory_mib is not None]
-    return [
-        "all",
-        _sum([fold.seconds for fold in folds], hours),
-        _sum([fold.wall_seconds for fold in folds], hours),
-        ", ".join(sorted({fold.device for fold in folds})),
-        f"max. {number(0)(max(memory))}" if memory else NOT_RECORDED,
-        ", ".join(sorted({fold.peak_memory_of for fold in folds if fold.peak_memory_of})),
-        "",
-        "",
-        _megabytes(sum(fold.checkpoint_bytes for fold in folds)),
-        _sum([fold.iterations for fold in folds], number(0)),
-        _sum([fold.epochs for fold in folds], number(0)),
-        str(sum(fold.resumed for fold in folds)),
-        "",
-    ]
+def _or_not(value: Any, text: Callable[[Any], str]) -> str:
+    return NOT_RECORDED if value in (None, "") else text(value)
 
 
-def _sum(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+def _sum(values: Sequence[Any], text: Callable[[Any], str]) -> str:
     """The sum of what was recorded, with ``(recorded/all)`` where that is not all."""
     known = [value for value in values if value is not None]
     if not known:
@@ -287,8 +256,17 @@ def _sum(values: Sequence[float | None], text: Callable[[float], str]) -> str:
     return text(math.fsum(known)) + ("" if len(known) == len(values) else f" ({len(known)}/{len(values)})")
 
 
-def _megabytes(size: float) -> str:
-    return number(1)(size / 1e6)
+def _most(values: Sequence[Any], text: Callable[[Any], str]) -> str:
+    known = [value for value in values if value is not None]
+    return f"max. {text(max(known))}" if known else NOT_RECORDED
+
+
+def _kinds(values: Sequence[Any], text: Callable[[Any], str] = str) -> str:
+    return "; ".join(dict.fromkeys(text(value) for value in values if value))
+
+
+def _nothing(values: Sequence[Any], text: Callable[[Any], str]) -> str:
+    return ""
 
 
 def _short(git_hash: str | None) -> str:
@@ -297,3 +275,27 @@ def _short(git_hash: str | None) -> str:
         return NOT_RECORDED
     parts = (commit.partition("+") for commit in git_hash.split(" then "))
     return " then ".join(f"{commit[:8]} {plus}{rest}".rstrip() for commit, plus, rest in parts)
+
+
+class _Column(NamedTuple):
+    """A column of :func:`compute`: a field of :class:`FoldCompute`, its text, and the total of all folds."""
+
+    head: str
+    field: str
+    text: Callable[[Any], str]
+    total: Callable[[Sequence[Any], Callable[[Any], str]], str]
+
+
+_COLUMNS = (
+    _Column("Hours", "seconds", hours, _sum),
+    _Column("Hours with breaks", "wall_seconds", hours, _sum),
+    _Column("Device", "device", str, _kinds),
+    _Column("Peak memory [MiB]", "peak_memory_mib", number(0), _most),
+    _Column("Memory of", "peak_memory_of", str, _kinds),
+    _Column("Parameters", "parameters", number(0), _nothing),
+    _Column("Trainable", "trainable_parameters", number(0), _nothing),
+    _Column("Checkpoint [MB]", "checkpoint_bytes", _megabytes, _sum),
+    _Column("Iterations", "iterations", number(0), _sum),
+    _Column("Epochs", "epochs", number(0), _sum),
+    _Column("Resumed", "resumed", number(0), _sum),
+)
