@@ -17,7 +17,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.errors import CheckpointError, DataError, MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.inference.label_maps import LabelMapError
 from masksam_nnunet.inference.methods import Method, has_budget
 from masksam_nnunet.inference.scoring import cases_in, read_pair
 from masksam_nnunet.plans.architecture import read_config
@@ -25,8 +24,7 @@ from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
 
 from .folds import FoldRecord, Stage, fold_state, input_hashes, read_fold_compute, training_logs
-from .names import row_names
-from .results import Finding
+from .results import Finding, row_names
 
 TIME_TOLERANCE = 1.1
 """Time budgets that differ by more than this factor are not the same."""
@@ -196,7 +194,7 @@ def faulty_prediction(
             for case in names:
                 try:
                     read_pair(validation, truths, dataset_json, case)
-                except (MaskSAMError, LabelMapError) as error:
+                except MaskSAMError as error:
                     file = validation / (case + dataset_json["file_ending"])
                     return f"{error}. If the truth is right, remove {file} and run masksam benchmark again"
     return None

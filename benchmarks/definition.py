@@ -42,6 +42,7 @@ class Benchmark(BaseModel):
         ensembles: whether pairs of methods are ensembled; validation then saves probabilities.
         accept_unfair: go on in spite of an unfair comparison.
         processes: workers that score and ensemble.
+        notes: what a reader must know about this run; they open its report.
         group: regular expression that finds the patient in a case's name, as ``masksam split --group``.
     """
 
@@ -56,6 +57,7 @@ class Benchmark(BaseModel):
     ensembles: bool = True
     accept_unfair: bool = False
     processes: int = 2
+    notes: tuple[str, ...] = ()
     group: str | None = None
 
     @classmethod

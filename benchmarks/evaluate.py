@@ -1,35 +1,36 @@
-"""From trained folds to a report: fairness checked, folds put together, scored, compared."""
+"""From trained folds to a report: fairness checked, folds combined by nnU-Net, scored, compared, drawn."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
-from masksam_nnunet.errors import BenchmarkError
+from masksam_nnunet.errors import DataError, MaskSAMError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.inference import scoring
+from masksam_nnunet.inference.explain.inside import look_inside
 from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.label_maps import Classes, LabelMapError
-from masksam_nnunet.inference.scoring import Scores, default_tolerance_mm, read_label_map, score_folder
+from masksam_nnunet.inference.label_maps import Classes, read_label_map
+from masksam_nnunet.inference.report.figures import draw_inside
+from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.inference.versions import git_hash, versions
 
-from .case_table import case_table, write_csv
+from . import statistics
 from .checks import check_fairness, faulty_prediction, refuse_unfair
-from .combine import Combined, combine
+from .combine import Combined, check_against_nnunet, combine
 from .folds import read_fold_compute
-from .names import joint_name, postprocessed_name, row_names
-from .nnunet_scores import check_against_nnunet
-from .report import write_benchmark_report
-from .results import BenchmarkResults, Kind, Method, Row
-from .statistics import aggregates, comparisons, policies
+from .pictures import choose_cases
+from .report import write_report
+from .results import BenchmarkResults, Kind, Method, Row, is_masksam, joint_name, row_names
 from .test_set import score_test_set
-
-SCORES_FILE = "scores.csv"
 
 
 def evaluate(
@@ -45,157 +46,159 @@ def evaluate(
     processes: int = 2,
     commands: Sequence[str] = (),
     patients: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
     console: Console | None = None,
 ) -> Path:
-    """Evaluate a finished grid and write its report.
+    """Evaluate trained and validated folds and write their report.
 
     Args:
         dataset: its full name.
         configuration: nnU-Net's.
         methods: trained and validated in all ``folds``.
-        folds: of the cross-validation.
+        folds: of the cross-validation; one is enough.
         out: the benchmark's folder.
         ensembles: whether to ensemble pairs of methods; needs the probabilities of validation (``--npz``).
         accept_unfair: write the report in spite of severe findings, which then open it.
         device: for predicting labelled test cases, if there are any.
         processes: workers.
         commands: what was run to train; those of the evaluation are added.
-        patients: patient by case; None where the case names are to tell.
-        console: where progress is told.
+        patients: patient by case; by default as the case names show.
+        notes: what a reader must know about this run before its numbers.
+        console: shows progress.
 
     Returns:
         report.html.
 
     Raises:
-        BenchmarkError: what is not fair, what lacks, what differs.
+        DataError: the comparison is not fair, or files are missing, damaged or do not fit.
     """
     console = console or Console()
     raw, preprocessed, results = (Path(os.environ[f"nnUNet_{n}"]) / dataset for n in ("raw", "preprocessed", "results"))
     dataset_json = read_json(preprocessed / "dataset.json")
+    classes = Classes.from_dataset_json(dataset_json)
+    truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
     splits = read_json(preprocessed / "splits_final.json")
+    cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
+    names = sorted(name for fold in cases.values() for name in fold)
+    patient = statistics.patient_of(names, patients)
 
     with console.status("checking that the comparison is fair"):
         findings = check_fairness(methods, folds, results, preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
     refuse_unfair(severe, accept_unfair, "this comparison is not fair")
-    cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
-    fold_of = {case: fold for fold, names in cases.items() for case in names}
-    truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
-    fault = partial(faulty_prediction, methods, cases, results, truths, dataset_json)
-    with (
-        console.status("putting folds together (nnU-Net's find_best_configuration and post-processing)"),
-        _naming_faults(fault),
-    ):
-        combined = combine(methods, dataset, folds, ensembles, processes, out / "logs" / "evaluation.log", stamp_file)
 
-    try:
-        tolerance = default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in fold_of)
-    except LabelMapError as error:
-        raise BenchmarkError(f"the truth cannot be read: {error}") from error
-    names = row_names(methods)
-    compute = {m: tuple(read_fold_compute(results / m.key / f"fold_{fold}") for fold in folds) for m in methods}
-    rows: list[Row] = []
-    best = None
-    for part in combined:
-        name = joint_name([names[member] for member in part.members])
-        best = name if part.best else best
-        kinds: tuple[tuple[str, Path, Kind], ...] = (
-            (name, part.folder, "method" if len(part.members) == 1 else "ensemble"),
-            (postprocessed_name(name), part.postprocessed, "postprocessed"),
-        )
-        for row_name, folder, kind in kinds:
-            with (
-                console.status(f"scoring {row_name}"),
-                _naming_faults(fault),
-            ):
-                scores = _score(folder, truths, dataset_json, sorted(fold_of), tolerance, processes, stamp_file)
-            histories: Mapping[int, History] = {}
-            if kind == "method":
-                (method,) = part.members
-                histories = {
-                    f: History.read(results / method.key / f"fold_{f}" / "checkpoint_final.pth") for f in folds
-                }
-            taken = tuple(fold for member in part.members for fold in compute[member])
-            rows.append(Row(row_name, kind, part.members, scores, fold_of, taken, histories, folder))
+    with _naming_faults(partial(faulty_prediction, methods, cases, results, truths, dataset_json)):
+        with console.status("combining folds with nnU-Net's find_best_configuration and post-processing"):
+            log = out / "logs" / "evaluation.log"
+            combined = combine(methods, dataset, folds, ensembles, processes, log, stamp_file)
+        rows, postprocessing, best = _rows(combined, row_names(methods), classes)
+        tolerance = scoring.default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in names)
+        tables = []
+        for row in rows:
+            with console.status(f"scoring {row.name}"):
+                found = scoring.score_folder(row.predictions, truths, dataset_json, names, tolerance, processes)
+                _check(found, row.predictions, dataset_json, stamp_file)
+                tables.append(found.assign(method=row.name, kind=row.kind))
+    scores = pd.concat(tables, ignore_index=True)
+    scores["fold"] = scores["case"].map({case: fold for fold, names in cases.items() for case in names})
+    scores["patient"] = scores["case"].map(patient)
+    scores = scores[["method", "kind", "fold", "patient", "case", "class", "metric", "value"]]
 
     with console.status("predicting and scoring the test set"):
         test_set, more = score_test_set(
             methods, raw, dataset_json, folds, ensembles, device, out / "test_set", processes, tolerance
         )
-    classes = Classes.from_dataset_json(dataset_json)
-    with console.status("statistics"):
-        found = BenchmarkResults(
-            dataset=dataset,
-            dataset_json=dataset_json,
-            configuration=configuration,
-            folds=tuple(folds),
-            cases=cases,
-            rows=tuple(rows),
-            aggregates=aggregates(rows, patients),
-            comparisons=comparisons(rows, patients=patients),
-            findings=findings,
-            test_set=tuple(test_set),
-            best=best,
-            policies=policies(rows, classes.ignore_label is not None, patients)
-            | _postprocessing(combined, names, classes),
-            versions=versions(),
-            git_hash=git_hash(),
-            commands=(*commands, *more),
-            images=raw / "imagesTr",
-            truths=truths,
-        )
-    with console.status("writing the report"):
-        try:
-            write_csv(out / SCORES_FILE, case_table(rows))
-        except OSError as error:
-            raise BenchmarkError(f"{out} cannot be written: {error}; make room and run masksam report {out}") from error
-        return write_benchmark_report(out, found)
+    with console.status("computing statistics"):
+        means = statistics.summarise(scores)
+        comparisons = statistics.compare(scores, statistics.default_pairs(rows))
+    trained = {row.name: results / row.members[0].key for row in rows if row.kind == "method"}
+    found = BenchmarkResults(
+        dataset=dataset,
+        dataset_json=dataset_json,
+        configuration=configuration,
+        cases=cases,
+        tolerance_mm=tolerance,
+        rows=tuple(rows),
+        scores=scores,
+        means=means,
+        comparisons=comparisons,
+        test_set=test_set,
+        compute={name: tuple(read_fold_compute(model / f"fold_{f}") for f in folds) for name, model in trained.items()},
+        histories={
+            name: {f: History.read(model / f"fold_{f}" / "checkpoint_final.pth") for f in folds}
+            for name, model in trained.items()
+        },
+        findings=tuple(findings),
+        best=best,
+        policies={
+            **scoring.policies(tolerance, classes.ignore_label is not None),
+            **statistics.policies(patient, patients is not None),
+            "postprocessing": postprocessing,
+        },
+        versions=versions(),
+        git_hash=git_hash(),
+        commands=(*commands, *more),
+        images=raw / "imagesTr",
+        truths=truths,
+        notes=tuple(notes),
+    )
+    with console.status("drawing and writing the report"):
+        return write_report(replace(found, inside=_inside(found, results, preprocessed, classes)), out)
 
 
 @contextmanager
 def _naming_faults(find: Callable[[], str | None]) -> Iterator[None]:
-    """Errors name the file of a fold that they come from, if there is one: what was put together is but its copy."""
+    """Let an error name the damaged file of a fold, if there is one: nnU-Net combines copies of such files."""
     try:
         yield
-    except BenchmarkError as error:
+    except MaskSAMError as error:
         fault = find()
         if fault is None:
             raise
-        raise BenchmarkError(fault) from error
+        raise DataError(fault) from error
 
 
-def _score(
-    folder: Path,
-    truths: Path,
-    dataset_json: Mapping[str, Any],
-    cases: Sequence[str],
-    tolerance: float,
-    processes: int,
-    stamp_file: Path,
-) -> Scores:
-    """Scores whose Dice is nnU-Net's own."""
-    try:
-        scores = score_folder(folder, truths, dataset_json, cases, tolerance, processes=processes)
-    except LabelMapError as error:
-        raise BenchmarkError(f"{folder}: {error}") from error
+def _rows(
+    combined: Sequence[Combined], names: Mapping[Method, str], classes: Classes
+) -> tuple[list[Row], str, str | None]:
+    """The rows of the tables, the policy of post-processing, and the name of the row that nnU-Net chose."""
+    rows, chosen, best = [], [], None
+    for part in combined:
+        name = joint_name([names[member] for member in part.members])
+        kind: Kind = "method" if len(part.members) == 1 else "ensemble"
+        rows.append(Row(name, kind, part.members, part.folder))
+        rows.append(Row(f"{name}, post-processed", "postprocessed", part.members, part.postprocessed))
+        chosen.append(f"{name}: {', then '.join(part.postprocessing(classes)) or 'nothing helped'}")
+        best = name if part.best else best
+    rows.sort(key=lambda row: ("method", "ensemble", "postprocessed").index(row.kind))
+    text = (
+        "Comparisons are made without post-processing. The post-processed rows have nnU-Net's: largest components, "
+        "kept where that raises the mean Dice of these same cases, so that they are optimistic. Only the largest "
+        f"component is kept of: {'; '.join(chosen)}."
+    )
+    return rows, text, best
+
+
+def _check(scores: pd.DataFrame, folder: Path, dataset_json: Mapping[str, Any], stamp_file: Path) -> None:
     try:
         check_against_nnunet(scores, folder / "summary.json", dataset_json)
-    except BenchmarkError:
-        stamp_file.unlink(missing_ok=True)  # the next run has nnU-Net put them together and score them again
+    except DataError:
+        stamp_file.unlink(missing_ok=True)  # the next run lets nnU-Net combine and score the folds again
         raise
-    return scores
 
 
-def _postprocessing(combined: Sequence[Combined], names: Mapping[Method, str], classes: Classes) -> dict[str, str]:
-    """The policy, and what nnU-Net chose for each."""
-    chosen = []
-    for part in combined:
-        kept = part.postprocessing(classes)
-        name = joint_name([names[member] for member in part.members])
-        chosen.append(f"{name}: {', then '.join(kept) if kept else 'nothing helped'}")
-    text = (
-        "Comparisons are made without post-processing, for all methods alike. The post-processed rows have nnU-Net's: "
-        "largest components, kept where that raises the mean Dice of these same cases, so that they are optimistic. "
-        "Only the largest component is kept of: "
-    )
-    return {"postprocessing": text + "; ".join(chosen) + "."}
+def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes: Classes) -> tuple[Picture, ...]:
+    """How the first MaskSAM prompts itself on its median case, or the better one of two."""
+    (method, *_), name = results.focus.members, results.focus.name
+    if not is_masksam(method):
+        return ()
+    chosen = list(choose_cases(results))
+    case = chosen[min(1, len(chosen) - 1)]
+    (fold,) = (fold for fold, names in results.cases.items() if case in names)
+    try:
+        view = look_inside(models / method.key, fold, preprocessed, case, classes)
+    # A picture must not cost the report of days of training.
+    except (MaskSAMError, OSError, RuntimeError, ValueError, AttributeError) as error:
+        return (Picture(case, f"It could not be drawn: {type(error).__name__}: {error}", b""),)
+    caption = f"Validated in fold {fold} of {name}: the patch around its labelled structures, preprocessed."
+    return (Picture(case, caption, draw_inside(view, classes)),)

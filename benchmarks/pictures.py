@@ -1,85 +1,76 @@
-"""All pictures of a benchmark's report."""
+"""Worst, median and best case as pictures, with the prediction of every row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from masksam_nnunet.inference.report.html import Picture
+import pandas as pd
 
-from .box_plots import draw_class_boxes, draw_metric_boxes
-from .case_pictures import CasePicture, draw_cases
-from .curve_plots import draw_losses, draw_pseudo_dice
-from .difference_plots import draw_differences
-from .lookup import Lookup, focus
-from .results import BenchmarkResults, Row
+from masksam_nnunet.errors import MaskSAMError
+from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
+from masksam_nnunet.inference.report.figures import CaseImages, draw_case
+from masksam_nnunet.inference.report.html import Picture, number
 
-_LOSSES_IN_FIGURE = 3
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """By the section of the page."""
-
-    boxes: list[Picture]
-    differences: list[Picture]
-    curves: list[Picture]
-    cases: list[CasePicture]
+from .results import MEAN, METRICS, BenchmarkResults
+from .statistics import averaged
 
 
-def draw_pictures(results: BenchmarkResults, lookup: Lookup) -> Pictures:
-    """Draw them all; cases are read from disk one at a time."""
-    return Pictures(_boxes(results, lookup), _differences(results, lookup), _curves(results), draw_cases(results))
+def case_means(results: BenchmarkResults, metric: str) -> pd.DataFrame:
+    """The mean over classes of a metric: a line for each case, a column for each row."""
+    values = averaged(results.scores)
+    chosen = values[(values["metric"] == metric) & (values["class"] == MEAN)]
+    return chosen.pivot(index="case", columns="method", values="value")[[row.name for row in results.rows]]
 
 
-def _boxes(results: BenchmarkResults, lookup: Lookup) -> list[Picture]:
-    how = (
-        "Each dot is a case. Boxes span the quartiles with the median as a line, the diamond is the mean, whiskers "
-        "reach the last case within 1.5 box lengths; hatched: with post-processing. Undefined scores are left out."
-    )
-    rows = results.rows
-    overall = Picture("Scores of all cases", f"Means over classes within each case. {how}", draw_metric_boxes(rows))
-    if len(lookup.classes) < 2:
-        return [overall]
-    return [overall, Picture("Dice by class", how, draw_class_boxes(rows, lookup.classes))]
+def choose_cases(results: BenchmarkResults) -> dict[str, str]:
+    """Worst, median and best case by the mean Dice of the focus, each with this word; fewer where there are fewer."""
+    dice = case_means(results, "dice")[results.focus.name].sort_values(kind="stable")
+    ordered = list(dice.dropna().index) or list(dice.index)
+    if len(ordered) == 1:
+        return {ordered[0]: "Only case"}
+    chosen = {ordered[0]: "Worst case", ordered[len(ordered) // 2]: "Median case"} if len(ordered) > 2 else {}
+    return chosen | {ordered[0]: "Worst case", ordered[-1]: "Best case"}
 
 
-def _differences(results: BenchmarkResults, lookup: Lookup) -> list[Picture]:
-    a = focus(results)
-    others = [row for row in results.rows if row.kind != "postprocessed" and row is not a]
-    return [
-        Picture(
-            f"{a.name} minus {b.name}",
-            "Each line is a case, its mean over the classes that are defined for both, sorted by the difference; "
-            f"blue where {a.name} is better, orange where it is worse, grey where both are equal. "
-            "Dashed: the mean; grey band: its 95 % interval. "
-            "Cases where the metric is undefined for one of the two are left out.",
-            draw_differences(a, b, lookup),
-        )
-        for b in others
-    ]
-
-
-def _curves(results: BenchmarkResults) -> list[Picture]:
-    rows = [row for row in results.rows if row.histories]
-    if not rows:
-        return []
-    lines = "Thin: a line for each fold; thick: their mean, as far as every fold goes."
-    pictures = [
-        Picture(
-            "Dice during training",
-            f"nnU-Net's estimate on random validation patches, once an epoch. {lines}",
-            draw_pseudo_dice(rows),
-        )
-    ]
-    for part in _parts(rows, _LOSSES_IN_FIGURE):
-        caption = (
-            f"Solid: training; dashed and black: validation. {lines} Losses of different methods are not comparable: "
-            "each trains with its own."
-        )
-        pictures.append(Picture("Losses", caption, draw_losses(part)))
+def draw_cases(results: BenchmarkResults) -> list[Picture]:
+    """A picture of each of :func:`choose_cases`. Where files are missing it has no PNG, and its caption says why."""
+    dice, text = case_means(results, "dice"), number(METRICS["dice"].digits)
+    pictures = []
+    for case, place in choose_cases(results).items():
+        name = results.focus.name
+        caption = f"{place} by the mean Dice of {name} ({text(dice.loc[case, name])})"
+        caption += "".join(f", validated in fold {fold}" for fold, names in results.cases.items() if case in names)
+        notes = {row.name: f"Dice {text(dice.loc[case, row.name])}" for row in results.rows}
+        try:
+            png = draw_case(_read(results, case, notes), Classes.from_dataset_json(results.dataset_json))
+        # A picture must not cost the report of days of training.
+        except (MaskSAMError, OSError, RuntimeError, ValueError) as error:
+            pictures.append(Picture(case, f"{caption}. It could not be drawn: {type(error).__name__}: {error}", b""))
+            continue
+        caption += ". All columns share one grey window; cropped to what truth or any prediction labels."
+        pictures.append(Picture(case, caption, png))
     return pictures
 
 
-def _parts(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _read(results: BenchmarkResults, case: str, notes: Mapping[str, str]) -> CaseImages:
+    description: dict[str, Any] = dict(results.dataset_json)
+    image, _ = read_volume([_first_channel(results.images, case, description)], description)
+    truth = read_label_map(results.truths, case, description)
+    predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in results.rows}
+    for name, labels in {"truth": truth.labels, **predictions}.items():
+        if labels.shape != image[0].shape:
+            raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")
+    return CaseImages(image[0], truth.spacing, truth.labels, predictions, results.focus.name, notes)
+
+
+def _first_channel(images: Path, case: str, dataset_json: Mapping[str, Any]) -> Path:
+    """Where nnU-Net looks: in dataset.json's own list, else by name."""
+    listed = dataset_json.get("dataset", {})
+    if case in listed:
+        return images.parent / str(listed[case]["images"][0])
+    file = images / f"{case}_0000{dataset_json['file_ending']}"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    return file

@@ -1,50 +1,240 @@
-"""Plots of scores and of trainings."""
+"""Plots of the long table of scores and of the trainings, each with its caption."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import warnings
+from collections.abc import Sequence
 
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import MatplotlibDeprecationWarning
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
 
-from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.report.figures import literal, png
+from masksam_nnunet.inference.report.figures import LINE_STYLES, png, wrapped
+from masksam_nnunet.inference.report.html import Picture
+
+from .results import MEAN, METRICS, BenchmarkResults, Row
+from .statistics import averaged
 
 METHOD_COLOURS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, with a grey for the baseline, which comes first."""
+BETTER, WORSE, EQUAL = METHOD_COLOURS[1], METHOD_COLOURS[2], METHOD_COLOURS[0]
+_WIDTH = 11.0
+_PANELS_IN_LINE = 4
+_LOSSES_IN_FIGURE = 3
 
 
-def draw_curves(histories: Mapping[str, History]) -> bytes:
-    """Pseudo Dice of all methods over training time, and each method's losses in a panel of its own."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 1 + len(histories), squeeze=False)[0]
-    for (name, history), colour in zip(histories.items(), METHOD_COLOURS, strict=False):
-        axes[0].plot(history.seconds, history.pseudo_dice, "o-", color=colour, label=literal(name), ms=3, lw=1.5)
-    axes[0].set(title="Dice on validation patches", xlabel="seconds", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    for ax, (name, history), colour in zip(axes[1:], histories.items(), METHOD_COLOURS, strict=False):
-        ax.plot(history.seconds, history.train_loss, "o-", color=colour, label="training", ms=3, lw=1.5)
-        ax.plot(history.seconds, history.val_loss, "s--", color=colour, alpha=0.6, label="validation", ms=3, lw=1.2)
-        ax.set(title=literal(f"Losses of {name}"), xlabel="seconds")
-        ax.legend(frameon=False, fontsize=8)
-    tidy(axes)
-    return png(figure)
+def looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and line style of each row; with post-processing it looks as without."""
+    members = list(dict.fromkeys(row.members for row in rows))
+    places = {row.name: members.index(row.members) for row in rows}
+    count = len(METHOD_COLOURS)
+    return {
+        name: (METHOD_COLOURS[place % count], LINE_STYLES[place // count % len(LINE_STYLES)])
+        for name, place in places.items()
+    }
 
 
-def tidy(axes: Sequence[Axes]) -> None:
+# ---- scores of cases -------------------------------------------------------------------------------------------------
+
+
+def draw_boxes(results: BenchmarkResults) -> list[Picture]:
+    """Box plots of every metric, and of the Dice of every class, one box for each row."""
+    values = averaged(results.scores)
+    how = (
+        "Each dot is a case. Boxes span the quartiles with the median as a line, the diamond is the mean, whiskers "
+        "reach the last case within 1.5 box lengths. Undefined scores are left out."
+    )
+    means, by_class = values[values["class"] == MEAN], values[values["class"] != MEAN]
+    panels = [
+        (metric, f"{style.heading} {style.arrow}", _of(means, "metric", metric)) for metric, style in METRICS.items()
+    ]
+    pictures = [Picture("Scores of all cases", f"Means over classes within each case. {how}", _boxes(results, panels))]
+    if len(results.classes) > 1:
+        dice = _of(by_class, "metric", "dice")
+        panels = [("dice", wrapped(name, 24, 2), _of(dice, "class", name)) for name in results.classes]
+        pictures.append(Picture("Dice by class", how, _boxes(results, panels)))
+    return pictures
+
+
+def _of(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    return table[table[column] == value]
+
+
+def _boxes(results: BenchmarkResults, panels: Sequence[tuple[str, str, pd.DataFrame]]) -> bytes:
+    names = [row.name for row in results.rows]
+    palette = {name: colour for name, (colour, _) in looks(results.rows).items()}
+    columns = min(len(panels), _PANELS_IN_LINE)
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = _panels(lines, columns, lines * (0.42 * len(names) + 0.75), sharey=True)
+    for ax, (metric, title, table) in zip(axes.flat, panels, strict=False):
+        style = {"data": table, "x": "value", "y": "method", "order": names, "hue": "method", "hue_order": names}
+        style |= {"palette": palette, "legend": False, "ax": ax}
+        mean = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": "black"}
+        if table["value"].notna().any():  # seaborn draws no empty boxes
+            sns.stripplot(**style, size=2.2, alpha=0.45, jitter=0.2)
+            with warnings.catch_warnings():  # seaborn passes an argument that matplotlib deprecates
+                warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
+                shape = {"fill": False, "width": 0.62, "linewidth": 1.1, "showfliers": False}
+                sns.boxplot(**style, **shape, showmeans=True, meanprops=mean)
+        ax.set(title=title, xlabel="", ylabel="")
+        _scale(ax, metric, table["value"].dropna())
+        for place, name in enumerate(names):
+            if table.loc[table["method"] == name, "value"].isna().all():
+                where = ax.get_yaxis_transform()
+                ax.text(0.5, place, "undefined in all cases", transform=where, fontsize=7, ha="center", va="center")
+    axes[0, 0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    return _tidy_png(figure)
+
+
+def _scale(ax: Axes, metric: str, values: pd.Series[float]) -> None:
+    """Shares end at 1; lengths and volumes start at 0, on a symmetric logarithm where they spread over decades."""
+    if values.empty:
+        return
+    if not METRICS[metric].unit:
+        ax.set_xlim(max(math.floor(values.min() * 10 - 1e-9) / 10, 0.0) - 0.02, 1.01)
+        return
+    if values.max() > 30 * values.median() > 0:
+        ax.set_xscale("symlog", linthresh=float(values.median()))
+        ax.set_xlabel("logarithmic above the median")
+    ax.set_xlim(left=0)
+
+
+def draw_differences(results: BenchmarkResults) -> list[Picture]:
+    """The focus and each row that it was compared with, case by case."""
+    pairs = results.comparisons[["a", "b"]].drop_duplicates().itertuples(index=False)
+    return [
+        Picture(
+            f"{a} minus {b}",
+            "Each line is a case, its mean over the classes that are defined for both, sorted by the difference; "
+            f"blue where {a} is better, orange where it is worse, grey where both are equal. Dashed: the mean; "
+            "grey band: its 95 % interval. Cases where the metric is undefined for one of the two are left out.",
+            _differences(results, a, b),
+        )
+        for a, b in pairs
+        if results.focus.name in (a, b)
+    ]
+
+
+def _differences(results: BenchmarkResults, a: str, b: str) -> bytes:
+    figure, axes = _panels(1, len(METRICS), 2.7)
+    for ax, (metric, style) in zip(axes.flat, METRICS.items(), strict=True):
+        ax.set(title=style.heading, xticks=[])
+        found = differences_of(results.scores, metric, a, b).sort_values().to_numpy()
+        if not len(found):
+            ax.text(0.5, 0.5, "no case where both are defined", transform=ax.transAxes, fontsize=8, ha="center")
+            ax.set_yticks([])
+            continue
+        good = found > 0 if style.larger_is_better else found < 0
+        colours = np.where(found == 0, EQUAL, np.where(good, BETTER, WORSE)).tolist()
+        places = np.arange(len(found))
+        ax.vlines(places, 0, found, colors=colours, linewidth=min(1.6, 160 / len(found)))
+        ax.scatter(places, found, s=7, c=colours, linewidths=0, zorder=3)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.axhline(found.mean(), color="black", lw=1.1, ls="dashed")
+        compared = results.comparisons.set_index(["metric", "class", "a", "b"]).loc[(metric, MEAN, a, b)]
+        if not math.isnan(compared["low"]):
+            ax.axhspan(compared["low"], compared["high"], color="black", alpha=0.12, lw=0)
+        better, worse = int(good.sum()), int((found != 0).sum() - good.sum())
+        ax.set_xlabel(f"better in {better}, worse in {worse}, of {len(found)}")
+    axes[0, 0].set_ylabel("difference")
+    return _tidy_png(figure)
+
+
+def differences_of(scores: pd.DataFrame, metric: str, a: str, b: str) -> pd.Series[float]:
+    """a - b of each case, averaged over the classes that both have, as the comparisons take it."""
+    values = averaged(scores)
+    chosen = values[(values["metric"] == metric) & (values["class"] != MEAN)]
+    table = chosen.pivot(index=["case", "class"], columns="method", values="value")
+    return (table[a] - table[b]).groupby("case").mean().dropna()
+
+
+# ---- learning curves -------------------------------------------------------------------------------------------------
+
+
+def draw_curves(results: BenchmarkResults) -> list[Picture]:
+    """Pseudo Dice of all methods, then the losses of each, over hours and over epochs."""
+    lines = "Thin: a line for each fold; thick: their mean, over the epochs that every fold has."
+    curves, style = curves_of(results), looks(results.rows)
+    if curves.empty:
+        return []
+    figure, axes = _panels(1, 2, 3.6, sharey=True)
+    for ax, x in zip(axes.flat, ("hours", "epoch"), strict=True):
+        for name, table in curves.groupby("method", sort=False):
+            colour, line = style[name]
+            _curve(ax, table, x, "pseudo_dice", colour, line, wrapped(name, 44, 2))
+        ax.set(title="Pseudo-Dice on validation patches", ylim=(0, 1))
+    axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
+    about = f"nnU-Net's estimate on random validation patches, once an epoch. {lines}"
+    pictures = [Picture("Dice during training", about, _tidy_png(figure))]
+    names = list(curves["method"].unique())
+    for start in range(0, len(names), _LOSSES_IN_FIGURE):
+        part = names[start : start + _LOSSES_IN_FIGURE]
+        figure, axes = _panels(len(part), 2, 2.8 * len(part), sharey="row")
+        for name, panes in zip(part, axes, strict=True):
+            for ax, x in zip(panes, ("hours", "epoch"), strict=True):
+                table = _of(curves, "method", name)
+                _curve(ax, table, x, "train_loss", style[name][0], "solid", "training")
+                _curve(ax, table, x, "val_loss", "black", "dashed", "validation")
+                ax.set_title(f"Losses of {wrapped(name, 60, 1)}")
+            panes[1].legend(frameon=False, fontsize=8)
+        about = f"{lines} Losses of different methods are not comparable: each trains with its own."
+        pictures.append(Picture("Losses", about, _tidy_png(figure)))
+    return pictures
+
+
+def curves_of(results: BenchmarkResults) -> pd.DataFrame:
+    """The histories as a table: ``method, fold, epoch, hours, train_loss, val_loss, pseudo_dice``."""
+    tables = [
+        pd.DataFrame(
+            {
+                "method": name,
+                "fold": fold,
+                "epoch": np.arange(1, len(history.seconds) + 1),
+                "hours": np.asarray(history.seconds) / 3600,
+                "train_loss": history.train_loss,
+                "val_loss": history.val_loss,
+                "pseudo_dice": history.pseudo_dice,
+            }
+        )
+        for name, folds in results.histories.items()
+        for fold, history in folds.items()
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["method"])
+
+
+def _curve(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: str, line: str, label: str) -> None:
+    ax.set_xlabel("hours of training" if x == "hours" else "epochs")
+    defined = table.dropna(subset=y)
+    for _, fold in defined.groupby("fold"):
+        ax.plot(fold[x], fold[y], color=colour, ls=line, lw=0.6, alpha=0.45)
+    by_epoch = defined.groupby("epoch")
+    mean = by_epoch[["hours", y]].mean()[by_epoch.size() == table["fold"].nunique()].reset_index()
+    ax.plot(mean[x], mean[y], color=colour, ls=line, lw=2.2, label=label, marker="o" if len(mean) == 1 else None)
+
+
+# ---- parts of all plots ----------------------------------------------------------------------------------------------
+
+
+def _panels(lines: int, columns: int, height: float, sharey: bool | str = False) -> tuple[Figure, NDArray[np.object_]]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]  # room between lines of panels
+    return figure, figure.subplots(lines, columns, squeeze=False, sharey=sharey)
+
+
+def _tidy_png(figure: Figure) -> bytes:
     """Small labels, no frame above and right, a faint grid."""
-    for ax in axes:
+    for ax in figure.axes:
         ax.title.set_fontsize(10)
         ax.tick_params(labelsize=8)
         ax.xaxis.label.set_fontsize(9)
         ax.yaxis.label.set_fontsize(9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, lw=0.5)
-
-
-def spread(figure: Figure) -> None:
-    """More room between the lines of a figure whose layout is constrained."""
-    engine = figure.get_layout_engine()
-    if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(h_pad=0.12)
+    return png(figure)

@@ -1,97 +1,165 @@
-"""The benchmark's report: an HTML page, the same as JSON and CSV, and a paper's supplement in Markdown."""
+"""The report: a self-contained HTML page, the same as JSON and CSV, and the tables in Markdown for a supplement."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from masksam_nnunet.errors import BenchmarkError
+import pandas as pd
+
+from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import write_json, write_text_atomically
 from masksam_nnunet.inference.label_maps import Classes
 from masksam_nnunet.inference.report.figures import colour_of, style_of
-from masksam_nnunet.inference.report.html import environment
+from masksam_nnunet.inference.report.html import environment, plain
 
-from .compute_table import HEADS, all_hours, compute_groups
-from .lookup import Lookup
-from .markdown import to_markdown
-from .metric_styles import STYLES
-from .pictures import Pictures, draw_pictures
-from .report_csv import aggregates_csv, comparisons_csv
-from .report_json import to_json
-from .results import BenchmarkResults
-from .tables import (
-    MEAN_OVER_CLASSES,
-    by_class,
-    compared_by_class,
-    compared_overall,
-    overall,
-    test_set_lines,
-    transposed,
-)
+from . import tables
+from .pictures import draw_cases
+from .plots import draw_boxes, draw_curves, draw_differences
+from .results import METRICS, BenchmarkResults
+from .tables import Cell, Table
 
-PAGE, JSON, SUPPLEMENT = "report.html", "report.json", "supplement.md"
-AGGREGATES, COMPARISONS = "aggregates.csv", "comparisons.csv"
+PAGE = "report.html"
+SCHEMA_VERSION = 2
+"""Rises when a field of report.json changes its meaning or goes."""
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#])")
 
 
-def write_benchmark_report(out: Path, results: BenchmarkResults) -> Path:
+def write_report(results: BenchmarkResults, out: Path) -> Path:
     """Write the page and its companions into ``out``, each file whole or not at all.
 
     Args:
-        out: the benchmark's folder; made where it is missing.
         results: of an evaluation.
+        out: the benchmark's folder; created if missing.
 
     Returns:
         The path of report.html.
 
     Raises:
-        BenchmarkError: for results that do not fit together, or a folder that cannot be written.
+        UsageError: the folder cannot be written.
     """
-    lookup = Lookup(results)
-    # All is made before anything is written: a fault leaves an older report as it was.
+    # Everything is made before anything is written: a fault leaves an older report as it was.
     content = to_json(results)
     texts = {
-        AGGREGATES: aggregates_csv(results),
-        COMPARISONS: comparisons_csv(results),
-        SUPPLEMENT: to_markdown(results, lookup),
-        PAGE: render(results, lookup, draw_pictures(results, lookup)),
+        "scores.csv": _csv(results.scores),
+        "aggregates.csv": _csv(results.means),
+        "comparisons.csv": _csv(results.comparisons),
+        "supplement.md": to_markdown(results),
+        PAGE: render(results),
     }
     try:
-        write_json(out / JSON, content)
+        write_json(out / "report.json", content)
         for name, text in texts.items():
             write_text_atomically(out / name, text)
     except OSError as error:
-        raise BenchmarkError(
-            f"the report cannot be written to {out}: {error}; make room or name another folder, then run the "
-            "evaluation again, which trains nothing anew"
+        raise UsageError(
+            f"the report cannot be written to {out}: {error}; make room, then run masksam report"
         ) from error
     return out / PAGE
 
 
-def render(results: BenchmarkResults, lookup: Lookup, pictures: Pictures) -> str:
+def _csv(table: pd.DataFrame) -> str:
+    text: str = table.to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def to_json(results: BenchmarkResults) -> dict[str, Any]:
+    """The results by the field names of :class:`BenchmarkResults`, without pictures; NaN becomes None.
+
+    ``scores`` and ``test_set``, which may be long, are dicts of ``columns`` and ``data``; other tables
+    are lists of dicts.
+    """
+    content = {field.name: getattr(results, field.name) for field in fields(results) if field.name != "inside"}
+    for name, value in content.items():
+        if isinstance(value, pd.DataFrame):
+            content[name] = value.to_dict("records")
+    for name in ("scores", "test_set"):
+        table: pd.DataFrame = getattr(results, name)
+        content[name] = {"columns": list(table.columns), "data": table.to_numpy().tolist()}
+    found: Mapping[str, Any] = plain(content)
+    return {"schema": "masksam-benchmark", "schema_version": SCHEMA_VERSION, **found}
+
+
+def render(results: BenchmarkResults) -> str:
     """The HTML page: everything inline, nothing fetched from elsewhere, no script."""
-    heads = [MEAN_OVER_CLASSES, *lookup.classes]
-    named = Classes.from_dataset_json(results.dataset_json)
-    return (
-        environment()
-        .get_template("benchmark.html.j2")
-        .render(
-            results=results,
-            pictures=pictures,
-            cases=sum(len(names) for names in results.cases.values()),
-            classes=lookup.classes,
-            class_colours=colour_of(named),
-            class_styles=style_of(named),
-            styles=STYLES,
-            overall=overall(lookup),
-            by_class={metric: transposed(by_class(lookup, metric), heads) for metric in STYLES},
-            compared={
-                "overall": compared_overall(results),
-                "classes": [
-                    (style, pairs) for metric, style in STYLES.items() if (pairs := compared_by_class(results, metric))
-                ],
-            },
-            compute_heads=HEADS,
-            compute=compute_groups(results),
-            all_hours=all_hours(results),
-            test_set=test_set_lines(results, lookup.classes),
-        )
+    classes = Classes.from_dataset_json(results.dataset_json)
+    page = environment().get_template("benchmark.html.j2")
+    return page.render(
+        results=results,
+        metrics=METRICS,
+        tables=tables,
+        severe=[finding.text for finding in results.findings if finding.severe],
+        statements=[finding.text for finding in results.findings if not finding.severe],
+        class_colours=colour_of(classes),
+        class_styles=style_of(classes),
+        boxes=draw_boxes(results),
+        differences=draw_differences(results),
+        curves=draw_curves(results),
+        cases=draw_cases(results),
     )
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(results: BenchmarkResults) -> str:
+    """The supplement: scores, scores by class, comparisons, test set, and what they mean."""
+    cases = sum(len(names) for names in results.cases.values())
+    severe = [f"> **Not a fair comparison.** {escape(f.text)}" for f in results.findings if f.severe]
+    statements = [f"- {escape(text)}" for text in (*results.notes, *(f.text for f in results.findings if not f.severe))]
+    parts = [
+        f"# Benchmark on {escape(results.dataset)}",
+        f"{escape(results.configuration)}, {len(results.cases)} folds, {cases} cases. Means over cases with bootstrap "
+        f"95 % confidence intervals in brackets, surface Dice at {results.tolerance_mm:g} mm; n is given where a score "
+        "is undefined in some cases. Bold: significantly better than the second best of its group; nothing bold: the "
+        "data do not tell the two apart, or they were not compared.",
+        "\n>\n".join(severe),
+        "\n".join(statements),
+        "## Means over classes",
+        _table(tables.overall(results)),
+    ]
+    for metric, style in METRICS.items():
+        parts += [f"## {escape(style.heading)} by class[^{metric}]", _table(tables.by_class(results, metric))]
+    parts += ["## Paired comparisons", _COMPARED, "### Mean over classes", _table(tables.compared_overall(results))]
+    for metric, style in METRICS.items():
+        parts += [f"### {escape(style.heading)} by class", _table(tables.compared_by_class(results, metric))]
+    if len(results.test_set):
+        parts += ["## Test set", _table(tables.test_set(results))]
+    parts += ["## Software", _table(tables.software(results))]
+    parts += [escape(text) for name, text in results.policies.items() if name not in METRICS]
+    parts += [f"[^{metric}]: {escape(results.policies[metric])}" for metric in METRICS]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+_COMPARED = (
+    "Differences A − B over the n cases where both are defined: mean with its 95 % interval, and median; Wilcoxon's "
+    "signed-rank test, two-sided, p corrected by Holm over classes; effect: matched-pairs rank-biserial correlation. "
+    "Only A, only B: cases left out because the score is defined for one only; in the mean over classes, cases "
+    "of which a class is left out, though others may count. Better: at p (Holm) < 0.05."
+)
+
+
+def escape(text: str) -> str:
+    """Put ``text`` on one line, with nothing in it that Markdown or HTML would take for markup."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _table(table: Table) -> str:
+    if not table.groups:
+        return "No rows were compared."
+    width = len(table.heads)
+    lines = [[escape(head) for head in table.heads], [":--", *["--:"] * (width - 1)]]
+    for title, group in table.groups:
+        if title:
+            lines.append([f"**{escape(title)}**", *[""] * (width - 1)])
+        lines += [[_cell(cell) for cell in line] for line in group]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cell(cell: Cell) -> str:
+    text = f"**{escape(cell.text)}**" if cell.bold and cell.text else escape(cell.text)
+    return " ".join([text, *map(escape, cell.notes)])

@@ -1,161 +1,204 @@
-"""What a benchmark finds, in plain types: made by evaluation, read by statistics and report."""
+"""What a benchmark finds: one long table of scores, what statistics make of it, and what the trainings took.
+
+The table of scores has the columns ``method, kind, fold, patient, case, class, metric, value``, one line for each
+value, which is NaN where the metric is undefined. ``method`` is the name of a :class:`Row`. Tables, plots, CSV files
+and comparisons are all derived from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from masksam_nnunet.inference.methods import Method
 
-if TYPE_CHECKING:  # a process that only waits for a training needs neither PyTorch nor MONAI
+if TYPE_CHECKING:  # a process that only waits for a training needs none of these
+    import pandas as pd
+
     from masksam_nnunet.inference.history import History
-    from masksam_nnunet.inference.scoring import Scores
+    from masksam_nnunet.inference.report.html import Picture
 
 Kind = Literal["method", "ensemble", "postprocessed"]
-Metric = Literal["dice", "hd95_mm", "surface_dice", "volume_error_ml"]
+
+MEAN = "mean over classes"
+"""Stands in a column ``class`` for the mean over the classes where a metric is defined, taken within each case."""
+
+
+@dataclass(frozen=True)
+class MetricStyle:
+    """How a metric is named and printed, and whether larger values are better."""
+
+    title: str
+    unit: str
+    digits: int
+    larger_is_better: bool
+
+    @property
+    def heading(self) -> str:
+        """The title with its unit."""
+        return f"{self.title} [{self.unit}]" if self.unit else self.title
+
+    @property
+    def arrow(self) -> str:
+        """Which direction is better."""
+        return "↑" if self.larger_is_better else "↓"
+
+
+METRICS: Mapping[str, MetricStyle] = {
+    "dice": MetricStyle("Dice", "", 3, True),
+    "hd95_mm": MetricStyle("HD95", "mm", 2, False),
+    "surface_dice": MetricStyle("Surface Dice", "", 3, True),
+    "volume_error_ml": MetricStyle("Absolute volume error", "ml", 2, False),
+}
+"""The metrics that are averaged and compared, by their name in the table of scores."""
 
 
 @dataclass(frozen=True)
 class FoldCompute:
-    """What the training of one fold took. None where it was not recorded."""
+    """What the training of one fold took; None where it was not recorded.
+
+    Attributes:
+        fold: its number.
+        seconds: of training, without validation and without work that an interruption lost.
+        peak_memory_mib: of what ``peak_memory_of`` names.
+        peak_memory_of: GPU allocations, or the process.
+        device: that trained.
+        iterations: optimizer steps.
+        epochs: of nnU-Net's loop.
+        parameters: of the network.
+        trainable_parameters: those that were trained.
+        checkpoint_bytes: size of checkpoint_final.pth.
+        resumed: how often the training continued after an interruption.
+        git_hash: of this package's checkout; several with ``then`` between them.
+        wall_seconds: from each start to the validation or the interruption, loading included.
+        versions: of the packages that trained; several with ``then`` between them.
+    """
 
     fold: int
     seconds: float | None
-    """Of training, without validation: of what the result comes from, so that work lost at a break does not count."""
     peak_memory_mib: float | None
     peak_memory_of: str
-    """What was measured: GPU allocations, or the process."""
     device: str
     iterations: int | None
     epochs: int | None
     parameters: int | None
     trainable_parameters: int | None
     checkpoint_bytes: int
-    """Of checkpoint_final.pth."""
     resumed: int
-    """How often it was broken off and went on."""
     git_hash: str | None
-    """Of this package's checkout, where it was one; several with ``then`` between them."""
     wall_seconds: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    """By the clock, from each start to the validation or the break: with loading, and with work that a break lost."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the tables: a method, an ensemble of methods, or one of these with nnU-Net's post-processing."""
+    """One row of the tables: a method, an ensemble of methods, or one of these with nnU-Net's post-processing.
+
+    Attributes:
+        name: for people, unique; the column ``method`` of the table of scores.
+        kind: which of the three.
+        members: the trained methods.
+        predictions: the folder of the scored label maps, one file for each case.
+    """
 
     name: str
-    """For people, unique."""
     kind: Kind
     members: tuple[Method, ...]
-    scores: Scores
-    """Of all cases of all folds, each predicted by the fold that has not seen it."""
-    fold_of: Mapping[str, int]
-    """The fold that validated a case."""
-    compute: tuple[FoldCompute, ...]
-    """By fold; of all members."""
-    histories: Mapping[int, History]
-    """nnU-Net's log by fold; empty for ensembles."""
     predictions: Path
-    """The folder of the scored label maps, one file a case."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its bootstrap 95 % interval; NaN where undefined."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """A metric of one row, averaged over the cases where it is defined."""
-
-    row: str
-    metric: Metric
-    class_name: str | None
-    """None: the mean over classes, within each case where it is defined."""
-    mean: Interval
-    median: float
-    number: int
-    """Cases where it is defined."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two rows on the same cases."""
-
-    metric: Metric
-    class_name: str | None
-    """As in :class:`Aggregate`."""
-    a: str
-    b: str
-    number: int
-    """Cases where both are defined."""
-    difference: Interval
-    """Mean of a - b over these cases."""
-    median_difference: float
-    p: float
-    """Wilcoxon's signed-rank test, two-sided; NaN where it cannot be made."""
-    p_holm: float
-    """Corrected by Holm over the classes of the same metric and pair of rows; for the mean over classes equal to p."""
-    effect: float
-    """Matched-pairs rank-biserial correlation, -1 to 1: positive where a is larger."""
-    better: str | None
-    """The row that is better at p_holm < 0.05, by what is better for this metric; None if neither."""
-    only_a: int = 0
-    """Cases left out because the metric is defined in ``a`` only; for the mean over classes, cases where a class is."""
-    only_b: int = 0
-    """The same for ``b``."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that bears on fairness."""
+    """Something that bears on fairness; a severe one must be accepted by the user and opens the report."""
 
     severe: bool
-    """A comparison with it is refused unless the user insists; it then opens the report."""
     text: str
 
 
 @dataclass(frozen=True)
-class TestSetScore:
-    """Scores on the raw dataset's own test cases, predicted by all folds together."""
-
-    name: str
-    members: tuple[Method, ...]
-    scores: Scores
-    predictions: Path
-
-
-@dataclass(frozen=True)
 class BenchmarkResults:
-    """All that a benchmark's report says."""
+    """Everything that a benchmark's report shows.
+
+    Attributes:
+        dataset: its full name.
+        dataset_json: its description.
+        configuration: nnU-Net's.
+        cases: validation cases by fold.
+        tolerance_mm: of the surface Dice.
+        rows: in the order of the tables.
+        scores: the long table, see this module's docstring.
+        means: columns ``method, kind, metric, class, mean, low, high, median, cases``; ``low`` and ``high`` bound the
+            95 % interval of the mean.
+        comparisons: see :func:`.statistics.compare`.
+        test_set: columns ``method, case, class, metric, value``; empty without labelled test cases.
+        compute: by method, one entry for each fold.
+        histories: nnU-Net's log by method and fold.
+        findings: of the fairness checks.
+        best: the row that nnUNetv2_find_best_configuration chose.
+        policies: what each score means.
+        versions: of the packages that evaluated.
+        git_hash: of this package's checkout, if it is one.
+        commands: exactly what was run.
+        images: the raw dataset's imagesTr.
+        truths: folder of the true label maps.
+        notes: what a reader must know about this run before its numbers.
+        inside: how MaskSAM prompts itself on a case, if a MaskSAM was trained.
+    """
 
     dataset: str
     dataset_json: Mapping[str, object]
     configuration: str
-    folds: tuple[int, ...]
     cases: Mapping[int, tuple[str, ...]]
-    """Validation cases by fold."""
+    tolerance_mm: float
     rows: tuple[Row, ...]
-    aggregates: tuple[Aggregate, ...]
-    comparisons: tuple[Comparison, ...]
+    scores: pd.DataFrame
+    means: pd.DataFrame
+    comparisons: pd.DataFrame
+    test_set: pd.DataFrame
+    compute: Mapping[str, tuple[FoldCompute, ...]]
+    histories: Mapping[str, Mapping[int, History]]
     findings: tuple[Finding, ...]
-    test_set: tuple[TestSetScore, ...]
     best: str | None
-    """What nnUNetv2_find_best_configuration chose, by the name of its row."""
     policies: Mapping[str, str]
-    """What each score means, in words."""
     versions: Mapping[str, str]
     git_hash: str | None
     commands: tuple[str, ...]
-    """Exactly what was run."""
     images: Path
-    """The raw dataset's imagesTr, for pictures."""
     truths: Path
+    notes: tuple[str, ...] = ()
+    inside: tuple[Picture, ...] = ()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the foreground classes, in nnU-Net's order."""
+        return list(self.scores["class"].unique())
+
+    @property
+    def focus(self) -> Row:
+        """The row that chooses the cases to show: the first MaskSAM, else the first row."""
+        ours = (row for row in self.rows if row.kind == "method" and is_masksam(row.members[0]))
+        return next(ours, self.rows[0])
+
+
+def is_masksam(method: Method) -> bool:
+    """Whether the method's trainer is one of MaskSAM's, by its name."""
+    return "masksam" in method.trainer.lower()
+
+
+def row_names(methods: Sequence[Method]) -> dict[Method, str]:
+    """A short unique name for each method: its trainer, and its plans where they are needed to tell it apart."""
+    trainers = Counter(method.trainer for method in methods)
+    return {
+        method: method.trainer
+        if trainers[method.trainer] == 1 and method.plans == "nnUNetPlans"
+        else f"{method.trainer} ({method.plans})"
+        for method in methods
+    }
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """The name of an ensemble."""
+    return " + ".join(names)

@@ -6,53 +6,23 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.inference.methods import parse_methods
 from masksam_nnunet.inference.scoring import cases_in
 
 from .definition import Benchmark, find_benchmark_dataset
 from .evaluate import evaluate
 from .folds import FoldRecord, Stage, locked
-from .jobs import FoldJob, device_kind, require_devices, run_local
+from .jobs import FoldJob, require_devices, run_local
 from .progress import Progress
+from .results import MEAN, METRICS
 from .slurm import Slurm, SlurmSettings
-
-
-def define(
-    dataset: str,
-    configuration: str,
-    trainers: Sequence[str],
-    plans: Sequence[str],
-    folds: Sequence[int],
-    minutes: float | None,
-    devices: Sequence[str],
-    ensembles: bool,
-    accept_unfair: bool,
-    processes: int,
-    group: str | None = None,
-) -> Benchmark:
-    """A benchmark from the values of the command line.
-
-    Raises:
-        MaskSAMError: unknown dataset, trainers, plans or devices.
-    """
-    methods = parse_methods(trainers, plans, configuration)
-    return Benchmark(
-        dataset=find_benchmark_dataset(dataset),
-        configuration=configuration,
-        methods=methods,
-        folds=tuple(folds),
-        minutes=minutes,
-        device=device_kind(devices),
-        ensembles=ensembles and len(methods) > 1,
-        accept_unfair=accept_unfair,
-        processes=processes,
-        group=group,
-    )
 
 
 def run_benchmark(
@@ -164,7 +134,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     commands += [line for job in jobs for line in _commands(job)]
     commands += [f"# All of that, and the evaluation by nnU-Net's functions: {benchmark.command_line}"]
     with locked(benchmark.results, "evaluating this dataset's models"):
-        return evaluate(
+        page = evaluate(
             benchmark.dataset,
             benchmark.configuration,
             benchmark.methods,
@@ -176,8 +146,22 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
             processes=benchmark.processes,
             commands=commands,
             patients=benchmark.patients(cases_in(benchmark.preprocessed / "gt_segmentations", ending)),
+            notes=benchmark.notes,
             console=console,
         )
+    _print_means(out, console or Console())
+    return page
+
+
+def _print_means(out: Path, console: Console) -> None:
+    """Print each row's means over classes and cases."""
+    means = pd.read_csv(out / "aggregates.csv")
+    wanted = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
+    means = wanted.pivot(index="method", columns="metric", values="mean")
+    table = Table(Column("mean over cases", overflow="fold"), *(METRICS[metric].heading for metric in means.columns))
+    for name, values in means.iterrows():
+        table.add_row(escape(str(name)), *(f"{value:.3f}" for value in values))
+    console.print(table)
 
 
 def _commands(job: FoldJob) -> list[str]:

@@ -40,14 +40,10 @@ _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What each job asks for.
+    """What each job asks for. None is the cluster's default.
 
     Attributes:
-        partition: None for the cluster's default.
         minutes: time limit; a job that reaches it is requeued and continues.
-        gpus: for each job.
-        cpus: for each job.
-        memory_gb: None for the cluster's default.
         options: further options of sbatch, by their long names without dashes: ``account``, ``qos``, ``constraint``.
     """
 
@@ -149,9 +145,7 @@ class Slurm:
     def submit(self, jobs: Sequence[FoldJob], environment: Mapping[str, str]) -> tuple[Submission, list[str]]:
         """Submit the folds that are not queued or running, then the evaluation, which waits until all have ended.
 
-        Args:
-            jobs: folds that are not done.
-            environment: nnU-Net's variables, for the evaluation.
+        The evaluation runs with nnU-Net's variables in ``environment``.
 
         Returns:
             All jobs, and the names of the folds that were submitted now.
@@ -289,7 +283,7 @@ def jobs_in_queue() -> dict[str, str]:
         raise TrainingError(
             f"SLURM does not answer ({said.strip()}); submitted jobs remain: run again later"
         ) from error
-    return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)  # type: ignore[misc]
+    return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
 
 
 def _queue_in_time() -> dict[str, str]:

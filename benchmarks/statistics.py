@@ -1,102 +1,210 @@
-"""Means with intervals, and paired tests between rows.
+"""Means with intervals, and paired tests between methods, from the long table of scores.
 
-Cases of one patient are not independent: whole patients are drawn in the bootstrap, and tested by their means.
+Cases of one patient are not independent: the bootstrap draws whole patients, and the tests take each patient's mean.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
-from masksam_nnunet.errors import BenchmarkError
-from masksam_nnunet.inference import scoring
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.splits import group_by_patient
 
-from .case_table import METRICS, case_table, wide
-from .errors import listed
-from .estimates import RESAMPLES, SEED, Floats, bootstrap_mean, holm, nanmean, patient_means, signed_rank_test
-from .results import Aggregate, Comparison, Metric, Row
+from .results import MEAN, METRICS, Row
 
+RESAMPLES = 9999
+SEED = 12345
+CONFIDENCE = 0.95
 ALPHA = 0.05
-"""Of p, corrected, below which a row counts as better."""
-LARGER_IS_BETTER: Mapping[Metric, bool] = {
-    "dice": True,
-    "hd95_mm": False,
-    "surface_dice": True,
-    "volume_error_ml": False,
-}
+"""Bound of the corrected p below which a method counts as better."""
+COMPARISON_COLUMNS = (
+    *("metric", "class", "a", "b", "cases", "difference", "low", "high", "median_difference"),
+    *("p", "p_holm", "effect", "better", "only_a", "only_b"),
+)
+_BATCH = 1000  # resamples held in memory at a time
+_DIGITS = 10  # differences are rounded for ranks: equal ones must be equal in spite of float arithmetic
 
 
-def aggregates(
-    rows: Sequence[Row], patients: Mapping[str, str] | None = None, resamples: int = RESAMPLES, seed: int = SEED
-) -> tuple[Aggregate, ...]:
-    """Mean, median and 95 % interval of every row, metric and class, and of the mean over classes.
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval; NaN where undefined."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+# ---- estimates from the values of patients ---------------------------------------------------------------------------
+
+
+def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """The mean over cases with its bias-corrected and accelerated (BCa) bootstrap interval, drawing whole patients.
+
+    The interval is NaN with fewer than two patients, or the same mean in all of them.
 
     Args:
-        rows: of the same cases and classes.
-        patients: patient by case; None where the case names are to tell.
-        resamples: of the bootstrap.
+        values: (N,) without NaN.
+        patients: (N,) patient of each case.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+    """
+    by_patient = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(patients))
+    sums, counts = by_patient.sum().to_numpy(), by_patient.size().to_numpy(dtype=float)
+    if not len(counts):
+        return Interval(math.nan, math.nan, math.nan)
+    estimate = float(sums.sum() / counts.sum())
+    means = sums / counts
+    if len(counts) < 2 or np.allclose(means, means[0], rtol=1e-12, atol=1e-12):
+        return Interval(estimate, math.nan, math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the interval is NaN then
+        interval = stats.bootstrap(
+            (sums, counts),
+            lambda sums, counts, axis=-1: np.sum(sums, axis=axis) / np.sum(counts, axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=_BATCH,
+            confidence_level=CONFIDENCE,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return Interval(estimate, float(interval.low), float(interval.high))
+
+
+def signed_rank_test(differences: ArrayLike) -> tuple[float, float]:
+    """Wilcoxon's signed-rank test of independent paired differences (N,).
+
+    Differences of zero are dropped (``zero_method="wilcox"``). The test is exact up to 50 values, takes all
+    permutations of signs up to 13 values with ties, and is else the normal approximation with correction for ties
+    (``method="auto"``).
+
+    Returns:
+        The two-sided p and the matched-pairs rank-biserial correlation: the sum of the ranks of positive differences
+        minus that of negative ones, over both. 1 and 0 if all differences are zero; NaN if there are none.
+    """
+    rounded = np.round(np.asarray(differences, dtype=float), _DIGITS)
+    if not rounded.size:
+        return math.nan, math.nan
+    changed = rounded[rounded != 0]
+    if not changed.size:
+        return 1.0, 0.0
+    ranks = stats.rankdata(np.abs(changed))
+    effect = float(np.sum(np.sign(changed) * ranks) / np.sum(ranks))
+    return float(stats.wilcoxon(changed, zero_method="wilcox", method="auto").pvalue), effect
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Holm's correction of the p-values that are not NaN."""
+    corrected = np.array(p, dtype=float)
+    defined = ~np.isnan(corrected)
+    if defined.any():
+        corrected[defined] = multipletests(corrected[defined], method="holm")[1]
+    return corrected
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def averaged(scores: pd.DataFrame) -> pd.DataFrame:
+    """The values that are averaged and compared: those of :data:`METRICS`, and within each case their :data:`MEAN`.
+
+    Volume errors are absolute: too much in one case must not make up for too little in another.
+
+    Args:
+        scores: the long table of scores, or part of it; its columns other than ``class`` and ``value`` are kept.
+
+    Returns:
+        A table with the same columns, the means over classes first.
+    """
+    chosen = scores[scores["metric"].isin(METRICS)]
+    absolute = chosen["metric"] == "volume_error_ml"
+    values = chosen.assign(value=chosen["value"].mask(absolute, chosen["value"].abs()))
+    keys = [name for name in scores.columns if name not in ("class", "value")]
+    means = values.groupby(keys, sort=False, as_index=False)["value"].mean().assign(**{"class": MEAN})
+    return pd.concat([means, values], ignore_index=True)[list(scores.columns)]
+
+
+def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
+    """Mean, its 95 % interval and median of every method, metric and class, and of the mean over classes.
+
+    Args:
+        scores: the long table of scores.
+        resamples: number of bootstrap samples.
         seed: the same one gives the same intervals.
 
     Returns:
-        By row, then metric, then class; each metric starts with the mean over classes (``class_name`` None). Volume
-        errors are absolute.
-
-    Raises:
-        BenchmarkError: rows differ in cases or classes, or share a name.
+        Columns ``method, kind, metric, class, mean, low, high, median, cases``; ``cases`` counts those with a value.
     """
-    table = _Table(rows, patients)
-    found = []
-    for index, row in enumerate(rows):
-        for metric in METRICS:
-            for name, values in table.values(metric).items():
-                defined = ~np.isnan(values[:, index])
-                chosen = values[defined, index]
-                mean = bootstrap_mean(chosen, table.patients[defined], resamples, seed)
-                median = float(np.median(chosen)) if chosen.size else math.nan
-                found.append(Aggregate(row.name, metric, name, mean, median, int(chosen.size)))
-    return tuple(found)
+    lines = []
+    for keys, group in averaged(scores).groupby(["method", "kind", "metric", "class"], sort=False):
+        defined = group.dropna(subset="value")
+        mean = bootstrap_mean(defined["value"], defined["patient"], resamples, seed)
+        lines.append((*keys, *mean, defined["value"].median(), len(defined)))
+    columns = ["method", "kind", "metric", "class", "mean", "low", "high", "median", "cases"]
+    return pd.DataFrame(lines, columns=columns)
 
 
-def comparisons(
-    rows: Sequence[Row],
-    pairs: Sequence[tuple[str, str]] | None = None,
-    patients: Mapping[str, str] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> tuple[Comparison, ...]:
-    """Compare pairs of rows in every metric and class, and in the mean over classes.
+def compare(
+    scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], resamples: int = RESAMPLES, seed: int = SEED
+) -> pd.DataFrame:
+    """Compare pairs of methods in every metric and class, and in the mean over the classes that both have in a case.
 
     Args:
-        rows: of the same cases and classes.
-        pairs: names (a, b); None for :func:`default_pairs`.
-        patients: patient by case; None where the case names are to tell.
-        resamples: of the bootstrap.
+        scores: the long table of scores.
+        pairs: names (a, b) of methods.
+        resamples: number of bootstrap samples.
         seed: the same one gives the same intervals.
 
     Returns:
-        By pair, then metric, then class; each metric starts with the mean over classes (``class_name`` None), which
-        takes the classes of a case that are defined in both rows.
-
-    Raises:
-        BenchmarkError: rows differ in cases or classes, or share a name; a pair names no row, one row twice, or sets
-            a post-processed row against another's raw predictions.
+        A line for each pair, metric and class, the mean over classes first: ``metric, class, a, b, cases`` (with the
+        metric in both), ``difference, low, high`` (mean of a - b and its 95 % interval), ``median_difference, p``
+        (Wilcoxon), ``p_holm`` (corrected over the classes of the same metric and pair), ``effect`` (rank-biserial),
+        ``better`` (the name of the method that is better at ``p_holm`` < :data:`ALPHA`, else missing), and ``only_a,
+        only_b`` (cases left out because only one method has the metric; in the mean over classes, cases in which a
+        class is left out).
     """
-    table = _Table(rows, patients)
-    pairs = default_pairs(rows) if pairs is None else pairs
-    _check_pairs(rows, pairs)
-    order = {row.name: index for index, row in enumerate(rows)}
-    return tuple(
-        comparison
-        for a, b in pairs
-        for metric in METRICS
-        for comparison in _compare(table, metric, (a, b), (order[a], order[b]), resamples, seed)
-    )
+    tables = [_compare(scores, metric, a, b, resamples, seed) for a, b in pairs for metric in METRICS]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COMPARISON_COLUMNS))
+
+
+def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, seed: int) -> pd.DataFrame:
+    one, other = (_by_class(scores, metric, name) for name in (a, b))
+    differences, in_a, in_b = one - other, one.notna() & other.isna(), one.isna() & other.notna()
+    differences.insert(0, MEAN, differences.mean(axis=1))
+    in_a.insert(0, MEAN, in_a.any(axis=1))
+    in_b.insert(0, MEAN, in_b.any(axis=1))
+    defined = [column.dropna() for _, column in differences.items()]
+    patients = [column.index.get_level_values("patient") for column in defined]
+    means = [bootstrap_mean(d, p, resamples, seed) for d, p in zip(defined, patients, strict=True)]
+    tests = [signed_rank_test(column.groupby("patient").mean()) for column in defined]
+    table = pd.DataFrame({"metric": metric, "class": differences.columns, "a": a, "b": b})
+    table["cases"] = differences.count().to_numpy()
+    table[["difference", "low", "high"]] = means
+    table["median_difference"] = differences.median().to_numpy()
+    table[["p", "effect"]] = tests
+    table["p_holm"] = [table["p"][0], *holm(table["p"][1:])]
+    a_is_better = (table["effect"] > 0) == METRICS[metric].larger_is_better
+    significant = (table["p_holm"] < ALPHA) & (table["effect"] != 0)
+    table["better"] = pd.Series(np.where(a_is_better, a, b), dtype=object).where(significant, None)
+    table["only_a"], table["only_b"] = in_a.sum().to_numpy(), in_b.sum().to_numpy()
+    return table[list(COMPARISON_COLUMNS)]
+
+
+def _by_class(scores: pd.DataFrame, metric: str, method: str) -> pd.DataFrame:
+    """One metric of one method: a line for each (patient, case), a column for each class."""
+    chosen = scores[(scores["metric"] == metric) & (scores["method"] == method)]
+    table = chosen.pivot(index=["patient", "case"], columns="class", values="value")[list(chosen["class"].unique())]
+    return table.abs() if metric == "volume_error_ml" else table
 
 
 def default_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -109,21 +217,35 @@ def default_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return pairs
 
 
-def policies(
-    rows: Sequence[Row], has_ignore_label: bool, patients_of: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """What the numbers mean, in words: scores, and what statistics makes of them."""
-    table = _Table(rows, patients_of)
-    told = "The case names show" if patients_of is None else "By --group there are"
-    cases, patients = len(table.cases), len(set(table.patients.tolist()))
-    if patients < cases:
+def patient_of(cases: Sequence[str], given: Mapping[str, str] | None) -> dict[str, str]:
+    """The patient of each case: as given, or as the case names show, or each case one of its own.
+
+    Raises:
+        DataError: the given patients lack a case.
+    """
+    if given is None:
+        groups = group_by_patient(cases) or {case: [case] for case in cases}
+        return {case: patient for patient, members in groups.items() for case in members}
+    if missing := [case for case in cases if case not in given]:
+        raise DataError(f"the grouping names no patient of {', '.join(missing)}; name the patient of every case")
+    return {case: given[case] for case in cases}
+
+
+def policies(patients: Mapping[str, str], given: bool) -> dict[str, str]:
+    """What the statistics mean, for a report.
+
+    Args:
+        patients: patient by case.
+        given: whether they were given, rather than read from the case names.
+    """
+    cases, number = len(patients), len(set(patients.values()))
+    clusters = f"Each of the {cases} cases counts as a patient of its own, since the case names show no others."
+    if number < cases:
         clusters = (
-            f"{told} {patients} patients with {cases} cases: the bootstrap draws patients with all their "
-            "cases, and the tests take each patient's mean difference."
+            f"{'By --group there are' if given else 'The case names show'} {number} patients with {cases} cases: the "
+            "bootstrap draws patients with all their cases, and the tests take each patient's mean difference."
         )
-    else:
-        clusters = f"Each of the {cases} cases counts as a patient of its own, since the case names show no others."
-    return scoring.policies(rows[0].scores, has_ignore_label) | {
+    return {
         "averages": (
             "Means and medians are over the cases where a score is defined. The mean over classes is taken within each "
             "case, over the classes where the score is defined; it can differ from nnU-Net's foreground_mean, the mean "
@@ -158,129 +280,3 @@ def policies(
             "one of the two has the score."
         ),
     }
-
-
-class _Table:
-    """The scores of rows on their common cases, as arrays."""
-
-    def __init__(self, rows: Sequence[Row], patients: Mapping[str, str] | None) -> None:
-        _check_rows(rows)
-        self.cases = [case.case for case in rows[0].scores.cases]
-        self.classes = list(rows[0].scores.per_class)
-        self.patients = _numbered(self.cases, patients)
-        """(cases,) number of each case's patient."""
-        self._frame = case_table(rows)
-        self._values: dict[Metric, Floats] = {}
-
-    def of_classes(self, metric: Metric) -> Floats:
-        """(classes, cases, rows); volume errors are absolute."""
-        if metric not in self._values:
-            parts = [wide(self._frame, metric, name).loc[self.cases].to_numpy(dtype=float) for name in self.classes]
-            self._values[metric] = np.stack(parts)
-        return self._values[metric]
-
-    def values(self, metric: Metric) -> dict[str | None, Floats]:
-        """(cases, rows) of the mean over classes, by None, and of each class by its name."""
-        values = self.of_classes(metric)
-        return {None: nanmean(values), **dict(zip(self.classes, values, strict=True))}
-
-
-def _compare(
-    table: _Table, metric: Metric, names: tuple[str, str], indices: tuple[int, int], resamples: int, seed: int
-) -> list[Comparison]:
-    a, b = (table.of_classes(metric)[:, :, index] for index in indices)  # (classes, cases) each
-    differences = a - b
-    only_a, only_b = ~np.isnan(a) & np.isnan(b), np.isnan(a) & ~np.isnan(b)
-    parts: list[tuple[str | None, Floats, Any, Any]] = [
-        (None, nanmean(differences), only_a.any(axis=0), only_b.any(axis=0)),
-        *zip(table.classes, differences, only_a, only_b, strict=True),
-    ]
-    tested = []
-    for _, difference, _, _ in parts:
-        defined = ~np.isnan(difference)
-        tested.append(signed_rank_test(patient_means(difference[defined], table.patients[defined])))
-    corrected = [tested[0][0], *holm([p for p, _ in tested[1:]])]
-    found = []
-    for (name, difference, in_a, in_b), (p, effect), p_holm in zip(parts, tested, corrected, strict=True):
-        defined = ~np.isnan(difference)
-        chosen = difference[defined]
-        found.append(
-            Comparison(
-                metric=metric,
-                class_name=name,
-                a=names[0],
-                b=names[1],
-                number=int(chosen.size),
-                difference=bootstrap_mean(chosen, table.patients[defined], resamples, seed),
-                median_difference=float(np.median(chosen)) if chosen.size else math.nan,
-                p=p,
-                p_holm=p_holm,
-                effect=effect,
-                better=_better(metric, names, p_holm, effect),
-                only_a=int(in_a.sum()),
-                only_b=int(in_b.sum()),
-            )
-        )
-    return found
-
-
-def _better(metric: Metric, names: tuple[str, str], p: float, effect: float) -> str | None:
-    if math.isnan(p) or p >= ALPHA or effect == 0:
-        return None
-    return names[0] if (effect > 0) == LARGER_IS_BETTER[metric] else names[1]
-
-
-def _numbered(cases: Sequence[str], patients: Mapping[str, str] | None) -> NDArray[np.intp]:
-    """A number for each case, the same for cases of one patient."""
-    if patients is None:
-        groups = group_by_patient(cases) or {case: [case] for case in cases}
-        patients = {case: patient for patient, members in groups.items() for case in members}
-    lacking = [case for case in cases if case not in patients]
-    if lacking:
-        raise BenchmarkError(f"patients lacks the cases {listed(lacking)}; name the patient of every case")
-    numbers = {patient: index for index, patient in enumerate(sorted({patients[case] for case in cases}))}
-    return np.array([numbers[patients[case]] for case in cases], dtype=np.intp)
-
-
-def _check_rows(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise BenchmarkError("there are no rows to compare: give at least one method with scores")
-    names = [row.name for row in rows]
-    if len(set(names)) < len(names):
-        raise BenchmarkError(f"rows share a name: {', '.join(names)}; each needs its own")
-    first = rows[0]
-    cases = {case.case for case in first.scores.cases}
-    for row in rows[1:]:
-        others = {case.case for case in row.scores.cases}
-        if others != cases:
-            raise BenchmarkError(
-                f"{first.name!r} and {row.name!r} were scored on different cases: only the first has "
-                f"{listed(cases - others)}, only the second {listed(others - cases)}; score the same cases for all"
-            )
-        if list(row.scores.per_class) != list(first.scores.per_class):
-            raise BenchmarkError(
-                f"{first.name!r} and {row.name!r} have different classes: {', '.join(first.scores.per_class)} and "
-                f"{', '.join(row.scores.per_class)}; compare models of one dataset.json"
-            )
-        if row.scores.tolerance_mm != first.scores.tolerance_mm:
-            raise BenchmarkError(
-                f"the surface Dice of {first.name!r} and {row.name!r} have different tolerances: "
-                f"{first.scores.tolerance_mm:g} and {row.scores.tolerance_mm:g} mm; score all rows with one"
-            )
-
-
-def _check_pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> None:
-    by_name = {row.name: row for row in rows}
-    for a, b in pairs:
-        for name in (a, b):
-            if name not in by_name:
-                raise BenchmarkError(f"pairs names {name!r}, which is no row; rows are {', '.join(by_name)}")
-        if a == b:
-            raise BenchmarkError(f"pairs sets {a!r} against itself; name two rows")
-        one, other = by_name[a], by_name[b]
-        mixed = (one.kind == "postprocessed") != (other.kind == "postprocessed")
-        if mixed and set(one.members) != set(other.members):
-            raise BenchmarkError(
-                f"pairs sets {a!r} against {b!r}, of which only one is post-processed; compare rows that were treated "
-                "alike"
-            )

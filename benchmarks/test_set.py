@@ -1,4 +1,4 @@
-"""The raw dataset's own test cases, where it has labels for them: predicted by all folds together, and ensembled."""
+"""The raw dataset's own test cases, where they are labelled: predicted by all folds together, ensembled and scored."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from masksam_nnunet.errors import BenchmarkError, MaskSAMError
-from masksam_nnunet.files import read_json, write_json
-from masksam_nnunet.inference.label_maps import LabelMapError
-from masksam_nnunet.inference.scoring import Scores, cases_in, score_folder
+import pandas as pd
 
-from .names import joint_name, row_names
+from masksam_nnunet.errors import DataError, MaskSAMError
+from masksam_nnunet.files import write_json
+from masksam_nnunet.inference.scoring import cases_in, score_folder
+
+from .combine import read_or_empty
 from .nnunet import run_nnunet
-from .results import Method, TestSetScore
+from .results import Method, joint_name, row_names
 
-
-def labelled_test_cases(raw: Path, dataset_json: Mapping[str, Any]) -> list[str]:
-    """Names of the cases in labelsTs, sorted; none where there is no such folder."""
-    return cases_in(raw / "labelsTs", str(dataset_json["file_ending"]))
+COLUMNS = ("method", "case", "class", "metric", "value")
 
 
 def score_test_set(
@@ -36,8 +34,10 @@ def score_test_set(
     out: Path,
     processes: int,
     tolerance_mm: float,
-) -> tuple[list[TestSetScore], list[str]]:
-    """Predict by nnUNetv2_predict with all folds, ensemble pairs by nnUNetv2_ensemble, score; what is done is kept.
+) -> tuple[pd.DataFrame, list[str]]:
+    """Predict with all folds by nnUNetv2_predict, ensemble pairs by nnUNetv2_ensemble, and score.
+
+    What has been predicted from the same checkpoints and images is not predicted again.
 
     Args:
         methods: trained in ``folds``.
@@ -48,89 +48,62 @@ def score_test_set(
         device: as nnU-Net's option takes it.
         out: folder for predictions and logs.
         processes: workers for scoring.
-        tolerance_mm: of the surface Dice, the cross-validation's.
+        tolerance_mm: of the surface Dice.
 
     Returns:
-        The scores, and the commands that were needed. Both empty without labelled test cases.
+        A table with the columns ``method, case, class, metric, value``, and the commands that made the predictions;
+        both empty without labelled test cases.
 
     Raises:
-        BenchmarkError: images lack, or a command fails.
+        DataError: images are missing, or a command fails.
     """
-    cases = labelled_test_cases(raw, dataset_json)
+    ending = str(dataset_json["file_ending"])
+    cases = cases_in(raw / "labelsTs", ending)
     if not cases:
-        return [], []
-    _check_images(raw, cases, dataset_json["file_ending"])
-    names = row_names(methods)
-    commands: list[str] = []
-    found: list[tuple[str, tuple[Method, ...], Path]] = []
+        return pd.DataFrame(columns=list(COLUMNS)), []
+    if missing := [case for case in cases if not (raw / "imagesTs" / f"{case}_0000{ending}").is_file()]:
+        raise DataError(
+            f"{raw / 'labelsTs'} has labels of {len(missing)} cases without an image in imagesTs "
+            f"({', '.join(missing[:3])}); add the images or remove the labels"
+        )
+    names, results = row_names(methods), Path(os.environ["nnUNet_results"]) / raw.name
+    commands, tables = [], []
+
+    def predict(name: str, command: str, arguments: Sequence[Any], sources: Sequence[Path], folder: Path) -> None:
+        commands.append(_run(command, [str(argument) for argument in arguments], sources, folder))
+        scores = score_folder(folder, raw / "labelsTs", dataset_json, cases, tolerance_mm, processes)
+        tables.append(scores.assign(method=f"{name}, {len(folds)} folds"))
+
     for method in methods:
-        folder = out / method.key
-        arguments = ["-i", raw / "imagesTs", "-o", folder, "-d", raw.name, "-c", method.configuration]
+        arguments = ["-i", raw / "imagesTs", "-o", out / method.key, "-d", raw.name, "-c", method.configuration]
         arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", device]
         arguments += ["--save_probabilities"] if ensembles else []
-        model = Path(os.environ["nnUNet_results"]) / raw.name / method.key
-        checkpoints = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
-        sources = [*checkpoints, *sorted(file for file in (raw / "imagesTs").iterdir() if file.is_file())]
-        commands.append(_run("nnUNetv2_predict", [str(a) for a in arguments], sources, folder))
-        found.append((f"{names[method]}, {len(folds)} folds", (method,), folder))
+        sources = [results / method.key / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+        sources += sorted(file for file in (raw / "imagesTs").iterdir() if file.is_file())
+        predict(names[method], "nnUNetv2_predict", arguments, sources, out / method.key)
     for a, b in combinations(methods, 2) if ensembles else ():
         folder = out / f"ensemble___{a.key}___{b.key}"
-        sources = [file for m in (a, b) for file in sorted((out / m.key).glob("*.npz"))]
+        sources = [file for method in (a, b) for file in sorted((out / method.key).glob("*.npz"))]
         arguments = ["-i", out / a.key, out / b.key, "-o", folder, "-np", processes]
-        commands.append(_run("nnUNetv2_ensemble", [str(x) for x in arguments], sources, folder))
-        found.append((f"{joint_name([names[a], names[b]])}, {len(folds)} folds", (a, b), folder))
-    scored: list[TestSetScore] = []
-    for name, members, folder in found:
-        scores = _score(folder, raw / "labelsTs", dataset_json, cases, tolerance_mm, processes)
-        scored.append(TestSetScore(name, members, scores, folder))
-    return scored, commands
-
-
-def _check_images(raw: Path, cases: Sequence[str], ending: str) -> None:
-    missing = [case for case in cases if not (raw / "imagesTs" / f"{case}_0000{ending}").is_file()]
-    if missing:
-        raise BenchmarkError(
-            f"{raw / 'labelsTs'} has labels of {len(missing)} cases without an image in imagesTs "
-            f"({', '.join(missing[:3])}): add the images or remove the labels"
-        )
+        predict(joint_name([names[a], names[b]]), "nnUNetv2_ensemble", arguments, sources, folder)
+    return pd.concat(tables, ignore_index=True)[list(COLUMNS)], commands
 
 
 def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Path) -> str:
-    """Run it, into an empty folder, unless it has been run on the same sources; the command line.
-
-    Raises:
-        BenchmarkError: it fails, or the disk is full.
-    """
+    """Run a command that fills ``folder``, unless it has done so from the same sources; return its line."""
     line = shlex.join([command, *arguments])
     status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-    stamp = hashlib.sha256(repr((line, status)).encode()).hexdigest()
+    stamp = {"stamp": hashlib.sha256(repr((line, status)).encode()).hexdigest()}
     mark = folder.with_name(f"{folder.name}.json")
-    if _remembered(mark) != {"stamp": stamp}:
+    if read_or_empty(mark) != stamp:
         try:
             mark.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             run_nnunet(command, arguments, os.environ, folder.with_name(f"{folder.name}.log"))
-            write_json(mark, {"stamp": stamp})
+            write_json(mark, stamp)
         except (MaskSAMError, OSError) as error:
-            raise BenchmarkError(
-                f"the test set could not be predicted: {error}\nMend that, run masksam report again, or move labelsTs "
-                "out of the raw dataset, which then has no test set. Trained folds are kept."
+            raise DataError(
+                f"the test set could not be predicted: {error}\nRun masksam report again, or move labelsTs out of "
+                "the raw dataset, which then has no test set. Trained folds are kept"
             ) from error
     return line
-
-
-def _remembered(mark: Path) -> object:
-    """What a mark holds; None, so that it is done again, where that cannot be told."""
-    try:
-        return read_json(mark)
-    except (OSError, ValueError):
-        return None
-
-
-def _score(
-    folder: Path, truths: Path, dataset_json: Mapping[str, Any], cases: Sequence[str], tolerance_mm: float, workers: int
-) -> Scores:
-    try:
-        return score_folder(folder, truths, dataset_json, cases, tolerance_mm, processes=workers)
-    except LabelMapError as error:
-        raise BenchmarkError(f"the test set cannot be scored, {folder}: {error}") from error

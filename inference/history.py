@@ -46,22 +46,6 @@ class History:
 
 
 @dataclass(frozen=True)
-class TrainingStats:
-    """The content of training_stats.json, which the time-budget trainers write."""
-
-    train_seconds: float
-    iterations: int
-    peak_memory_mb: float
-    peak_memory_of: str
-    parameters: int
-    trainable_parameters: int
-    epochs: int
-    batch_size: int
-    patch_size: tuple[int, ...]
-    device: str
-
-
-@dataclass(frozen=True)
 class LoggedTraining:
     """nnU-Net's log in a checkpoint, and the number of values that the checkpoint's network has."""
 

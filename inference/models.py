@@ -92,10 +92,11 @@ class TrainedModel:
         files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
         missing = [str(fold) for fold, file in zip(self.folds, files, strict=True) if not file.is_file()]
         if missing:
-            trained = sorted(f.parent.name.removeprefix("fold_") for f in self.folder.glob(f"fold_*/{self.checkpoint}"))
+            found = sorted(self.folder.glob(f"fold_*/{self.checkpoint}"))
+            trained = " ".join(file.parent.name.removeprefix("fold_") for file in found)
             raise ModelError(
                 f"-f {' '.join(map(str, self.folds))}: {self.name} has no {self.checkpoint} of fold "
-                f"{' '.join(missing)}, only of: {' '.join(trained) or 'none'}"
+                f"{' '.join(missing)}, only of: {trained or 'none'}"
             )
         if self.configuration not in self.plans.get("configurations", {}):
             raise ModelError(f"{self.folder / 'plans.json'} has no configuration {self.configuration}; restore it")
@@ -108,12 +109,9 @@ class TrainedModel:
     def _read(self, name: str) -> dict[str, Any]:
         file = self.folder / name
         try:
-            content = read_json(file)
-        except (OSError, ValueError) as error:
+            return dict(read_json(file))
+        except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{file} cannot be read ({error}); it belongs to the model: restore it") from error
-        if not isinstance(content, dict):
-            raise ModelError(f"{file} holds no JSON object; it belongs to the model: restore it")
-        return content
 
 
 def find_models(
@@ -199,14 +197,10 @@ def network_to_predict(
     """
     manager = plans.get_configuration(configuration)
     build = recursive_find_trainer_class_by_name(trainer).build_network_architecture
-    if "plans_manager" in inspect.signature(build).parameters:
-        described: tuple[Any, ...] = (plans, manager)
-    else:  # trainers written for earlier versions of nnU-Net
-        described = (
-            manager.network_arch_class_name,
-            manager.network_arch_init_kwargs,
-            manager.network_arch_init_kwargs_req_import,
-        )
+    described: tuple[Any, ...] = (plans, manager)
+    if "plans_manager" not in inspect.signature(build).parameters:  # trainers for earlier versions of nnU-Net
+        name, kwargs = manager.network_arch_class_name, manager.network_arch_init_kwargs
+        described = (name, kwargs, manager.network_arch_init_kwargs_req_import)
     channels = determine_num_input_channels(plans, manager, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     return build(*described, channels, heads, enable_deep_supervision=False)

@@ -1,4 +1,4 @@
-"""What a training step takes: the real network and loss are run without allocating, and what is alive is added up."""
+"""Estimate memory and operations of a training step by running the real network and loss without allocating."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TrainingCost:
         return self.flops / 1e12
 
 
-# Not in every PyTorch's registry; a derived config must not depend on the version.
+# Missing in some versions of PyTorch; a derived config must not depend on the version.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
@@ -60,9 +60,9 @@ def _attention_flops(*tensors: Tensor) -> int:
 
 
 class Meter(TorchDispatchMode):
-    """Adds up operations, and the storages that are alive, whose peak it knows.
+    """Counts operations, and the bytes of living storages with their peak.
 
-    FlopCounterMode beside it would keep the graph, and so memory, alive.
+    PyTorch's FlopCounterMode would keep the graph, and so memory, alive.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Meter(TorchDispatchMode):
 
 
 def _norms_in_float32(network: nn.Module) -> None:
-    """As CUDA's autocast has them, and the CPU's has not. Hooks, since recomputation must meet them too."""
+    """Run norms in float32, as CUDA's autocast does and the CPU's does not. By hooks, which recomputation meets too."""
 
     def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(x.float() for x in inputs)
@@ -109,7 +109,7 @@ def _norms_in_float32(network: nn.Module) -> None:
 
 
 class _GivenTargets(MaskSAMCriterion):
-    """The real loss on as many targets a slice as there may be: fake tensors hold no labels to find them in."""
+    """The real loss with the largest number of targets in every slice: fake tensors hold no labels."""
 
     targets_per_slice: int
     piece: int
@@ -135,7 +135,7 @@ class _GivenTargets(MaskSAMCriterion):
 
 
 def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """As much memory as nnU-Net's own loss of this name takes."""
+    """A loss that takes as much memory as nnU-Net's own Dice and cross-entropy."""
     if target.shape[1] > 1:  # regions
         scores, truth = logits.sigmoid(), target.bool()
         entropy = F.binary_cross_entropy_with_logits(logits, target)

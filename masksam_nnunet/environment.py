@@ -1,4 +1,4 @@
-"""How nnU-Net's processes and ours speak: variables, file names, the folder of trainers. Nothing heavy is imported."""
+"""Environment variables and file names shared by nnU-Net's processes and ours. Nothing heavy is imported."""
 
 from __future__ import annotations
 

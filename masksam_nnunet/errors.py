@@ -35,20 +35,12 @@ class ModelError(DataError):
     """A trained model is missing, incomplete or damaged."""
 
 
-class DemoError(DataError):
-    """The demo cannot go on; the message names the option or step, what was found, and the remedy."""
-
-
 class PredictError(DataError):
     """Nothing can be predicted, or no more; the message names the option or file, what was found, and the remedy."""
 
 
 class CaseError(MaskSAMError):
     """One case cannot be predicted; the message names the file, what is wrong with it, and the remedy."""
-
-
-class BenchmarkError(MaskSAMError):
-    """Names what is wrong, where, and the remedy; shown without a traceback."""
 
 
 def in_short(error: BaseException) -> str:

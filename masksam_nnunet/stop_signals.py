@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and SIGUSR2 ask a training to save and leave, with a status that says: start me again."""
+"""SIGTERM, SIGUSR1 and SIGUSR2 make a training save and exit with a status that asks to be started again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NoReturn
 REQUEUE = 75
 """The exit status of a training that saved because it was asked to: sysexits' EX_TEMPFAIL."""
 REPEAT_SECONDS = 2.0
-"""A second signal within these is the first again: passed on by SLURM, by its script and by a command in between."""
+"""A second signal within this time counts as the first: SLURM, its script and a command may each pass it on."""
 WORKER_SECONDS = 60
 """How long a forked worker outlives SIGTERM, so that its parent can finish the iteration it needs a batch for."""
 
@@ -26,10 +26,10 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class StopSignals:
-    """What was asked of this process, and when it obeys.
+    """The stop signal that this process has received, and how it reacts.
 
-    Within :meth:`gentle` the first signal is only noted, in :attr:`asked`, for who looks; a second one ends the
-    process at once. Outside of it, where there is nothing to save, the first one does.
+    Inside :meth:`gentle` the first signal is only stored in :attr:`asked`; a second one ends the process at once.
+    Outside, where there is nothing to save, the first one does.
     """
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class StopSignals:
         self._owner = os.getpid()
 
     def handled(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the signals are taken as described; those that are ignored or blocked stay so."""
+        """Handle the signals inside this context; ignored ones stay ignored."""
         return handling(self._handle)
 
     @contextlib.contextmanager
     def gentle(self) -> Iterator[None]:
-        """While it lasts, a signal waits until it is looked for."""
+        """Only store a first signal inside this context."""
         self._gentle = True
         try:
             yield
@@ -63,7 +63,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Give the signals this handler for a while, where the caller may: Python leaves handlers to the main thread."""
+    """Install a handler inside this context; without effect outside the main thread, where Python allows none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -78,7 +78,7 @@ def handling(handler: Handler) -> Iterator[None]:
 
 @contextlib.contextmanager
 def passed_on() -> Iterator[None]:
-    """While it lasts, this process's ranks get its signals, and it waits for them; without ranks it leaves at once."""
+    """Pass signals on to this process's ranks inside this context; without ranks, exit at once."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         ranks = [rank.pid for rank in multiprocessing.active_children() if rank.pid is not None]
@@ -93,7 +93,7 @@ def passed_on() -> Iterator[None]:
 
 
 def leave_at_once() -> NoReturn:
-    """End this process and its workers without a clean-up: pools whose workers died would hang it."""
+    """End this process and its workers without cleaning up, since pools whose workers died would block it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # a signal may have come in the middle of a print
             stream.flush()

@@ -3,130 +3,121 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from masksam_nnunet.benchmarks.demo_report import MethodResult, Report
-from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row, TestSetScore
-from masksam_nnunet.benchmarks.statistics import aggregates, comparisons, policies
-from masksam_nnunet.inference.history import History, TrainingStats
-from masksam_nnunet.inference.report.html import Picture
-from masksam_nnunet.inference.scoring import CaseScore, ClassScore, Scores, aggregate
+from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row
+from masksam_nnunet.benchmarks.statistics import compare, default_pairs, patient_of, summarise
+from masksam_nnunet.benchmarks.statistics import policies as statistics_policies
+from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.scoring import policies as score_policies
-
-STATS = TrainingStats(
-    train_seconds=240.4,
-    iterations=1234,
-    peak_memory_mb=987.6,
-    peak_memory_of="process, resident",
-    parameters=16_500_000,
-    trainable_parameters=2_000_000,
-    epochs=10,
-    batch_size=2,
-    patch_size=(24, 64, 64),
-    device="cpu",
-)
-"""Of a training by the clock."""
 
 FOLDS, CASES = 5, 20
 """Folds, and cases in each."""
-
-
-def made_up_demo(
-    methods: list[MethodResult],
-    classes: Sequence[str],
-    curves: Picture,
-    dataset: str = "Dataset999_MadeUp",
-    **others: Any,
-) -> Report:
-    """The demo's report of two cases."""
-    about: dict[str, Any] = {"notes": ["A note."], "commands": [], "inside_pictures": []}
-    return Report(
-        dataset=dataset,
-        phantoms=True,
-        fold=0,
-        cases=["case_b", "case_a"],
-        training_cases=8,
-        configuration="3d_fullres",
-        batch_size=2,
-        minutes=4.0,
-        device="2 CPU cores",
-        versions={"torch": "2.x"},
-        scoring=score_policies(methods[0].scores, has_ignore_label=False),
-        methods=methods,
-        classes=dict.fromkeys(classes, "#e69f00"),
-        curves=curves,
-        case_pictures=[curves],
-        **about | others,
-    )
-
-
 SHAPE = (12, 40, 48)
+SCORES = ("dice", "hd95_mm", "surface_dice", "truth_ml", "predicted_ml", "volume_error_ml")
+WORST = "case 041 <script>alert(1)</script>".replace("/", "\u2215")  # a file's name has no slash
 _METHODS = (
     Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres"),
     Method("MaskSAMTrainer_tiny", "nnUNetPlans", "3d_fullres"),
     Method("nnUNetTrainer", "nnUNetResEncUNetLPlans", "3d_fullres"),
 )
+_NAMES = ("nnUNetTrainer", "MaskSAMTrainer_tiny", "nnUNetTrainer (nnUNetResEncUNetLPlans)")
 _SHIFT = (0.0, 0.02, 0.01, 0.025, 0.0, 0.02)  # of each row's Dice
 
 
+def long_table(values: Mapping[tuple[str, str, str], Mapping[str, float]], **columns: Any) -> pd.DataFrame:
+    """The long table of scores from metrics by (method, case, class); patients as the case names show."""
+    lines = [(*key, metric, value) for key, metrics in values.items() for metric, value in metrics.items()]
+    table = pd.DataFrame(lines, columns=["method", "case", "class", "metric", "value"])
+    patients = patient_of(sorted(table["case"].unique()), None)
+    table = table.assign(kind="method", fold=0, patient=table["case"].map(patients)).assign(**columns)
+    return table[["method", "kind", "fold", "patient", "case", "class", "metric", "value"]]
+
+
 def made_up_results(
-    root: Path, classes: Sequence[str], absent: Sequence[str] = (), row_count: int = 3, resamples: int = 99
+    root: Path,
+    classes: Sequence[str],
+    absent: Sequence[str] = (),
+    row_count: int = 3,
+    resamples: int = 99,
+    folds: int = FOLDS,
+    cases: int = CASES,
 ) -> BenchmarkResults:
     """Two methods and their ensemble, or with six rows: three methods, an ensemble, and two post-processed.
 
-    The worst case of the first MaskSAM has a ``<script>`` in its name and no prediction of the first class.
+    With five folds the worst case of the first MaskSAM has a ``<script>`` in its name and no prediction of the first
+    class. With one fold it is what a demo finds.
 
     Args:
-        root: where images and label maps of the cases that pictures need are written.
+        root: where images and label maps of the cases are written.
         classes: names of the foreground classes.
         absent: those of them that are in no truth and no prediction.
-        row_count: 3 or 6.
+        row_count: 2, 3 or 6.
         resamples: of the bootstrap.
+        folds: of the cross-validation.
+        cases: in each fold.
     """
     generator = np.random.default_rng(7)
-    names = [f"case {index:03d}" for index in range(FOLDS * CASES)]
-    names[41] = "case 041 <script>alert(1)</script>".replace("/", "\u2215")  # a file's name has no slash
-    fold_of = {name: index % FOLDS for index, name in enumerate(names)}
+    names = [f"case {index:03d}" for index in range(folds * cases)]
     difficulty = generator.normal(0.82, 0.06, len(names)).clip(0.4, 0.97)
-    difficulty[41] = 0.35
+    if len(names) > 41:
+        names[41], difficulty[41] = WORST, 0.35
     truth_ml = generator.uniform(1, 6, (len(names), len(classes)))
-    dataset_json: dict[str, Any] = {
-        "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, **{name: value for value, name in enumerate(classes, 1)}},
-        "numTraining": len(names),
-        "file_ending": ".nii.gz",
-    }
-    scores = [_scores(generator, names, classes, absent, difficulty + shift, truth_ml, misses=41) for shift in _SHIFT]
-    rows = [
-        replace(row, scores=scores[index], fold_of=fold_of, predictions=root / f"predictions_{index}")
-        for index, row in enumerate(_rows(row_count, scores[0], fold_of))
-    ]
+    rows = [replace(row, predictions=root / f"predictions_{i}") for i, row in enumerate(_rows(row_count))]
+    fold_of = {name: index % folds for index, name in enumerate(names)}
+
+    def made(row: str, chosen: Sequence[str], means: NDArray[np.float64]) -> dict[Any, dict[str, float]]:
+        return {
+            (row, case, one): _scores(generator, means[place] - 0.02 * index, float(truth_ml[place, index]))
+            if one not in absent
+            else dict(zip(SCORES, (math.nan, math.nan, math.nan, 0.0, 0.0, 0.0), strict=True))
+            for place, case in enumerate(chosen)
+            for index, one in enumerate(classes)
+        }
+
+    values: dict[Any, dict[str, float]] = {}
+    for row, shift in zip(rows, _SHIFT, strict=False):
+        values |= made(row.name, names, difficulty + shift)
+        missed = {"dice": 0.0, "hd95_mm": math.nan, "surface_dice": 0.0, "predicted_ml": 0.0}
+        values[row.name, names[-1] if len(names) <= 41 else WORST, classes[0]] |= missed
+    scores = long_table(values)
+    kinds = {row.name: row.kind for row in rows}
+    scores = scores.assign(kind=scores["method"].map(kinds), fold=scores["case"].map(fold_of))
+    test_set = long_table(made("nnUNetTrainer, 5 folds", names[:8], difficulty))
     _write_images(root, names, len(classes) - len(absent), [row.predictions for row in rows])
-    test_scores = _scores(generator, names[:8], classes, absent, difficulty[:8], truth_ml[:8], misses=-1)
-    ensemble = next(row for row in rows if row.kind == "ensemble")
+    methods = [row for row in rows if row.kind == "method"]
     return BenchmarkResults(
         dataset="Dataset999_MadeUp",
-        dataset_json=dataset_json,
+        dataset_json={
+            "channel_names": {"0": "MRI"},
+            "labels": {"background": 0, **{name: value for value, name in enumerate(classes, 1)}},
+            "numTraining": len(names),
+            "file_ending": ".nii.gz",
+        },
         configuration="3d_fullres",
-        folds=tuple(range(FOLDS)),
-        cases={fold: tuple(name for name in names if fold_of[name] == fold) for fold in range(FOLDS)},
+        cases={fold: tuple(name for name in names if fold_of[name] == fold) for fold in range(folds)},
+        tolerance_mm=1.0,
         rows=tuple(rows),
-        aggregates=aggregates(rows, resamples=resamples),
-        comparisons=comparisons(rows, resamples=resamples),
+        scores=scores,
+        means=summarise(scores, resamples=resamples),
+        comparisons=compare(scores, default_pairs(rows), resamples=resamples),
+        test_set=test_set[["method", "case", "class", "metric", "value"]].iloc[: None if folds > 1 else 0],
+        compute={row.name: _compute(index, folds) for index, row in enumerate(methods)},
+        histories={row.name: _histories(index, folds) for index, row in enumerate(methods)},
         findings=(
             Finding(True, "Fold 3 of MaskSAMTrainer_tiny was trained with other splits than that of nnUNetTrainer."),
             Finding(False, "Both methods read the same preprocessed data."),
         ),
-        test_set=(TestSetScore("nnUNetTrainer, 5 folds", _METHODS[:1], test_scores, root),),
-        best=ensemble.name,
-        policies=policies(rows, has_ignore_label=False),
+        best=rows[-1].name if row_count == 3 else None,
+        policies=score_policies(1.0, False) | statistics_policies(patient_of(names, None), False),
         versions={"Python": "3.11.9", "torch": "2.12.0", "nnunetv2": "2.8.1"},
         git_hash="0123456789abcdef0123456789abcdef01234567",
         commands=('masksam benchmark -d 999 -c 3d_fullres --out "my results"', "nnUNetv2_train 999 3d_fullres 0"),
@@ -135,68 +126,24 @@ def made_up_results(
     )
 
 
-def _rows(count: int, scores: Scores, fold_of: dict[str, int]) -> list[Row]:
-    """Rows with everything but their own scores and predictions."""
-    empty = Path()
-    methods = [
-        Row(name, "method", (method,), scores, fold_of, _compute(index), _histories(index), empty)
-        for index, (name, method) in enumerate(
-            zip(
-                ("nnUNetTrainer", "MaskSAMTrainer_tiny", "nnUNetTrainer (nnUNetResEncUNetLPlans)"),
-                _METHODS,
-                strict=True,
-            )
-        )
-    ]
+def _rows(count: int) -> list[Row]:
+    methods = [Row(name, "method", (method,), Path()) for name, method in zip(_NAMES, _METHODS, strict=True)]
     one, other = methods[:2]
-    joint = f"{one.name} + {other.name}"
-    ensemble = Row(
-        joint, "ensemble", one.members + other.members, scores, fold_of, one.compute + other.compute, {}, empty
-    )
-    if count == 3:
-        return [one, other, ensemble]
-    processed = [
-        replace(row, name=f"{row.name}, post-processed", kind="postprocessed", histories={}) for row in (one, other)
-    ]
-    return [*methods, ensemble, *processed]
+    ensemble = Row(f"{one.name} + {other.name}", "ensemble", one.members + other.members, Path())
+    processed = [replace(row, name=f"{row.name}, post-processed", kind="postprocessed") for row in (one, other)]
+    return {2: [one, other], 3: [one, other, ensemble], 6: [*methods, ensemble, *processed]}[count]
 
 
-def _scores(
-    generator: np.random.Generator,
-    names: Sequence[str],
-    classes: Sequence[str],
-    absent: Sequence[str],
-    means: NDArray[np.float64],
-    truth_ml: NDArray[np.float64],
-    misses: int,
-) -> Scores:
-    cases = []
-    for place, name in enumerate(names):
-        found = {}
-        for index, one in enumerate(classes):
-            if one in absent:
-                found[one] = ClassScore(math.nan, math.nan, math.nan, 0.0, 0.0)
-                continue
-            dice = float(np.clip(means[place] + generator.normal(-0.02 * index, 0.02), 0, 1))
-            volume = float(truth_ml[place, index])
-            missed = index == 0 and (place == misses or generator.random() < 0.03)
-            found[one] = (
-                ClassScore(0.0, math.nan, 0.0, volume, 0.0)
-                if missed
-                else ClassScore(
-                    dice,
-                    float(generator.gamma(2, 12 * (1 - dice))),
-                    min(1.0, dice + 0.08),
-                    volume,
-                    float(volume * generator.normal(1, 0.1)),
-                )
-            )
-        cases.append(CaseScore(name, found))
-    return aggregate(sorted(cases, key=lambda case: case.case), 1.0)
+def _scores(generator: np.random.Generator, mean: float, truth_ml: float) -> dict[str, float]:
+    dice = float(np.clip(mean + generator.normal(0, 0.02), 0, 1))
+    predicted_ml = truth_ml * float(generator.normal(1, 0.1))
+    hd95 = float(generator.gamma(2, 12 * (1 - dice)))
+    values = (dice, hd95, min(1.0, dice + 0.08), truth_ml, predicted_ml, predicted_ml - truth_ml)
+    return dict(zip(SCORES, values, strict=True))
 
 
-def _compute(index: int) -> tuple[FoldCompute, ...]:
-    folds = [
+def _compute(index: int, folds: int) -> tuple[FoldCompute, ...]:
+    found = [
         FoldCompute(
             fold=fold,
             seconds=3600.0,
@@ -211,20 +158,21 @@ def _compute(index: int) -> tuple[FoldCompute, ...]:
             resumed=int(fold == 2),
             git_hash="0123456789abcdef0123456789abcdef01234567",
             wall_seconds=3700.0,
+            versions={"torch": "2.12.0", "nnunetv2": "2.8.1" if fold or not index else "2.8.0"},
         )
-        for fold in range(FOLDS)
+        for fold in range(folds)
     ]
-    if index == 1:
+    if index == 1 and folds > 1:
         not_told = ("seconds", "wall_seconds", "peak_memory_mib", "iterations", "epochs", "git_hash")
         nothing: dict[str, Any] = dict.fromkeys(not_told)
-        folds[-1] = replace(folds[-1], **nothing, parameters=None, trainable_parameters=None, peak_memory_of="")
-    return tuple(folds)
+        found[-1] = replace(found[-1], **nothing, parameters=None, trainable_parameters=None, peak_memory_of="")
+    return tuple(found)
 
 
-def _histories(index: int) -> dict[int, History]:
+def _histories(index: int, folds: int) -> dict[int, History]:
     generator = np.random.default_rng(index)
     found = {}
-    for fold in range(FOLDS):
+    for fold in range(folds):
         epochs = np.arange(1, 20 + fold)
         noise = generator.normal(0, 0.02, (3, len(epochs)))
         dice = (0.9 - 0.05 * index) * (1 - np.exp(-epochs / 5)) + noise[0]

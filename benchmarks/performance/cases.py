@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from measure import Builder, Case, Step
@@ -227,16 +226,6 @@ def cases() -> list[Case]:
                 "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
                 "slice by slice": _loss(PlainCriterion, 128, 24, 16, 128),
             },
-        ),
-        Case(
-            "targets, matching and loss, loops that index the batch",
-            "128 slices of 128x128, N = 24, K = 16",
-            {
-                "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
-                "slice by slice, indexed": _loss(partial(PlainCriterion, indexed=True), 128, 24, 16, 128),
-            },
-            repeats=1,
-            memory=False,
         ),
         Case(
             "training step of the network",

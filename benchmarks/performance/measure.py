@@ -72,7 +72,7 @@ def peak_mib(build: Builder, device: torch.device, steps: int = 1) -> float:
     else:
         before = psutil.Process().memory_info().rss
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the resident peak
     step = build(device)
     for _ in range(steps):
         step()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from masksam_nnunet.errors import CaseError, in_short
+from masksam_nnunet.errors import CaseError, DataError, in_short
 from masksam_nnunet.files import atomic_write
-from masksam_nnunet.plans.nifti_files import DamagedFileError, check_whole
+from masksam_nnunet.plans.images import check_whole
 
 from ..cases import Case
 from .interface import OutputError, ending
@@ -68,7 +68,7 @@ def _stage(file: Path, target: Path, file_ending: str, reader: Any) -> Path:
         # Compressing a volume takes longer than writing it.
         place = target.with_name(target.name + (".nii" if file_ending == ".nii.gz" else file_ending))
         sitk.WriteImage(sitk.ReadImage(str(file)), str(place), False)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (DataError, RuntimeError, ValueError, OSError) as error:
         raise _unreadable(file, error) from error
     return place
 
@@ -79,18 +79,18 @@ def check_meta_image(file: Path) -> None:
     ITK fills damaged compressed data with zeros, silently. It checks the length of other data itself.
 
     Raises:
-        DamagedFileError: what is wrong, in a few words.
+        DataError: what is wrong, in a few words.
         OSError: the file cannot be opened.
     """
     with file.open("rb") as stream:
         head = stream.read(_LARGEST_HEADER)
         end = head.find(b"\n", head.find(b"ElementDataFile"))
         if b"ElementDataFile" not in head or end < 0:
-            raise DamagedFileError(f"it has no MetaImage header, but begins with {head[:20]!r}")
+            raise DataError(f"it has no MetaImage header, but begins with {head[:20]!r}")
         lines = (line.partition("=") for line in head[:end].decode("latin-1").splitlines())
         header = {key.strip(): value.strip() for key, _, value in lines}
         if header["ElementDataFile"] != "LOCAL":
-            raise DamagedFileError(f"its voxels are in another file, {header['ElementDataFile']}: .mha holds both")
+            raise DataError(f"its voxels are in another file, {header['ElementDataFile']}: .mha holds both")
         if header.get("CompressedData", "").lower() != "true":
             return
         stream.seek(end + 1)
@@ -101,9 +101,9 @@ def check_meta_image(file: Path) -> None:
                     unpack.decompress(block, _BLOCK)
                     block = unpack.unconsumed_tail
         except zlib.error as error:
-            raise DamagedFileError(f"its compressed voxels are damaged ({error})") from error
+            raise DataError(f"its compressed voxels are damaged ({error})") from error
         if not unpack.eof:
-            raise DamagedFileError("its compressed voxels are cut off")
+            raise DataError("its compressed voxels are cut off")
 
 
 def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader) -> dict[int, int]:

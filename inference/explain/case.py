@@ -25,7 +25,7 @@ from torch import Tensor
 
 from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.plans.image_reading import Grid
+from masksam_nnunet.plans.images import ImageGeometry
 
 from ..cases import Case, channel_names, preprocess_case
 from ..label_maps import Classes, check_values, read_label_map
@@ -87,20 +87,17 @@ def find_case(
 
 
 def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | None:
-    """What the split says about a training case, as the page says it; None where there is no split."""
+    """Say for each fold whether the split has the case in its training set; None where there is no split."""
     preprocessed = os.environ.get("nnUNet_preprocessed")
     file = Path(preprocessed or "") / dataset / "splits_final.json"
     if not preprocessed or not file.is_file():
         return None
     splits = read_json(file)
-    if not any(case in part for split in splits for part in split.values()):
-        return "in no part of the split: not seen in training"
-    seen = [fold for fold in folds if fold == "all" or (int(fold) < len(splits) and case in splits[int(fold)]["train"])]
-    unseen = [fold for fold in folds if fold not in seen]
-    if not seen:
-        return f"a validation case of fold {', '.join(folds)}: not seen in training"
-    also = f", not of fold {', '.join(unseen)}" if unseen else "; the network has seen it, so expect it to be too sure"
-    return f"in the training set of fold {', '.join(seen)}{also}"
+    training = {str(fold): split["train"] for fold, split in enumerate(splits)}
+    return " and ".join(
+        f"{'in' if fold == 'all' or case in training.get(fold, ()) else 'outside'} the training set of fold {fold}"
+        for fold in folds
+    )
 
 
 def _given(description: Mapping[str, Any], name: str | None, images: Sequence[Path]) -> FoundCase:
@@ -155,6 +152,7 @@ class PreparedCase:
         source_slices: number of slices of the source along D.
         slice_axis: the source's voxel axis along D: i, j or k.
         directions: where rising indices along (D, H, W) lead (L R A P S I); None if unknown.
+        classes: of the model.
         properties: nnU-Net's, of the source.
         predictor: whose plans made it.
     """
@@ -166,6 +164,7 @@ class PreparedCase:
     source_slices: int
     slice_axis: str
     directions: tuple[str, str, str] | None
+    classes: Classes
     properties: Mapping[str, Any]
     predictor: MaskSAMPredictor
 
@@ -245,6 +244,7 @@ def prepare_case(
         source_slices=int(properties["shape_before_cropping"][0]),
         slice_axis=_VOXEL_AXES[forward[0]],
         directions=None if codes is None else (codes[2 - forward[0]], codes[2 - forward[1]], codes[2 - forward[2]]),
+        classes=classes,
         properties=properties,
         predictor=predictor,
     )
@@ -260,7 +260,7 @@ def _read_label(
     read = read_label_map(file.parent, file.name.removesuffix(ending), predictor.dataset_json)
     check_values(file, case, read, classes)
     shape = [int(properties["shape_before_cropping"][axis]) for axis in predictor.plans_manager.transpose_backward]
-    difference = Grid.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
+    difference = ImageGeometry.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
     if difference is not None:
         what, one, other = difference
         raise DataError(f"{file}: its {what} is {other}, the image's {one}; give the image's own label map (--label)")

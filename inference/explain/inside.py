@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.modeling import MaskSAM
@@ -70,20 +70,6 @@ class SliceQueries:
         return rows, columns
 
 
-class WindowPrompts(NamedTuple):
-    """The prompts of a window's D slices and N queries.
-
-    Attributes:
-        probabilities: (D, N, K + 1), of each class, "no object" last.
-        boxes: (D, N, 4), x0 y0 x1 y1 in pixels of the window, which they may leave where it is padded.
-        masks: (D, N, H, W), auxiliary masks as probabilities.
-    """
-
-    probabilities: NDArray[np.float32]
-    boxes: NDArray[np.float32]
-    masks: NDArray[np.float32]
-
-
 def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: Classes) -> InsideView:
     """Run a trained MaskSAM on the patch around a case's labelled structures and return its prompts.
 
@@ -107,10 +93,9 @@ def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: 
     volume = np.concatenate([np.asarray(data[:], np.float32), np.asarray(label[:], np.float32)])
     volume = pad_nd_image(volume, window_size(predictor), "constant", {"constant_values": 0})
     patch = volume[:, *patch_around(volume[-1] > 0, window_size(predictor))]  # (C + 1, D, H, W)
-    prompts = read_prompts(
-        run_network(network, torch.from_numpy(patch[:-1]), torch.device("cpu")), network.grid.padded, patch.shape[2:]
-    )
-    heads, no_object = prompts.probabilities[..., :-1], prompts.probabilities[..., -1]
+    outputs = run_network(network, torch.from_numpy(patch[:-1]), torch.device("cpu"))
+    probabilities, boxes, masks = read_prompts(outputs, network.grid.padded, patch.shape[2:])
+    heads, no_object = probabilities[..., :-1], probabilities[..., -1]
     if heads.shape[-1] != len(classes.heads):
         raise ValueError(f"{model}: the network has {heads.shape[-1]} classes, the dataset {len(classes.heads)}")
     return InsideView(
@@ -121,8 +106,8 @@ def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: 
         classes=heads.argmax(-1),
         confidence=heads.max(-1),
         kept=heads.max(-1) > no_object,
-        boxes=prompts.boxes,
-        masks=prompts.masks,
+        boxes=boxes,
+        masks=masks,
     )
 
 
@@ -165,10 +150,10 @@ def look_into_windows(
     padded, back = pad_nd_image(data, size, "constant", {"value": 0}, True)
     offset = [int(part.start or 0) for part in back[1:]]
     windows = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
-    corners: list[Corner] = [tuple(w if isinstance(w, int) else w.start for w in window[1:]) for window in windows]
+    corners = [tuple(w if isinstance(w, int) else w.start for w in window[1:]) for window in windows]
     chosen: dict[int, list[int]] = {}
     for index, centre in centres.items():
-        place = np.add((index, *centre), offset)
+        place = [at + by for at, by in zip((index, *centre), offset, strict=True)]
         chosen.setdefault(nearest_window(corners, size, place, spacing), []).append(index)
 
     owner = np.zeros(padded.shape[1:], np.uint8 if network.config.num_queries < 256 else np.uint16)
@@ -190,15 +175,15 @@ def look_into_windows(
         )
         for index in chosen.get(number, ()):
             one = MaskSAMOutput(*(part[:, index - d : index - d + 1] for part in parts))
-            prompts = read_prompts(one, network.grid.padded, size[1:])
+            probabilities, boxes, drafts = read_prompts(one, network.grid.padded, size[1:])
             slices[index] = SliceQueries(
                 index=index,
                 window=(number + 1, len(corners)),
                 corner=(d, h, w),
                 size=size,
-                probabilities=prompts.probabilities[0],
-                boxes=prompts.boxes[0],
-                drafts=prompts.masks[0],
+                probabilities=probabilities[0],
+                boxes=boxes[0],
+                drafts=drafts[0],
                 masks=one.mask_logits[0, 0].sigmoid().numpy(),
                 inside=(rows, columns),
             )
@@ -219,7 +204,9 @@ def patch_around(foreground: NDArray[np.bool_], size: Sequence[int]) -> tuple[sl
     return tuple(slice(start, start + length) for start, length in zip(starts, size, strict=True))
 
 
-def nearest_window(corners: Sequence[Corner], size: Corner, place: Sequence[float], spacing: Sequence[float]) -> int:
+def nearest_window(
+    corners: Sequence[Sequence[int]], size: Sequence[int], place: Sequence[float], spacing: Sequence[float]
+) -> int:
     """Of the windows that hold the slice of ``place`` (d, h, w), the one whose centre is nearest to it in space."""
     centres = np.array(corners) + (np.array(size) - 1) / 2
     distances = (((centres - np.array(place)) * np.array(spacing)) ** 2).sum(1)
@@ -236,20 +223,26 @@ def run_network(network: MaskSAM, window: Tensor, device: torch.device) -> MaskS
     return MaskSAMOutput(*(part.float().cpu() for part in parts))
 
 
-def read_prompts(parts: MaskSAMOutput, padded: Sequence[int], plane: Sequence[int]) -> WindowPrompts:
-    """Bring the outputs for one window to its pixels.
+def read_prompts(
+    parts: MaskSAMOutput, padded: Sequence[int], plane: Sequence[int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Bring the outputs for a window of D slices to its pixels.
 
     Args:
         parts: with class_logits (1, D, N, K + 1), aux_mask_logits (1, D, N, 4g_h, 4g_w), and aux_boxes (1, D, N, 4) in
             [0, 1] of the padded plane.
         padded: (H_p, W_p) of that plane in pixels of the window, which lies in its upper left corner.
         plane: (H, W) of the window.
+
+    Returns:
+        Probabilities (D, N, K + 1) of each class, "no object" last; boxes (D, N, 4) as x0 y0 x1 y1 in pixels of the
+        window, which they may leave; auxiliary masks (D, N, H, W) as probabilities.
     """
     height, width = padded
     logits = interpolate(parts.aux_mask_logits[0], size=(height, width), mode="bilinear")
     boxes = parts.aux_boxes[0] * torch.tensor([width, height, width, height])
     masks = logits[..., : plane[0], : plane[1]].sigmoid()
-    return WindowPrompts(parts.class_logits[0].softmax(-1).numpy(), boxes.numpy(), masks.numpy())
+    return parts.class_logits[0].softmax(-1).numpy(), boxes.numpy(), masks.numpy()
 
 
 @torch.inference_mode()
@@ -258,19 +251,14 @@ def owners(parts: MaskSAMOutput, regions: bool) -> NDArray[np.int64]:
 
     With regions the class is the last one, in their order, that the voxel belongs to, as in nnU-Net.
     """
-    semantic = semantic_log_probabilities(parts.class_logits, parts.mask_logits, regions)[0]  # (K, D, H, W)
-    if regions:
-        order = torch.arange(1, len(semantic) + 1).view(-1, 1, 1, 1)
-        winner = ((semantic > 0) * order).amax(0) - 1  # -1: in no region
-        background = winner < 0
-        winner = winner.clamp(min=0)
-    else:
-        winner = semantic.argmax(0)
-        background = winner == 0
-    classes = parts.class_logits[0].float().softmax(-1)  # (D, N, K + 1)
-    result = torch.empty(winner.shape, dtype=torch.int64)
-    for depth in range(len(winner)):  # a slice at a time: all queries' masks of a window are large
-        of_winner = classes[depth][:, winner[depth]]  # (N, H, W)
-        result[depth] = (of_winner * parts.mask_logits[0, depth].sigmoid()).argmax(0) + 1
-    result[background] = 0
-    return result.numpy()
+    scores = semantic_log_probabilities(parts.class_logits, parts.mask_logits, regions)[0]  # (K, D, H, W)
+    classes = parts.class_logits[0].softmax(-1)  # (D, N, K + 1)
+    if regions:  # put a background before them, which wins where no region does
+        order = torch.arange(1, len(scores) + 1).view(-1, 1, 1, 1)
+        scores = torch.cat([torch.zeros_like(scores[:1]), (scores > 0) * order])
+        classes = pad(classes, (1, 0))
+    winner = scores.argmax(0)
+    masks = parts.mask_logits[0]
+    # A slice at a time: all queries' masks of a window are large.
+    slices = [(classes[d][:, winner[d]] * masks[d].sigmoid()).argmax(0) + 1 for d in range(len(winner))]
+    return torch.where(winner == 0, 0, torch.stack(slices)).numpy()

@@ -75,7 +75,7 @@ def _entropy(p: Tensor, regions: bool) -> Tensor:
     return result
 
 
-def choose_slices(
+def spread_slices(
     foreground: NDArray[np.integer[Any]], entropy: NDArray[np.floating[Any]], count: int = 4
 ) -> list[int]:
     """Choose slices with much foreground and much uncertainty: the best of each of ``count`` stretches of the object.

@@ -56,18 +56,17 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 
 
 def _refuse_others(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; name a folder")
     try:
         record = read_json(out / RECORD)
         own = {RECORD, *map(str, record["files"])} if record["made_by"] == "masksam explain" else set()
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; name a folder")
-    if others := sorted({path.name for path in out.iterdir()} - own) if out.is_dir() else []:
-        raise UsageError(
-            f"--out {out}: holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}, no output of masksam "
-            "explain; name a new or an empty folder"
-        )
+    if others := sorted({path.name for path in out.iterdir()} - own):
+        raise UsageError(f"--out {out}: holds {others[0]}, no output of masksam explain; name a new or an empty folder")
 
 
 def _unwritable(out: Path, error: OSError) -> UsageError:

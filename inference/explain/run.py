@@ -26,7 +26,7 @@ from ..versions import versions
 from .case import PreparedCase, find_case, prepare_case, seen_in_training
 from .figures import SliceImages, draw_overview, draw_queries
 from .inside import SliceQueries, load_predictor, look_into_windows
-from .measures import LEAST_SHARE, Uncertainty, choose_slices, measure_uncertainty, query_table
+from .measures import LEAST_SHARE, Uncertainty, measure_uncertainty, query_table, spread_slices
 from .output import RECORD, fresh_folder, write_tables, write_volume
 
 PAGE = "explain.html"
@@ -88,16 +88,13 @@ def explain(
         _check_slices(wanted or (), prepared)
         measured = measure_uncertainty(predictor.logits_of_folds(prepared.data), config.regions)
         result = np.asarray(predictor.label_manager.convert_logits_to_segmentation(measured.logits))
-        chosen = wanted or _choose(prepared, result, measured, classes)
+        chosen = wanted or _choose(prepared, result, measured)
         centres = {index: _centre(result[index] > 0) for index in map(prepared.network_slice, chosen)}
         queries, owner = look_into_windows(predictor, prepared.data, centres, prepared.spacing)
         pages = [
-            _explain_slice(source, queries[prepared.network_slice(source)], prepared, result, measured, classes, folder)
+            _explain_slice(source, queries[prepared.network_slice(source)], prepared, result, measured, folder)
             for source in chosen
         ]
-        overlays = {
-            file: shows for file, shows in _write_overlays(folder, prepared, measured, owner, model, config.num_queries)
-        }
         content: dict[str, Any] = {
             "made_by": "masksam explain",
             "case": found.case.name,
@@ -110,7 +107,7 @@ def explain(
             "plans": method.plans,
             "configuration": method.configuration,
             "folds": fold_names,
-            "checkpoint": model.checkpoint,
+            "checkpoint": checkpoint,
             "backbone": config.backbone,
             "num_queries": config.num_queries,
             "regions": classes.has_regions,
@@ -124,13 +121,12 @@ def explain(
             "directions": prepared.directions,
             "colours": colour_of(classes),
             "styles": style_of(classes),
-            "slices": pages,
             "chosen": wanted is None,
-            "overlays": overlays,
+            "overlays": dict(_write_overlays(folder, prepared, measured, owner, model, config.num_queries)),
             "seconds": time.perf_counter() - started,
             "versions": versions(),
         }
-        (folder / PAGE).write_text(_render(content), encoding="utf-8")
+        (folder / PAGE).write_text(_render({**content, "slices": pages}), encoding="utf-8")
         content["slices"] = [{k: v for k, v in page.items() if k not in ("overview", "drawn")} for page in pages]
         write_json(folder / RECORD, plain({**content, "files": sorted(path.name for path in folder.iterdir())}))
     return out / PAGE
@@ -198,13 +194,13 @@ def _stage_before(model: TrainedModel, case: str, folder: Path | None) -> Path |
     return file
 
 
-def _choose(case: PreparedCase, result: NDArray[Any], measured: Uncertainty, classes: Classes) -> list[int]:
+def _choose(case: PreparedCase, result: NDArray[Any], measured: Uncertainty) -> list[int]:
     """Slices of the source that are worth showing."""
     found = result > 0
     if case.label is not None:
-        found = found | class_mask(case.label, [v for values in classes.foreground.values() for v in values])
+        found = found | class_mask(case.label, [v for values in case.classes.foreground.values() for v in values])
     places = [case.network_slice(index) for index in case.kept]
-    chosen = choose_slices(found.sum((1, 2))[places], measured.entropy.sum((1, 2))[places])
+    chosen = spread_slices(found.sum((1, 2))[places], measured.entropy.sum((1, 2))[places])
     return [case.kept[n] for n in chosen]
 
 
@@ -220,11 +216,10 @@ def _explain_slice(
     case: PreparedCase,
     result: NDArray[Any],
     measured: Uncertainty,
-    classes: Classes,
     folder: Path,
 ) -> dict[str, Any]:
     """Numbers and pictures of one slice; the pictures are written to the folder too."""
-    index = queries.index
+    index, classes = queries.index, case.classes
     label = None if case.label is None else case.label[index]
     low, high = (float(value) for value in np.percentile(case.image, (0.5, 99.8)))
     images = SliceImages(
@@ -272,7 +267,7 @@ def _write_overlays(
     num_queries: int,
 ) -> Iterator[tuple[str, str]]:
     """Write volumes and tables for viewers; yields each file with what it shows."""
-    classes = Classes.from_dataset_json(model.dataset_json)
+    classes = case.classes
     values = {name: values[0] for name, values in classes.foreground.items()}
     if classes.has_regions:  # where regions overlap, the last one's value stands
         values = dict(zip(values, map(int, model.dataset_json["regions_class_order"]), strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from masksam_nnunet.errors import CaseError, ModelError, UsageError
 from ..cases import Case, channel_names
 from ..methods import Method, parse_methods
 from ..models import Model, previous_stage, reader_of
-from ..predictor import MaskSAMPredictor
 from .output import draft, is_whole, remove
 from .postprocessing import Postprocessing
-from .predict_cases import Pools, predict_cases
+from .predict_cases import Pools, PredictOptions, predict_cases
 
 MEMBERS = ".ensemble"
 """Folder, in that of the predictions, for the predictions of each model; averaged cases are removed from it."""
@@ -101,7 +101,7 @@ def previous_stage_folders(models: Sequence[Model], output: Path, previous: Path
         if previous is None and before not in names:
             raise UsageError(
                 f"{model.name} is a cascade: give the predictions of {before} with -prev_stage_predictions FOLDER, or "
-                f"add that model to --ensemble"
+                "add that model to --ensemble"
             )
         folders[model.name] = previous or output / MEMBERS / before
     return folders
@@ -109,28 +109,21 @@ def previous_stage_folders(models: Sequence[Model], output: Path, previous: Path
 
 def predict_ensemble(
     models: Sequence[Model],
-    load: Callable[[Model], MaskSAMPredictor],
     cases: Sequence[Case],
     output: Path,
+    options: PredictOptions,
     pools: Pools,
-    *,
     stages: Mapping[str, Path],
-    resume: bool,
-    probabilities: bool,
-    postprocessing: Postprocessing | None,
 ) -> dict[str, str]:
     """Write the label map of each case; one model is in memory at a time.
 
     Args:
         models: two or more that passed :func:`check_averaging`.
-        load: makes a predictor with a model.
         cases: to predict.
         output: folder of the predictions.
+        options: of the predictor and of the result; with ``resume``, what a model has predicted already is kept.
         pools: of worker processes.
         stages: see :func:`previous_stage_folders`.
-        resume: keep what a model has predicted already.
-        probabilities: write the averaged probabilities too.
-        postprocessing: applied to the label maps.
 
     Returns:
         Why cases have no prediction, by name.
@@ -139,32 +132,38 @@ def predict_ensemble(
         UsageError: the disk is full or not writable.
     """
     models = sorted(models, key=lambda model: model.name in stages)  # a cascade after its previous stage
+    of_members = replace(options, probabilities=True, postprocessing=None)
     failed: dict[str, str] = {}
     for model in models:
         folder, ending, reader = output / MEMBERS / model.name, model.dataset_json["file_ending"], reader_of(model)
         wanted = [case for case in cases if case.name not in failed]
-        if not resume:
+        if not options.resume:
             for case in wanted:
                 remove(folder / case.name, ending)
         wanted = [case for case in wanted if not is_whole(folder / case.name, ending, reader, True)]
         if wanted:
             print(f"{model.name}: {len(wanted)} cases", flush=True)
-            previous = stages.get(model.name)
-            failed |= predict_cases(load(model), wanted, folder, pools, probabilities=True, previous=previous)
-    plans, dataset_json = PlansManager(models[0].plans), models[0].dataset_json
-
-    def to_merge() -> Iterator[tuple[str, tuple[Any, ...]]]:
-        for case in cases:
-            if case.name not in failed:
-                members = [output / MEMBERS / model.name / case.name for model in models]
-                yield case.name, (members, output / case.name, plans, dataset_json, probabilities, postprocessing)
-
-    for name, outcome in pools.writers.outcomes(merge_case, to_merge()):
-        if isinstance(outcome, CaseError):
-            failed[name] = f"the models' predictions cannot be averaged: {outcome}"
+            predictor = options.predictor(model)
+            failed |= predict_cases(predictor, wanted, folder, of_members, pools, stages.get(model.name))
+            del predictor
+    failed |= _merge([case for case in cases if case.name not in failed], models, output, options, pools)
     if not any(file.is_file() for file in (output / MEMBERS).rglob("*")):
         shutil.rmtree(output / MEMBERS, ignore_errors=True)
     return failed
+
+
+def _merge(
+    cases: Sequence[Case], models: Sequence[Model], output: Path, options: PredictOptions, pools: Pools
+) -> dict[str, str]:
+    plans, dataset_json = PlansManager(models[0].plans), models[0].dataset_json
+    settings = (plans, dataset_json, options.probabilities, options.postprocessing)
+    folders = [output / MEMBERS / model.name for model in models]
+    calls = [(c.name, ([folder / c.name for folder in folders], output / c.name, *settings)) for c in cases]
+    return {
+        name: f"the models' predictions cannot be averaged: {outcome}"
+        for name, outcome in pools.writers.outcomes(merge_case, calls)
+        if isinstance(outcome, CaseError)
+    }
 
 
 def merge_case(
@@ -175,7 +174,7 @@ def merge_case(
     probabilities: bool,
     postprocessing: Postprocessing | None,
 ) -> None:
-    """Average the members' probabilities of one case, then remove them.
+    """Average the members' probabilities of one case, then remove them; the rest is as in ``export_case``.
 
     Args:
         members: for each model, folder and name of the case.
@@ -184,15 +183,10 @@ def merge_case(
         dataset_json: of the dataset.
         probabilities: write the average too.
         postprocessing: applied to the label map.
-
-    Raises:
-        UsageError: the disk is full or not writable.
     """
     ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
     labels, archives = plans.get_label_manager(dataset_json), [f"{member}.npz" for member in members]
-    with draft(target, ending, reader, probabilities) as name:
+    with draft(target, ending, reader, probabilities, postprocessing) as name:
         merge_files(archives, str(name), ending, reader, labels, probabilities)
-        if postprocessing is not None:
-            postprocessing.apply(name.with_name(name.name + ending), reader)
     for member in members:
         remove(member, ending)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from masksam_nnunet.errors import UsageError
-from masksam_nnunet.plans.nifti_files import check_whole
+from masksam_nnunet.plans.images import check_whole
+
+from .postprocessing import Postprocessing
 
 PROBABILITIES = (".npz", ".pkl")
 """What nnU-Net writes beside a label map when it saves probabilities."""
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
 
 def files_of(target: Path, ending: str) -> list[Path]:
@@ -31,10 +32,13 @@ def files_of(target: Path, ending: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def draft(target: Path, ending: str, reader: Any, probabilities: bool) -> Iterator[Path]:
+def draft(
+    target: Path, ending: str, reader: Any, probabilities: bool, postprocessing: Postprocessing | None = None
+) -> Iterator[Path]:
     """Yield a target to write a case's files to; they move to ``target`` once all can be read back.
 
-    Until then they lie in a hidden folder beside it, which the next attempt on this case clears.
+    Until then they lie in a hidden folder beside it, which the next attempt on this case clears. Post-processing is
+    applied to the label map, not to the probabilities, as in nnU-Net.
 
     Raises:
         UsageError: the disk is full or not writable.
@@ -45,14 +49,14 @@ def draft(target: Path, ending: str, reader: Any, probabilities: bool) -> Iterat
         folder.mkdir(parents=True)
         name = folder / target.name
         yield name
+        if postprocessing is not None:
+            postprocessing.apply(name.with_name(name.name + ending), reader)
         if not is_whole(name, ending, reader, probabilities):
             raise OSError(errno.ENOSPC, "it cannot be read back, the disk may be full")
         for file, place in zip(files_of(name, ending), files_of(target, ending), strict=True):
             if file.is_file():
                 os.replace(file, place)
     except OSError as error:
-        if error.errno not in _DISK:
-            raise
         raise UsageError(
             f"-o: cannot write the prediction of {target.name} to {target.parent}: {error.strerror or error}; make "
             "room or make the folder writable, and add --continue_prediction"

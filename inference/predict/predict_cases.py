@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from masksam_nnunet.errors import CaseError, MaskSAMError, in_short
 
 from ..cases import Case, preprocess_case
+from ..models import Model
 from ..predictor import MaskSAMPredictor
 from .output import draft
 from .postprocessing import Postprocessing
@@ -25,13 +27,62 @@ _WAITING = 2
 """Predictions that may wait for a free export process: they are large, and the network can be faster."""
 
 
-class Pools(NamedTuple):
-    """Worker processes, kept for one model after another: they take seconds to start.
+@dataclass(frozen=True)
+class PredictOptions:
+    """How cases are predicted and written.
 
     Attributes:
-        readers: read and preprocess cases.
-        writers: resample and write predictions.
+        device: cuda, cpu or mps.
+        step_size: distance of windows, in patches.
+        mirroring: average predictions of mirrored windows too.
+        on_device: keep results on the GPU where they fit.
+        batch_size: windows and mirrors at once; None to choose it.
+        verbose: of nnU-Net's predictor and preprocessor.
+        progress: show progress bars.
+        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
+        resume: keep whole predictions of the same models.
+        preprocessing_processes: that read and preprocess; 0 to do it in this process.
+        export_processes: that resample and write; 0 to do it in this process.
+        previous: folder of the previous stage's label maps, for cascades.
+        parts: number of commands that share the cases.
+        part: which of them this one is, from 0.
+        postprocessing: applied to the label maps.
     """
+
+    device: str = "cuda"
+    step_size: float = 0.5
+    mirroring: bool = True
+    on_device: bool = True
+    batch_size: int | None = None
+    verbose: bool = False
+    progress: bool = True
+    probabilities: bool = False
+    resume: bool = False
+    preprocessing_processes: int = 3
+    export_processes: int = 3
+    previous: Path | None = None
+    parts: int = 1
+    part: int = 0
+    postprocessing: Postprocessing | None = None
+
+    def predictor(self, model: Model) -> MaskSAMPredictor:
+        """Make a predictor and load the model into it."""
+        made = MaskSAMPredictor(
+            tile_step_size=self.step_size,
+            use_mirroring=self.mirroring,
+            perform_everything_on_device=self.on_device,
+            device=torch.device(self.device),
+            verbose=self.verbose,
+            verbose_preprocessing=self.verbose,
+            allow_tqdm=self.progress,
+            batch_size=self.batch_size,
+        )
+        model.load(made)
+        return made
+
+
+class Pools(NamedTuple):
+    """Processes that read and preprocess, and that resample and write; kept between models, they start slowly."""
 
     readers: Workers
     writers: Workers
@@ -41,10 +92,8 @@ def predict_cases(
     predictor: MaskSAMPredictor,
     cases: Sequence[Case],
     output: Path,
+    options: PredictOptions,
     pools: Pools,
-    *,
-    probabilities: bool = False,
-    postprocessing: Postprocessing | None = None,
     previous: Path | None = None,
 ) -> dict[str, str]:
     """Write the label map of each case, ``CASE`` + the dataset's file ending.
@@ -53,9 +102,8 @@ def predict_cases(
         predictor: with a model loaded.
         cases: to predict.
         output: folder of the predictions; made if it is missing.
+        options: probabilities and post-processing are used.
         pools: of worker processes.
-        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
-        postprocessing: applied to the label maps, not to the probabilities, as in nnU-Net.
         previous: for a cascade, the folder of the previous stage's label maps.
 
     Returns:
@@ -64,9 +112,8 @@ def predict_cases(
     Raises:
         UsageError: the disk is full or not writable.
     """
-    plans, configuration, dataset_json = (
-        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    )  # fmt: skip
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    dataset_json = predictor.dataset_json
     failed: dict[str, str] = {}
 
     def to_read() -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -88,8 +135,8 @@ def predict_cases(
                 print(f"{name} cannot be predicted: {error}", flush=True)
                 continue
             del outcome
-            settings = (configuration, plans, dataset_json, output / name, probabilities, postprocessing)
-            yield name, (logits, properties, *settings)
+            settings = (configuration, plans, dataset_json, output / name)
+            yield name, (logits, properties, *settings, options.probabilities, options.postprocessing)
             del logits
 
     for name, outcome in pools.writers.outcomes(export_case, to_write(), _WAITING):
@@ -139,7 +186,5 @@ def export_case(
         UsageError: the disk is full or not writable.
     """
     ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
-    with draft(target, ending, reader, probabilities) as name:
+    with draft(target, ending, reader, probabilities, postprocessing) as name:
         export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(name), probabilities)
-        if postprocessing is not None:
-            postprocessing.apply(name.with_name(name.name + ending), reader)

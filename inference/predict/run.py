@@ -6,80 +6,21 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import read_json, write_json
 
 from ..cases import Case, find_cases
 from ..models import Model, reader_of
-from ..predictor import MaskSAMPredictor
 from .ensemble import check_averaging, predict_ensemble, previous_stage_folders
 from .output import is_whole, remove
-from .postprocessing import Postprocessing
-from .predict_cases import Pools, predict_cases
+from .predict_cases import Pools, PredictOptions, predict_cases
 from .workers import Workers
 
 ARGUMENTS = "predict_from_raw_data_args.json"
 """nnU-Net's file that says how the predictions of a folder were made."""
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """How cases are predicted and written.
-
-    Attributes:
-        device: cuda, cpu or mps.
-        step_size: distance of windows, in patches.
-        mirroring: average predictions of mirrored windows too.
-        on_device: keep results on the GPU where they fit.
-        batch_size: windows and mirrors at once; None to choose it.
-        verbose: of nnU-Net's predictor and preprocessor.
-        progress: show progress bars.
-        probabilities: write nnU-Net's ``CASE.npz`` and ``CASE.pkl`` too.
-        resume: keep whole predictions of the same models.
-        preprocessing_processes: that read and preprocess; 0 to do it in this process.
-        export_processes: that resample and write; 0 to do it in this process.
-        previous: folder of the previous stage's label maps, for cascades.
-        parts: number of commands that share the cases.
-        part: which of them this one is, from 0.
-        postprocessing: applied to the label maps.
-    """
-
-    device: str = "cuda"
-    step_size: float = 0.5
-    mirroring: bool = True
-    on_device: bool = True
-    batch_size: int | None = None
-    verbose: bool = False
-    progress: bool = True
-    probabilities: bool = False
-    resume: bool = False
-    preprocessing_processes: int = 3
-    export_processes: int = 3
-    previous: Path | None = None
-    parts: int = 1
-    part: int = 0
-    postprocessing: Postprocessing | None = None
-
-    def predictor(self, model: Model) -> MaskSAMPredictor:
-        """Make a predictor and load the model into it."""
-        made = MaskSAMPredictor(
-            tile_step_size=self.step_size,
-            use_mirroring=self.mirroring,
-            perform_everything_on_device=self.on_device,
-            device=torch.device(self.device),
-            verbose=self.verbose,
-            verbose_preprocessing=self.verbose,
-            allow_tqdm=self.progress,
-            batch_size=self.batch_size,
-        )
-        model.load(made)
-        return made
 
 
 def predict(models: Sequence[Model], images: Path, output: Path, options: PredictOptions) -> dict[str, str]:
@@ -125,18 +66,12 @@ def predict(models: Sequence[Model], images: Path, output: Path, options: Predic
 
     with Workers(options.preprocessing_processes) as readers, Workers(options.export_processes) as writers:
         pools = Pools(readers, writers)
-        if len(models) == 1:
-            predictor = options.predictor(models[0])
+        if len(models) > 1:
             _replace(wanted, models, images, output, options)
-            return failed | predict_cases(
-                predictor, wanted, output, pools, probabilities=options.probabilities,
-                postprocessing=options.postprocessing, previous=stages.get(models[0].name),
-            )  # fmt: skip
+            return failed | predict_ensemble(models, wanted, output, options, pools, stages)
+        predictor = options.predictor(models[0])
         _replace(wanted, models, images, output, options)
-        return failed | predict_ensemble(
-            models, options.predictor, wanted, output, pools, stages=stages, resume=options.resume,
-            probabilities=options.probabilities, postprocessing=options.postprocessing,
-        )  # fmt: skip
+        return failed | predict_cases(predictor, wanted, output, options, pools, stages.get(models[0].name))
 
 
 def _make_writable(folder: Path) -> None:

@@ -76,7 +76,7 @@ class Workers:
 
     def _finish(self, call: _Call) -> tuple[str, Any]:
         try:
-            outcome = _attempt(call.function, call.arguments) if call.future is None else call.future.result()
+            outcome = call.future.result() if call.future else _attempt(call.function, call.arguments)
         except BrokenProcessPool:
             outcome = self._alone(call)
         if isinstance(outcome, MaskSAMError) and not isinstance(outcome, CaseError):

@@ -149,7 +149,7 @@ class CaseImages:
     """
 
     image: NDArray[np.float32]
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, ...]
     truth: NDArray[np.integer[Any]]
     predictions: Mapping[str, NDArray[np.integer[Any]]]
     judged: str

@@ -14,7 +14,7 @@ from masksam_nnunet.backbones import checkpoint_names, planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import MaskSAMError
 
-from . import benchmark, check, data, explain, export, predict, submit, train
+from . import benchmark, data, explain, export, predict, submit, train
 from .common import SeveralValues, ext_trainer_or_fail, fail
 
 app = typer.Typer(
@@ -27,26 +27,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 Backbone = StrEnum("Backbone", {name: name for name in checkpoint_names()})  # type: ignore[misc]
 AnyBackbone = StrEnum("AnyBackbone", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
 AUTO = AnyBackbone("auto")
-
-
-class PresetName(StrEnum):
-    """The paper's settings."""
-
-    acdc = "acdc"
-    synapse = "synapse"
-    amos = "amos"
-
-
-class Shell(StrEnum):
-    """Shells whose syntax for setting a variable is known."""
-
-    sh = "sh"
-    fish = "fish"
-    powershell = "powershell"
+PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
+Shell = StrEnum("Shell", ["sh", "fish", "powershell"])
 
 
 def main() -> None:
@@ -139,7 +124,7 @@ def plan(
         fail(str(error))
 
 
-for group in (train, predict, benchmark, check, data, explain, export, submit):
+for group in (train, predict, benchmark, data, explain, export, submit):
     group.register(app)
 
 if __name__ == "__main__":

@@ -105,23 +105,25 @@ def benchmark(
     """Train any missing folds with nnU-Net's own commands, then compare the methods on identical folds."""
     with _errors_shown():
         from masksam_nnunet.benchmarks import run
+        from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
+        from masksam_nnunet.benchmarks.jobs import device_kind
         from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
+        from masksam_nnunet.inference.methods import parse_methods
 
         if executor is Executor.local and (slurm or partition or wait):
             raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
         chosen = devices or ["cuda"]
-        defined = run.define(
-            dataset,
-            configuration,
-            trainers,
-            plans or (),
-            folds or range(5),
-            minutes,
-            chosen,
-            ensembles,
-            accept_unfair,
-            processes,
-            group,
+        defined = Benchmark(
+            dataset=find_benchmark_dataset(dataset),
+            configuration=configuration,
+            methods=parse_methods(trainers, plans or (), configuration),
+            folds=tuple(folds or range(5)),
+            minutes=minutes,
+            device=device_kind(chosen),
+            ensembles=ensembles and len(trainers) > 1,
+            accept_unfair=accept_unfair,
+            processes=processes,
+            group=group,
         )
         page: Path | None
         if executor is Executor.local:

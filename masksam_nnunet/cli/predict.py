@@ -21,12 +21,7 @@ if TYPE_CHECKING:
     from masksam_nnunet.inference.predict.postprocessing import Postprocessing
 
 
-class Device(StrEnum):
-    """Devices that nnU-Net predicts on."""
-
-    cuda = "cuda"
-    cpu = "cpu"
-    mps = "mps"
+Device = StrEnum("Device", ["cuda", "cpu", "mps"])
 
 
 def register(app: typer.Typer) -> None:
@@ -35,13 +30,11 @@ def register(app: typer.Typer) -> None:
 
 
 def predict(
-    images: Annotated[Path, typer.Option("-i", help="Folder of the images, CASE_0000, ...", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", help="Folder for the predictions.", show_default=False)],
-    dataset: Annotated[str, typer.Option("-d", help="The dataset's number or name.", show_default=False)] = "",
-    configuration: Annotated[
-        str, typer.Option("-c", help="nnU-Net's configuration, such as 3d_fullres.", show_default=False)
-    ] = "",
-    trainer: Annotated[str, typer.Option("-tr", help="The trainer's class.", show_default=DEFAULT_TRAINER)] = "",
+    images: Annotated[Path, typer.Option("-i", help="Folder of the images, CASE_0000, ...")],
+    output: Annotated[Path, typer.Option("-o", help="Folder for the predictions.")],
+    dataset: Annotated[str | None, typer.Option("-d", help="The dataset's number or name.")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", help="nnU-Net's configuration.")] = None,
+    trainer: Annotated[str | None, typer.Option("-tr", help="Trainer class.", show_default=DEFAULT_TRAINER)] = None,
     plans: Annotated[str, typer.Option("-p", help="Name of the plans.")] = "nnUNetPlans",
     folds: Annotated[
         list[str] | None,
@@ -55,7 +48,6 @@ def predict(
             metavar="TRAINER[@PLANS][:CONFIGURATION]",
             help="Two models or more whose probabilities are averaged, instead of -tr; -p and -c serve those that name "
             "none. Trainers or baselines, as in masksam benchmark --trainers.",
-            show_default=False,
         ),
     ] = None,
     model: Annotated[
@@ -64,7 +56,6 @@ def predict(
             "--model",
             metavar="FOLDER",
             help="A portable model, instead of -d, -tr, -p, -c and -chk; all of its folds unless -f names some.",
-            show_default=False,
         ),
     ] = None,
     postprocessing: Annotated[
@@ -73,7 +64,6 @@ def predict(
             "--postprocessing",
             metavar="FILE|auto",
             help="A postprocessing.pkl of nnU-Net; auto: the one of these models' cross-validation.",
-            show_default=False,
         ),
     ] = None,
     batch_size: Annotated[
@@ -95,14 +85,10 @@ def predict(
     disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring: faster, less accurate.")] = False,
     previous: Annotated[
         Path | None,
-        typer.Option(
-            "-prev_stage_predictions", help="For a cascade: folder of the first stage's label maps.", show_default=False
-        ),
+        typer.Option("-prev_stage_predictions", help="For a cascade: folder of the first stage's label maps."),
     ] = None,
-    npp: Annotated[
-        int, typer.Option("-npp", min=0, envvar="nnUNet_npp", help="Preprocessing processes; 0 for none.")
-    ] = 3,
-    nps: Annotated[int, typer.Option("-nps", min=0, envvar="nnUNet_nps", help="Export processes; 0 for none.")] = 3,
+    npp: Annotated[int, typer.Option("-npp", min=0, envvar="nnUNet_npp", help="Preprocessing processes, or 0.")] = 3,
+    nps: Annotated[int, typer.Option("-nps", min=0, envvar="nnUNet_nps", help="Export processes, or 0.")] = 3,
     num_parts: Annotated[int, typer.Option("-num_parts", min=1, help="Commands that share the cases.")] = 1,
     part_id: Annotated[int, typer.Option("-part_id", min=0, help="Which of them this is, from 0.")] = 0,
     device: Annotated[Device, typer.Option("-device", help="Choose a GPU by CUDA_VISIBLE_DEVICES.")] = Device.cuda,
@@ -120,7 +106,8 @@ def predict(
     require_device(device)
     import torch
 
-    from masksam_nnunet.inference.predict import run
+    from masksam_nnunet.inference.predict.predict_cases import PredictOptions
+    from masksam_nnunet.inference.predict.run import predict as predict_folder
 
     torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)  # as nnU-Net's command
     try:
@@ -130,7 +117,7 @@ def predict(
             models, chosen = _trained_models(
                 dataset, trainer, plans, configuration, folds or "01234", checkpoint, ensemble or (), postprocessing
             )
-        options = run.PredictOptions(
+        options = PredictOptions(
             device=device,
             step_size=step_size,
             mirroring=not disable_tta,
@@ -147,7 +134,7 @@ def predict(
             part=part_id,
             postprocessing=chosen,
         )
-        failed = run.predict(models, images, output, options)
+        failed = predict_folder(models, images, output, options)
     except MaskSAMError as error:
         fail(str(error))
     if failed:
@@ -159,10 +146,10 @@ def predict(
 
 
 def _trained_models(
-    dataset: str,
-    trainer: str,
+    dataset: str | None,
+    trainer: str | None,
     plans: str,
-    configuration: str,
+    configuration: str | None,
     folds: Sequence[str],
     checkpoint: str,
     ensemble: Sequence[str],
@@ -179,7 +166,7 @@ def _trained_models(
     if ensemble and trainer:
         raise UsageError(f"-tr {trainer}: --ensemble names the trainers; leave -tr out")
     if ensemble:
-        methods = parse_members(ensemble, plans, configuration)
+        methods = parse_members(ensemble, plans, configuration or "")
     else:
         methods = [Method(trainer or DEFAULT_TRAINER, plans, configuration)]
     numbers = parse_folds(folds)

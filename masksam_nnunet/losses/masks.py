@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..modeling.compute import full_precision
 
 CPU_PIECE = 2**19
-"""Elements worked on at once: what a cache holds, and what the allocator keeps instead of asking for pages anew."""
+"""Elements to work on at once: they fit into a cache, and the allocator reuses their memory."""
 GPU_PIECE = 2**24
 """Enough to fill a GPU."""
 
@@ -29,7 +29,7 @@ def piece_size(device: torch.device) -> int:
 def draw(rows: int, size: int, number: int, known: Tensor | None, device: torch.device) -> Tensor:
     """``number`` voxels of ``size`` for each row, uniformly and with replacement: (rows, number).
 
-    ``known`` (rows, size) tells which may be drawn; None for all.
+    ``known`` (rows, size) is true where a voxel may be drawn; None for all.
     """
     if known is None:
         return torch.randint(size, (rows, number), device=device)
@@ -76,7 +76,7 @@ def at_points(x: Tensor, points: Tensor | None) -> Tensor:
 
 
 class PairSums(NamedTuple):
-    """What BCE and Dice of pairs of masks are made of, all of one shape."""
+    """The sums from which BCE and Dice of pairs of masks follow, all of one shape."""
 
     entropy: Tensor
     """Mean binary cross-entropy."""
@@ -172,7 +172,7 @@ def matched_mask_losses(
 
 
 class _MatchedSums(torch.autograd.Function):
-    """Keeps four numbers a pair; the backward pass makes scores anew and writes gradients where they belong."""
+    """Keeps four numbers for each pair; the backward pass recomputes the scores and writes gradients in place."""
 
     @staticmethod
     def forward(

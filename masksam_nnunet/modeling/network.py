@@ -108,7 +108,7 @@ class MaskSAM(nn.Module):
         return semantic[:, :, 0] if x.ndim == 4 else semantic
 
     def parts(self, x: Tensor) -> MaskSAMOutput:
-        """All that the network computes for (B, C, D, H, W), or (B, C, H, W), whatever its mode."""
+        """The outputs that losses see, in training and evaluation mode, for (B, C, D, H, W) or (B, C, H, W)."""
         saving = self.config.checkpointing and self.training
         images, stem = self.stem(self._as_volume(x))  # (B, D, 3, S_h, S_w), (B, w, D, H, W)
         levels, neck = self.image_encoder(images)
@@ -120,8 +120,8 @@ class MaskSAM(nn.Module):
     def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
 
-        Queries are independent, and the embedding of a mask prompt is large. So queries are decoded a few at a time,
-        and again in the backward pass, unless a network without a frozen SAM is to be fast.
+        Queries are independent, and the embedding of a mask prompt is large. So they are decoded a few at a time, and
+        again in the backward pass. Only a network that is trained throughout decodes all at once, which is faster.
         """
         pe = self.prompt_encoder.dense_pe()  # (D, P, g_h, g_w)
 
@@ -186,9 +186,9 @@ class MaskSAM(nn.Module):
 
     @contextlib.contextmanager
     def lean_state_dicts(self) -> Iterator[None]:
-        """While it lasts, ``state_dict()`` leaves out SAM's frozen tensors, which SAM's file gives back.
+        """Let ``state_dict()`` leave out SAM's frozen tensors inside this context.
 
-        Without a known file nothing is left out: it could not be restored.
+        Loading restores them from SAM's file. If they come from no file, nothing is left out.
         """
         if self.sam_sha256() is None:
             yield

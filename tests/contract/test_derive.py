@@ -6,7 +6,7 @@ import pytest
 from plain_plans import dataset_json, plain_plans, region_dataset_json
 
 from masksam_nnunet.cost import training_cost
-from masksam_nnunet.plans.derive import MEMORY_GIB, SAM_PROFILE, derive_config, num_queries
+from masksam_nnunet.plans.architecture import MEMORY_GIB, SAM_PROFILE, derive_config, num_queries
 
 
 @pytest.mark.parametrize(("classes", "queries"), [(1, 8), (4, 8), (14, 24), (16, 24), (60, 64), (120, 120)])
@@ -50,8 +50,3 @@ def test_regions_are_known_to_the_network() -> None:
     config = derive_config(plain_plans(), "3d_fullres", region_dataset_json(), "tiny")
     assert config.regions and config.num_queries == 4
     assert not derive_config(plain_plans(), "3d_fullres", dataset_json(), "tiny").regions
-
-
-def test_2d() -> None:
-    config = derive_config(plain_plans((256, 224), batch_size=12), "3d_fullres", dataset_json(4), "vit_b")
-    assert config.patch_size == (256, 224) and config.upsample == 4

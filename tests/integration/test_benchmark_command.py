@@ -45,11 +45,13 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
     summary = models / "ShortMaskSAM__nnUNetPlans__3d_fullres" / "crossval_results_folds_0_1" / "summary.json"
     theirs = json.loads(summary.read_text())["foreground_mean"]["Dice"]
     scores = pd.read_csv(page.parent / "scores.csv")
-    ours = scores[scores["row"] == "ShortMaskSAM"].groupby("class")["dice"].mean().mean()
+    dice = scores[(scores["method"] == "ShortMaskSAM") & (scores["metric"] == "dice")]
+    ours = dice.groupby("class")["value"].mean().mean()
     assert ours == pytest.approx(theirs, abs=1e-6)
     splits = json.loads((bench.preprocessed / dataset.name / "splits_final.json").read_text())
     assert set(scores["case"]) == {*splits[0]["val"], *splits[1]["val"]}
-    assert len(report["test_set"]) == 3, "two methods and their ensemble"
+    assert len({line[0] for line in report["test_set"]["data"]}) == 3, "two methods and their ensemble"
+    assert 'id="inside"' in page.read_text() and "could not be drawn" not in page.read_text()
     assert sum("nnUNetv2_train" in line for line in report["commands"]) == 4
     text = page.read_text()
     assert "nnUNetv2_ensemble" in text and "ShortNNUNet + ShortMaskSAM" in text

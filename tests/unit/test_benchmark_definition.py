@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
 from masksam_nnunet.benchmarks.folds import FoldRecord, input_hashes
-from masksam_nnunet.benchmarks.names import joint_name, row_names
+from masksam_nnunet.benchmarks.results import joint_name, row_names
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.inference import methods as methods_module

@@ -1,71 +1,65 @@
-"""Statistics: examples from textbooks and by hand, undefined values, ties, patients, and nnU-Net's own Dice."""
+"""Statistics: examples from textbooks and by hand, undefined values, ties, patients."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-import SimpleITK as sitk
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from made_up_benchmark import long_table
 
-from masksam_nnunet.benchmarks.estimates import bootstrap_mean, holm, signed_rank_test
-from masksam_nnunet.benchmarks.nnunet_scores import check_against_nnunet
-from masksam_nnunet.benchmarks.results import Aggregate, Comparison, Kind, Method, Row
-from masksam_nnunet.benchmarks.statistics import aggregates, comparisons, default_pairs, policies
-from masksam_nnunet.errors import BenchmarkError
-from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.scoring import CaseScore, ClassScore, aggregate, score_folder
+from masksam_nnunet.benchmarks.results import MEAN, Kind, Method, Row
+from masksam_nnunet.benchmarks.statistics import (
+    bootstrap_mean,
+    compare,
+    default_pairs,
+    holm,
+    patient_of,
+    policies,
+    signed_rank_test,
+    summarise,
+)
+from masksam_nnunet.errors import DataError
 
 DARWIN = [6.0, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]
 """Darwin's maize plants, crossed minus self-fertilised: ranks 10 and 14 of 15 are negative."""
 FEW = 499  # resamples, where intervals are not looked at
+Values = Sequence[Sequence[float]]
 
 
-def row(
-    name: str,
-    dice: Sequence[Sequence[float]],
-    kind: Kind = "method",
-    members: Sequence[str] = (),
-    hd95: Sequence[Sequence[float]] | None = None,
-    volumes: Sequence[Sequence[float]] | None = None,
+def scores(
+    rows: Mapping[str, Values],
+    hd95: Mapping[str, Values] | None = None,
+    volume_errors: Mapping[str, Values] | None = None,
     cases: Sequence[str] | None = None,
-) -> Row:
-    """A row from dice[case][class]; classes are called a, b, ...; the truth has 10 ml of each."""
-    cases = cases or [f"case_{i:03d}" for i in range(len(dice))]
-    hd95 = dice if hd95 is None else hd95
-    volumes = [[10.0] * len(d) for d in dice] if volumes is None else volumes
-    scored = [
-        CaseScore(
-            case,
-            {
-                "abcdefgh"[i]: ClassScore(float(d[i]), float(h[i]), float(d[i]), 10.0, float(v[i]))
-                for i in range(len(d))
-            },
-        )
-        for case, d, h, v in zip(cases, dice, hd95, volumes, strict=True)
-    ]
-    methods = tuple(Method(m, "nnUNetPlans", "3d_fullres") for m in (members or [name]))
-    return Row(name, kind, methods, aggregate(scored, 1.0), dict.fromkeys(cases, 0), (), {}, Path("p"))
+) -> pd.DataFrame:
+    """The long table from dice[method][case][class]; classes are called a, b, ..."""
+    values = {}
+    for name, dice in rows.items():
+        hd95_of, errors = (hd95 or rows)[name], (volume_errors or {}).get(name)
+        for index, line in enumerate(dice):
+            for place, value in enumerate(line):
+                case = cases[index] if cases else f"case_{index:03d}"
+                values[name, case, "abcdefgh"[place]] = {
+                    "dice": float(value),
+                    "hd95_mm": float(hd95_of[index][place]),
+                    "surface_dice": float(value),
+                    "volume_error_ml": 0.0 if errors is None else float(errors[index][place]),
+                }
+    return long_table(values)
 
 
 def column(values: Sequence[float]) -> list[list[float]]:
     return [[value] for value in values]
 
 
-def one(found: Sequence[Comparison], metric: str, class_name: str | None = None) -> Comparison:
-    (chosen,) = [c for c in found if (c.metric, c.class_name) == (metric, class_name)]
-    return chosen
-
-
-def mean_of(found: Sequence[Aggregate], metric: str, class_name: str | None = None) -> Aggregate:
-    (chosen,) = [a for a in found if (a.metric, a.class_name) == (metric, class_name)]
-    return chosen
+def one(table: pd.DataFrame, metric: str, class_name: str = MEAN) -> Any:
+    (line,) = table[(table["metric"] == metric) & (table["class"] == class_name)].itertuples()
+    return line
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -102,10 +96,10 @@ def test_a_test_of_nothing_and_of_one() -> None:
 
 
 def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
     with_nan = holm([0.01, math.nan, 0.04])
     assert with_nan[0] == pytest.approx(0.02) and math.isnan(with_nan[1]) and with_nan[2] == pytest.approx(0.04)
-    assert math.isnan(holm([math.nan])[0]) and holm([]) == []
+    assert math.isnan(holm([math.nan])[0]) and not len(holm([]))
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -152,76 +146,71 @@ def test_patients_are_drawn_whole() -> None:
     values = np.random.default_rng(1).normal(0.0, 1.0, 25)
     alone = bootstrap_mean(values, np.arange(25))
     doubled = bootstrap_mean(np.repeat(values, 2), np.repeat(np.arange(25), 2))
-    assert dataclasses.astuple(doubled) == pytest.approx(dataclasses.astuple(alone))
+    assert doubled == pytest.approx(alone)
     wrong = bootstrap_mean(np.repeat(values, 2), np.arange(50))
     assert wrong.high - wrong.low < 0.8 * (doubled.high - doubled.low)
     assert math.isnan(bootstrap_mean(values, np.zeros(25, dtype=int)).low)  # one patient
 
 
-# ---- aggregates ------------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_aggregates_by_hand() -> None:
+def test_means_by_hand() -> None:
     nan = math.nan
-    rows = [row("x", [[0.8, 0.6], [0.4, nan], [0.9, 0.1]], volumes=[[11, 9], [7, 10], [10, 14]])]
-    found = aggregates(rows, resamples=FEW)
+    found = summarise(
+        scores({"x": [[0.8, 0.6], [0.4, nan], [0.9, 0.1]]}, volume_errors={"x": [[1, -1], [-3, 0], [0, 4]]}), FEW
+    )
     assert len(found) == 4 * 3
-    dice = mean_of(found, "dice")
-    assert dice.mean.estimate == pytest.approx((0.7 + 0.4 + 0.5) / 3) and dice.median == pytest.approx(0.5)
-    assert dice.number == 3
-    b = mean_of(found, "dice", "b")
-    assert (b.number, b.mean.estimate, b.median) == (2, pytest.approx(0.35), pytest.approx(0.35))
-    volume = mean_of(found, "volume_error_ml")
-    assert volume.mean.estimate == pytest.approx((1 + 1.5 + 2) / 3)  # without signs, or it would be (0 - 1.5 + 2) / 3
+    dice = one(found, "dice")
+    assert dice.mean == pytest.approx((0.7 + 0.4 + 0.5) / 3) and dice.median == pytest.approx(0.5)
+    assert dice.cases == 3
+    b = one(found, "dice", "b")
+    assert (b.cases, b.mean, b.median) == (2, pytest.approx(0.35), pytest.approx(0.35))
+    volume = one(found, "volume_error_ml")
+    assert volume.mean == pytest.approx((1 + 1.5 + 2) / 3)  # without signs, or it would be (0 - 1.5 + 2) / 3
 
 
 def test_undefined_everywhere() -> None:
-    rows = [row(name, column([math.nan] * 3), volumes=column([math.nan] * 3)) for name in "xy"]
-    for found in aggregates(rows, resamples=FEW):
-        assert found.number == 0 and math.isnan(found.mean.estimate) and math.isnan(found.median)
-    for compared in comparisons(rows, resamples=FEW):
-        assert compared.number == 0 and compared.better is None
-        assert all(math.isnan(value) for value in (compared.p, compared.p_holm, compared.effect))
+    nothing = column([math.nan] * 3)
+    table = scores({"x": nothing, "y": nothing}, volume_errors={"x": nothing, "y": nothing})
+    found = summarise(table, FEW)
+    assert (found["cases"] == 0).all() and found[["mean", "median", "low"]].isna().all(axis=None)
+    compared = compare(table, [("x", "y")], FEW)
+    assert (compared["cases"] == 0).all() and compared["better"].isna().all()
+    assert compared[["p", "p_holm", "effect"]].isna().all(axis=None)
 
 
 def test_one_case() -> None:
-    rows = [row("x", [[0.5, 0.7]]), row("y", [[0.6, 0.6]])]
-    for found in aggregates(rows, resamples=FEW):
-        assert found.number == 1 and math.isnan(found.mean.low)
-    compared = one(comparisons(rows, resamples=FEW), "dice", "a")
-    assert compared.p == 1.0 and compared.difference.estimate == pytest.approx(0.1)
-    assert compared.better is None and math.isnan(compared.difference.high)
-
-
-# ---- comparisons -----------------------------------------------------------------------------------------------------
-
-
-def darwin_rows(**options: object) -> list[Row]:
-    base = np.linspace(0.5, 0.6, 15)
-    later = base + np.array(DARWIN) / 1000
-    return [row("old", column(base), **options), row("new", column(later), **options)]  # type: ignore[arg-type]
+    table = scores({"x": [[0.5, 0.7]], "y": [[0.6, 0.6]]})
+    found = summarise(table, FEW)
+    assert (found["cases"] == 1).all() and found["low"].isna().all()
+    compared = one(compare(table, [("x", "y")], FEW), "dice", "a")
+    assert compared.p == 1.0 and compared.difference == pytest.approx(-0.1)
+    assert pd.isna(compared.better) and math.isnan(compared.high)
 
 
 def test_comparison_of_darwins_plants() -> None:
-    found = comparisons(darwin_rows())
+    base = np.linspace(0.5, 0.6, 15)
+    found = compare(scores({"old": column(base), "new": column(base + np.array(DARWIN) / 1000)}), [("new", "old")])
     dice = one(found, "dice", "a")
-    assert (dice.a, dice.b, dice.number) == ("new", "old", 15)
+    assert (dice.a, dice.b, dice.cases) == ("new", "old", 15)
     assert dice.p == dice.p_holm == pytest.approx(0.041259765625)
     assert dice.effect == pytest.approx(0.6)
-    assert dice.difference.estimate == pytest.approx(np.mean(DARWIN) / 1000)
+    assert dice.difference == pytest.approx(np.mean(DARWIN) / 1000)
     assert dice.median_difference == pytest.approx(0.024)
-    assert dice.difference.low < dice.difference.estimate < dice.difference.high
+    assert dice.low < dice.difference < dice.high
     assert dice.better == "new"
     assert one(found, "hd95_mm", "a").better == "old"  # the same numbers, but less is better
-    assert one(found, "surface_dice", "a").better == "new"
-    assert one(found, "volume_error_ml", "a").p == 1.0 and one(found, "volume_error_ml", "a").better is None
+    assert one(found, "volume_error_ml", "a").p == 1.0 and pd.isna(one(found, "volume_error_ml", "a").better)
 
 
 def test_volume_errors_are_compared_without_their_sign() -> None:
-    low, high = [[9.0 - i / 10] for i in range(8)], [[11.5 + i / 5] for i in range(8)]
-    rows = [row("low", column([0.5] * 8), volumes=low), row("high", column([0.5] * 8), volumes=high)]
-    found = one(comparisons(rows, resamples=FEW), "volume_error_ml", "a")
-    assert found.a == "high" and found.difference.estimate > 0 and found.better == "low"
+    dice = column([0.5] * 8)
+    errors = {"low": column([-1 - i / 10 for i in range(8)]), "high": column([1.5 + i / 5 for i in range(8)])}
+    found = one(
+        compare(scores({"low": dice, "high": dice}, volume_errors=errors), [("high", "low")], FEW), "volume_error_ml"
+    )
+    assert found.difference > 0 and found.better == "low"
 
 
 def test_holm_over_the_classes_only() -> None:
@@ -229,9 +218,8 @@ def test_holm_over_the_classes_only() -> None:
     base = np.full((8, 3), 0.5)
     step = np.arange(1, 9)[:, None] / 100 * np.ones((1, 3))
     step[:2, 0] = step[:1, 1] = 0.0
-    found = comparisons([row("old", base.tolist()), row("new", (base + step).tolist())], resamples=FEW)
-    p = [one(found, "dice", name).p for name in "abc"]
-    assert p == pytest.approx([2 / 64, 2 / 128, 2 / 256])
+    found = compare(scores({"old": base.tolist(), "new": (base + step).tolist()}), [("new", "old")], FEW)
+    assert [one(found, "dice", name).p for name in "abc"] == pytest.approx([2 / 64, 2 / 128, 2 / 256])
     assert [one(found, "dice", name).p_holm for name in "abc"] == pytest.approx([2 / 64, 4 / 128, 6 / 256])
     mean = one(found, "dice")
     assert mean.p == mean.p_holm == pytest.approx(2 / 256)
@@ -239,147 +227,38 @@ def test_holm_over_the_classes_only() -> None:
 
 def test_undefined_in_one_of_two() -> None:
     nan = math.nan
-    a = row("a", [[0.5, 0.5]] * 4, hd95=[[1, 5], [2, nan], [nan, nan], [4, 6]])
-    b = row("b", [[0.5, 0.5]] * 4, hd95=[[3, 1], [2, 9], [5, nan], [nan, 7]])
-    found = comparisons([a, b], pairs=[("a", "b")], resamples=FEW)
-    first, second, mean = (one(found, "hd95_mm", name) for name in ("a", "b", None))
-    assert (first.number, first.only_a, first.only_b) == (2, 1, 1)
-    assert (second.number, second.only_a, second.only_b) == (2, 0, 1)
+    same = [[0.5, 0.5]] * 4
+    hd95 = {"a": [[1, 5], [2, nan], [nan, nan], [4, 6]], "b": [[3, 1], [2, 9], [5, nan], [nan, 7]]}
+    found = compare(scores({"a": same, "b": same}, hd95=hd95), [("a", "b")], FEW)
+    first, second, mean = (one(found, "hd95_mm", name) for name in ("a", "b", MEAN))
+    assert (first.cases, first.only_a, first.only_b) == (2, 1, 1)
+    assert (second.cases, second.only_a, second.only_b) == (2, 0, 1)
     # Case 0: (-2 + 4) / 2; case 1: class a only, 0; case 2: nothing; case 3: class b only, -1.
-    assert (mean.number, mean.only_a, mean.only_b) == (3, 1, 2)
-    assert mean.difference.estimate == pytest.approx(0.0) and mean.median_difference == pytest.approx(0.0)
-    assert first.difference.estimate == pytest.approx(-1.0)
+    assert (mean.cases, mean.only_a, mean.only_b) == (3, 1, 2)
+    assert mean.difference == pytest.approx(0.0) and mean.median_difference == pytest.approx(0.0)
+    assert first.difference == pytest.approx(-1.0)
 
 
 def test_patients_are_tested_by_their_means() -> None:
     names = [f"patient{i:03d}_{frame}" for i in range(15) for frame in ("ED", "ES")]
     base = np.linspace(0.5, 0.6, 30)
     shift = np.repeat(DARWIN, 2) / 1000 + np.tile([0.1, -0.1], 15)
-    rows = [row("old", column(base), cases=names), row("new", column(base + shift), cases=names)]
-    dice = one(comparisons(rows, resamples=FEW), "dice", "a")
-    assert dice.number == 30 and dice.p == pytest.approx(0.041259765625) and dice.effect == pytest.approx(0.6)
-    alone = comparisons(rows, patients={name: name for name in names}, resamples=FEW)
+    table = scores({"old": column(base), "new": column(base + shift)}, cases=names)
+    dice = one(compare(table, [("new", "old")], FEW), "dice", "a")
+    assert dice.cases == 30 and dice.p == pytest.approx(0.041259765625) and dice.effect == pytest.approx(0.6)
+    alone = compare(table.assign(patient=table["case"]), [("new", "old")], FEW)
     assert one(alone, "dice", "a").p != pytest.approx(dice.p)
-    assert "15 patients with 30 cases" in policies(rows, has_ignore_label=False)["patients"]
-    with pytest.raises(BenchmarkError, match="patients lacks the cases patient000_ED"):
-        comparisons(rows, patients={name: name for name in names[1:]})
+    assert "15 patients with 30 cases" in policies(patient_of(names, None), given=False)["patients"]
+    given = {name: name for name in names}
+    assert patient_of(names, given) == given
+    with pytest.raises(DataError, match="patient000_ED"):
+        patient_of(names, {name: name for name in names[1:]})
 
 
-def test_pairs() -> None:
-    dice = [[0.5], [0.6]]
-    rows = [
-        row("x", dice),
-        row("y", dice),
-        row("z", dice),
-        row("x + z", dice, "ensemble", ["x", "z"]),
-        row("x, post-processed", dice, "postprocessed", ["x"]),
-    ]
+def test_default_pairs() -> None:
+    def row(name: str, kind: Kind, *members: str) -> Row:
+        return Row(name, kind, tuple(Method(m, "nnUNetPlans", "3d_fullres") for m in members), Path())
+
+    rows = [row(name, "method", name) for name in "xyz"]
+    rows += [row("x + z", "ensemble", "x", "z"), row("x, post-processed", "postprocessed", "x")]
     assert default_pairs(rows) == [("y", "x"), ("z", "x"), ("z", "y"), ("x + z", "x"), ("x + z", "z")]
-    own = comparisons(rows, pairs=[("x, post-processed", "x")], resamples=FEW)
-    assert {(c.a, c.b) for c in own} == {("x, post-processed", "x")}
-    with pytest.raises(BenchmarkError, match="only one is post-processed"):
-        comparisons(rows, pairs=[("x, post-processed", "y")])
-    with pytest.raises(BenchmarkError, match="'w', which is no row; rows are x, y"):
-        comparisons(rows, pairs=[("x", "w")])
-    with pytest.raises(BenchmarkError, match="'x' against itself"):
-        comparisons(rows, pairs=[("x", "x")])
-
-
-def test_rows_that_cannot_be_compared() -> None:
-    rows = [row("x", [[0.5], [0.6]])]
-    with pytest.raises(BenchmarkError, match="only the first has case_001, only the second case_002"):
-        aggregates([*rows, row("y", [[0.5], [0.6]], cases=["case_000", "case_002"])])
-    with pytest.raises(BenchmarkError, match="different classes: a and a, b"):
-        aggregates([*rows, row("y", [[0.5, 0.5], [0.6, 0.6]])])
-    with pytest.raises(BenchmarkError, match="share a name"):
-        aggregates([*rows, *rows])
-    with pytest.raises(BenchmarkError, match="no rows"):
-        aggregates([])
-    other = row("y", [[0.5], [0.6]])
-    other = dataclasses.replace(other, scores=dataclasses.replace(other.scores, tolerance_mm=2.0))
-    with pytest.raises(BenchmarkError, match="different tolerances: 1 and 2 mm"):
-        comparisons([*rows, other])
-
-
-def test_policies_say_it_in_words() -> None:
-    texts = policies([row("x", [[0.5], [0.6]])], has_ignore_label=True)
-    assert {"dice", "hd95_mm", "surface_dice", "volume_error_ml", "ignore", "tests", "intervals"} <= texts.keys()
-    assert "9999 resamples, seed 12345" in texts["intervals"]
-    assert "2 cases counts as a patient of its own" in texts["patients"]
-
-
-# ---- nnU-Net's own numbers -------------------------------------------------------------------------------------------
-
-
-def nnunet_folder(tmp_path: Path, regions: bool) -> tuple[dict[str, object], list[str]]:
-    """Folders ``truth`` and ``prediction``, the latter with nnU-Net's summary.json; class 3 is nowhere."""
-    description: dict[str, object] = {
-        "labels": {"background": 0, "c": 3, "a": 1, "b": 2},
-        "file_ending": ".nii.gz",
-        "channel_names": {"0": "MRI"},
-    }
-    if regions:
-        description["labels"] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3}
-        description["regions_class_order"] = [1, 2, 3]
-    rng = np.random.default_rng(0)
-    cases = [f"case{i}" for i in range(3)]
-    results = []
-    classes = Classes.from_dataset_json(description).foreground.values()
-    values = [v if regions and len(v) > 1 else v[0] for v in classes]
-    for case in cases:
-        labels = np.kron(rng.integers(0, 3, (3, 5, 5)), np.ones((2, 3, 3), dtype=int))
-        for folder, array in (("truth", labels), ("prediction", np.where(rng.random(labels.shape) < 0.8, labels, 0))):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.uint8)), str(tmp_path / folder / f"{case}.nii.gz"))
-        files = [str(tmp_path / folder / f"{case}.nii.gz") for folder in ("truth", "prediction")]
-        results.append(compute_metrics(*files, SimpleITKIO(), values))
-    means = {v: {"Dice": float(np.nanmean([r["metrics"][v]["Dice"] for r in results]))} for v in values}
-    summary = {
-        "metric_per_case": results,
-        "mean": means,
-        "foreground_mean": {"Dice": float(np.mean([m["Dice"] for m in means.values()]))},
-    }
-    for result in results:
-        result["metrics"] = {v: {"Dice": float(m["Dice"])} for v, m in result["metrics"].items()}
-    save_summary_json(summary, str(tmp_path / "prediction" / "summary.json"))
-    return description, cases
-
-
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")
-@pytest.mark.parametrize("regions", [False, True])
-def test_dice_is_checked_against_nnunets_summary(tmp_path: Path, regions: bool) -> None:
-    description, cases = nnunet_folder(tmp_path, regions)
-    scores = score_folder(tmp_path / "prediction", tmp_path / "truth", description, cases)
-    assert math.isnan(scores.mean_dice)  # class 3 is nowhere: it must not break anything
-    summary = tmp_path / "prediction" / "summary.json"
-    check_against_nnunet(scores, summary, description)
-
-    content = json.loads(summary.read_text())
-    key = next(iter(sorted(content["mean"])))
-    name = "whole" if regions else "a"
-    content["mean"][key]["Dice"] += 2e-6
-    summary.write_text(json.dumps(content))
-    with pytest.raises(BenchmarkError, match=f"Dice differs from nnU-Net's .*mean of {name}: 0"):
-        check_against_nnunet(scores, summary, description)
-    content["mean"][key]["Dice"] -= 2e-6
-    content["foreground_mean"]["Dice"] = 0.5
-    content["metric_per_case"][1]["metrics"][key]["Dice"] = math.nan
-    summary.write_text(json.dumps(content))
-    with pytest.raises(
-        BenchmarkError, match=rf"case1, {name}: .*nan there; foreground mean: nan here, 0\.500000 there"
-    ):
-        check_against_nnunet(scores, summary, description)
-
-
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")
-def test_a_summary_of_other_cases_or_none(tmp_path: Path) -> None:
-    description, cases = nnunet_folder(tmp_path, False)
-    summary = tmp_path / "prediction" / "summary.json"
-    scores = score_folder(tmp_path / "prediction", tmp_path / "truth", description, cases[:2])
-    with pytest.raises(BenchmarkError, match="it lacks none and has case2 beside those"):
-        check_against_nnunet(scores, summary, description)
-    with pytest.raises(BenchmarkError, match=r"nowhere\.json is not there"):
-        check_against_nnunet(scores, tmp_path / "nowhere.json", description)
-    summary.write_text('{"mean": {')
-    with pytest.raises(BenchmarkError, match="not nnU-Net's summary"):
-        check_against_nnunet(scores, summary, description)

@@ -10,7 +10,7 @@ import pytest
 from challenge_replicas import AMOS_LABELS, build_amos, files, nnunet_folders, same_volume, write_label
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.datasets import convert
 
 
 @pytest.fixture
@@ -91,12 +91,12 @@ def _edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         ("imagesTs/amos_0002.nii.gz", lambda p: p.write_bytes(p.read_bytes()[:99]), "imagesTs/amos_0002.nii.gz is dam"),
         ("labelsTr/amos_0004.nii.gz", lambda p: write_label(p, 4, 18), "has the labels 16, 17, 18, expected 0 to 15"),
         ("dataset.json", lambda p: p.write_text("{"), "dataset.json cannot be read"),
-        ("dataset.json", lambda p: p.write_text("[]"), "lacks labels, training, validation, test"),
-        ("dataset.json", _edit(lambda d: d.pop("validation")), "lacks validation"),
-        ("dataset.json", _edit(lambda d: d["labels"].pop("0")), '"labels" must be'),
+        ("dataset.json", lambda p: p.write_text("[]"), "labels is missing"),
+        ("dataset.json", _edit(lambda d: d.pop("validation")), "validation is missing"),
+        ("dataset.json", _edit(lambda d: d["labels"].pop("0")), "labels must be"),
         ("dataset.json", _edit(lambda d: d["labels"].update({"3": "spleen"})), "with different names"),
         ("dataset.json", _edit(lambda d: d["test"].append("./imagesTs/amos_0600.nii.gz")), "an entry of 'test'"),
-        ("dataset.json", _edit(lambda d: d["test"].append({"image": "./imagesTs/x.nii.gz"})), "an entry of 'test'"),
+        ("dataset.json", _edit(lambda d: d["test"].append({"image": "./imagesTs/x.nii.gz"})), "'x' of 'test'"),
         ("dataset.json", _edit(lambda d: d.update(training=d["training"][3:])), "no training image for --modality ct"),
     ],
 )

@@ -23,7 +23,7 @@ from masksam_nnunet.inference.explain import figures
 from masksam_nnunet.inference.explain.case import find_case, seen_in_training
 from masksam_nnunet.inference.explain.figures import SliceImages, draw_overview, draw_queries, picture_edges
 from masksam_nnunet.inference.explain.inside import SliceQueries, nearest_window, owners, patch_around, read_prompts
-from masksam_nnunet.inference.explain.measures import SHOWN, choose_slices, measure_uncertainty, query_table
+from masksam_nnunet.inference.explain.measures import SHOWN, measure_uncertainty, query_table, spread_slices
 from masksam_nnunet.inference.explain.output import RECORD, affine_of, fresh_folder, write_tables, write_volume
 from masksam_nnunet.inference.explain.run import read_slices
 from masksam_nnunet.inference.label_maps import Classes
@@ -40,10 +40,10 @@ def test_chosen_slices_are_the_richest_and_spread() -> None:
     foreground = np.array([0, 0, 5, 6, 9, 5, 9, 6, 5, 5, 0, 0])
     entropy = np.zeros(12)
     entropy[[2, 9]] = 1.0
-    assert choose_slices(foreground, entropy, 4) == [2, 4, 6, 9]
-    assert choose_slices(np.zeros(5, int), np.array([0, 0, 3.0, 0, 0]), 1) == [2]
-    assert choose_slices(np.zeros(3, int), np.zeros(3), 9) == [0, 1, 2]
-    assert choose_slices(np.array([0, 7, 0]), np.zeros(3), 4) == [1]
+    assert spread_slices(foreground, entropy, 4) == [2, 4, 6, 9]
+    assert spread_slices(np.zeros(5, int), np.array([0, 0, 3.0, 0, 0]), 1) == [2]
+    assert spread_slices(np.zeros(3, int), np.zeros(3), 9) == [0, 1, 2]
+    assert spread_slices(np.array([0, 7, 0]), np.zeros(3), 4) == [1]
 
 
 def test_words_of_the_slices_option() -> None:
@@ -153,14 +153,9 @@ def test_the_page_says_whether_the_network_has_seen_the_case(raw: Path, monkeypa
     splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     (raw / "splits_final.json").write_text(json.dumps(splits))
     monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent))
-    for case, folds, said in (
-        ("b", ["0"], "validation case of fold 0"),
-        ("a", ["0"], "training set of fold 0; "),
-        ("a", ["0", "1"], "training set of fold 0, not of fold 1"),
-        ("a", ["all"], "training set of fold all"),
-        ("test case", ["0"], "not seen"),
-    ):
-        assert said in str(seen_in_training(raw.name, case, folds))
+    assert seen_in_training(raw.name, "b", ["0"]) == "outside the training set of fold 0"
+    said = "in the training set of fold 0 and outside the training set of fold 1 and in the training set of fold all"
+    assert seen_in_training(raw.name, "a", ["0", "1", "all"]) == said
 
 
 # ---- overlays --------------------------------------------------------------------------------------------------------
@@ -314,10 +309,10 @@ def test_boxes_and_masks_come_to_the_pixels_of_the_window() -> None:
     masks[..., 1:3, 2:4] = 10.0  # of 8 x 8 for a padded plane of 32 x 32 pixels
     boxes = torch.tensor([0.25, 0.125, 0.5, 0.375]).reshape(1, 1, 1, 4)
     parts = MaskSAMOutput(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 20, 24), masks, boxes)
-    prompts = read_prompts(parts, (32, 32), (20, 24))
-    assert prompts.boxes[0, 0].tolist() == [8.0, 4.0, 16.0, 12.0] and prompts.probabilities[0, 0].tolist() == [0.25] * 4
-    rows, columns = np.nonzero(prompts.masks[0, 0] > 0.5)
-    assert prompts.masks.shape == (1, 1, 20, 24)
+    probabilities, found, drafts = read_prompts(parts, (32, 32), (20, 24))
+    assert found[0, 0].tolist() == [8.0, 4.0, 16.0, 12.0] and probabilities[0, 0].tolist() == [0.25] * 4
+    rows, columns = np.nonzero(drafts[0, 0] > 0.5)
+    assert drafts.shape == (1, 1, 20, 24)
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 12, 8, 16)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from masksam_nnunet.config import LossConfig
 from masksam_nnunet.losses.masks import pairwise_sums
-from masksam_nnunet.losses.matching import Matches, generalised_iou, match, pairwise_cost
+from masksam_nnunet.losses.matching import Matches, match, pairwise_cost
 from masksam_nnunet.losses.targets import Targets, make_targets
+from masksam_nnunet.modeling.geometry import generalised_iou
 
 CLASSES = 3
 

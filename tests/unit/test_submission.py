@@ -28,7 +28,6 @@ from challenge_replicas import (
     nnunet_folders,
     volume,
 )
-from nnunet_workspace import SHARED
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from typer.testing import CliRunner, Result
@@ -39,7 +38,7 @@ from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.inference.submission.archive import package
 from masksam_nnunet.inference.submission.inspection import Inspection, inspect
 from masksam_nnunet.inference.submission.rules import CHALLENGES, load_rules
-from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.datasets import convert
 from masksam_nnunet.plans.datasets.synapse import ORGANS_8, ORGANS_13
 
 
@@ -83,15 +82,12 @@ def same_place(submitted: Path, image: Path) -> None:
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def acdc_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_acdc(tmp_path_factory.mktemp("acdc"), range(1, 6))
-
-
-def test_acdc(acdc_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = nnunet_folders(tmp_path, monkeypatch)
-    dataset = convert("acdc", acdc_source, 27, partial=True)
-    assert dataset.parent == raw
+def test_acdc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nnunet_folders(tmp_path, monkeypatch)
+    source = build_acdc(tmp_path, range(1, 6))
+    first, second = acdc_frames(101)
+    (source / "testing" / "patient101" / "Info.cfg").write_text(f"ED: {second}\nES: {first}\n")  # ED is not the first
+    dataset = convert("acdc", source, 27, partial=True)
     predictions, out = tmp_path / "predictions", tmp_path / "acdc.zip"
     predict(dataset / "imagesTs", predictions, {"background": 0, "RV": 1, "MLV": 2, "LVC": 3})
 
@@ -99,54 +95,28 @@ def test_acdc(acdc_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(out)
     assert "file_name = " in result.stderr and "third party" in result.stderr and "labels = " not in result.stderr
-
     members = unpack(out, tmp_path / "unpacked")
     assert [member.filename for member in members] == sorted(
         f"patient{n}_{phase}.nii.gz" for n in range(101, 151) for phase in ("ED", "ES")
     )
-    assert {member.date_time for member in members} == {(1980, 1, 1, 0, 0, 0)}
-    for number in (101, 117, 150):
-        for phase, frame in zip(("ED", "ES"), acdc_frames(number), strict=True):
+    for number, frames in ((101, (second, first)), (117, acdc_frames(117)), (150, acdc_frames(150))):
+        for phase, frame in zip(("ED", "ES"), frames, strict=True):
             case = f"patient{number}_frame{frame:02d}"
             submitted = tmp_path / "unpacked" / f"patient{number}_{phase}.nii.gz"
             assert np.array_equal(volume(submitted)[0], volume(predictions / f"{case}.nii.gz")[0])
-            same_place(submitted, acdc_source / "testing" / f"patient{number}" / f"{case}.nii.gz")
+            same_place(submitted, source / "testing" / f"patient{number}" / f"{case}.nii.gz")
 
     # The same from the download itself, whose Info.cfg names the frames, to the last byte.
     again = tmp_path / "again.zip"
-    assert submit("acdc", predictions, "--out", again, "--images", acdc_source / "testing").exit_code == 0
+    assert submit("acdc", predictions, "--out", again, "--images", source / "testing").exit_code == 0
     assert again.read_bytes() == out.read_bytes()
-
-
-def test_frames_are_named_by_info_cfg_never_by_their_order(tmp_path: Path) -> None:
-    source = build_acdc(tmp_path, (1,), (101, 102))
-    folder = source / "testing" / "patient101"
-    info = folder / "Info.cfg"
-    info.write_text(
-        info.read_text().replace("ED: 1\n", "ED: 99\n").replace("ES: ", "ED: 1\nES: ").replace("ED: 99", "")
-    )
-    first, second = acdc_frames(101)
-    info.write_text(f"ED: {second}\nES: {first}\n")  # end-diastole is the later frame
-    images = tmp_path / "images"
-    images.mkdir()
-    for path in source.glob("testing/*/patient*_frame??.nii.gz"):
-        shutil.copy(path, images / path.name.replace(".nii", "_0000.nii"))
-    predict(images, tmp_path / "p", {"background": 0, "RV": 1, "MLV": 2, "LVC": 3})
-    rules = tmp_path / "rules.json"
-    rules.write_text(json.dumps({"expected": None, "counts": None}))
-    found = inspect("acdc", tmp_path / "p", images=source / "testing", override=rules)
-    assert not found.defects
-    by_name = {entry.name: entry.prediction.name for entry in found.files}
-    assert by_name["patient101_ED.nii.gz"] == f"patient101_frame{second:02d}.nii.gz"
-    assert by_name["patient101_ES.nii.gz"] == f"patient101_frame{first:02d}.nii.gz"
-    assert by_name["patient102_ED.nii.gz"] == f"patient102_frame{acdc_frames(102)[0]:02d}.nii.gz"
+    (dataset / "frames.json").unlink()
     with pytest.raises(DataError, match=r"Info\.cfg"):
-        inspect("acdc", tmp_path / "p", images=images, override=rules)
+        inspect("acdc", predictions, images=dataset / "imagesTs")
 
 
-@pytest.mark.parametrize("count", [100, 120])
-def test_amos(tmp_path: Path, count: int) -> None:
-    numbers = [*range(8, 108), *range(510, 530)][:count]
+def test_amos(tmp_path: Path) -> None:
+    numbers = [*range(8, 108), *range(510, 530)]
     source = build_amos(tmp_path, (1, 2), numbers, (3,))
     images = tmp_path / "images"
     images.mkdir()
@@ -157,24 +127,17 @@ def test_amos(tmp_path: Path, count: int) -> None:
     labels = {"background": 0} | {name: 16 - value for value, name in enumerate(names) if value}
     predictions, out = tmp_path / "predictions", tmp_path / "amos.zip"
     predict(images, predictions, labels, NibabelIOWithReorient())
-
     result = submit("amos", predictions, "--out", out, "--images", source / "imagesVa")
     assert result.exit_code == 0, result.output
-    assert [member.filename for member in unpack(out, tmp_path / "u")] == [
-        f"results/amos_{n:04d}.nii.gz" for n in numbers
-    ]
-    for number in numbers[:5]:
-        submitted, predicted = (
-            volume(folder / f"amos_{number:04d}.nii.gz")[0] for folder in (tmp_path / "u" / "results", predictions)
-        )
+    members = [member.filename for member in unpack(out, tmp_path / "u")]
+    assert members == [f"results/amos_{n:04d}.nii.gz" for n in numbers]
+    for name in members[:5]:
+        submitted, predicted = volume(tmp_path / "u" / name)[0], volume(predictions / Path(name).name)[0]
         assert np.array_equal(submitted, np.where(predicted == 0, 0, 16 - predicted.astype(int)))
-        same_place(
-            tmp_path / "u" / "results" / f"amos_{number:04d}.nii.gz", source / "imagesVa" / f"amos_{number:04d}.nii.gz"
-        )
-
-    (predictions / f"amos_{numbers[0]:04d}.nii.gz").unlink()
-    defects = inspect("amos", predictions, images=source / "imagesVa").defects
-    assert len(defects) == 2 and defects[0].startswith(f"amos_{numbers[0]:04d}.nii.gz") and "100 or 120" in defects[1]
+        same_place(tmp_path / "u" / name, source / "imagesVa" / Path(name).name)
+    (predictions / "amos_0008.nii.gz").unlink()
+    missing, count = inspect("amos", predictions, images=source / "imagesVa").defects
+    assert missing.startswith("amos_0008.nii.gz") and "100 or 120" in count
 
 
 @pytest.mark.parametrize("organs", [13, 8])
@@ -203,34 +166,12 @@ def test_synapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, organs: int) -
         same_place(tmp_path / "u" / f"label{number:04d}.nii.gz", source / "Test" / "img" / f"img{number:04d}.nii.gz")
 
 
-def test_transunets_test_cases_are_no_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_that_a_challenge_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nnunet_folders(tmp_path, monkeypatch)
-    dataset = convert("synapse", build_synapse(tmp_path), 17)
+    dataset = convert("synapse", build_synapse(tmp_path), 17)  # TransUNet's split
     predict(dataset / "imagesTs", tmp_path / "p", json.loads((dataset / "dataset.json").read_text())["labels"])
-    found = inspect("synapse", tmp_path / "p", dataset="17")
-    named = [defect.split(":")[0] for defect in found.defects]
+    named = [defect.split(":")[0] for defect in inspect("synapse", tmp_path / "p", dataset="17").defects]
     assert len(named) == 12 + 20 + 1 and "img0001.nii.gz" in named and "label0061.nii.gz" in named
-    assert "TransUNet" in found.notes[0]
-
-
-def test_msd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nnunet_folders(tmp_path, monkeypatch)
-    source = build_msd(tmp_path)
-    dataset = convert("msd", source, 4, processes=1)
-    predictions, out = tmp_path / "predictions", tmp_path / "msd.zip"
-    predict(dataset / "imagesTs", predictions, {"background": 0, "posterior": 1, "anterior": 2})
-    result = submit("msd", predictions, "--out", out, "-d", 4)
-    assert result.exit_code == 0, result.output
-    assert "9 of 10" in result.stderr
-    names = [f"Task04_Hippocampus/hippocampus_00{n}.nii.gz" for n in (2, 5)]
-    assert [member.filename for member in unpack(out, tmp_path / "u")] == names
-    for name in names:
-        submitted, predicted = volume(tmp_path / "u" / name)[0], volume(predictions / Path(name).name)[0]
-        assert np.array_equal(submitted == 1, predicted == 2) and np.array_equal(submitted == 2, predicted == 1)
-        same_place(tmp_path / "u" / name, source / "imagesTs" / Path(name).name)
-    assert submit("msd", predictions, "--check", "-d", 4, "--task", "Task09_Spleen").exit_code == 1
-    with pytest.raises(UsageError, match=r"--task Spleen.*Task01_BrainTumour, Task02"):
-        inspect("msd", predictions, task="Spleen")
 
 
 def msd_task(root: Path, name: str, cases: list[str], labels: Mapping[str, int], channels: int = 1) -> Path:
@@ -251,20 +192,17 @@ def msd_task(root: Path, name: str, cases: list[str], labels: Mapping[str, int],
 def test_several_tasks_of_msd_in_one_archive(tmp_path: Path) -> None:
     brain = {"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}
     msd_task(tmp_path, "Task01_BrainTumour", ["BRATS_485", "BRATS_486"], brain, channels=4)
-    predictions = msd_task(
-        tmp_path, "Task03_Liver", ["liver_140", "liver_141", "liver_9"], {"background": 0, "liver": 1, "cancer": 2}
-    )
+    swapped = {"background": 0, "Cancer": 1, "liver": 2}
+    predictions = msd_task(tmp_path, "Task03_Liver", ["liver_140", "liver_141", "liver_9"], swapped)
     out = tmp_path / "msd.zip"
     result = submit("msd", predictions, "--out", out, "--images", tmp_path / "download")
     assert result.exit_code == 0, result.output
     assert "liver_141" in result.stderr
     members = [member.filename for member in unpack(out, tmp_path / "u")]
-    assert members == [
-        "Task01_BrainTumour/BRATS_485.nii.gz",
-        "Task01_BrainTumour/BRATS_486.nii.gz",
-        "Task03_Liver/liver_140.nii.gz",
-        "Task03_Liver/liver_9.nii.gz",
-    ]
+    named = [("Task01_BrainTumour", ("BRATS_485", "BRATS_486")), ("Task03_Liver", ("liver_140", "liver_9"))]
+    assert members == [f"{task}/{case}.nii.gz" for task, cases in named for case in cases]
+    submitted, predicted = volume(tmp_path / "u" / members[2])[0], volume(predictions / members[2])[0]
+    assert np.array_equal(submitted == 1, predicted == 2) and np.array_equal(submitted == 2, predicted == 1)
     for name in members:
         task, file = name.split("/")
         same_place(tmp_path / "u" / name, tmp_path / "download" / task / "imagesTs" / file)
@@ -276,6 +214,9 @@ def test_several_tasks_of_msd_in_one_archive(tmp_path: Path) -> None:
     (predictions / "Task03_Liver" / "liver_140.nii.gz").unlink()
     found = inspect("msd", predictions, images=tmp_path / "download")
     assert [defect.split(":")[0] for defect in found.defects] == ["Task03_Liver/liver_140.nii.gz"]
+    assert inspect("msd", predictions / "Task03_Liver", task="Task09_Spleen").defects
+    with pytest.raises(UsageError, match="--task Spleen"):
+        inspect("msd", predictions, task="Spleen")
     (predictions / "notes.txt").touch()
     with pytest.raises(UsageError, match=r"notes\.txt"):
         inspect("msd", predictions)
@@ -289,14 +230,25 @@ SPLEEN = {"background": 0, "spleen": 1}
 @pytest.fixture
 def spleens(tmp_path: Path) -> Path:
     """A decathlon's task: sound predictions of six images, which lie beside them."""
-    return (
-        msd_task(tmp_path, "Task09_Spleen", [f"spleen_{n}" for n in (1, 4, 11, 15, 23, 30)], SPLEEN) / "Task09_Spleen"
-    )
+    cases = [f"spleen_{n}" for n in (1, 4, 11, 15, 23, 30)]
+    return msd_task(tmp_path, "Task09_Spleen", cases, SPLEEN) / "Task09_Spleen"
+
+
+def images_of(predictions: Path) -> Path:
+    return predictions.parents[1] / "download" / "Task09_Spleen"
 
 
 def checked(predictions: Path, **options: Any) -> Inspection:
-    images = predictions.parents[1] / "download" / "Task09_Spleen"
-    return inspect("msd", predictions, **({"images": images} | options))
+    return inspect("msd", predictions, **({"images": images_of(predictions)} | options))
+
+
+def submitted(predictions: Path, folder: Path) -> Path:
+    """Package sound predictions, and unpack the archive's folder."""
+    found = checked(predictions)
+    assert found.defects == ()
+    package(found, folder / "out.zip")
+    unpack(folder / "out.zip", folder / "u")
+    return folder / "u" / "Task09_Spleen"
 
 
 def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
@@ -326,12 +278,6 @@ def moved(path: Path) -> None:
     rewrite(path, lambda values: values, affine)
 
 
-def flipped(path: Path) -> None:
-    affine = nibabel.load(path).affine.copy()
-    affine[:3, 1] *= -1
-    rewrite(path, lambda values: values, affine)
-
-
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to spleen_11, what the defect holds
     "missing case": (lambda p: p.unlink(), "spleen_11.nii.gz: "),
     "stray file": (lambda p: (p.parent / "notes.txt").touch(), "notes.txt: "),
@@ -346,15 +292,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
     "NaN": (with_value(np.nan), "spleen_11.nii.gz: .* 1 voxels .*nan"),
     "complex numbers": (with_value(1, np.complex64), "spleen_11.nii.gz: .*complex64"),
     "other shape": (lambda p: rewrite(p, lambda v: v[:, :-1]), r"spleen_11.nii.gz: shape \(5, 5, 7\).*\(5, 6, 7\)"),
-    "other dimensions": (
-        lambda p: rewrite(p, lambda v: v[..., None].repeat(2, axis=3)), r"spleen_11.nii.gz: .*\(5, 6, 7, 2\)"
-    ),
     "other origin": (moved, r"spleen_11.nii.gz: origin \(5, 0, 0\).*\(0, 0, 0\)"),
     "other spacing": (
         lambda p: rewrite(p, lambda v: v, np.diag([9.0, 1.5, 2, 1])),
         r"spleen_11.nii.gz: spacing \(9, 1.5, 2\).*\(3, 1.5, 2\)",
     ),
-    "other direction": (flipped, "spleen_11.nii.gz: direction"),
+    "other direction": (
+        lambda p: rewrite(p, lambda v: v, np.diag([3, -1.5, 2, 1])), "spleen_11.nii.gz: direction"
+    ),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-20]), "spleen_11.nii.gz: cannot be read"),
     "half a NIfTI file in a whole gzip file": (
         lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-50])),
@@ -382,7 +327,7 @@ def test_a_defect_is_named_and_nothing_written(spleens: Path, tmp_path: Path, ki
     (defect,) = checked(spleens).defects
     assert re.match(named, defect), defect
     out, before = tmp_path / "out" / "spleen.zip", files(spleens)
-    result = submit("msd", spleens, "--images", spleens.parents[1] / "download" / "Task09_Spleen", "--out", out)
+    result = submit("msd", spleens, "--images", images_of(spleens), "--out", out)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert result.stdout == "" and defect in result.stderr
     assert not out.parent.exists() and files(spleens) == before
@@ -395,8 +340,7 @@ def test_all_defects_at_once(spleens: Path) -> None:
     (spleens / "spleen_23.nii.gz").unlink()
     (spleens / "README").touch()
     (spleens / "dataset.json").write_text('{"labels": {"background": 0, "spleen": 1, "liver": 2}}')
-    place = spleens.parents[1] / "download" / "Task09_Spleen"
-    result = submit("msd", spleens, "--check", "--images", place)
+    result = submit("msd", spleens, "--check", "--images", images_of(spleens))
     assert result.exit_code == 1
     lines = [line.strip() for line in result.stderr.splitlines()]
     start = next(index for index, line in enumerate(lines) if "6 defects" in line)
@@ -405,23 +349,16 @@ def test_all_defects_at_once(spleens: Path) -> None:
     ]  # fmt: skip
 
 
-def test_check_of_a_sound_folder(spleens: Path) -> None:
-    before = files(spleens.parents[1])
-    result = submit("msd", spleens, "--check", "--images", spleens.parents[1] / "download" / "Task09_Spleen")
-    assert result.exit_code == 0
-    assert result.stdout == "Medical Segmentation Decathlon, live challenge: 6 files, no defects\n"
-    assert files(spleens.parents[1]) == before
-
-
-def test_what_is_passed_over(spleens: Path) -> None:
+def test_a_sound_folder_and_what_is_passed_over(spleens: Path) -> None:
     np.savez(spleens / "spleen_11.npz", probabilities=np.zeros(3))
     (spleens / "spleen_11.pkl").touch()
     (spleens / "summary.json").touch()
     macos_file(spleens / "spleen_11.nii.gz")
     (spleens / ".DS_Store").touch()
-    found = checked(spleens)
-    assert found.defects == () and len(found.files) == 6
-    assert any("2 files of probabilities" in note for note in found.notes)
+    before = files(spleens.parents[1])
+    result = submit("msd", spleens, "--check", "--images", images_of(spleens))
+    assert result.exit_code == 0 and "6 files" in result.stdout and "2 files of probabilities" in result.stderr
+    assert files(spleens.parents[1]) == before
 
 
 def test_whole_numbers_of_other_types_are_cast(spleens: Path, tmp_path: Path) -> None:
@@ -433,20 +370,16 @@ def test_whole_numbers_of_other_types_are_cast(spleens: Path, tmp_path: Path) ->
     nibabel.save(scaled, spleens / "spleen_11.nii.gz")
     rewrite(spleens / "spleen_15.nii.gz", np.zeros_like)
     assert volume(spleens / "spleen_11.nii.gz")[0].dtype == np.float64
-    found = checked(spleens)
-    assert found.defects == ()
-    assert "background only: spleen_15.nii.gz" in found.notes
-    package(found, tmp_path / "out.zip")
-    unpack(tmp_path / "out.zip", tmp_path / "u")
+    assert any("spleen_15.nii.gz" in note for note in checked(spleens).notes)  # background only
     for case in ("spleen_1", "spleen_4", "spleen_11"):
-        submitted = volume(tmp_path / "u" / "Task09_Spleen" / f"{case}.nii.gz")[0]
-        assert submitted.dtype == np.uint8
-        assert np.array_equal(submitted, np.rint(volume(spleens / f"{case}.nii.gz")[0]))
+        voxels = volume(submitted(spleens, tmp_path) / f"{case}.nii.gz")[0]
+        assert voxels.dtype == np.uint8
+        assert np.array_equal(voxels, np.rint(volume(spleens / f"{case}.nii.gz")[0]))
 
 
 def test_either_placement_of_a_header_will_do(spleens: Path, tmp_path: Path) -> None:
     """An image with two placements: nnU-Net's prediction repeats the one that its reader took."""
-    path = spleens.parents[1] / "download" / "Task09_Spleen" / "imagesTs" / "spleen_11.nii.gz"
+    path = images_of(spleens) / "imagesTs" / "spleen_11.nii.gz"
     image = nibabel.load(path)
     image.set_qform(image.affine, 1)
     other = image.affine.copy()
@@ -460,22 +393,16 @@ def test_either_placement_of_a_header_will_do(spleens: Path, tmp_path: Path) -> 
         shutil.rmtree(tmp_path / "p", ignore_errors=True)
         predict(nnunet, tmp_path / "p", SPLEEN, io)
         shutil.copy(tmp_path / "p" / "spleen_11.nii.gz", spleens / "spleen_11.nii.gz")
-        found = checked(spleens)
-        assert found.defects == ()
-        package(found, tmp_path / "out.zip")
-        unpack(tmp_path / "out.zip", tmp_path / "u")
-        same_place(tmp_path / "u" / "Task09_Spleen" / "spleen_11.nii.gz", path)
+        same_place(submitted(spleens, tmp_path) / "spleen_11.nii.gz", path)
 
 
 def test_texts_of_the_images_headers_stay_here(spleens: Path, tmp_path: Path) -> None:
-    path = spleens.parents[1] / "download" / "Task09_Spleen" / "imagesTs" / "spleen_11.nii.gz"
+    path = images_of(spleens) / "imagesTs" / "spleen_11.nii.gz"
     image = nibabel.load(path)
     image.header["descrip"], image.header["db_name"] = b"Jane Doe", b"Jane Doe"
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Jane Doe"))
     nibabel.save(image, path)
-    package(checked(spleens), tmp_path / "out.zip")
-    unpack(tmp_path / "out.zip", tmp_path / "u")
-    content = gzip.decompress((tmp_path / "u" / "Task09_Spleen" / "spleen_11.nii.gz").read_bytes())
+    content = gzip.decompress((submitted(spleens, tmp_path) / "spleen_11.nii.gz").read_bytes())
     assert b"Jane" in gzip.decompress(path.read_bytes()) and b"Jane" not in content
 
 
@@ -517,9 +444,6 @@ def test_other_descriptions(spleens: Path, tmp_path: Path) -> None:
             checked(spleens)
     (tmp_path / "other.json").write_text(json.dumps({"labels": SPLEEN}))
     assert checked(spleens, dataset_json=tmp_path / "other.json").defects == ()
-    (spleens / "dataset.json").write_text("{")
-    with pytest.raises(DataError, match=r"dataset\.json"):
-        checked(spleens)
     (spleens / "dataset.json").unlink()
     with pytest.raises(DataError, match=r"dataset\.json.*--dataset-json"):
         checked(spleens)
@@ -545,25 +469,18 @@ def test_every_unconfirmed_rule_has_its_source(name: str) -> None:
 
 def test_own_rules(spleens: Path, tmp_path: Path) -> None:
     rules = tmp_path / "rules.json"
-    rules.write_text(
-        json.dumps(
-            {
-                "folder": "submission/{task}",
-                "file_name": "seg_{case}.nii.gz",
-                "dtype": "int16",
-                "tasks": {"Task09_Spleen": {"labels": {"background": 0, "spleen": 300}, "counts": [6]}},
-            }
-        )
-    )
-    out, place = tmp_path / "out.zip", spleens.parents[1] / "download" / "Task09_Spleen"
-    result = submit("msd", spleens, "--out", out, "--images", place, "--rules", rules)
+    tasks = {"Task09_Spleen": {"labels": {"background": 0, "spleen": 300}, "counts": [6]}}
+    own = {"folder": "submission/{task}", "file_name": "seg_{case}.nii.gz", "dtype": "int16", "tasks": tasks}
+    rules.write_text(json.dumps(own))
+    out = tmp_path / "out.zip"
+    result = submit("msd", spleens, "--out", out, "--images", images_of(spleens), "--rules", rules)
     assert result.exit_code == 0, result.output
     assert "all_tasks = " in result.stderr
-    assert not any(f"{own} = " in result.stderr for own in ("folder", "file_name", "dtype"))
+    assert not any(f" {rule} = " in result.stderr for rule in own)
     names = [member.filename for member in unpack(out, tmp_path / "u")]
     assert names[0] == "submission/Task09_Spleen/seg_spleen_1.nii.gz" and len(names) == 6
-    submitted = volume(tmp_path / "u" / names[0])[0]
-    assert submitted.dtype == np.int16 and set(np.unique(submitted)) == {0, 300}
+    voxels = volume(tmp_path / "u" / names[0])[0]
+    assert voxels.dtype == np.int16 and set(np.unique(voxels)) == {0, 300}
     (spleens / "spleen_30.nii.gz").unlink()
     assert any("exactly 6" in defect for defect in checked(spleens, override=rules).defects)
     assert load_rules("msd", rules).rules.of_task("Task03_Liver").labels["cancer"] == 2  # the others as they were
@@ -573,18 +490,14 @@ def test_own_rules(spleens: Path, tmp_path: Path) -> None:
     ("challenge", "content", "named"),
     [
         ("amos", "{", "JSON|double quotes"),
-        ("amos", "[]", r"\[\]"),
         ("amos", '{"folders": "x"}', "folders"),
         ("amos", '{"tasks": {}}', "tasks"),
         ("amos", '{"folder": "../x"}', r"folder '\.\./x'"),
-        ("amos", '{"folder": "/x"}', "folder '/x'"),
         ("amos", '{"folder": "{task}"}', "folder '{task}'"),
         ("amos", '{"file_name": "x.nii"}', r"file_name 'x\.nii'"),
-        ("amos", '{"file_name": "a/{number}.nii.gz"}', "file_name 'a/{number}"),
         ("amos", '{"file_name": "{id}.nii.gz"}', "file_name .*'id'"),
         ("amos", '{"file_name": "{.nii.gz"}', r"'{\.nii\.gz'"),
         ("amos", '{"case": "("}', r"case '\('"),
-        ("amos", '{"labels": {"spleen": 1}}', "labels .*'spleen': 1"),
         ("amos", '{"labels": {"background": 0, "a": 1, "b": 1}}', "labels .*'b': 1"),
         ("amos", '{"labels": {"background": 0, "a": 256}}', "256.*uint8"),
         ("amos", '{"counts": [0]}', "counts.0 0"),
@@ -593,7 +506,6 @@ def test_own_rules(spleens: Path, tmp_path: Path) -> None:
         ("amos", '{"folder": 1, "dtype": "float64"}', "folder 1.*dtype 'float64'"),
         ("msd", '{"tasks": {"Task09_Spleen": {"label": {}}}}', "Task09_Spleen.label"),
         ("msd", '{"tasks": {"Task11_New": {"case": "x"}}}', "Task11_New.labels"),
-        ("msd", '{"tasks": []}', "tasks"),
     ],
 )
 def test_rules_that_do_not_fit_are_named(tmp_path: Path, challenge: str, content: str, named: str) -> None:
@@ -613,23 +525,19 @@ def test_the_same_input_makes_the_same_archive(spleens: Path, tmp_path: Path) ->
     package(checked(spleens), tmp_path / "two.zip")
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "one.zip") as archive:
-        assert archive.testzip() is None
-        assert {(m.external_attr >> 16, m.create_system, m.compress_type) for m in archive.infolist()} == {
-            (0o644, 3, 8)
-        }
+        assert {(m.external_attr >> 16, m.create_system) for m in archive.infolist()} == {(0o644, 3)}
 
 
 def test_places_where_nothing_is_put(spleens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.zip"
     out.write_bytes(b"earlier")
-    place = spleens.parents[1] / "download" / "Task09_Spleen"
     for target in (out, tmp_path / "out.tar", spleens / "out.zip"):
-        result = submit("msd", spleens, "--out", target, "--images", place)
+        result = submit("msd", spleens, "--out", target, "--images", images_of(spleens))
         assert result.exit_code == 1 and f"--out {target}" in result.stderr
     (tmp_path / "folder.zip").mkdir()
     assert submit("msd", spleens, "--out", tmp_path / "folder.zip").exit_code == 1
     assert out.read_bytes() == b"earlier"
-    assert submit("msd", spleens, "--out", out, "--images", place, "--force").exit_code == 0
+    assert submit("msd", spleens, "--out", out, "--images", images_of(spleens), "--force").exit_code == 0
     assert zipfile.is_zipfile(out)
     for wrong in (["--check", "--out", out], []):
         assert submit("msd", spleens, *wrong).exit_code == 2
@@ -657,8 +565,7 @@ def test_a_full_disk_leaves_what_was_there(spleens: Path, tmp_path: Path, monkey
 
     writestr = zipfile.ZipFile.writestr
     monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
-    place = spleens.parents[1] / "download" / "Task09_Spleen"
-    result = submit("msd", spleens, "--out", out, "--images", place, "--force")
+    result = submit("msd", spleens, "--out", out, "--images", images_of(spleens), "--force")
     assert result.exit_code == 1 and written == 4
     assert f"--out {out}" in result.stderr and "No space left" in result.stderr
     assert [path.name for path in out.parent.iterdir()] == ["out.zip"] and out.read_bytes() == b"earlier"
@@ -683,35 +590,3 @@ def test_what_is_damaged_or_has_changed_is_not_kept(
     with pytest.raises(DataError, match=r"spleen_30\.nii\.gz"):
         package(found, out)
     assert not list(out.parent.iterdir())
-
-
-def test_real_label_maps(tmp_path: Path) -> None:
-    """True ACDC volumes posing as predictions; the ones at hand are training patients, which own rules allow."""
-    dataset = SHARED / "Dataset027_ACDC"
-    if not dataset.is_dir():
-        pytest.skip(f"no real volumes in {dataset}")
-    cases = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
-    raw, predictions = tmp_path / "Dataset027_ACDC", tmp_path / "predictions"
-    raw.mkdir()
-    predictions.mkdir()
-    for folder in ("imagesTr", "labelsTr"):
-        (raw / folder).symlink_to(dataset / folder)
-    frames = {case: "ED" if case.endswith("_frame01") else "ES" for case in cases}  # true of these patients
-    (raw / "frames.json").write_text(json.dumps(frames))
-    for case in cases:
-        (predictions / f"{case}.nii.gz").symlink_to(dataset / "labelsTr" / f"{case}.nii.gz")
-    (predictions / "dataset.json").symlink_to(dataset / "dataset.json")
-
-    refused = submit("acdc", predictions, "--check", "--images", raw / "imagesTr")
-    assert refused.exit_code == 1
-    assert "patient001_frame01.nii.gz: patient001_ED.nii.gz" in refused.stderr
-    rules, out = tmp_path / "rules.json", tmp_path / "acdc.zip"
-    rules.write_text('{"expected": null, "counts": [40]}')
-    result = submit("acdc", predictions, "--out", out, "--images", raw / "imagesTr", "--rules", rules)
-    assert result.exit_code == 0, result.output
-    members = unpack(out, tmp_path / "u")
-    assert len(members) == len(cases) == 40
-    for case in cases:
-        name = f"{case.split('_')[0]}_{frames[case]}.nii.gz"
-        assert np.array_equal(volume(tmp_path / "u" / name)[0], volume(dataset / "labelsTr" / f"{case}.nii.gz")[0])
-        same_place(tmp_path / "u" / name, dataset / "imagesTr" / f"{case}_0000.nii.gz")
