@@ -137,6 +137,6 @@ def write_label_map(predicted: Path, target: Path, geometry: Geometry) -> Mappin
 
 def _unreadable(file: Path, error: Exception) -> CaseError:
     return CaseError(
-        f"{file} cannot be read as the model's images are; it is truncated, damaged or of another format: copy it anew "
+        f"{file} cannot be read as the model's images are; it is damaged or of another format: copy it again "
         f"({in_short(error)})"
     )

@@ -77,7 +77,7 @@ def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], 
         ) from error
     except Exception as error:  # of any trainer, and of damaged files
         raise ModelFolderError(
-            f"{folder} cannot be loaded ({in_short(error)}): copy it anew, or export it again"
+            f"{folder} cannot be loaded ({in_short(error)}): copy it again, or export it again"
         ) from error
     configuration = predictor.configuration_manager
     if configuration.previous_stage_name is not None:
@@ -101,7 +101,7 @@ def channel_names(folder: Path) -> list[str]:
         return [str(channels[key]) for key in sorted(channels, key=int)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFolderError(
-            f"{file} does not name the model's channels ({in_short(error)}): copy it anew"
+            f"{file} does not name the model's channels ({in_short(error)}): copy it again"
         ) from error
 
 
