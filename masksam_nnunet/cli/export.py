@@ -18,7 +18,7 @@ from .common import SeveralValues, ext_trainer_or_fail, fail
 
 
 class Format(StrEnum):
-    """What an exported model is made of."""
+    """The formats of an exported model."""
 
     nnunet = "nnunet"
     safetensors = "safetensors"
@@ -57,7 +57,7 @@ def export(
         bool, typer.Option("--force", help="With --format safetensors: replace an earlier portable model.")
     ] = False,
 ) -> None:
-    """Export a trained model, for nnU-Net or without pickle; lean checkpoints are completed."""
+    """Export a trained model, for nnU-Net or without pickle. Lean checkpoints are completed."""
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     chosen = folds or ("0", "1", "2", "3", "4")
     try:
