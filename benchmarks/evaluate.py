@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from masksam_nnunet.errors import DataError, MaskSAMError
+from masksam_nnunet.errors import DataError, MaskSAMError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference import scoring
 from masksam_nnunet.inference.explain.inside import look_inside
@@ -199,6 +199,6 @@ def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes
         view = look_inside(models / method.key, fold, preprocessed, case, classes)
     # A picture must not cost the report of days of training.
     except (MaskSAMError, OSError, RuntimeError, ValueError, AttributeError) as error:
-        return (Picture(case, f"It could not be drawn: {type(error).__name__}: {error}", b""),)
+        return (Picture(case, f"It could not be drawn: {in_short(error)}", b""),)
     caption = f"Validated in fold {fold} of {name}: the patch around its labelled structures, preprocessed."
     return (Picture(case, caption, draw_inside(view, classes)),)
