@@ -6,7 +6,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.errors import DataError, TrainingError
@@ -18,6 +21,7 @@ from .evaluate import evaluate
 from .folds import FoldRecord, Stage, locked
 from .jobs import FoldJob, require_devices, run_local
 from .progress import Progress
+from .results import MEAN, METRICS
 from .slurm import Slurm, SlurmSettings
 
 
@@ -130,7 +134,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     commands += [line for job in jobs for line in _commands(job)]
     commands += [f"# All of that, and the evaluation by nnU-Net's functions: {benchmark.command_line}"]
     with locked(benchmark.results, "evaluating this dataset's models"):
-        return evaluate(
+        page = evaluate(
             benchmark.dataset,
             benchmark.configuration,
             benchmark.methods,
@@ -145,6 +149,19 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
             notes=benchmark.notes,
             console=console,
         )
+    _print_means(out, console or Console())
+    return page
+
+
+def _print_means(out: Path, console: Console) -> None:
+    """Print each row's means over classes and cases."""
+    means = pd.read_csv(out / "aggregates.csv")
+    wanted = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
+    means = wanted.pivot(index="method", columns="metric", values="mean")
+    table = Table(Column("mean over cases", overflow="fold"), *(METRICS[metric].heading for metric in means.columns))
+    for name, values in means.iterrows():
+        table.add_row(escape(str(name)), *(f"{value:.3f}" for value in values))
+    console.print(table)
 
 
 def _commands(job: FoldJob) -> list[str]:

@@ -13,8 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import CaseError, UsageError, in_short
-from masksam_nnunet.plans.image_reading import Grid
-from masksam_nnunet.plans.nifti_files import check_whole, stored_floats
+from masksam_nnunet.plans.images import ImageGeometry, check_whole, stored_floats
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def read_case(case: Case, reader: Any, channels: Sequence[str]) -> tuple[NDArray
     volumes = [_read_file(file, reader) for file in case.files]
     array, properties = volumes[0]
     for file, (other, its_properties) in zip(case.files[1:], volumes[1:], strict=True):
-        difference = Grid.of(array, properties).difference(Grid.of(other, its_properties))
+        difference = ImageGeometry.of(array, properties).difference(ImageGeometry.of(other, its_properties))
         if difference is not None:
             what, one, two = difference
             raise CaseError(f"{case.files[0].name} and {file.name} differ in {what} ({one} and {two}): resample them")
@@ -117,7 +116,7 @@ def preprocess_case(
     """
     reader = plans.image_reader_writer_class()
     data, properties = read_case(case, reader, channel_names(dataset_json))
-    segmentation = None if previous is None else _read_previous(previous, reader, Grid.of(data, properties))
+    segmentation = None if previous is None else _read_previous(previous, reader, ImageGeometry.of(data, properties))
     preprocessor = configuration.preprocessor_class(verbose=verbose)
     data, segmentation, properties = preprocessor.run_case_npy(
         data, segmentation, properties, plans, configuration, dataset_json
@@ -151,7 +150,7 @@ def _read_file(file: Path, reader: Any) -> tuple[NDArray[np.float32], dict[str, 
     return array, properties
 
 
-def _read_previous(file: Path, reader: Any, grid: Grid) -> NDArray[np.floating[Any]]:
+def _read_previous(file: Path, reader: Any, grid: ImageGeometry) -> NDArray[np.floating[Any]]:
     try:
         check_whole(file)
         segmentation, properties = reader.read_seg(str(file))
@@ -159,7 +158,7 @@ def _read_previous(file: Path, reader: Any, grid: Grid) -> NDArray[np.floating[A
         raise CaseError(
             f"{file}, the previous stage's prediction, is missing or damaged: predict it first ({in_short(error)})"
         ) from error
-    difference = grid.difference(Grid.of(segmentation, properties))
+    difference = grid.difference(ImageGeometry.of(segmentation, properties))
     if difference is not None:
         what, one, two = difference
         raise CaseError(f"{file}, the previous stage's prediction, differs from the image in {what} ({one} and {two})")

@@ -13,7 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import DataError, MaskSAMError
-from masksam_nnunet.plans.image_reading import Grid, read_labels
+from masksam_nnunet.plans.images import ImageGeometry, read_labels
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LabelMap:
     """
 
     labels: NDArray[np.integer[Any]]
-    grid: Grid
+    grid: ImageGeometry
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -94,7 +94,7 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
         array, properties = read_labels(path, dataset_json)
     except (MaskSAMError, ValueError) as error:
         raise DataError(f"case {case!r}: {error}") from error
-    return LabelMap(np.rint(array[0]).astype(np.int32), Grid.of(array, properties))
+    return LabelMap(np.rint(array[0]).astype(np.int32), ImageGeometry.of(array, properties))
 
 
 def check_values(path: Path, case: str, label_map: LabelMap, classes: Classes) -> None:

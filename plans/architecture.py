@@ -1,40 +1,140 @@
-"""Where a MaskSAM config stands in nnU-Net's plans: inside the configuration's ``architecture``."""
+"""The MaskSAM config in nnU-Net's plans: read and written in ``architecture``, or derived from plain plans.
+
+A derived config depends on plans, dataset.json and backbone only, never on the machine: every fold, and prediction
+anywhere, must use the same network.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
 
 BASE_PLANS = "nnUNetPlans"
 """nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
 NETWORK_CLASS = "masksam_nnunet.modeling.MaskSAM"
 DECISIONS = "masksam"
-"""The key of plans under which ``masksam plan`` keeps what it decided; nnU-Net leaves it alone."""
+"""The key of plans under which ``masksam plan`` keeps its decisions; nnU-Net ignores it."""
 _CONFIG_KEY = "config"
 _READ = ("patch_size", "batch_size", "spacing", "normalization_schemes", "data_identifier", "architecture")
+
+MAX_IMAGE = 1024  # SAM's own input size
+CARD_GB = 24.0  # a common research card
+USABLE = 7 / 8  # of a card's memory: the rest is for the driver and fragmentation
+MEMORY_GIB = CARD_GB * USABLE
+MAX_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Widths and limits that go with a backbone.
+
+    Attributes:
+        stem_width: channels of the input stem.
+        generator_widths: channels of the prompt generator's levels.
+        head_width: channels of the mask head.
+        max_tflop: most operations of a training step, in 10^12; limits u.
+        upsampling: values of u to try, before 1.
+    """
+
+    stem_width: int
+    generator_widths: tuple[int, int, int]
+    head_width: int
+    max_tflop: float
+    upsampling: tuple[int, ...] = (4, 2)
+
+
+SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4, 20x256x224 in batch 2, takes 198
+TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.15, upsampling=(2,))  # a second or two a step on two CPU cores
+
+
+def profile_of(backbone: str) -> Profile:
+    """The profile of the tiny encoder, or of SAM."""
+    return TINY_PROFILE if backbone == "tiny" else SAM_PROFILE
+
+
+def config_for(backbone: str, patch_size: tuple[int, ...], queries: int, regions: bool, **more: Any) -> MaskSAMConfig:
+    """A config with the backbone's widths, at u = 1 unless ``more`` says otherwise."""
+    profile = profile_of(backbone)
+    return MaskSAMConfig(
+        backbone=backbone,
+        patch_size=patch_size,
+        num_queries=queries,
+        regions=regions,
+        stem_width=profile.stem_width,
+        generator_widths=profile.generator_widths,
+        head_width=profile.head_width,
+        **{"upsample": 1, **more},
+    )
+
+
+def num_queries(targets: int, backbone: str) -> int:
+    """N from the most targets that a slice may hold.
+
+    Half as many again, in multiples of eight, as in the paper's recipes (8 for ACDC's 4, 24 for 14 and 16), but no more
+    than :data:`MAX_QUERIES` for headroom alone. The tiny encoder gets at least one spare query, in multiples of four.
+    Multiples let weights trained on one dataset fit another with nearly as many classes.
+    """
+    if backbone == "tiny":
+        return round_up(targets + 1, 4)
+    return max(8, min(round_up(3 * targets / 2, 8), MAX_QUERIES), round_up(targets, 8))
+
+
+def round_up(number: float, step: int) -> int:
+    """The next multiple of ``step``."""
+    return math.ceil(number / step) * step
+
+
+def derive_config(
+    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str
+) -> MaskSAMConfig:
+    """The config of ``backbone`` for a configuration of plain plans.
+
+    u is the largest of 4 and 2 with u max(H, W) <= 1024 whose step fits the memory and operation targets, with
+    activation checkpointing before u is lowered; else 1.
+    """
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(configuration_name)
+    labels = manager.get_label_manager(dataset_json)
+    channels = determine_num_input_channels(manager, configuration, dataset_json)
+    classes = labels.num_segmentation_heads
+    patch_size = tuple(int(size) for size in configuration.patch_size)
+    # Plain plans do not say how many classes one slice holds: K is a bound.
+    queries = min(num_queries(classes, backbone), MAX_QUERIES)
+    config = config_for(backbone, patch_size, queries, labels.has_regions)
+    profile = profile_of(backbone)
+    for upsample in (*profile.upsampling, 1):
+        if upsample > 1 and upsample * max(patch_size[-2:]) > MAX_IMAGE:
+            continue
+        for checkpointing in (False, True):
+            candidate = replace(config, upsample=upsample, checkpointing=checkpointing)
+            cost = training_cost(candidate, channels, classes, configuration.batch_size)
+            if cost.peak_gib <= MEMORY_GIB and cost.tflop <= profile.max_tflop:
+                return candidate
+    return replace(config, upsample=1, checkpointing=True)  # always allowed
 
 
 def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
     """The MaskSAM config of a configuration; None where plans hold another network.
 
     Raises:
-        ConfigError: where the config is broken.
+        ConfigError: the config is broken.
     """
     if configuration.network_arch_class_name != NETWORK_CLASS:
         return None
     kwargs = configuration.configuration["architecture"].get("arch_kwargs")
     if not isinstance(kwargs, dict) or _CONFIG_KEY not in kwargs:
-        found = sorted(kwargs) if isinstance(kwargs, dict) else kwargs
-        raise ConfigError(
-            f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs: {found}. Plan again."
-        )
+        raise ConfigError(f"plans name {NETWORK_CLASS} but hold no {_CONFIG_KEY!r} in arch_kwargs. Plan again.")
     content = kwargs[_CONFIG_KEY]
     # A list, as what JSON holds need not be hashable.
     if isinstance(content, dict) and content.get("backbone") not in list(BACKBONES):
@@ -43,13 +143,13 @@ def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
 
 
 def _import_trainers() -> None:
-    """All modules of the folders that nnU-Net searches for trainers: they may register the backbone in question.
+    """Import all modules of the folders that nnU-Net searches for trainers: they may register the backbone.
 
     Raises:
         ConfigError: one of them cannot be imported.
     """
     for folder in filter(os.path.isdir, os.environ.get(EXT_TRAINER, "").split(os.pathsep)):
-        try:  # no class has an empty name, so nnU-Net's search sees them all
+        try:  # no class has an empty name, so nnU-Net's search visits all modules
             recursive_find_python_class(folder, "", None, base_folder=folder, cleanup_imports_from_base_folder=True)
         except Exception as error:
             raise ConfigError(
@@ -65,26 +165,26 @@ def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, Mas
             version.
     """
     if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
-        raise ConfigError("there are no configurations in these plans: they are damaged, or no plans. Plan again.")
+        raise ConfigError("these plans hold no configurations: they are damaged. Plan again.")
     if name not in plans["configurations"]:
         raise ConfigError(f"these plans have no configuration {name!r}, but {sorted(plans['configurations'])}.")
     try:
         configuration = PlansManager(plans).get_configuration(name)
-        lacking = [key for key in _READ if key not in configuration.configuration]
+        missing = [key for key in _READ if key not in configuration.configuration]
         architecture = configuration.configuration.get("architecture")
-        if lacking or not isinstance(architecture, dict) or not isinstance(architecture.get("network_class_name"), str):
-            raise LookupError(f"it lacks {', '.join(lacking) or 'a network_class_name'}")
-    except Exception as error:  # nnU-Net takes plans as they come, and trips over them in many ways
+        if missing or not isinstance(architecture, dict) or not isinstance(architecture.get("network_class_name"), str):
+            raise LookupError(f"{', '.join(missing) or 'network_class_name'} is missing")
+    except Exception as error:  # nnU-Net fails in many ways on damaged plans
         raise ConfigError(
-            f"configuration {name!r} of these plans cannot be used ({type(error).__name__}: {error}): they are damaged "
-            "or of another version of nnU-Net. Plan again."
+            f"configuration {name!r} of these plans cannot be used ({type(error).__name__}: {error}): it is damaged or "
+            "of another version of nnU-Net. Plan again."
         ) from error
     return configuration, read_config(configuration)
 
 
 def write_config(plans: dict[str, Any], configuration_name: str, config: MaskSAMConfig) -> None:
     """Put a config into plans, in place, beside what nnU-Net needs there."""
-    # An own, parent-less manager: nnU-Net caches and copies configurations.
+    # A manager of its own for the configuration without its parent: nnU-Net caches and copies configurations.
     resolved = PlansManager(plans)._internal_resolve_configuration_inheritance(configuration_name)
     before = ConfigurationManager(resolved)
     plans["configurations"][configuration_name]["architecture"] = {

@@ -1,4 +1,4 @@
-"""nnU-Net's planner for MaskSAM: spacing, normalisation, resampling and data stay nnU-Net's, the network is ours."""
+"""nnU-Net's planner with a MaskSAM network; spacing, normalization, resampling and data stay nnU-Net's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +22,34 @@ from masksam_nnunet import __version__
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json, write_text_atomically
 
-from .architecture import BASE_PLANS, DECISIONS, write_config
-from .derive import num_queries
+from .architecture import BASE_PLANS, DECISIONS, num_queries, write_config
 from .presets import Preset
+from .raw_check import TargetCount, count_targets
 from .raw_data import RawDataset, number_of, read_raw_dataset
-from .sizing import LARGEST_FIRST, Sizes, Task, choose_sizes, preset_sizes
-from .slices import SliceCount, count_targets
+from .sizing import LARGEST_FIRST, Requirements, Sizes, choose_sizes, preset_sizes
 
 CASCADE, FULL, LOW = "3d_cascade_fullres", "3d_fullres", "3d_lowres"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asks for.
-
-    Attributes:
-        backbones: to be tried in this order.
-        configurations: to plan; all that nnU-Net has if empty.
-        preset: a published setting, or None.
-    """
-
-    backbones: tuple[str, ...] = LARGEST_FIRST
-    configurations: tuple[str, ...] = ()
-    preset: Preset | None = None
 
 
 class MaskSAMPlanner(ExperimentPlanner):
     """Plans with a MaskSAM network in each configuration.
 
-    Where ``nnUNetPlans.json`` is there, its configurations are the base: spacing, normalisation, resampling and the
-    identifier of the preprocessed data are taken as they stand, so that both methods train on the same files. Else
-    nnU-Net's planner makes them, under the identifiers that its own plans would have.
+    Spacing, normalization, resampling and the identifier of the preprocessed data come from ``nnUNetPlans.json`` where
+    it exists, so that both methods train on the same files. Else nnU-Net's planner makes them.
 
-    nnU-Net looks planners up in its own folders only, so ``masksam plan`` is the command for this one.
+    nnU-Net looks for planners in its own folders only, so ``masksam plan`` is the command for this one.
 
     Args:
         dataset_name_or_id: as nnU-Net takes it.
-        gpu_memory_target_in_gb: of the card to train on.
+        gpu_memory_target_in_gb: memory of the card to train on.
         preprocessor_name: nnU-Net's.
-        plans_name: of the file to write.
-        overwrite_target_spacing: of 3d_fullres; such plans have data of their own.
+        plans_name: name of the plans file to write.
+        overwrite_target_spacing: spacing of 3d_fullres; such plans have preprocessed data of their own.
         suppress_transpose: nnU-Net's.
-        request: what to plan.
-        notify: is told what is being tried.
+        backbones: to be tried in this order.
+        configurations: to plan; all that nnU-Net has if empty.
+        preset: a published setting, or None.
+        notify: receives a description of what is being tried.
         raw: the raw dataset, if it is read already.
     """
 
@@ -76,7 +61,9 @@ class MaskSAMPlanner(ExperimentPlanner):
         plans_name: str = "MaskSAMPlans",
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
-        request: Request | None = None,
+        backbones: tuple[str, ...] = LARGEST_FIRST,
+        configurations: Sequence[str] = (),
+        preset: Preset | None = None,
         notify: Callable[[str], None] = lambda _: None,
         raw: RawDataset | None = None,
     ) -> None:
@@ -89,11 +76,11 @@ class MaskSAMPlanner(ExperimentPlanner):
             suppress_transpose=suppress_transpose,
         )
         self.gpu_memory_gb = float(gpu_memory_target_in_gb)
-        self.request = request or Request()
+        self.backbones, self.wanted, self.preset = backbones, tuple(configurations), preset
         self.notify = notify
         self.raw = raw or read_raw_dataset(Path(self.raw_dataset_folder), "-d", min_cases=1)
         self.planned: list[str] = []
-        """Configurations of the last plans, in nnU-Net's order."""
+        """The configurations of the last call, in nnU-Net's order."""
         self.labels = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
         self.channels = len(self.dataset_json["channel_names"])
         self._shares_data = overwrite_target_spacing is None and not suppress_transpose
@@ -109,17 +96,17 @@ class MaskSAMPlanner(ExperimentPlanner):
         return self.folder / f"{self.plans_identifier}.json"
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """nnU-Net's own: its data is ours, unless another spacing is forced."""
+        """nnU-Net's own identifier, unless another spacing is forced."""
         return f"{BASE_PLANS if self._shares_data else self.plans_identifier}_{configuration_name}"
 
     def plan_experiment(self) -> dict[str, Any]:
-        """Make the plans and save them, whole or not at all.
+        """Make the plans and save them atomically.
 
         Raises:
-            DataError: for a configuration that nnU-Net does not have, labels that cannot be read or do not fit a
-                preset, a plans file of that name that is not this planner's, or too little memory.
+            DataError: nnU-Net has no such configuration, labels cannot be read or do not fit a preset, a plans file of
+                that name is not this planner's, or memory is too small.
         """
-        preset = self.request.preset
+        preset = self.preset
         if preset is not None:
             classes = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
             preset.check_labels(len(classes), self.labels.has_regions, self.channels)
@@ -127,7 +114,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         base = self._base_plans()
         names = self._configurations(base)
         self.notify("reading the training labels")
-        count = count_targets(self.raw.labels, self.raw.dataset_json, base["transpose_forward"][0])
+        count = count_targets(self.raw, base["transpose_forward"][0])
 
         self.planned = [name for name in base["configurations"] if name in _with_parents(names)]
         kept = {k: v for k, v in earlier.get("configurations", {}).items() if k not in self.planned}
@@ -167,20 +154,20 @@ class MaskSAMPlanner(ExperimentPlanner):
         recursive_fix_for_json_export(plans)
         # NaN is what nnU-Net writes where no case has foreground.
         text = json.dumps(plans, indent=4) + "\n"
-        # As nnU-Net's planner has it: preprocessing and training read dataset.json there.
+        # Like nnU-Net's planner: preprocessing and training read dataset.json there.
         description = (Path(self.raw_dataset_folder) / "dataset.json").read_text(encoding="utf-8")
         write_text_atomically(self.folder / "dataset.json", description)
         write_text_atomically(self.file, text)
 
     def _earlier_plans(self) -> dict[str, Any]:
-        """What the file holds, of which other configurations are kept; empty where there is none."""
+        """The plans in the file, whose other configurations are kept; empty where there is none."""
         if not self.file.is_file():
             return {}
         earlier = _read_plans(self.file, self.dataset_name, "remove it and plan again")
         if not isinstance(earlier.get(DECISIONS), dict):
             raise DataError(
-                f"--plans-name {self.plans_identifier}: {self.file} holds plans that masksam did not make; "
-                "choose another name"
+                f"--plans-name {self.plans_identifier}: {self.file} was not written by masksam plan; choose "
+                "another name"
             )
         return earlier
 
@@ -189,7 +176,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         if self._shares_data and file.is_file():
             remedy = f"remove it and run nnUNetv2_plan_experiment -d {number_of(self.dataset_name)}"
             return _read_plans(file, self.dataset_name, remedy)
-        stock = _InMemory(
+        stock = _InMemoryPlanner(
             self.dataset_name,
             preprocessor_name=self.preprocessor_name,
             plans_name=BASE_PLANS if self._shares_data else self.plans_identifier,
@@ -197,37 +184,32 @@ class MaskSAMPlanner(ExperimentPlanner):
             suppress_transpose=self.suppress_transpose,
         )
         with (
-            contextlib.redirect_stdout(io.StringIO()),  # it tells of U-Nets
-            _left_as_it_was(self.folder / "dataset.json"),  # which it copies, while we may still refuse
-            _without_variable("nnUNet_n_proc_DA"),  # 0, right for training, makes it fail
+            contextlib.redirect_stdout(io.StringIO()),  # it prints U-Nets
+            _left_as_it_was(self.folder / "dataset.json"),  # it writes the file, but planning may still fail
+            _without_variable("nnUNet_n_proc_DA"),  # 0, right for training, makes planning fail
         ):
             return stock.plan_experiment()
 
     def _configurations(self, base: dict[str, Any]) -> Sequence[str]:
         available = [n for n in ("2d", FULL, LOW, CASCADE) if n in base["configurations"]]
-        wanted, asked = self.request.configurations, "-c {}"
-        if self.request.preset is not None:
+        wanted, option = self.wanted, "-c"
+        if self.preset is not None:
+            option = f"--preset {self.preset.name}, which needs"
             if set(wanted) - {FULL}:
-                raise DataError(
-                    f"-c {' '.join(wanted)}: --preset {self.request.preset.name} is a setting of {FULL}; "
-                    f"leave -c out or give -c {FULL}"
-                )
-            wanted, asked = (FULL,), f"--preset {self.request.preset.name} is a setting of {{}}"
+                raise DataError(f"-c {' '.join(wanted)}: --preset {self.preset.name} is a setting of {FULL} only")
+            wanted = (FULL,)
         for name in wanted:
             if name not in available:
-                raise DataError(
-                    f"{asked.format(name)}: nnU-Net plans no such configuration for {self.dataset_name}; "
-                    f"choose of {', '.join(available)}"
-                )
+                raise DataError(f"{option} {name}: nnU-Net plans only {', '.join(available)} for {self.dataset_name}")
         return wanted or available
 
-    def _sizes(self, base: dict[str, Any], name: str, count: SliceCount, cascade: bool) -> Sizes:
+    def _sizes(self, base: dict[str, Any], name: str, count: TargetCount, cascade: bool) -> Sizes:
         settings = PlansManager(base).get_configuration(name)
-        # A cascade's one-hot maps of the previous stage; its network is planned with 3d_fullres, whose it is.
+        # The cascade shares 3d_fullres's network, and adds one-hot maps of the previous stage.
         channels = self.channels + (len(self.labels.foreground_labels) if cascade else 0)
         dims = len(settings.patch_size)
         median = tuple(max(1, round(size)) for size in settings.median_image_size_in_voxels[-dims:])
-        # As nnU-Net has it: the whole volumes, for 2d too.
+        # As in nnU-Net, whole volumes count, for 2d too.
         full = base["configurations"].get(FULL)
         depth = full["median_image_size_in_voxels"][0] if full and dims == 2 else 1
         voxels = math.prod(median) * depth * len(self.dataset)
@@ -236,7 +218,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             share = round(voxels * self.max_dataset_covered / patch_voxels)
             return max(self.UNet_min_batch_size, min(share, settings.batch_size))
 
-        task = Task(
+        wanted = Requirements(
             median_shape=median,
             channels=channels,
             classes=self.labels.num_segmentation_heads,
@@ -246,20 +228,20 @@ class MaskSAMPlanner(ExperimentPlanner):
             regions=self.labels.has_regions,
             largest_batch=largest_batch,
         )
-        if self.request.preset is not None:
-            return preset_sizes(self.request.preset, task, self.gpu_memory_gb)
-        return choose_sizes(task, self.request.backbones, self.gpu_memory_gb, self.notify)
+        if self.preset is not None:
+            return preset_sizes(self.preset, wanted, self.gpu_memory_gb)
+        return choose_sizes(wanted, self.backbones, self.gpu_memory_gb, self.notify)
 
 
-class _InMemory(ExperimentPlanner):
-    """nnU-Net's own planner, but for the file that it writes."""
+class _InMemoryPlanner(ExperimentPlanner):
+    """nnU-Net's own planner, which writes no plans file."""
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         recursive_fix_for_json_export(plans)
 
 
 def _with_parents(names: Sequence[str]) -> set[str]:
-    """A cascade needs both configurations that it is made of."""
+    """A cascade needs both of its configurations."""
     return {*names, FULL, LOW} if CASCADE in names else set(names)
 
 
@@ -267,10 +249,10 @@ _SETTINGS = ("patch_size", "batch_size", "spacing", "median_image_size_in_voxels
 
 
 def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
-    """Plans of ``dataset`` with what planning reads of them.
+    """Plans of ``dataset``, with everything that planning reads.
 
     Raises:
-        DataError: there is something else in the file.
+        DataError: the file holds something else.
     """
     try:
         plans = read_json(file)
@@ -285,9 +267,9 @@ def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
             f"nnUNetv2_move_plans_between_datasets, or {remedy}"
         )
     for name, settings in configurations.items():
-        lacks = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
-        if lacks and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
-            raise DataError(f"{file}: {name} lacks {', '.join(lacks)}: it is damaged or of another nnU-Net; {remedy}")
+        missing = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
+        if missing and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
+            raise DataError(f"{file} is damaged or of another nnU-Net: {name} lacks {', '.join(missing)}; {remedy}")
     result: dict[str, Any] = plans
     return result
 

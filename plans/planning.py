@@ -1,4 +1,4 @@
-"""``masksam plan``: the checks before, the planner, and what is told after."""
+"""``masksam plan``: checks the inputs, runs the planner, and prints decisions, reasons and the next commands."""
 
 from __future__ import annotations
 
@@ -7,29 +7,48 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import subdirs
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
+from rich.table import Table
 
 from masksam_nnunet.backbones import planned_backbones
+from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json
 
-from .architecture import BASE_PLANS
-from .planner import CASCADE, MaskSAMPlanner, Request
+from .architecture import BASE_PLANS, DECISIONS
+from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import Preset, load_preset
 from .raw_check import require_sound_case
 from .raw_data import RawDataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST
-from .splits import overlaps, read_splits, split_warning
-from .summary import Planned, tell
+from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning
+from .training_inputs import preprocessed_cases
 
 PLANS_NAME = "MaskSAMPlans"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The result of planning.
+
+    Attributes:
+        plans: the content of the plans file.
+        file: its path.
+        configurations: those planned now; the file may hold others from before.
+        unprocessed: those of them whose data are not preprocessed yet.
+    """
+
+    plans: dict[str, Any]
+    file: Path
+    configurations: list[str]
+    unprocessed: list[str]
 
 
 def plan_dataset(
@@ -41,15 +60,15 @@ def plan_dataset(
     plans_name: str = PLANS_NAME,
     console: Console | None = None,
 ) -> Planned:
-    """Plan a dataset and print what was decided and why, and what comes next.
+    """Plan a dataset; print what was decided and why, and the next commands.
 
     Args:
         dataset: number or name.
         configurations: to plan; all that nnU-Net has if empty.
         backbone: ``auto`` is the largest SAM that fits.
-        gpu_memory_gb: of the card to train on.
+        gpu_memory_gb: memory of the card to train on.
         preset: name of a published setting.
-        plans_name: of the file, without ``.json``.
+        plans_name: name of the file, without ``.json``.
         console: where to print.
 
     Raises:
@@ -62,66 +81,86 @@ def plan_dataset(
         raise DataError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
     if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:
         raise DataError(
-            f"--plans-name {plans_name!r}: give letters, digits, - and single _, and not nnU-Net's own {BASE_PLANS!r}"
+            f"--plans-name {plans_name!r}: use letters, digits, - and single _, and not nnU-Net's own {BASE_PLANS!r}"
         )
-    recipe = _recipe(preset, backbone)
+    recipe = load_preset(preset) if preset else None
+    if recipe and backbone not in ("auto", recipe.backbone):
+        raise DataError(f"--backbone {backbone}: --preset {preset} was published with {recipe.backbone}")
     name = find_dataset(dataset)
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
-    if not (preprocessed / "dataset_fingerprint.json").is_file():
-        raise DataError(
-            f"-d {dataset}: {name} has no fingerprint in {preprocessed}; run first: "
-            f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity"
-        )
     raw = read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1)
     _check_fingerprint(preprocessed / "dataset_fingerprint.json", len(raw.images), number_of(name))
     require_sound_case(raw, next(iter(raw.images)))
     splits = _splits(raw, preprocessed)
 
-    backbones = LARGEST_FIRST if backbone == "auto" else (backbone,)
-    with console.status("planning") as status, _in_words(name, preprocessed):
+    with console.status("planning") as status, _as_data_errors(name, preprocessed):
         planner = MaskSAMPlanner(
             name,
             gpu_memory_gb,
             plans_name=plans_name,
-            request=Request(backbones, tuple(configurations), recipe),
+            backbones=LARGEST_FIRST if backbone == "auto" else (backbone,),
+            configurations=configurations,
+            preset=recipe,
             notify=status.update,
             raw=raw,
         )
         plans = planner.plan_experiment()
     unprocessed = _unprocessed(plans, planner.planned, planner.folder, list(raw.images))
     planned = Planned(plans, planner.file, planner.planned, unprocessed)
-    patients = split_warning(raw.images, splits, number_of(name))
-    tell(
-        console,
-        planned,
-        recipe,
-        [*(f"splits_final.json: {text}" for text in overlaps(splits or ())), *([patients] if patients else [])],
-    )
+    warnings = [f"{SPLITS_FILE}: {text}" for text in overlaps(splits or ())]
+    by_case = split_warning(raw.images, splits, number_of(name))
+    _print(console, planned, recipe, warnings + ([by_case] if by_case else []))
     return planned
 
 
+def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed")) -> str:
+    """The full name of a dataset given by number or name; ``variables`` must be set.
+
+    Raises:
+        DataError: a variable is not set, or its folder holds no such dataset.
+    """
+    for variable in variables:
+        if not os.environ.get(variable):
+            raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
+    raw = Path(os.environ["nnUNet_raw"])
+    if not raw.is_dir():
+        raise DataError(f"nnUNet_raw = {raw}: there is no such folder")
+    try:
+        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if "More than one" in str(error):
+            names = ", ".join(map(str, find_candidate_datasets(int(dataset))))
+            raise DataError(f"-d {dataset}: several datasets have this number: {names}; give the full name") from error
+        name = dataset
+    if not (raw / name).is_dir():
+        present = [folder for folder in subdirs(str(raw), join=False) if folder.startswith("Dataset")]
+        raise DataError(f"-d {dataset}: no such dataset in {raw}, which holds {', '.join(present) or 'none'}")
+    return name
+
+
 def _check_fingerprint(file: Path, cases: int, number: int) -> None:
-    """Refuse a fingerprint that is damaged or was taken when the dataset had other cases."""
-    remedy = f"extract it anew: nnUNetv2_extract_fingerprint -d {number} --clean"
+    """Refuse a fingerprint that is missing, damaged or of another number of cases."""
+    remedy = f"extract it with: nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity --clean"
+    if not file.is_file():
+        raise DataError(f"{file} is missing; {remedy}")
     try:
         content = read_json(file)
         sizes = [content[key] for key in ("spacings", "shapes_after_crop")]
-        sound = all(math.isfinite(step) and step > 0 for size in sizes for row in size for step in row)
+        positive = all(math.isfinite(step) and step > 0 for size in sizes for row in size for step in row)
         numbers = {len(size) for size in sizes}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{file} is damaged or no fingerprint ({type(error).__name__}: {error}); {remedy}") from error
-    if not sound:
-        raise DataError(f"{file} holds sizes or voxel sizes that are not positive; {remedy}")
+        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    if not positive:
+        raise DataError(f"{file} holds sizes or spacings that are not positive; {remedy}")
     if numbers != {cases}:
-        raise DataError(
-            f"{file} is of {' and '.join(map(str, sorted(numbers)))} cases, the dataset has {cases}; {remedy}"
-        )
+        found = " and ".join(map(str, sorted(numbers)))
+        raise DataError(f"{file} is of {found} cases, the dataset has {cases}; {remedy}")
 
 
-def _splits(raw: RawDataset, preprocessed: Path) -> list[dict[str, list[str]]] | None:
-    """The folds that training will use, or None. nnU-Net's planner stops without a word where the two files differ."""
+def _splits(raw: RawDataset, preprocessed: Path) -> list[Fold] | None:
+    """The folds that training will use, or None. nnU-Net's planner fails without a message if the two files differ."""
     ours, theirs = (
-        read_splits(file, raw.images) if (file := folder / "splits_final.json").is_file() else None
+        read_splits(file, raw.images) if (file := folder / SPLITS_FILE).is_file() else None
         for folder in (preprocessed, raw.folder)
     )
     if ours is None or theirs is None:
@@ -129,86 +168,74 @@ def _splits(raw: RawDataset, preprocessed: Path) -> list[dict[str, list[str]]] |
     for one, other in zip(theirs, ours, strict=False):
         if any(set(one[part]) != set(other[part]) for part in ("train", "val")):
             raise DataError(
-                f"{raw.folder / 'splits_final.json'} and {preprocessed / 'splits_final.json'} hold different folds, "
-                "which nnU-Net's planner refuses; remove the one that is not wanted (masksam split --force writes both)"
+                f"{raw.folder / SPLITS_FILE} and {preprocessed / SPLITS_FILE} hold different folds, which nnU-Net's "
+                "planner refuses; remove one, or write both with masksam split --force"
             )
     return ours
 
 
 @contextlib.contextmanager
-def _in_words(name: str, preprocessed: Path) -> Iterator[None]:
-    """What nnU-Net's planner and the file system raise, as an error that says what to do."""
+def _as_data_errors(name: str, preprocessed: Path) -> Iterator[None]:
+    """Turn what nnU-Net's planner and the file system raise into errors that say what to do."""
     try:
         yield
-    except DataError:
-        raise
     except OSError as error:
-        raise DataError(
-            f"cannot write the plans into {preprocessed}: {error}; make room or make it writable"
-        ) from error
+        raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
-            f"{name}: planning failed with {type(error).__name__}: {error}; check dataset.json and the fingerprint: "
-            f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
+            f"{name}: planning failed with {type(error).__name__}: {error}; check dataset.json, and extract the "
+            f"fingerprint again: nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
         ) from error
-
-
-def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed")) -> str:
-    """The full name of a dataset given by number or name; ``variables`` must be set.
-
-    Raises:
-        DataError: if nnU-Net's folders are not named, or hold no such dataset.
-    """
-    for variable in variables:
-        if not os.environ.get(variable):
-            raise DataError(
-                f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first (where the "
-                "raw data are not at hand, work where they are; a plans file can be copied)"
-            )
-    raw = Path(os.environ["nnUNet_raw"])
-    if not raw.is_dir():
-        raise DataError(f"nnUNet_raw = {raw}: there is no such folder")
-    try:
-        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        there = [folder for folder in subdirs(str(raw), join=False) if folder.startswith("Dataset")]
-        if "More than one" in str(error):
-            names = ", ".join(map(str, find_candidate_datasets(int(dataset))))
-            raise DataError(
-                f"-d {dataset}: several datasets in nnU-Net's folders have this number: {names}; give each a number of "
-                "its own, or the name here"
-            ) from error
-        raise DataError(f"-d {dataset}: no such dataset; {raw} holds {', '.join(there) or 'none'}") from error
-    if not (raw / name).is_dir():
-        raise DataError(f"-d {dataset}: {raw} holds no {name}, whose dataset.json and labels are needed")
-    return name
-
-
-def _recipe(preset: str | None, backbone: str) -> Preset | None:
-    if preset is None:
-        return None
-    recipe = load_preset(preset)
-    if backbone not in ("auto", recipe.backbone):
-        raise DataError(
-            f"--backbone {backbone}: --preset {preset} was published with {recipe.backbone}; leave --backbone out"
-        )
-    return recipe
 
 
 def _unprocessed(plans: dict[str, Any], configurations: list[str], folder: Path, cases: list[str]) -> list[str]:
-    """Those configurations whose folder of preprocessed data lacks a case."""
+    """The configurations whose folder of preprocessed data lacks a case."""
     manager = PlansManager(plans)
-    missing = []
-    for name in configurations:
-        data = folder / manager.get_configuration(name).data_identifier
-        if name != CASCADE and not (data.is_dir() and set(cases) <= set(preprocessed_cases(data))):
-            missing.append(name)
-    return missing
+    return [
+        name
+        for name in configurations
+        if name != CASCADE
+        and not set(cases) <= set(preprocessed_cases(folder / manager.get_configuration(name).data_identifier))
+    ]
 
 
-def preprocessed_cases(folder: Path) -> list[str]:
-    """The cases in a folder of preprocessed data; none where it is empty."""
-    try:
-        return list(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
-    except (AssertionError, KeyError):  # an empty folder, or one of several kinds of files
-        return []
+def _print(console: Console, planned: Planned, recipe: Preset | None, warnings: Sequence[str]) -> None:
+    def say(text: str, **style: Any) -> None:  # paths and commands must stay on one line to be copied
+        console.print(text, soft_wrap=True, highlight=False, markup=False, **style)
+
+    plans, number = planned.plans, number_of(planned.plans["dataset_name"])
+    decided = {name: plans[DECISIONS][name]["decided"] for name in planned.configurations if name != CASCADE}
+    for name, rows in decided.items():
+        table = Table(title=f"{plans['dataset_name']}, {plans['plans_name']}, {name}", title_justify="left")
+        for column in ("", "value", "why"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(row["what"], str(row["value"]), row["why"])
+        console.print(table, markup=False)
+    if CASCADE in planned.configurations:
+        say(f"{CASCADE}: the network of {FULL}, with the labels of {LOW} as additional channels")
+    if recipe is not None:
+        say(f"Notes on the published setting {recipe.name} (mean Dice {recipe.dice} in the paper):")
+        for note in recipe.notes:
+            say(f"  - {note}")
+    for warning in warnings:
+        say(f"warning: {warning}", style="yellow")
+    say(f"Plans: {planned.file}")
+    steps = []
+    if planned.unprocessed:
+        wanted = " ".join(planned.unprocessed)
+        steps.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {wanted} -np 4")
+    else:
+        say("No preprocessing is needed: nnU-Net's preprocessed data are used.")
+    backbones = {name: next(r["value"] for r in rows if r["what"] == "backbone") for name, rows in decided.items()}
+    steps += [f"masksam weights {name}" for name in sorted(set(backbones.values()) - {"tiny"})]
+    if str(trainer_folder()) not in os.environ.get(EXT_TRAINER, "").split(os.pathsep):
+        steps.append('eval "$(masksam env)"')
+    first = FULL if FULL in decided else next(iter(decided))
+    # The results of the tiny encoder must say that it is not SAM.
+    own = "MaskSAMTrainer_tiny" if backbones[first] == "tiny" else "MaskSAMTrainer"
+    trainer = recipe.trainer if recipe else own
+    steps.append(f"nnUNetv2_train {number} {first} 0 -p {plans['plans_name']} -tr {trainer}")
+    say("Next:")
+    for step in steps:
+        say(f"  {step}")

@@ -1,4 +1,4 @@
-"""The paper's settings for three datasets, as data: ``presets/NAME.json``, each value with its source."""
+"""The paper's settings for three datasets, read from ``presets/NAME.json``, each value with its source."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from masksam_nnunet.config import LossConfig
 from masksam_nnunet.errors import DataError
 
@@ -16,7 +18,7 @@ PRESETS = ("acdc", "synapse", "amos")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What a published training was optimised with: ``SGD`` with Nesterov's momentum, or ``AdamW`` with ``eps``."""
+    """The optimizer of a published training: ``SGD`` with Nesterov momentum, or ``AdamW`` with ``eps``."""
 
     name: str
     learning_rate: float
@@ -38,14 +40,14 @@ class Preset:
         batch_size: B.
         upsample: u.
         num_queries: N.
-        foreground_classes: numbers of foreground labels for which it was published.
-        trainer: the trainer class that carries optimizer and epochs.
+        foreground_classes: the numbers of foreground labels that it was published for.
+        trainer: the trainer class with its optimizer and epochs.
         epochs: of 250 iterations.
         optimizer: see :class:`Optimizer`.
         loss: weights and points.
         dice: the paper's mean Dice, in per cent.
-        notes: where this project's meaning of a number is not the released code's.
-        sources: where each value comes from.
+        notes: where a number means something else here than in the released code.
+        sources: where each value comes from, by dotted name.
     """
 
     name: str
@@ -67,19 +69,13 @@ class Preset:
         """Refuse a dataset that the setting was not published for.
 
         Raises:
-            DataError: naming what does not fit.
+            DataError: another number of labels or channels, or regions.
         """
-        wanted = " or ".join(map(str, self.foreground_classes))
-        if regions or foreground not in self.foreground_classes:
-            found = f"{foreground} overlapping regions" if regions else f"{foreground} foreground labels"
+        if regions or channels != 1 or foreground not in self.foreground_classes:
             raise DataError(
-                f"--preset {self.name} was published for {wanted} foreground labels, this dataset has {found}; "
-                "plan it without --preset"
-            )
-        if channels != 1:
-            raise DataError(
-                f"--preset {self.name} was published for one image channel, this dataset has {channels}; "
-                "plan it without --preset"
+                f"--preset {self.name} was published for {' or '.join(map(str, self.foreground_classes))} foreground "
+                f"labels and one channel; this dataset has {foreground} {'regions' if regions else 'labels'} and "
+                f"{channels} {'channel' if channels == 1 else 'channels'}. Plan it without --preset"
             )
 
 
@@ -88,42 +84,23 @@ def load_preset(name: str) -> Preset:
     """Read a preset of the package.
 
     Raises:
-        DataError: for a name that is none of :data:`PRESETS`.
+        DataError: the name is not in :data:`PRESETS`.
     """
     if name not in PRESETS:
         raise DataError(f"--preset {name!r} is not known: choose one of {', '.join(PRESETS)}")
-    text = (files("masksam_nnunet.plans") / "presets" / f"{name}.json").read_text(encoding="utf-8")
-    data = json.loads(text)
-    values, sources = _values(data["setting"], "")
-    optimizer = Optimizer(**{k.removeprefix("optimizer."): v for k, v in values.items() if k.startswith("optimizer.")})
-    loss = LossConfig(**{k.removeprefix("loss."): v for k, v in values.items() if k.startswith("loss.")})
-    return Preset(
-        name=name,
-        backbone=values["backbone"],
-        patch_size=tuple(values["patch_size"]),
-        batch_size=values["batch_size"],
-        upsample=values["upsample"],
-        num_queries=values["num_queries"],
-        foreground_classes=tuple(values["foreground_classes"]),
-        trainer=data["trainer"],
-        epochs=values["epochs"],
-        optimizer=optimizer,
-        loss=loss,
-        dice=values["dice"],
-        notes=tuple(data["notes"]),
-        sources=sources,
-    )
-
-
-def _values(data: dict[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flatten nested objects whose leaves are {"value": ..., "source": ...}."""
-    values: dict[str, Any] = {}
+    data = json.loads((files("masksam_nnunet.plans") / "presets" / f"{name}.json").read_text(encoding="utf-8"))
     sources: dict[str, str] = {}
+    values = _values(data["setting"], "", sources)
+    more = {"name": name, "trainer": data["trainer"], "notes": data["notes"], "sources": sources}
+    return TypeAdapter(Preset).validate_python({**values, **more})
+
+
+def _values(data: dict[str, Any], prefix: str, sources: dict[str, str]) -> dict[str, Any]:
+    """The values of nested objects whose leaves are {"value": ..., "source": ...}; fills ``sources`` by dotted name."""
+    values = {}
     for key, entry in data.items():
         if set(entry) == {"value", "source"}:
-            values[prefix + key], sources[prefix + key] = entry["value"], entry["source"]
+            values[key], sources[prefix + key] = entry["value"], entry["source"]
         else:
-            inner, origin = _values(entry, f"{prefix}{key}.")
-            values |= inner
-            sources |= origin
-    return values, sources
+            values[key] = _values(entry, f"{prefix}{key}.", sources)
+    return values

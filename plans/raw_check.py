@@ -1,13 +1,12 @@
-"""``masksam check``: all that is wrong with a raw dataset, found by reading every file of it.
+"""Reads every file of a raw dataset: all defects for ``masksam check``, and the targets per slice for planning.
 
-nnU-Net's ``--verify_dataset_integrity`` stops at the first kind of defect, sees neither NaN in a NIfTI file nor that a
-file is cut off, since ITK reads over both, and only warns where image and label lie at different places.
+nnU-Net's ``--verify_dataset_integrity`` stops at the first kind of defect, misses NaN in a NIfTI file and truncated
+files, since ITK reads over both, and only warns where image and label lie at different places.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,32 +18,19 @@ from numpy.typing import NDArray
 
 from masksam_nnunet.errors import DataError
 
-from .image_reading import Grid, ImageFileError, NotLabelsError, read_image, read_labels
-from .nifti_files import stored_floats
-from .raw_data import RawDataset, inspect_raw_dataset
-from .splits import overlaps, read_splits
-from .threads import in_threads
-
-_SPLITS = "splits_final.json"
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What is wrong, and what may be meant so; each a sentence that names the file."""
-
-    defects: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+from .images import ImageGeometry, in_threads, read_image, read_labels, stored_floats
+from .raw_data import RawDataset, inspect_raw_dataset, shortened
+from .splits import SPLITS_FILE, overlaps, read_splits
 
 
 @dataclass(frozen=True)
 class RawCheck:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        dataset: as far as it can be listed.
-        defects: what must be mended.
-        notes: what may be meant so.
+        dataset: the dataset, as far as it can be listed.
+        defects: what must be corrected.
+        notes: what may be intended.
     """
 
     dataset: RawDataset
@@ -52,12 +38,21 @@ class RawCheck:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What was found in a case, and a hash of its image; None where that cannot be read."""
+@dataclass
+class _CaseCheck:
+    defects: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    image_hash: bytes | None = None
 
-    findings: Findings
-    image: bytes | None
+
+@dataclass(frozen=True)
+class TargetCount:
+    """The most targets in one slice, the case and slice that hold them, and the number of cases read."""
+
+    most: int
+    case: str
+    slice: int
+    cases: int
 
 
 def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawCheck:
@@ -65,24 +60,102 @@ def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawChec
 
     Args:
         folder: ``DatasetXXX_Name``.
-        preprocessed: its preprocessed folder, whose splits_final.json is looked at too.
+        preprocessed: its preprocessed folder, whose splits_final.json is checked too.
 
     Raises:
         DataError: it cannot be listed at all.
     """
     dataset, defects = inspect_raw_dataset(folder)
-    found = Findings(defects)
-    for file in (part / _SPLITS for part in (dataset.folder, preprocessed) if part is not None):
+    notes: list[str] = []
+    for file in (part / SPLITS_FILE for part in (dataset.folder, preprocessed) if part is not None):
         if file.is_file():
-            found.defects.extend(_split_defects(file, dataset))
-    cases = dict(
-        zip(dataset.images, in_threads(partial(_examine, dataset), list(dataset.images), "checking"), strict=True)
-    )
-    for result in cases.values():
-        found.defects.extend(result.findings.defects)
-        found.notes.extend(result.findings.notes)
-    found.notes.extend(_twins(cases))
-    return RawCheck(dataset, tuple(found.defects), tuple(found.notes))
+            defects += _split_defects(file, dataset)
+    cases = in_threads(partial(_check_case, dataset), list(dataset.images), "checking")
+    same: dict[bytes, list[str]] = {}
+    for name, result in zip(dataset.images, cases, strict=True):
+        defects += result.defects
+        notes += result.notes
+        if result.image_hash is not None:
+            same.setdefault(result.image_hash, []).append(name)
+    notes += [
+        f"cases {', '.join(names)} have the same image; a fold may train on one and validate the other"
+        for names in same.values()
+        if len(names) > 1
+    ]
+    return RawCheck(dataset, tuple(defects), tuple(notes))
+
+
+def require_sound_dataset(folder: Path) -> None:
+    """Check a whole raw dataset before work that would take longer.
+
+    Raises:
+        DataError: the first defects.
+    """
+    defects = list(check_raw_dataset(folder).defects)
+    if defects:
+        raise DataError(f"{folder} cannot be used:\n  " + shortened(defects, "\n  "))
+
+
+def require_sound_case(dataset: RawDataset, case: str) -> None:
+    """Check one case, for commands that have no time to read all.
+
+    Raises:
+        DataError: its defects.
+    """
+    defects = _check_case(dataset, case).defects
+    if defects:
+        raise DataError(f"{'; '.join(defects)}. List all defects of the dataset with masksam check -d {dataset.number}")
+
+
+def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
+    """Read all training labels and find the slice with the most targets, which the queries must cover.
+
+    A slice's targets are the labels in it, background included and the ignore label not; or the regions that it holds.
+
+    Args:
+        dataset: whose labels to read.
+        slice_axis: the axis of the reader's (z, y, x) arrays that becomes D: the first of ``transpose_forward``.
+
+    Raises:
+        DataError: a label map cannot be read or holds a label that dataset.json does not name.
+    """
+    manager = LabelManager(dict(dataset.dataset_json["labels"]), dataset.dataset_json.get("regions_class_order"))
+    targets = manager.foreground_regions if manager.has_regions else manager.all_labels
+    groups = [list(target) if isinstance(target, list | tuple) else [target] for target in targets]
+
+    def count(case: str) -> tuple[int, str, int]:
+        labels, _ = _read_known_labels(dataset, case)
+        slices = np.moveaxis(labels, slice_axis, 0)
+        counts = [sum(any(v in present for v in group) for group in groups) for present in map(_values, slices)]
+        return max(counts), case, int(np.argmax(counts))
+
+    found = in_threads(count, list(dataset.labels))
+    most, case, index = max(found, key=lambda one: one[0])
+    return TargetCount(most, case, index, len(found))
+
+
+def _read_known_labels(dataset: RawDataset, case: str) -> tuple[NDArray[np.int32], ImageGeometry]:
+    """A case's label map (D, H, W), whose values dataset.json names."""
+    path = dataset.labels[case]
+    try:
+        array, properties = read_labels(path, dataset.dataset_json)
+    except DataError as error:
+        raise DataError(f"case {case!r}: {error}") from error
+    labels = np.rint(array[0]).astype(np.int32)
+    unknown = sorted(_values(labels) - dataset.label_values)
+    if unknown:
+        raise DataError(
+            f"case {case!r}: {path} holds the labels {', '.join(map(str, unknown[:10]))}, which dataset.json does not "
+            "name; add them there or correct the label map"
+        )
+    return labels, ImageGeometry.of(array, properties)
+
+
+def _values(labels: NDArray[np.int32]) -> set[int]:
+    """The different values; small ones are counted, which is faster than sorting."""
+    small = labels.size > 0 and labels.min() >= 0 and labels.max() < 1024
+    found = np.flatnonzero(np.bincount(labels.ravel())) if small else np.unique(labels)
+    return set(found.tolist())
 
 
 def _split_defects(file: Path, dataset: RawDataset) -> list[str]:
@@ -90,114 +163,71 @@ def _split_defects(file: Path, dataset: RawDataset) -> list[str]:
         splits = read_splits(file, dataset.images)
     except DataError as error:
         return [str(error)]
-    return [f"{file}: {text}; write it anew with masksam split" for text in overlaps(splits)]
+    return [f"{file}: {text}; write it again with masksam split" for text in overlaps(splits)]
 
 
-def _twins(cases: Mapping[str, _Case]) -> Iterator[str]:
-    """Cases with the same image: a split may train on one and validate the other."""
-    same: dict[bytes, list[str]] = {}
-    for case, result in cases.items():
-        if result.image is not None:
-            same.setdefault(result.image, []).append(case)
-    for names in same.values():
-        if len(names) > 1:
-            yield f"cases {', '.join(names)} have the same image; a fold may train on one and validate the other"
-
-
-def require_sound_dataset(folder: Path) -> None:
-    """Read a whole raw dataset before work that would take longer.
-
-    Raises:
-        DataError: the first things that are wrong with it.
-    """
-    result = check_raw_dataset(folder)
-    if result.defects:
-        more = f"\n  ... and {len(result.defects) - _SHOWN} more" if len(result.defects) > _SHOWN else ""
-        shown = "".join(f"\n  {defect}" for defect in result.defects[:_SHOWN])
-        raise DataError(f"{folder} cannot be used:{shown}{more}")
-
-
-def require_sound_case(dataset: RawDataset, case: str) -> None:
-    """Read one case, for commands that have no time to read all.
-
-    Raises:
-        DataError: what is wrong with it.
-    """
-    defects = _examine(dataset, case).findings.defects
-    if defects:
-        raise DataError(
-            f"{'; '.join(defects)}; see what else is wrong with the dataset: masksam check -d {dataset.number}"
-        )
-
-
-def _examine(dataset: RawDataset, case: str) -> _Case:
-    found = Findings()
-    images = [_image(path, case, dataset, found) for path in dataset.images[case] if path.is_file()]
-    label = _label(dataset.labels[case], case, dataset, found) if dataset.labels[case].is_file() else None
-    read = [(path, *image) for path, image in zip(dataset.images[case], images, strict=False) if image is not None]
-    if len(read) < len(dataset.images[case]):
-        return _Case(found, None)
-    channels, wanted = sum(len(array) for _, array, _ in read), len(dataset.dataset_json["channel_names"])
+def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
+    check = _CaseCheck()
+    geometries: list[tuple[str, ImageGeometry]] = []
+    digest, channels = hashlib.sha256(), 0
+    for path in dataset.images[case]:
+        array = _check_image(dataset, case, path, check, geometries) if path.is_file() else None
+        if array is not None:
+            channels += len(array)
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+    whole = len(geometries) == len(dataset.images[case])
+    if dataset.labels[case].is_file():
+        _check_label(dataset, case, check, geometries)
+    if not whole:
+        return check
+    check.image_hash = digest.digest()
+    wanted = len(dataset.dataset_json["channel_names"])
     if channels != wanted:
-        found.defects.append(
-            f"case {case!r} has {channels} channels, channel_names in dataset.json has {wanted}; make them agree"
-        )
-    first, _, grid = read[0]
-    others = [(path.name, other) for path, _, other in read[1:]]
-    if label is not None:
-        others.append((f"its label map {dataset.labels[case].name}", label))
+        check.defects.append(f"case {case!r} has {channels} channels, channel_names in dataset.json has {wanted}")
+    (first, geometry), *others = geometries
     for name, other in others:
-        difference = grid.difference(other)
+        difference = geometry.difference(other)
         if difference is not None:
             what, one, two = difference
-            found.defects.append(
-                f"case {case!r}: {first.name} and {name} differ in {what} ({one} and {two}); resample one onto the "
-                "other's grid, or correct its header"
+            check.defects.append(
+                f"case {case!r}: {first} and {name} differ in {what} ({one} and {two}); resample one onto the other's "
+                "grid, or correct its header"
             )
-    digest = hashlib.sha256()
-    for _, array, _ in read:
-        digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return _Case(found, digest.digest())
+    return check
 
 
-def _image(path: Path, case: str, dataset: RawDataset, found: Findings) -> tuple[NDArray[Any], Grid] | None:
+def _check_image(
+    dataset: RawDataset, case: str, path: Path, check: _CaseCheck, geometries: list[tuple[str, ImageGeometry]]
+) -> NDArray[Any] | None:
+    """Read one image file (C, D, H, W), and note its defects and its geometry; None if it cannot be read."""
     try:
         array, properties = read_image(path, dataset.dataset_json)
         stored = stored_floats(path)
-    except (ImageFileError, MemoryError) as error:
-        found.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
+    except (DataError, MemoryError) as error:
+        check.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
         return None
+    geometries.append((path.name, ImageGeometry.of(array, properties)))
     odd = max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored))
     if odd:
-        found.defects.append(
-            f"case {case!r}: {path} holds {odd} voxels that are NaN or infinite, which would be read as 0 or spoil the "
-            "normalisation; put numbers there, such as the image's smallest"
+        check.defects.append(
+            f"case {case!r}: {path} holds {odd} voxels that are NaN or infinite; replace them, for example by the "
+            "image's smallest value"
         )
     elif array.min() == array.max():
-        found.notes.append(f"case {case!r}: {path} holds one value only, {array.flat[0]:g}")
-    return array, Grid.of(array, properties)
+        check.notes.append(f"case {case!r}: {path} holds one value only, {array.flat[0]:g}")
+    return array
 
 
-def _label(path: Path, case: str, dataset: RawDataset, found: Findings) -> Grid | None:
+def _check_label(
+    dataset: RawDataset, case: str, check: _CaseCheck, geometries: list[tuple[str, ImageGeometry]]
+) -> None:
+    path = dataset.labels[case]
     try:
-        array, properties = read_labels(path, dataset.dataset_json)
-    except NotLabelsError as error:
-        found.defects.append(f"case {case!r}: {error}; write whole numbers into it")
-        return None
-    except (ImageFileError, MemoryError) as error:
-        found.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
-        return None
-    manager = LabelManager(dataset.dataset_json["labels"], dataset.dataset_json.get("regions_class_order"))
-    named = {int(label) for label in manager.all_labels}
-    if manager.ignore_label is not None:
-        named.add(int(manager.ignore_label))
-    values = {int(value) for value in np.unique(np.rint(array))}
-    if values - named:
-        found.defects.append(
-            f"case {case!r}: {path} holds the labels {', '.join(map(str, sorted(values - named)[:10]))}, which "
-            "dataset.json does not name; add them there or mend the label map"
-        )
-    elif values == {0}:
-        found.notes.append(f"case {case!r}: {path} holds background only")
-    return Grid.of(array, properties)
+        labels, geometry = _read_known_labels(dataset, case)
+    except (DataError, MemoryError) as error:
+        check.defects.append(str(error) or f"case {case!r}: {path} does not fit into memory")
+        return
+    geometries.append((path.name, geometry))
+    if not labels.any():
+        check.notes.append(f"case {case!r}: {path} holds background only")

@@ -1,4 +1,4 @@
-"""Check a raw dataset before nnU-Net meets it, and put it where nnU-Net looks."""
+"""A dataset in nnU-Net's raw format: its dataset.json and its files' names, checked before nnU-Net reads them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json
 
-from .description import description_defects
-from .splits import NUM_FOLDS
-
-_SHOWN = 5
+NUM_FOLDS = 5
+"""nnU-Net's."""
+KEYS = ("channel_names", "labels", "numTraining", "file_ending")
+SHOWN = 5
+"""Defects that an error lists; ``masksam check`` lists all."""
 _NAME = re.compile(r"Dataset(\d{3})_\w[\w.-]*")
 
 
@@ -50,6 +54,13 @@ class RawDataset:
         return str(number_of(self.name))
 
     @property
+    def label_values(self) -> set[int]:
+        """All values that label maps may hold, the ignore label included."""
+        manager = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
+        ignore = [] if manager.ignore_label is None else [manager.ignore_label]
+        return {int(value) for value in (*manager.all_labels, *ignore)}
+
+    @property
     def test_images(self) -> Path:
         """Folder of images to predict: imagesTs where it holds any, else imagesTr."""
         tests = self.folder / "imagesTs"
@@ -62,54 +73,46 @@ def number_of(name: str) -> int:
 
 
 def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_FOLDS) -> RawDataset:
-    """Read and check a raw dataset.
+    """Read and check a raw dataset's dataset.json and file names.
 
     Args:
         folder: ``DatasetXXX_Name``.
-        option: what the user named it by, for the messages.
+        option: the option that names it, for error messages.
         min_cases: fewest training cases.
 
     Raises:
-        DataError: naming what is missing or wrong, and what nnU-Net expects.
+        DataError: the first defects.
     """
     folder = Path(os.path.abspath(folder))  # not resolve(): a link's own name is the dataset's name
     if not folder.is_dir():
         raise DataError(f"{option} {folder}: there is no such folder")
     if not _NAME.fullmatch(folder.name):
-        raise DataError(
-            f"{option} {folder}: the folder's name must be DatasetXXX_Name with three digits, such as "
-            f"Dataset004_Hippocampus, not {folder.name!r}; rename it or make a link of that name"
-        )
-    description = _read_description(folder, option)
-    dataset, defects = _inspect(folder, description, option, min_cases)
+        raise DataError(f"{option} {folder}: rename or link the folder as DatasetXXX_Name, such as Dataset004_Liver")
+    dataset, defects = inspect_raw_dataset(folder, option, min_cases)
     if defects:
-        more = f"; and {len(defects) - _SHOWN} more, which masksam check lists" if len(defects) > _SHOWN else ""
-        raise DataError(f"{option} {folder}: {'; '.join(defects[:_SHOWN])}{more}")
+        raise DataError(f"{option} {folder}: {shortened(defects)}")
     return dataset
 
 
-def inspect_raw_dataset(folder: Path, option: str = "-d") -> tuple[RawDataset, list[str]]:
-    """A raw dataset as far as it can be listed, and all that is wrong with its files' names and number.
+def inspect_raw_dataset(folder: Path, option: str = "-d", min_cases: int = 1) -> tuple[RawDataset, list[str]]:
+    """List a raw dataset's files, with every defect of their names and number.
 
     Raises:
         DataError: the folder or its dataset.json cannot be used at all.
     """
     folder = Path(os.path.abspath(folder))
-    return _inspect(folder, _read_description(folder, option), option, 1)
-
-
-def _inspect(folder: Path, description: dict[str, Any], option: str, min_cases: int) -> tuple[RawDataset, list[str]]:
-    if "dataset" not in description:  # else dataset.json lists the files itself
+    description = _read_description(folder, option)
+    if "dataset" in description:  # dataset.json lists the files itself
+        files, defects = _listed_files(folder, description)
+    else:
         for part in ("imagesTr", "labelsTr"):
             if not (folder / part).is_dir():
-                raise DataError(f"{option} {folder}: the folder {part} is missing; nnU-Net's raw format needs it")
-    files, defects = (
-        _listed_files(folder, description) if "dataset" in description else _found_files(folder, description)
-    )
+                raise DataError(f"{option} {folder}: the folder {part} is missing")
+        files, defects = _found_files(folder, description)
     if len(files) < min_cases:
         raise DataError(
-            f"{option} {folder}: {len(files)} training cases ending in {description['file_ending']!r}; "
-            f"at least {min_cases} are needed" + (f" ({'; '.join(defects[:_SHOWN])})" if defects else "")
+            f"{option} {folder}: {len(files)} training cases *{description['file_ending']}; at least {min_cases} are "
+            "needed" + (f" ({shortened(defects)})" if defects else "")
         )
     channels = len(description["channel_names"])
     usual = Counter(len(images) for images, _ in files.values()).most_common(1)[0][0]
@@ -117,22 +120,36 @@ def _inspect(folder: Path, description: dict[str, Any], option: str, min_cases: 
         # Fewer files than channels are legal: a colour image, or a 4D file, holds several.
         if len(images) > channels or len(images) != usual:
             defects.append(
-                f"case {case!r} has {len(images)} image files, others have {usual}, and "
-                f"channel_names in dataset.json has {channels} entries; files are named CASE_0000, CASE_0001, ..."
+                f"case {case!r} has {len(images)} image files, others have {usual}, and channel_names in dataset.json "
+                f"has {channels} entries"
             )
-        defects += [
-            f"case {case!r} lacks {path.name}; add it or remove the case"
-            for path in (*images, label)
-            if not path.is_file()
-        ]
+        absent = [path for path in (*images, label) if not path.is_file()]
+        defects += [f"case {case!r}: {path.name} is missing; add it or remove the case" for path in absent]
     if description["numTraining"] != len(files):
         defects.append(
-            f"dataset.json says numTraining = {description['numTraining']}, there are {len(files)} training cases; "
-            "add what is missing or correct the number"
+            f"dataset.json says numTraining = {description['numTraining']}, but there are {len(files)} training cases"
         )
     images_of = {case: images for case, (images, _) in files.items()}
     label_of = {case: label for case, (_, label) in files.items()}
     return RawDataset(folder, description, images_of, label_of), defects
+
+
+def shortened(defects: list[str], separator: str = "; ") -> str:
+    """The first defects in one text, with the number of the others."""
+    more = [f"... and {len(defects) - SHOWN} more"] if len(defects) > SHOWN else []
+    return separator.join([*defects[:SHOWN], *more])
+
+
+def place_raw_dataset(dataset: RawDataset, raw: Path) -> RawDataset:
+    """Link the dataset into the folder ``raw``, or copy it where links are not possible; returns the placed one."""
+    raw.mkdir(parents=True, exist_ok=True)
+    target = raw / dataset.name
+    if not target.exists():
+        try:
+            target.symlink_to(dataset.folder, target_is_directory=True)
+        except OSError:  # Windows without the privilege, file systems without links
+            shutil.copytree(dataset.folder, target)
+    return read_raw_dataset(target)
 
 
 _Files = dict[str, tuple[tuple[Path, ...], Path]]
@@ -152,7 +169,7 @@ def _listed_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, li
 def _found_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, list[str]]:
     """Images and label of each case in imagesTr and labelsTr, and what is wrong with their names.
 
-    nnU-Net cuts a file's name at a fixed length, and so takes a misnamed file for a case of another name.
+    nnU-Net cuts a fixed length off a file's name, and so takes a misnamed file for a case of another name.
     """
     ending = description["file_ending"]
     images: dict[str, dict[int, Path]] = {}
@@ -168,12 +185,9 @@ def _found_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, lis
     for case, channels in images.items():
         if sorted(channels) != list(range(len(channels))):
             numbers = ", ".join(f"{channel:04d}" for channel in sorted(channels))
-            defects.append(f"case {case!r} has the channels {numbers}; they are numbered from 0000 without gaps")
+            defects.append(f"case {case!r} has the channels {numbers}; number them from 0000 without gaps")
     labels = {path.name.removesuffix(ending) for path in (folder / "labelsTr").iterdir() if path.name.endswith(ending)}
-    defects += [
-        f"labelsTr/{case}{ending} has no image; add imagesTr/{case}_0000{ending} or remove it"
-        for case in sorted(labels - set(images))
-    ]
+    defects += [f"labelsTr/{case}{ending} has no image in imagesTr" for case in sorted(labels - set(images))]
     files = {
         case: (tuple(path for _, path in sorted(channels.items())), folder / "labelsTr" / f"{case}{ending}")
         for case, channels in sorted(images.items())
@@ -181,30 +195,103 @@ def _found_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, lis
     return files, defects
 
 
-def place_raw_dataset(dataset: RawDataset, raw: Path) -> RawDataset:
-    """Link the dataset into the folder ``raw``, or copy it where links are not possible; returns it as it is there."""
-    raw.mkdir(parents=True, exist_ok=True)
-    target = raw / dataset.name
-    if not target.exists():
-        try:
-            target.symlink_to(dataset.folder, target_is_directory=True)
-        except OSError:  # Windows without the privilege, file systems without links
-            shutil.copytree(dataset.folder, target)
-    return read_raw_dataset(target)
-
-
 def _read_description(folder: Path, option: str) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not path.is_file():
-        raise DataError(f"{option} {folder}: dataset.json is missing; nnU-Net's raw format needs it")
+        raise DataError(f"{option} {folder}: dataset.json is missing")
     try:
         description = read_json(path)
-    except ValueError as error:
-        raise DataError(f"{option} {folder}: dataset.json is not JSON: {error}; write it anew, in UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{option} {folder}: dataset.json cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{option} {folder}: dataset.json cannot be read as JSON: {error}") from error
     defects = description_defects(description)
     if defects:
-        raise DataError(f"{option} {folder}: {'; '.join(defects)}")
+        raise DataError(f"{option} {folder}: dataset.json: {'; '.join(defects)}")
     result: dict[str, Any] = description
     return result
+
+
+def description_defects(description: Any) -> list[str]:
+    """Everything in the content of a dataset.json that breaks nnU-Net's rules."""
+    if not isinstance(description, dict):
+        return [f"it must be a JSON object with {', '.join(KEYS)}, found {_short(description)}"]
+    missing = [key for key in KEYS if key not in description]
+    if missing:
+        return [f"{', '.join(missing)} is missing; nnU-Net needs {', '.join(KEYS)}"]
+    return list(_description_defects(description))
+
+
+def _description_defects(description: dict[str, Any]) -> Iterator[str]:
+    channels, number, ending = (description[key] for key in ("channel_names", "numTraining", "file_ending"))
+    if (
+        not isinstance(channels, dict)
+        or not channels
+        or set(channels) != {str(index) for index in range(len(channels))}
+        or not all(isinstance(name, str) for name in channels.values())
+    ):
+        yield f'channel_names must be {{"0": NAME, "1": NAME, ...}}, found {_short(channels)}'
+    yield from _label_defects(description["labels"], description.get("regions_class_order"))
+    if not _is_int(number) or number < 0:
+        yield f"numTraining must be the number of training cases, found {_short(number)}"
+    known = sorted({name for reader in LIST_OF_IO_CLASSES for name in reader.supported_file_endings})
+    if not isinstance(ending, str) or ending.lower() not in known:
+        yield f"file_ending must be one of {', '.join(known)}, found {_short(ending)}"
+    listed = description.get("dataset", {})
+    if not isinstance(listed, dict) or not all(map(_is_listed_case, listed.values())):
+        yield f'dataset must be {{CASE: {{"images": [FILE, ...], "label": FILE}}, ...}}, found {_short(listed)}'
+
+
+def _label_defects(labels: Any, order: Any) -> Iterator[str]:
+    if not isinstance(labels, dict) or not all(map(_is_label, labels.values())):
+        yield (
+            'labels must be {"background": 0, NAME: 1, NAME: 2, ...}, with lists of numbers for regions, found '
+            f"{_short(labels)}"
+        )
+        return
+    if labels.get("background") not in (0, "0"):
+        yield f'labels must have "background": 0, found {_short(labels)}'
+        return
+    values = {
+        name: [int(number) for number in (value if isinstance(value, list) else [value])]
+        for name, value in labels.items()
+        if name != "ignore"
+    }
+    times = Counter(number for numbers in values.values() for number in numbers)
+    found = sorted(times)
+    if len(found) < 2:
+        yield "labels must have at least one foreground class"
+    if found != list(range(len(found))):
+        yield f"labels must be 0, 1, 2, ... without gaps, found {', '.join(map(str, found))}"
+    if "ignore" in labels and labels["ignore"] != found[-1] + 1:
+        yield f"labels: ignore must be the highest label, {found[-1] + 1}, found {_short(labels['ignore'])}"
+    if all(len(numbers) == 1 for numbers in values.values()):
+        twice = [str(number) for number, count in times.items() if count > 1]
+        if twice:
+            yield f"labels must have one name for each value, but {', '.join(twice)} has several"
+        return
+    regions = sum(set(numbers) != {0} for numbers in values.values())
+    if not isinstance(order, list) or len(order) != regions or not all(map(_is_int, order)):
+        yield f"regions_class_order must be a list of {regions} labels, one for each region, found {_short(order)}"
+
+
+def _is_listed_case(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("label"), str)
+        and isinstance(entry.get("images"), list)
+        and all(isinstance(image, str) for image in entry["images"])
+    )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_label(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    # nnU-Net takes "1" too.
+    return bool(numbers) and all(_is_int(n) or (isinstance(n, str) and n.isdecimal()) for n in numbers)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

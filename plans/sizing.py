@@ -1,7 +1,7 @@
 """Patch, batch, u, backbone and checkpointing of a MaskSAM network under a memory target.
 
 A patch shows SAM whole slices, as SAM was trained on whole images and as the paper's recipes do (4x256x256, 26x256x256,
-9x512x512): so the slices are as large as the median image, and their number is what memory decides.
+9x512x512): the slices are as large as the median image, and memory decides their number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 from masksam_nnunet.errors import DataError
 
-from .derive import CARD_GB, MAX_IMAGE, USABLE, Profile, config_for, profile_of, round_up
+from .architecture import CARD_GB, MAX_IMAGE, USABLE, config_for, profile_of, round_up
 from .presets import Preset
 
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
@@ -27,18 +27,18 @@ LARGEST_FIRST = tuple(reversed(checkpoint_names()))
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a configuration asks of the network.
+class Requirements:
+    """What a configuration requires of the network.
 
     Attributes:
         median_shape: median image in voxels at the configuration's spacing, (D, H, W) or (H, W).
         channels: C, with a cascade's one-hot channels.
         classes: K.
-        queries: N by backbone is for the caller to say.
+        queries: gives N for a backbone.
         targets_per_slice: the most targets in one slice.
         where: which slice that is.
         regions: whether the classes are regions.
-        largest_batch: the batch size allowed for a patch of so many voxels.
+        largest_batch: gives the largest allowed batch for a patch of so many voxels.
     """
 
     median_shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A network that fits, what it takes, and why each of its sizes is what it is, by name."""
+    """A network, its batch size, its cost, and the reason for each of its sizes, by name."""
 
     config: MaskSAMConfig
     batch_size: int
@@ -61,7 +61,7 @@ class Sizes:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def table(self, epochs: int) -> list[dict[str, Any]]:
-        """Rows of what, value and why, as plain JSON; ``epochs`` of 250 iterations are reckoned."""
+        """Rows of what, value and why, as plain JSON; hours are for ``epochs`` of 250 iterations."""
         config, cost, why = self.config, self.cost, self.reasons
         *depth, height, width = config.patch_size
         hours = 250 * epochs * cost.tflop / 100 / 3600
@@ -82,63 +82,57 @@ class Sizes:
 
 
 def choose_sizes(
-    task: Task, backbones: tuple[str, ...], gpu_memory_gb: float, notify: Callable[[str], None] = lambda _: None
+    wanted: Requirements,
+    backbones: tuple[str, ...],
+    gpu_memory_gb: float,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Sizes:
     """The first backbone that fits, with the largest u for :data:`FEW_SLICES` slices, then as many slices as fit.
 
-    Activation checkpointing is used before a slice or u is given up. Below :data:`FEW_SLICES` slices, and then below
-    whole slices, a patch goes only where no u fits. The bound on operations grows with the memory, as cards do.
+    Activation checkpointing is used before a slice or u is given up. Patches of fewer than :data:`FEW_SLICES` slices,
+    and then of parts of slices, are used only where no u fits. The bound on operations grows with the memory, as cards
+    do.
 
     Args:
-        task: what is asked.
+        wanted: the configuration's requirements.
         backbones: to be tried in this order.
-        gpu_memory_gb: of the card, in GiB as its maker says it.
-        notify: is told what is being tried.
+        gpu_memory_gb: memory of the card, in GiB as its maker states it.
+        notify: receives a description of each attempt.
 
     Raises:
-        DataError: if no backbone fits; it says how much memory the least of them takes.
+        DataError: no backbone fits; it names the memory that the smallest one needs.
     """
-    least: Sizes | None = None
     for backbone in backbones:
-        search = _Search(task, backbone, gpu_memory_gb, notify)
+        search = _Search(wanted, backbone, gpu_memory_gb, notify)
         found = search.best()
         if found is not None:
             tried = backbones[: backbones.index(backbone)]
             why = f"the largest SAM that fits; {', '.join(tried)} would not" if tried else "the largest SAM, fits"
-            queries = f"up to {task.targets_per_slice} targets in a slice ({task.where}), and headroom"
+            queries = f"up to {wanted.targets_per_slice} targets in a slice ({wanted.where}), and headroom"
             reasons = {"backbone": why if len(backbones) > 1 else "as asked", "N": queries, **found.reasons}
             return replace(found, reasons=reasons)
-        least = search.smallest()
-    assert least is not None
-    enough = least.cost.peak_gib / USABLE
+    least = search.smallest()
+    needed = least.cost.peak_gib / USABLE + 0.1
+    smaller = "" if backbones[-1] in ("vit_b", "tiny") else ", or a smaller --backbone"
     raise DataError(
-        f"--gpu-memory {gpu_memory_gb:g} is too small for {backbones[-1]}"
-        f"{', the smallest SAM' if backbones[-1] == 'vit_b' else ''}: the least patch, {least.config.patch_size} in "
-        f"batch {least.batch_size}, takes {enough:.1f} GB of a card (give --gpu-memory {enough + 0.1:.1f} or more"
-        + ("" if backbones[-1] == "vit_b" else ", or a smaller --backbone")
-        + "); --backbone tiny is for trying things out, and is not SAM"
+        f"--gpu-memory {gpu_memory_gb:g} is too small for {backbones[-1]} with its smallest patch "
+        f"{least.config.patch_size}; give --gpu-memory {needed:.1f} or more{smaller}"
     )
 
 
-def preset_sizes(preset: Preset, task: Task, gpu_memory_gb: float) -> Sizes:
-    """The published setting, whatever memory it takes; only checkpointing, which changes no number, is chosen."""
+def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> Sizes:
+    """The published setting, whatever memory it takes; only checkpointing, which changes no result, is chosen."""
     config = config_for(
         preset.backbone, preset.patch_size, preset.num_queries, False, upsample=preset.upsample, loss=preset.loss
     )
-    inputs = (task.channels, task.classes, preset.batch_size, task.targets_per_slice)
+    inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets_per_slice)
     cost = training_cost(config, *inputs)
     without = cost.peak_gib
     if without > gpu_memory_gb * USABLE:
         config = replace(config, checkpointing=True)
         cost = training_cost(config, *inputs)
-    keys = {
-        "backbone": "backbone",
-        "D": "patch_size",
-        "H x W": "patch_size",
-        "u": "upsample",
-        "N": "num_queries",
-        "batch size": "batch_size",
-    }
+    keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "u": "upsample"}
+    keys |= {"N": "num_queries", "batch size": "batch_size"}
     reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
     reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
     if cost.peak_gib > gpu_memory_gb * USABLE:
@@ -149,16 +143,18 @@ def preset_sizes(preset: Preset, task: Task, gpu_memory_gb: float) -> Sizes:
 class _Search:
     """The search for one backbone."""
 
-    def __init__(self, task: Task, backbone: str, gpu_memory_gb: float, notify: Callable[[str], None]) -> None:
-        self.task = task
+    def __init__(
+        self, wanted: Requirements, backbone: str, gpu_memory_gb: float, notify: Callable[[str], None]
+    ) -> None:
+        self.wanted = wanted
         self.backbone = backbone
         self.notify = notify
-        self.profile: Profile = profile_of(backbone)
+        self.profile = profile_of(backbone)
         self.memory_gib = gpu_memory_gb * USABLE
         self.max_tflop = self.profile.max_tflop * (1 if backbone == "tiny" else gpu_memory_gb / CARD_GB)
-        self.is_2d = len(task.median_shape) == 2
-        self.depth = 1 if self.is_2d else max(1, task.median_shape[0])
-        self.plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in task.median_shape[-2:])
+        self.is_2d = len(wanted.median_shape) == 2
+        self.depth = 1 if self.is_2d else max(1, wanted.median_shape[0])
+        self.plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in wanted.median_shape[-2:])
 
     def best(self) -> Sizes | None:
         few = min(self.depth, FEW_SLICES)
@@ -203,12 +199,12 @@ class _Search:
         config = config_for(
             self.backbone,
             patch,
-            self.task.queries(self.backbone),
-            self.task.regions,
+            self.wanted.queries(self.backbone),
+            self.wanted.regions,
             upsample=upsample,
             checkpointing=checkpointing,
         )
-        cost = training_cost(config, self.task.channels, self.task.classes, batch, self.task.targets_per_slice)
+        cost = training_cost(config, self.wanted.channels, self.wanted.classes, batch, self.wanted.targets_per_slice)
         return Sizes(config, batch, cost)
 
     def _whole_slices(self, upsample: int, depth: int) -> Sizes:
@@ -250,7 +246,7 @@ class _Search:
                 else f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
             )
         plane, upsample = sizes.config.patch_size[-2:], sizes.config.upsample
-        largest = self.task.largest_batch(math.prod(sizes.config.patch_size))
+        largest = self.wanted.largest_batch(math.prod(sizes.config.patch_size))
         reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"
         if largest > MIN_BATCH and depth == self.depth:
             sizes = self._largest(

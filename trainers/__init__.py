@@ -1,7 +1,6 @@
 """The trainers that nnU-Net finds by name; ``nnunet_ext`` is the folder that it scans."""
 
 from .masksam import MaskSAMTrainer
-from .published import MaskSAMTrainer_acdc, MaskSAMTrainer_amos, MaskSAMTrainer_synapse
 from .time_budget import MaskSAMTrainer_tiny_budget, nnUNetTrainer_budget
 from .variants import (
     MaskSAMTrainer_1epoch,
@@ -10,6 +9,9 @@ from .variants import (
     MaskSAMTrainer_100epochs,
     MaskSAMTrainer_250epochs,
     MaskSAMTrainer_500epochs,
+    MaskSAMTrainer_acdc,
+    MaskSAMTrainer_amos,
+    MaskSAMTrainer_synapse,
     MaskSAMTrainer_tiny,
     MaskSAMTrainer_tiny_1epoch,
     MaskSAMTrainer_tiny_5epochs,

@@ -1,8 +1,8 @@
-"""Iterations whose loss or gradient is not finite: left out, counted, and told of, without waiting for the device.
+"""Leaves out optimizer steps whose loss or gradient is not finite, without waiting for the device.
 
-The device itself decides whether the optimizer moves, by the ``found_inf`` of PyTorch's fused optimizers, which their
-gradient scaler uses too. Their number reaches the host by a copy that nobody waits for, and is looked at one iteration
-later.
+The device itself decides whether the optimizer moves, by the ``found_inf`` of PyTorch's fused optimizers, which its
+gradient scaler uses too. The number of skipped steps reaches the host by an asynchronous copy, and is read one
+iteration later.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_KEPT = 3  # iterations whose details are at hand: the host is at most two ahead of what it knows
+from masksam_nnunet.environment import MAX_SKIPPED
+
+MOST_SKIPPED, SKIPPED_SHARE, FEWEST_SKIPPED = 100, 0.5, 10
+"""Skipped steps that end a training: so many in a row; or this share of an epoch, if they are at least so many."""
+_KEPT = 3  # iterations whose details are kept: the host is at most two ahead of what it knows
 
 
 def can_skip(device: torch.device) -> bool:
-    """Whether fused optimizers leave a step out by themselves there."""
+    """Whether fused optimizers can skip a step on this device."""
     return device.type in ("cpu", "cuda")
 
 
 def ready_to_skip(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer, so that its first step can be left out too, and checkpoints of unfused ones continued.
+    """Prepare an optimizer whose first step may be skipped, and which may load the state of an unfused one.
 
-    Fused SGD takes momentum that a first step, left out, has not filled for the second step's.
+    Fused SGD fills its momentum in the first step; a skipped first step would leave it undefined.
     """
     fused = [group.get("fused") for group in optimizer.param_groups]
 
@@ -44,7 +48,7 @@ def ready_to_skip(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What can be told of an iteration; its tensors are on the device, but for the batch's."""
+    """The details of an iteration; its tensors are on the device, except the batch's."""
 
     number: int
     rate: float
@@ -56,11 +60,11 @@ class Iteration:
 
 
 class FiniteGuard:
-    """Lets no step be made that would spoil the weights.
+    """Skips every step that would spoil the weights, and counts them.
 
     Args:
         parts: the trained parameters by the part of the network that they belong to.
-        limit: as many iterations in a row without a step are too many.
+        limit: the number of skipped iterations in a row that ends a training.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[nn.Parameter]], limit: int) -> None:
@@ -68,7 +72,7 @@ class FiniteGuard:
         self.limit = limit
         self.in_a_row = self.skipped = 0
         """As far as the host knows."""
-        self._told = -1
+        self._reported = -1
         device = next(p.device for parameters in self.parts.values() for p in parameters)
         self._counts = torch.zeros(2, device=device)  # in a row, in all
         self._on_host = torch.zeros(2, pin_memory=device.type == "cuda")
@@ -112,22 +116,31 @@ class FiniteGuard:
         self._counts = torch.stack([(self._counts[0] + 1) * bad, self._counts[1] + bad])
         self._on_host.copy_(self._counts, non_blocking=True)
 
-    def look(self) -> list[str]:
-        """What has come to be known since the last look: a description of each iteration left out."""
+    def new_reports(self) -> list[str]:
+        """A description of each skipped iteration that became known since the last call."""
         in_a_row, skipped = (int(x) for x in self._on_host.tolist())
         new, self.in_a_row, self.skipped = skipped - self.skipped, in_a_row, skipped
-        return self.descriptions(after=self._told) if new else []
+        return self._descriptions(after=self._reported) if new else []
 
     @property
     def too_many(self) -> bool:
         """Whether the limit is reached."""
         return self.in_a_row >= self.limit
 
-    def descriptions(self, after: int = -1) -> list[str]:
-        """The latest iterations, from after this number on, that were left out, in words; waits for the device."""
-        left_out = [it for it in self._latest if it.number > after and not _total(it.norms).isfinite()]
-        self._told = max([self._told, *(it.number for it in left_out)])
-        return [self._describe(it) for it in left_out]
+    def diagnosis(self, how_often: str) -> str:
+        """Why the training cannot continue, with the details of the latest iterations; waits for the device."""
+        latest = "\n  ".join(self._descriptions()) or "the latest iterations were finite"
+        return (
+            f"the loss or its gradient was not finite {how_often}:\n  {latest}\nThese iterations made no step, and "
+            "earlier checkpoints are kept. If the input is not finite, correct those cases and preprocess again; else "
+            f"check their labels, or lower the learning rate (a trainer's initial_lr). {MAX_SKIPPED} sets how many in "
+            "a row are allowed"
+        )
+
+    def _descriptions(self, after: int = -1) -> list[str]:
+        skipped = [it for it in self._latest if it.number > after and not _total(it.norms).isfinite()]
+        self._reported = max([self._reported, *(it.number for it in skipped)])
+        return [self._describe(it) for it in skipped]
 
     def _describe(self, it: Iteration) -> str:
         terms = [f"{name} {value.item():.4g}" for name, value in it.terms.items() if not bool(value.isfinite())]

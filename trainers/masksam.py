@@ -1,4 +1,4 @@
-"""MaskSAM as an nnU-Net trainer: hooks only, the rest is nnU-Net's."""
+"""MaskSAM as an nnU-Net trainer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -31,21 +32,24 @@ from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
 from masksam_nnunet.plans.architecture import read_config
+from masksam_nnunet.plans.training_inputs import training_config
 from masksam_nnunet.sam_weights import find
 
-from .config_check import check_preset, check_results_folder, check_shared_data, resolve_config
-from .finite_guard import FiniteGuard, Iteration, can_skip, ready_to_skip
+from .finite_guard import (
+    FEWEST_SKIPPED,
+    MOST_SKIPPED,
+    SKIPPED_SHARE,
+    FiniteGuard,
+    Iteration,
+    can_skip,
+    ready_to_skip,
+)
 from .resumable import ResumableTrainer
-from .schedule import WarmupPolyLR
 
 SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
-"""Learning rate and warm-up iterations for a frozen SAM, and for the tiny network, which starts from nothing."""
-
-
-MOST_SKIPPED, SKIPPED_SHARE, FEWEST_SKIPPED = 100, 0.5, 10
-"""Iterations without a step that end a training: in a row; the share of an epoch, if there are at least so many."""
+"""Learning rate and warm-up iterations with a frozen SAM, and with the tiny encoder, which starts from random."""
 SKIPPED = "skipped"
-"""The name beside the loss terms."""
+"""The name beside the loss terms of 1.0 for an iteration without a step, else 0.0."""
 
 
 class MaskSAMTrainer(ResumableTrainer):
@@ -56,9 +60,9 @@ class MaskSAMTrainer(ResumableTrainer):
     """
 
     backbone: str | None = None
-    """What a subclass trains, whatever the plans; None: the plans say, and vit_b where they know nothing of it."""
+    """The backbone of a subclass; None takes the plans', or vit_b on plain plans."""
     preset: str | None = None
-    """The published setting that a subclass belongs to, and that its plans must hold."""
+    """The published setting that a subclass trains, and that its plans must hold."""
     gradient_clip = 12.0
     epochs = 1000
 
@@ -71,12 +75,10 @@ class MaskSAMTrainer(ResumableTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
     ) -> None:
         # Before nnU-Net copies and caches the plans; it saves them with the model.
-        name = type(self).__name__
-        self.config: MaskSAMConfig = resolve_config(plans, configuration, dataset_json, self.backbone, name)
-        check_preset(plans, configuration, self.preset, name)
-        check_shared_data(plans, configuration)
-        check_results_folder(plans, configuration, fold, self.config, name)
-        most_skipped = number_in(MAX_SKIPPED) or MOST_SKIPPED
+        self.config: MaskSAMConfig = training_config(
+            plans, configuration, fold, dataset_json, type(self).__name__, self.backbone, self.preset
+        )
+        most_skipped = number_in(MAX_SKIPPED) or MOST_SKIPPED  # an error here leaves no results folder
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.most_skipped = most_skipped
         self._guard: FiniteGuard | None = None
@@ -87,7 +89,7 @@ class MaskSAMTrainer(ResumableTrainer):
             self.grad_scaler = None
 
     def set_recipe(self) -> None:
-        """Rates and number of epochs; nnU-Net's constructor has set its own."""
+        """Set learning rate, warm-up and number of epochs; called after nnU-Net's constructor has set its own."""
         self.initial_lr, self.warmup_iterations = SAM_RATE if self.config.needs_sam else TINY_RATE
         self.num_epochs = self.epochs
 
@@ -96,7 +98,7 @@ class MaskSAMTrainer(ResumableTrainer):
     def initialize(self) -> None:
         super().initialize()
         if isinstance(self.network, DistributedDataParallel):
-            # They are constants, equal since DDP was made; a rank without a case to validate must not be waited for.
+            # Buffers are constants; ranks must not wait for one without a case to validate.
             self.network.broadcast_buffers = False
 
     @staticmethod
@@ -111,13 +113,13 @@ class MaskSAMTrainer(ResumableTrainer):
         config = read_config(configuration_manager)
         if config is None:
             raise ConfigError(
-                f"these plans ({plans_manager.plans_name}) hold {configuration_manager.network_arch_class_name}, no "
-                "MaskSAM config. A trained MaskSAM's own plans.json, in its results folder, holds one: use that folder."
+                f"plans {plans_manager.plans_name!r} hold {configuration_manager.network_arch_class_name}, no MaskSAM "
+                "config: use the plans.json in the results folder of a trained MaskSAM."
             )
         image_channels = min(len(configuration_manager.normalization_schemes), num_input_channels)
         network = MaskSAM(config, num_input_channels, num_output_channels, image_channels)
         if isinstance(network.image_encoder, AdaptedImageEncoder):
-            # Of this machine, not of the model: the same folds may train and predict with other values.
+            # A setting of this machine, not of the model.
             network.image_encoder.slices_at_once = number_in(SLICES_AT_ONCE)
         return network
 
@@ -127,27 +129,24 @@ class MaskSAMTrainer(ResumableTrainer):
         return self.bare_network  # type: ignore[return-value]
 
     def _do_i_compile(self) -> bool:
-        # Stock nnU-Net compiles on CUDA unless told not to. Here it is opt-in (nnUNet_compile=1): what it gains has
-        # not been measured on a GPU yet, and compiling ViT-H costs minutes.
+        # nnU-Net compiles by default. Here it is opt-in (nnUNet_compile=1): compiling ViT-H takes minutes.
         return "nnUNet_compile" in os.environ and super()._do_i_compile()
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """MaskSAM has none."""
+        """MaskSAM has no deep supervision."""
 
     def plot_network_architecture(self) -> None:
-        """Instead of a drawing, which is optional in nnU-Net, the numbers of parameters are logged."""
+        """Logs the numbers of parameters instead of drawing the network."""
         self.print_to_log_file(f"MaskSAM config: {self.config.to_json()}", also_print_to_console=False)
         self.print_to_log_file("Parameters of MaskSAM (all, trained):")
         for part, total, trained in count_parameters(self.masksam):
             self.print_to_log_file(f"  {part:<18}{total:>14,}{trained:>14,}", add_timestamp=False)
 
-    # ---- optimisation --------------------------------------------------------------------------------------------
+    # ---- optimization --------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolyLR]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = ready_to_skip(self.make_optimizer([p for p in self.network.parameters() if p.requires_grad]))
-        # A short variant must reach its learning rate too.
-        warmup = min(self.warmup_iterations, self.num_epochs * self.num_iterations_per_epoch // 10)
-        return optimizer, WarmupPolyLR(optimizer, self.initial_lr, self.num_epochs, warmup)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW, without decay of biases and norms."""
@@ -159,8 +158,21 @@ class MaskSAMTrainer(ResumableTrainer):
 
     @property
     def fused(self) -> bool | None:
-        """Of optimizers: the fused ones can leave a step out."""
+        """The optimizer's option: fused ones can skip a step."""
         return True if can_skip(self.device) else None
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        return self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
+
+    def set_learning_rate(self) -> None:
+        """Linear warm-up and nnU-Net's polynomial decay, before every iteration."""
+        # A short variant must reach its learning rate too.
+        warmup = min(self.warmup_iterations, self.num_epochs * self.num_iterations_per_epoch // 10)
+        warm = min(1.0, (self.iteration + 1) / warmup) if warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.initial_lr * warm * max(0.0, 1 - self.progress) ** 0.9
 
     def _build_loss(self) -> nn.Module:
         semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss
@@ -174,7 +186,7 @@ class MaskSAMTrainer(ResumableTrainer):
         )
         return semantic
 
-    # ---- training ------------------------------------------------------------------------------------------------
+    # ---- SAM's weights -------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         if not self.was_initialized:
@@ -184,58 +196,51 @@ class MaskSAMTrainer(ResumableTrainer):
         super().on_train_start()
 
     def _load_sam(self) -> None:
-        """SAM's weights are opened by a training from its start only; checkpoints of ours hold or restore them.
+        """Load SAM's weights when a training starts; a resumed one has them from its checkpoint.
 
         Raises:
-            ConfigError: lean checkpoints are asked for, and what they leave out would not come from a file.
+            ConfigError: lean checkpoints are asked for, but SAM's part has random weights that no file could restore.
             WeightsError: SAM's file is missing, damaged, untrusted or does not fit.
         """
         lean = switched_on(LEAN_CHECKPOINTS)
         if not self.config.needs_sam:
-            self._tell_it_is_not_sam(lean)
+            if not self.masksam.sam_is_loaded:
+                self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
+            if lean:
+                self.print_to_log_file(f"{LEAN_CHECKPOINTS} has no effect: {self.config.backbone} holds no SAM.")
             return
         if not self.masksam.sam_is_loaded:
             self._read_sam()
         sha256 = self.masksam.sam_sha256()
         if lean and sha256 is None:
             raise ConfigError(
-                f"{LEAN_CHECKPOINTS} is set, but SAM's part of this network holds random weights ({RANDOM_INIT}), "
-                f"which no file could restore. Unset {LEAN_CHECKPOINTS}, or start with SAM's weights."
+                f"{LEAN_CHECKPOINTS} is set, but SAM's part holds random weights ({RANDOM_INIT}) that no file could "
+                f"restore: unset {LEAN_CHECKPOINTS}, or start with SAM's weights."
             )
         if lean:
             self.print_to_log_file(
-                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and need SAM's "
-                f"{self.config.sam} file (SHA-256 {sha256}) to be loaded. masksam export makes a full model."
-            )
-
-    def _tell_it_is_not_sam(self, lean: bool) -> None:
-        if not self.masksam.sam_is_loaded:
-            self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
-        if lean:
-            self.print_to_log_file(
-                f"{LEAN_CHECKPOINTS} is set, but {self.config.backbone} has nothing from SAM: checkpoints are full."
+                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and loading them needs SAM's "
+                f"{self.config.sam} file (SHA-256 {sha256}). masksam export makes a full model."
             )
 
     def _read_sam(self) -> None:
         network = self.masksam
         if switched_on(RANDOM_INIT):
             self.print_to_log_file(
-                f"WARNING: {RANDOM_INIT} is set. SAM's part of this network stays at RANDOM, frozen weights. "
-                "This is for trying things out only; its results say nothing about MaskSAM."
+                f"WARNING: {RANDOM_INIT} is set. SAM's part of this network keeps RANDOM, frozen weights. This is for "
+                "tests only; the results say nothing about MaskSAM."
             )
             return
         assert self.config.sam is not None
         for line in network.load_sam(find(self.config.sam)).lines():
             self.print_to_log_file(line)
 
-    @property
-    def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]."""
-        return self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
+    def network_weights(self) -> Mapping[str, Tensor]:
+        """Without SAM's frozen weights where lean checkpoints are asked for."""
+        with self.masksam.lean_state_dicts() if switched_on(LEAN_CHECKPOINTS) else nullcontext():
+            return super().network_weights()
 
-    def set_learning_rate(self) -> None:
-        """Before every iteration."""
-        self.lr_scheduler.at(self.progress, self.iteration)
+    # ---- training ------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         data = batch["data"].to(self.device, non_blocking=True)
@@ -265,7 +270,7 @@ class MaskSAMTrainer(ResumableTrainer):
 
     @property
     def guard(self) -> FiniteGuard:
-        """Over the steps of this training."""
+        """The guard of this training's steps."""
         if self._guard is None:
             parts: dict[str, list[nn.Parameter]] = defaultdict(list)
             for name, parameter in self.masksam.named_parameters():
@@ -276,20 +281,13 @@ class MaskSAMTrainer(ResumableTrainer):
 
     def trouble(self) -> str | None:
         """Too many iterations in a row whose loss or gradient is not finite."""
-        lines = self.guard.look()
+        reports = self.guard.new_reports()
         if self.guard.skipped <= self.guard.limit:  # the log need not hold every one of them
-            for line in lines:
-                self.print_to_log_file(f"WARNING: no step, the loss or its gradient is not finite: {line}")
-        return self._diagnosis(f"in {self.guard.in_a_row} iterations in a row") if self.guard.too_many else None
-
-    def _diagnosis(self, how_often: str) -> str:
-        latest = "\n  ".join(self.guard.descriptions()) or "the latest iterations were finite"
-        return (
-            f"the loss or its gradient was not finite {how_often}, in epoch {self.current_epoch} at the last:\n  "
-            f"{latest}\nNo step was made in these iterations, and the checkpoints of before are kept. If the input is "
-            "not finite, mend those cases and preprocess again; else look at their labels, or train with a lower "
-            f"learning rate (a trainer's initial_lr). {MAX_SKIPPED} sets how many in a row are too many"
-        )
+            for report in reports:
+                self.print_to_log_file(f"WARNING: no step, the loss or its gradient is not finite: {report}")
+        if not self.guard.too_many:
+            return None
+        return self.guard.diagnosis(f"in {self.guard.in_a_row} iterations in a row, in epoch {self.current_epoch}")
 
     def restored(self, outputs: dict[str, Tensor]) -> dict[str, Any]:
         return {name: value.to(self.device) for name, value in outputs.items()}
@@ -297,9 +295,9 @@ class MaskSAMTrainer(ResumableTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         table = torch.stack([torch.stack(list(outputs.values())) for outputs in train_outputs]).cpu().numpy()
         every = [dict(zip(train_outputs[0], values, strict=True)) for values in table]
-        # With several ranks the same on all of them: their gradients are one.
+        # The same on all ranks, since they share the gradient.
         made = [outputs for outputs in every if not outputs[SKIPPED]]
-        self._tell_of_skipped(len(every) - len(made), len(every))
+        self._report_skipped(len(every) - len(made), len(every))
         train_outputs = made or every
         super().on_train_epoch_end(train_outputs)
         means = {name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}
@@ -313,15 +311,10 @@ class MaskSAMTrainer(ResumableTrainer):
             for name, value in means.items():
                 logger.log(f"train_losses/{name}", value, self.current_epoch)
 
-    def _tell_of_skipped(self, skipped: int, iterations: int) -> None:
+    def _report_skipped(self, skipped: int, iterations: int) -> None:
         if skipped:
             self.print_to_log_file(
                 f"{skipped} of {iterations} iterations of this epoch made no step: their loss or gradient is not finite"
             )
         if skipped >= FEWEST_SKIPPED and skipped > SKIPPED_SHARE * iterations:
-            raise TrainingError(self._diagnosis(f"in {skipped} of an epoch's {iterations} iterations"))
-
-    def network_weights(self) -> Mapping[str, Tensor]:
-        """Without SAM's frozen weights where lean checkpoints are asked for."""
-        with self.masksam.lean_state_dicts() if switched_on(LEAN_CHECKPOINTS) else nullcontext():
-            return super().network_weights()
+            raise TrainingError(self.guard.diagnosis(f"in {skipped} of {iterations} iterations of an epoch"))

@@ -1,6 +1,13 @@
-"""Other backbones, and shorter trainings by class name, in nnU-Net's manner."""
+"""Other backbones, the paper's settings, and shorter trainings, by class name in nnU-Net's manner."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from masksam_nnunet.plans.presets import Preset, load_preset
 
 from .masksam import MaskSAMTrainer
 
@@ -18,60 +25,67 @@ class MaskSAMTrainer_vit_h(MaskSAMTrainer):
 
 
 class MaskSAMTrainer_tiny(MaskSAMTrainer):
-    """The tiny encoder of ours, for CPUs, tests and demos. It is not SAM, and is trained from nothing."""
+    """This project's tiny encoder, for CPUs, tests and demos. It is not SAM, and starts from random weights."""
 
     backbone = "tiny"
 
 
-class MaskSAMTrainer_1epoch(MaskSAMTrainer):
-    """1 epoch."""
+class PresetTrainer(MaskSAMTrainer):
+    """The paper's optimizer and epochs for a preset; ``masksam plan --preset`` writes the plans to go with it."""
 
-    epochs = 1
+    def set_recipe(self) -> None:
+        settings = self.published.optimizer
+        self.num_epochs = self.published.epochs
+        self.initial_lr = settings.learning_rate
+        self.weight_decay = settings.weight_decay
+        self.warmup_iterations = settings.warmup_iterations
+        self.gradient_clip = settings.gradient_clip
 
+    @property
+    def published(self) -> Preset:
+        """The preset."""
+        assert self.preset is not None
+        return load_preset(self.preset)
 
-class MaskSAMTrainer_5epochs(MaskSAMTrainer):
-    """5 epochs."""
-
-    epochs = 5
-
-
-class MaskSAMTrainer_50epochs(MaskSAMTrainer):
-    """50 epochs."""
-
-    epochs = 50
-
-
-class MaskSAMTrainer_100epochs(MaskSAMTrainer):
-    """100 epochs."""
-
-    epochs = 100
-
-
-class MaskSAMTrainer_250epochs(MaskSAMTrainer):
-    """250 epochs."""
-
-    epochs = 250
+    def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The published one; all trained parameters get the same decay."""
+        settings = self.published.optimizer
+        options: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay, "fused": self.fused}
+        if settings.name == "SGD":
+            return torch.optim.SGD(trained, **options, momentum=settings.momentum or 0.0, nesterov=True)
+        return torch.optim.AdamW(trained, **options, eps=settings.eps or 1e-8)
 
 
-class MaskSAMTrainer_500epochs(MaskSAMTrainer):
-    """500 epochs."""
+class MaskSAMTrainer_acdc(PresetTrainer):
+    """The paper's ACDC setting."""
 
-    epochs = 500
-
-
-class MaskSAMTrainer_tiny_1epoch(MaskSAMTrainer_tiny):
-    """1 epoch."""
-
-    epochs = 1
+    preset = "acdc"
 
 
-class MaskSAMTrainer_tiny_5epochs(MaskSAMTrainer_tiny):
-    """5 epochs."""
+class MaskSAMTrainer_synapse(PresetTrainer):
+    """The paper's Synapse setting."""
 
-    epochs = 5
+    preset = "synapse"
 
 
-class MaskSAMTrainer_tiny_50epochs(MaskSAMTrainer_tiny):
-    """50 epochs."""
+class MaskSAMTrainer_amos(PresetTrainer):
+    """The paper's AMOS setting."""
 
-    epochs = 50
+    preset = "amos"
+
+
+def _shorter(trainer: type[MaskSAMTrainer], epochs: int) -> type[MaskSAMTrainer]:
+    """The trainer with a number of epochs; checkpoints and nnU-Net know it by its name in this module."""
+    name = f"{trainer.__name__}_{epochs}epoch{'' if epochs == 1 else 's'}"
+    return type(name, (trainer,), {"epochs": epochs, "__module__": __name__, "__doc__": f"{epochs} epochs."})
+
+
+MaskSAMTrainer_1epoch = _shorter(MaskSAMTrainer, 1)
+MaskSAMTrainer_5epochs = _shorter(MaskSAMTrainer, 5)
+MaskSAMTrainer_50epochs = _shorter(MaskSAMTrainer, 50)
+MaskSAMTrainer_100epochs = _shorter(MaskSAMTrainer, 100)
+MaskSAMTrainer_250epochs = _shorter(MaskSAMTrainer, 250)
+MaskSAMTrainer_500epochs = _shorter(MaskSAMTrainer, 500)
+MaskSAMTrainer_tiny_1epoch = _shorter(MaskSAMTrainer_tiny, 1)
+MaskSAMTrainer_tiny_5epochs = _shorter(MaskSAMTrainer_tiny, 5)
+MaskSAMTrainer_tiny_50epochs = _shorter(MaskSAMTrainer_tiny, 50)

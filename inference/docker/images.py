@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from masksam_nnunet.errors import CaseError, in_short
-from masksam_nnunet.plans.nifti_files import check_whole
+from masksam_nnunet.errors import CaseError, DataError, in_short
+from masksam_nnunet.plans.images import check_whole
 
 from ..cases import Case
 from .errors import OutputError
@@ -81,7 +81,7 @@ def _stage(file: Path, target: Path, file_ending: str, reader: Any) -> Path:
         # Compressing a volume takes longer than writing it.
         place = target.with_name(target.name + (".nii" if file_ending == ".nii.gz" else file_ending))
         sitk.WriteImage(image, str(place), False)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (DataError, RuntimeError, ValueError, OSError) as error:
         raise _unreadable(file, error) from error
     return place
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.plans.image_reading import Grid
+from masksam_nnunet.plans.images import ImageGeometry
 
 from ..cases import Case, channel_names, preprocess_case
 from ..label_maps import Classes, check_values, read_label_map
@@ -263,7 +263,7 @@ def _read_label(
     read = read_label_map(file.parent, file.name.removesuffix(ending), predictor.dataset_json)
     check_values(file, case, read, classes)
     shape = [int(properties["shape_before_cropping"][axis]) for axis in predictor.plans_manager.transpose_backward]
-    difference = Grid.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
+    difference = ImageGeometry.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
     if difference is not None:
         what, one, other = difference
         raise DataError(f"{file}: its {what} is {other}, the image's {one}; give the image's own label map (--label)")

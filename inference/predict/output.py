@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from masksam_nnunet.errors import UsageError
-from masksam_nnunet.plans.nifti_files import check_whole
+from masksam_nnunet.plans.images import check_whole
 
 from .postprocessing import Postprocessing
 

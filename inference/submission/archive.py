@@ -11,7 +11,7 @@ import numpy as np
 
 from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import atomic_write
-from masksam_nnunet.plans.datasets.checks import open_nifti
+from masksam_nnunet.plans.images import open_nifti
 
 from .inspection import Inspection, SubmittedFile, label_values
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.datasets.acdc import named_frames
-from masksam_nnunet.plans.datasets.checks import nifti_names
+from masksam_nnunet.plans.datasets.conversion import nifti_names
 
 from .rules import ENDING, Rules
 

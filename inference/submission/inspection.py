@@ -16,10 +16,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import UsageError, in_short
-from masksam_nnunet.plans.datasets.checks import open_nifti
-from masksam_nnunet.plans.image_reading import Grid
-from masksam_nnunet.plans.nifti_files import check_whole
-from masksam_nnunet.plans.threads import in_threads
+from masksam_nnunet.plans.images import ImageGeometry, check_whole, in_threads, open_nifti
 
 from .cases import expected_names, file_names, find_images, find_phases, find_predictions, match_labels, read_labels
 from .rules import ENDING, Rules, UnconfirmedRule, load_rules
@@ -290,16 +287,16 @@ def _grid_defects(path: Path, image: Path) -> list[str]:
     return [f"{what} {_numbers(found)} is not its image's {_numbers(wanted)}; predict from the challenge's own images"]
 
 
-def _nibabel_grid(path: Path) -> Grid:
+def _nibabel_grid(path: Path) -> ImageGeometry:
     """The grid (X, Y, Z) by nibabel, of the first three dimensions."""
     image = open_nifti(path)
     spacing = voxel_sizes(image.affine)
     direction = image.affine[:3, :3] / np.where(spacing == 0, 1, spacing)
     placement = {"origin": image.affine[:3, 3], "direction": direction.ravel()}
-    return Grid(tuple(image.shape[:3]), tuple(map(float, spacing)), placement)
+    return ImageGeometry(tuple(image.shape[:3]), tuple(map(float, spacing)), placement)
 
 
-def _itk_grid(path: Path) -> Grid:
+def _itk_grid(path: Path) -> ImageGeometry:
     """The grid (X, Y, Z) by ITK, of the first three dimensions."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -307,7 +304,7 @@ def _itk_grid(path: Path) -> Grid:
     axes = reader.GetDimension()
     direction = np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
     placement = {"origin": np.array(reader.GetOrigin()[:3]), "direction": direction.ravel()}
-    return Grid(tuple(reader.GetSize()[:3]), tuple(reader.GetSpacing()[:3]), placement)
+    return ImageGeometry(tuple(reader.GetSize()[:3]), tuple(reader.GetSpacing()[:3]), placement)
 
 
 def _numbers(value: object) -> str:

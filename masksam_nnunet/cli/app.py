@@ -14,7 +14,7 @@ from masksam_nnunet.backbones import checkpoint_names, planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import MaskSAMError
 
-from . import benchmark, check, data, explain, export, predict, submit, train
+from . import benchmark, data, explain, export, predict, submit, train
 from .common import SeveralValues, ext_trainer_or_fail, fail
 
 app = typer.Typer(
@@ -124,7 +124,7 @@ def plan(
         fail(str(error))
 
 
-for group in (train, predict, benchmark, check, data, explain, export, submit):
+for group in (train, predict, benchmark, data, explain, export, submit):
     group.register(app)
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""``masksam convert``, ``masksam split`` and ``masksam data``. Heavy imports inside the commands, as in ``cli``."""
+"""The commands for raw datasets: ``masksam convert``, ``data``, ``split`` and ``check``."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,16 +35,16 @@ class SynapseSplit(StrEnum):
     none = "none"
 
 
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="The unpacked official download.", show_default=False)]
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the unpacked download.", show_default=False)]
 DatasetId = Annotated[
-    int, typer.Option("-d", "--dataset", min=1, max=999, help="The new dataset's number.", show_default=False)
+    int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.", show_default=False)
 ]
 Partial = Annotated[bool, typer.Option("--partial", help="Accept a download with fewer cases than the official one.")]
 
 convert_app = typer.Typer(
-    help="Convert a challenge's official download to nnU-Net's raw format, in nnUNet_raw.", no_args_is_help=True
+    help="Convert a challenge's official download to a raw dataset in nnUNet_raw.", no_args_is_help=True
 )
-data_app = typer.Typer(help="Fetch a dataset for a first run.", no_args_is_help=True)
+data_app = typer.Typer(help="Download a dataset for a first run.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -51,11 +52,12 @@ def register(app: typer.Typer) -> None:
     app.add_typer(convert_app, name="convert")
     app.add_typer(data_app, name="data")
     app.command()(split)
+    app.command()(check)
 
 
 @convert_app.command()
 def acdc(source: Source, dataset_id: DatasetId, partial: Partial = False) -> None:
-    """ACDC: the folder that holds training and testing; split by patient."""
+    """Convert ACDC; SOURCE holds training and testing. The split is by patient."""
     _convert("acdc", source, dataset_id, partial=partial)
 
 
@@ -63,13 +65,14 @@ def acdc(source: Source, dataset_id: DatasetId, partial: Partial = False) -> Non
 def synapse(
     source: Source,
     dataset_id: DatasetId,
-    organs: Annotated[Organs, typer.Option(help="13: BTCV's. 8: TransUNet's, others background.")] = Organs.thirteen,
+    organs: Annotated[Organs, typer.Option(help="8 are TransUNet's; others become background.")] = Organs.thirteen,
     split: Annotated[
-        SynapseSplit, typer.Option(help="18/12: TransUNet's test cases to imagesTs. none: all to imagesTr.")
+        SynapseSplit,
+        typer.Option(help="18/12 puts TransUNet's test cases into imagesTs, none puts all into imagesTr."),
     ] = SynapseSplit.transunet,
     partial: Partial = False,
 ) -> None:
-    """Synapse (BTCV abdomen): the folder RawData, or the one above it."""
+    """Convert Synapse (BTCV abdomen); SOURCE is RawData or the folder above it."""
     _convert("synapse", source, dataset_id, organs=int(organs), split=split.value, partial=partial)
 
 
@@ -77,9 +80,9 @@ def synapse(
 def amos(
     source: Source,
     dataset_id: DatasetId,
-    modality: Annotated[Modality, typer.Option(help="ct: cases up to 500 only. all: CT and MR.")] = Modality.ct,
+    modality: Annotated[Modality, typer.Option(help="ct, or all for CT and MR.")] = Modality.ct,
 ) -> None:
-    """AMOS22, the release after the challenge: the folder that holds dataset.json."""
+    """Convert AMOS22 (the release after the challenge); SOURCE holds dataset.json."""
     _convert("amos", source, dataset_id, modality=modality.value)
 
 
@@ -87,14 +90,14 @@ def amos(
 def msd(
     source: Source,
     dataset_id: DatasetId,
-    processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 2,
 ) -> None:
-    """A task of the Medical Segmentation Decathlon: the folder TaskXX_Name."""
+    """Convert a task of the Medical Segmentation Decathlon; SOURCE is its folder TaskXX_Name."""
     _convert("msd", source, dataset_id, processes=processes)
 
 
 def _convert(kind: str, source: Path, dataset_id: int, **options: Any) -> None:
-    from masksam_nnunet.plans.datasets.convert import convert
+    from masksam_nnunet.plans.datasets import convert
 
     try:
         folder = convert(kind, source, dataset_id, **options)
@@ -105,22 +108,23 @@ def _convert(kind: str, source: Path, dataset_id: int, **options: Any) -> None:
 
 @data_app.command()
 def hippocampus(
-    dataset_id: Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="The new dataset's number.")] = 4,
+    dataset_id: Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.")] = 4,
     out: Annotated[
-        Path | None, typer.Option(help="The folder for the dataset, else nnUNet_raw.", show_default=False)
+        Path | None, typer.Option(help="Folder for the dataset instead of nnUNet_raw.", show_default=False)
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Task04_Hippocampus.tar, if you have it already.", show_default=False),
+        typer.Option("--from", help="Use this Task04_Hippocampus.tar instead of downloading it.", show_default=False),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="A mirror: the file's address or, ending in /, its folder's.", show_default=False)
+        str | None,
+        typer.Option(help="Address of a mirror of the file or, ending in /, its folder.", show_default=False),
     ] = None,
 ) -> None:
-    """MSD Task04 Hippocampus (28 MB): fetch, verify and convert it. A broken download is resumed."""
+    """Download, verify and convert MSD Task04 Hippocampus (28 MB). A broken download is resumed."""
     if source is not None and url is not None:
         raise typer.BadParameter("give either --from or --url, not both")
-    from masksam_nnunet.plans.datasets.hippocampus import get_hippocampus
+    from masksam_nnunet.plans.datasets.msd import get_hippocampus
 
     try:
         folder = get_hippocampus(dataset_id=dataset_id, out=out, url=url, source=source)
@@ -142,22 +146,24 @@ def _done(folder: Path, dataset_id: int) -> None:
 
 def split(
     dataset_id: Annotated[
-        int, typer.Option("-d", "--dataset", min=1, max=999, help="The dataset's number.", show_default=False)
+        int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the dataset.", show_default=False)
     ],
     group: Annotated[
         str,
         typer.Option(
             metavar="REGEX",
-            help="Finds the patient in a case's name: the group named patient, else all groups, else the match.",
+            help="Finds the patient in a case's name: its group named patient, else all groups, else the match.",
             show_default=False,
         ),
     ],
     folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draw; nnU-Net's by default.")] = 12345,
-    force: Annotated[bool, typer.Option("--force", help="Replace another split.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random draw; the default is nnU-Net's.")
+    ] = 12345,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing split.")] = False,
 ) -> None:
-    """Write the splits_final.json that keeps a patient's cases together, such as --group '(patient[0-9]+)_'."""
-    from masksam_nnunet.plans.datasets.split_file import split_dataset
+    """Write a splits_final.json that keeps each patient's cases together, e.g. with --group '(patient[0-9]+)_'."""
+    from masksam_nnunet.plans.splits import split_dataset
 
     try:
         report = split_dataset(dataset_id, group, folds=folds, seed=seed, force=force)
@@ -171,3 +177,28 @@ def split(
         typer.echo(f"{number:<4}  {train:<22}  {val}")
     for note in report.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)
+
+
+def check(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Number or name of the dataset.", show_default=False)],
+) -> None:
+    """Read every file of a raw dataset and list all defects; the exit code is 1 if there are any."""
+    from masksam_nnunet.plans.planning import find_dataset
+    from masksam_nnunet.plans.raw_check import check_raw_dataset
+
+    try:
+        name = find_dataset(dataset, ("nnUNet_raw",))
+        preprocessed = os.environ.get("nnUNet_preprocessed")  # training uses its splits
+        result = check_raw_dataset(
+            Path(os.environ["nnUNet_raw"]) / name, Path(preprocessed) / name if preprocessed else None
+        )
+    except MaskSAMError as error:
+        fail(str(error))
+    for note in result.notes:
+        typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)
+    for defect in result.defects:
+        typer.secho(f"defect: {defect}", fg=typer.colors.RED, err=True)
+    if result.defects:
+        count = "1 defect" if len(result.defects) == 1 else f"{len(result.defects)} defects"
+        fail(f"{result.dataset.folder} has {count}; correct them and check again")
+    typer.echo(f"{result.dataset.name}: {len(result.dataset.images)} cases, no defects")

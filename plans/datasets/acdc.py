@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 
 from nnunetv2.dataset_conversion import Dataset027_ACDC
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import write_json
 
-from ..splits import NUM_FOLDS
-from .checks import Volume, locate, nifti_names, require_sound
-from .conversion import Conversion, nnunet_raw_at
+from ..raw_data import NUM_FOLDS
+from .conversion import ENDING, Conversion, DownloadedImage, locate, nifti_names, require_sound
 
 _PATIENTS = {"training": range(1, 101), "testing": range(101, 151)}
 _LABELS = range(4)  # background, RV, MLV, LVC
@@ -49,7 +49,7 @@ def read_acdc(source: Path, *, partial: bool = False) -> Conversion:
     """
     root = locate(source, ("database", "ACDC/database"), "training", _REMEDY)
     frames: dict[str, dict[str, str]] = {}
-    volumes: list[Volume] = []
+    images: list[DownloadedImage] = []
     defects: list[str] = []
     labelled = {part: _has_labels(root / part) for part in _PATIENTS}
     if not labelled["training"]:
@@ -65,8 +65,8 @@ def read_acdc(source: Path, *, partial: bool = False) -> Conversion:
             frames[part] |= named
             for case in named:
                 label = folder / f"{case}_gt.nii.gz" if labelled[part] else None
-                volumes.append(Volume(folder / f"{case}.nii.gz", label))
-    require_sound(root, volumes, _LABELS, _REMEDY, defects)
+                images.append(DownloadedImage(folder / f"{case}.nii.gz", label))
+    require_sound(root, images, _LABELS, _REMEDY, defects)
     number = len({case.split("_")[0] for case in frames["training"]})
     if number < NUM_FOLDS:
         raise DataError(f"SOURCE {root}: {number} training patients, {NUM_FOLDS} folds need at least {NUM_FOLDS}")
@@ -119,18 +119,20 @@ def named_frames(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _write(root: Path, raw: Path, dataset_id: int, frames: dict[str, dict[str, str]], labelled_test: bool) -> None:
-    with nnunet_raw_at(Dataset027_ACDC, raw):
-        Dataset027_ACDC.convert_acdc(str(root), dataset_id)
     folder = raw / f"Dataset{dataset_id:03d}_ACDC"
+    parts = [folder / part for part in ("imagesTr", "labelsTr", "imagesTs")]
+    for part in parts:
+        part.mkdir(parents=True)
+    Dataset027_ACDC.copy_files(root, *parts)
     # The converter also takes macOS's ._ files, whose names it cuts at the first dot.
-    for part in ("imagesTr", "labelsTr", "imagesTs"):
-        for path in (folder / part).iterdir():
-            if path.name.startswith((".", "_")):
-                path.unlink()
+    for path in (path for part in parts for path in part.iterdir() if path.name.startswith((".", "_"))):
+        path.unlink()
     if labelled_test:
         (folder / "labelsTs").mkdir()
         for case in frames["testing"]:
-            label = root / "testing" / case.split("_")[0] / f"{case}_gt.nii.gz"
-            shutil.copy(label, folder / "labelsTs" / f"{case}.nii.gz")
+            label = root / "testing" / case.split("_")[0] / f"{case}_gt{ENDING}"
+            shutil.copy(label, folder / "labelsTs" / f"{case}{ENDING}")
+    labels = {"background": 0, "RV": 1, "MLV": 2, "LVC": 3}
+    generate_dataset_json(str(folder), {0: "cineMRI"}, labels, len(frames["training"]), ENDING)
     write_json(folder / "splits_final.json", Dataset027_ACDC.create_ACDC_split(str(folder / "labelsTr")))
     write_json(folder / "frames.json", frames["training"] | frames["testing"])

@@ -7,14 +7,21 @@ imagesTs and dataset.json. Numbers up to 500 are CT, above 500 MR.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nnunetv2.dataset_conversion import Dataset218_Amos2022_task1, Dataset219_Amos2022_task2
 
 from masksam_nnunet.errors import DataError
 
-from .checks import ENDING, Volume, described_labels, locate, read_description, require_sound
-from .conversion import Conversion, nnunet_raw_at
+from .conversion import (
+    ENDING,
+    Conversion,
+    DownloadedImage,
+    listed_cases,
+    locate,
+    nnunet_raw_at,
+    read_description,
+    require_sound,
+)
 
 MODALITIES = ("ct", "all")
 _LAST_CT = 500
@@ -36,30 +43,30 @@ def read_amos(source: Path, *, modality: str = "ct") -> Conversion:
         DataError: files that dataset.json lists are missing or damaged, or nnunetv2's converter would leave some out.
     """
     if modality not in MODALITIES:
-        raise DataError(f"--modality {modality}: there are {', '.join(MODALITIES)}")
+        raise DataError(f"--modality {modality}: choose {' or '.join(MODALITIES)}")
     root = locate(source, ("amos22",), "dataset.json", _REMEDY)
     path = root / "dataset.json"
-    description = read_description(path, ("labels", *_FOLDERS))
-    labels = described_labels(description, path)
+    description, labels = read_description(path, ("labels", *_FOLDERS))
     cases: dict[str, list[str]] = {}
-    volumes: list[Volume] = []
-    for part, (images, targets) in _FOLDERS.items():
-        cases[part] = [
-            case for case in _listed(description[part], part, path) if modality == "all" or _number(case) <= _LAST_CT
-        ]
+    images: list[DownloadedImage] = []
+    for part, (image_folder, label_folder) in _FOLDERS.items():
+        listed = listed_cases(description[part], part, path, _REMEDY)
+        unnumbered = [case for case in listed if not case.split("_")[-1].isdigit()]
+        if unnumbered:
+            raise DataError(f"{path}: {unnumbered[0]!r} of {part!r} is not named amos_XXXX; {_REMEDY}")
+        cases[part] = [case for case in listed if modality == "all" or int(case.split("_")[-1]) <= _LAST_CT]
         for case in cases[part]:
-            label = root / targets / f"{case}{ENDING}" if targets else None
-            volumes.append(Volume(root / images / f"{case}{ENDING}", label))
-    require_sound(root, volumes, labels, _REMEDY)
+            label = root / label_folder / f"{case}{ENDING}" if label_folder else None
+            images.append(DownloadedImage(root / image_folder / f"{case}{ENDING}", label))
+    require_sound(root, images, labels, _REMEDY)
     if not cases["training"]:
         raise DataError(f"{path} lists no training image for --modality {modality}; {_REMEDY}")
 
     def write(raw: Path, dataset_id: int) -> None:
-        if modality == "ct":
-            with nnunet_raw_at(Dataset218_Amos2022_task1, raw):
+        with nnunet_raw_at(raw):
+            if modality == "ct":
                 Dataset218_Amos2022_task1.convert_amos_task1(str(root), dataset_id)
-        else:
-            with nnunet_raw_at(Dataset219_Amos2022_task2, raw):
+            else:
                 Dataset219_Amos2022_task2.convert_amos_task2(str(root), dataset_id)
 
     return Conversion(
@@ -72,19 +79,3 @@ def read_amos(source: Path, *, modality: str = "ct") -> Conversion:
         },
         write=write,
     )
-
-
-def _listed(entries: Any, part: str, path: Path) -> list[str]:
-    """Cases in one list of dataset.json, whose entries are ``{"image": "./imagesTr/amos_0001.nii.gz", ...}``."""
-    cases = []
-    for entry in entries:
-        image = entry.get("image") if isinstance(entry, dict) else None
-        case = str(image).split("/")[-1].removesuffix(ENDING)
-        if not str(image).endswith(ENDING) or not case.split("_")[-1].isdigit():
-            raise DataError(f"{path}: an entry of {part!r} names no image amos_XXXX{ENDING}: {entry!r}; {_REMEDY}")
-        cases.append(case)
-    return cases
-
-
-def _number(case: str) -> int:
-    return int(case.split("_")[-1])

@@ -16,8 +16,8 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 
 from masksam_nnunet.errors import DataError
 
-from .checks import ENDING, Volume, locate, nifti_names, open_nifti, require_sound
-from .conversion import Conversion
+from ..images import open_nifti
+from .conversion import ENDING, Conversion, DownloadedImage, locate, nifti_names, require_sound
 
 ORGANS_13 = (
     "spleen",
@@ -74,7 +74,7 @@ def read_synapse(source: Path, *, organs: int = 13, split: str = "18/12", partia
     numbers = official & present if partial else official
     labelled = {number: _labelled(training_folder, number) for number in sorted(numbers)}
     volumes = list(labelled.values())
-    unlabelled: dict[int, Volume] = {}
+    unlabelled: dict[int, DownloadedImage] = {}
     if split == "none":
         unlabelled = _unlabelled(root, partial)
         volumes += unlabelled.values()
@@ -134,8 +134,10 @@ def _case(number: int) -> str:
     return f"img{number:04d}"
 
 
-def _labelled(training: Path, number: int) -> Volume:
-    return Volume(training / "img" / f"{_case(number)}{ENDING}", training / "label" / f"label{number:04d}{ENDING}")
+def _labelled(training: Path, number: int) -> DownloadedImage:
+    return DownloadedImage(
+        training / "img" / f"{_case(number)}{ENDING}", training / "label" / f"label{number:04d}{ENDING}"
+    )
 
 
 def _numbers(folder: Path, prefix: str) -> set[int]:
@@ -143,17 +145,17 @@ def _numbers(folder: Path, prefix: str) -> set[int]:
     return {int(name) for name in names if name.isdigit()}
 
 
-def _unlabelled(root: Path, partial: bool) -> dict[int, Volume]:
+def _unlabelled(root: Path, partial: bool) -> dict[int, DownloadedImage]:
     """The 20 test images without labels, none where the download has none."""
     for folder in (root / "Test" / "img", root / "Testing" / "img"):
         present = _numbers(folder, "img") & set(_UNLABELLED)
         if present:
             numbers = sorted(present) if partial else _UNLABELLED
-            return {number: Volume(folder / f"{_case(number)}{ENDING}") for number in numbers}
+            return {number: DownloadedImage(folder / f"{_case(number)}{ENDING}") for number in numbers}
     return {}
 
 
-def _copy(volume: Volume, folder: Path, part: str, case: str, organs: int) -> None:
+def _copy(volume: DownloadedImage, folder: Path, part: str, case: str, organs: int) -> None:
     """Copy one image, and its label with the organs asked for, into ``imagesTr`` or ``imagesTs`` and the like."""
     images, labels = folder / f"images{part}", folder / f"labels{part}"
     images.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import pytest
 from plain_plans import dataset_json, plain_plans, region_dataset_json
 
 from masksam_nnunet.cost import training_cost
-from masksam_nnunet.plans.derive import MEMORY_GIB, SAM_PROFILE, derive_config, num_queries
+from masksam_nnunet.plans.architecture import MEMORY_GIB, SAM_PROFILE, derive_config, num_queries
 
 
 @pytest.mark.parametrize(("classes", "queries"), [(1, 8), (4, 8), (14, 24), (16, 24), (60, 64), (120, 120)])

@@ -380,9 +380,7 @@ def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MASKSAM_SAVE_EVERY", "1epochs")
     monkeypatch.setattr(Short, "poison", (1, 2, 4, 5, 6))
     made = trainer()
-    with pytest.raises(
-        TrainingError, match=r"not finite in 3 iterations in a row, in epoch 1.*\n.*iteration 4.*case_b"
-    ):
+    with pytest.raises(TrainingError, match=r"3 iterations in a row, in epoch 1.*\n.*iteration 4.*case_b"):
         made.run_training()
     assert made.iteration == 7
     assert load_checkpoint(Path(made.output_folder, LATEST))["current_epoch"] == 1, "the last good one is kept"
@@ -391,7 +389,7 @@ def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPat
 def test_a_large_share_of_an_epoch_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("masksam_nnunet.trainers.masksam.FEWEST_SKIPPED", 2)
     monkeypatch.setattr(Short, "poison", (0, 1, 3))
-    with pytest.raises(TrainingError, match=r"not finite in 3 of an epoch's 4 iterations"):
+    with pytest.raises(TrainingError, match="3 of 4 iterations"):
         trainer().run_training()
 
 

@@ -74,10 +74,11 @@ def test_signatures_are_nnunets() -> None:
 
 def test_every_hook_that_is_overridden_exists_in_nnunet() -> None:
     own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard"}
-    own |= {"_load_sam", "_read_sam", "_tell_it_is_not_sam", "_diagnosis", "_tell_of_skipped"}
+    own |= {"_load_sam", "_read_sam", "_report_skipped"}
     own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
     own |= {"bare_network", "network_weights", "own_state", "load_own_state", "done_of_epoch", "restored"}
+    own |= {"training_stats", "peak_memory_mib", "write_beside_checkpoints"}
     for name, value in [*vars(ResumableTrainer).items(), *vars(MaskSAMTrainer).items()]:
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
@@ -143,12 +144,16 @@ def test_wrong_channels_and_a_2d_patch_are_named(dims: int) -> None:
         made.train_step({"data": data, "target": torch.zeros_like(data[:, :1])})
 
 
-def test_short_variants_reach_their_learning_rate() -> None:
-    made = trainer(cls=trainers.MaskSAMTrainer_tiny_1epoch)
-    assert made.lr_scheduler.warmup_iterations == 25
-    made.iteration = 30
-    made.set_learning_rate()
-    assert made.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 * (1 - 30 / 250) ** 0.9)
+def test_warm_up_and_polynomial_decay() -> None:
+    """The warm-up is at most a tenth of a training: a short one must reach its learning rate too."""
+    for cls, warmup, iterations in ((MaskSAMTrainer_tiny, 30, 250_000), (trainers.MaskSAMTrainer_tiny_1epoch, 25, 250)):
+        made = trainer(cls=cls)
+        for iteration in (0, 10, 24, 40, iterations // 2, iterations):
+            made.iteration = iteration
+            made.set_learning_rate()
+            warm = min(1, (iteration + 1) / warmup)
+            expected = 3e-3 * warm * (1 - iteration / iterations) ** 0.9
+            assert [g["lr"] for g in made.optimizer.param_groups] == pytest.approx([expected] * 2)
 
 
 def test_loss_terms_reach_other_loggers() -> None:

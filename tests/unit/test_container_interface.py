@@ -15,13 +15,12 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from masksam_nnunet.errors import CaseError
+from masksam_nnunet.errors import CaseError, DataError
 from masksam_nnunet.inference.docker.errors import ContainerError, InputError, OptionError, OutputError
 from masksam_nnunet.inference.docker.images import Geometry, stage, write_label_map
 from masksam_nnunet.inference.docker.interface import Job, Sockets, find_jobs
 from masksam_nnunet.inference.docker.meta_images import check_meta_image
 from masksam_nnunet.inference.docker.time_limit import RESERVE, Deadline, Way, Work, choose, ways
-from masksam_nnunet.plans.nifti_files import DamagedFileError
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -197,14 +196,14 @@ def test_damaged_meta_images_are_found(tmp_path: Path) -> None:
     other = tmp_path / "b.mha"
     for place in range(data, len(whole), max(1, (len(whole) - data) // 40)):
         other.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with pytest.raises(DamagedFileError):
+        with pytest.raises(DataError):
             check_meta_image(other)
         other.write_bytes(whole[:place])
-        with pytest.raises(DamagedFileError, match=r"cut off|header"):
+        with pytest.raises(DataError, match=r"cut off|header"):
             check_meta_image(other)
     for content in (b"", b"no image at all", whole.replace(b"LOCAL", b"x.raw")):
         other.write_bytes(content)
-        with pytest.raises(DamagedFileError):
+        with pytest.raises(DataError):
             check_meta_image(other)
 
 

@@ -10,7 +10,7 @@ import pytest
 from challenge_replicas import AMOS_LABELS, build_amos, files, nnunet_folders, same_volume, write_label
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.datasets import convert
 
 
 @pytest.fixture

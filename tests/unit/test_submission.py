@@ -38,7 +38,7 @@ from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.inference.submission.archive import package
 from masksam_nnunet.inference.submission.inspection import Inspection, inspect
 from masksam_nnunet.inference.submission.rules import CHALLENGES, load_rules
-from masksam_nnunet.plans.datasets.convert import convert
+from masksam_nnunet.plans.datasets import convert
 from masksam_nnunet.plans.datasets.synapse import ORGANS_8, ORGANS_13
 
 

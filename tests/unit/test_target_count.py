@@ -11,7 +11,8 @@ import SimpleITK as sitk
 from plain_plans import dataset_json, region_dataset_json
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.slices import SliceCount, count_targets
+from masksam_nnunet.plans.raw_check import TargetCount, count_targets
+from masksam_nnunet.plans.raw_data import RawDataset
 
 
 def write(path: Path, labels: np.ndarray) -> Path:
@@ -28,21 +29,21 @@ def labels() -> np.ndarray:
     return volume
 
 
-def count(tmp_path: Path, labels: np.ndarray, description: dict[str, Any], axis: int = 0) -> SliceCount:
+def count(tmp_path: Path, labels: np.ndarray, description: dict[str, Any], axis: int = 0) -> TargetCount:
     files = {
         "empty": write(tmp_path / "empty.nii.gz", np.zeros((2, 4, 5), np.uint8)),
         "full": write(tmp_path / "full.nii.gz", labels),
     }
-    return count_targets(files, description, axis)
+    return count_targets(RawDataset(tmp_path, description, {}, files), axis)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
 def test_background_counts(tmp_path: Path, labels: np.ndarray, dtype: type) -> None:
-    assert count(tmp_path, labels.astype(dtype), dataset_json(4)) == SliceCount(3, "full", 1, 2)
+    assert count(tmp_path, labels.astype(dtype), dataset_json(4)) == TargetCount(3, "full", 1, 2)
 
 
 def test_the_slice_axis_is_the_planned_one(tmp_path: Path, labels: np.ndarray) -> None:
-    assert count(tmp_path, labels, dataset_json(4), axis=2) == SliceCount(4, "full", 4, 2)
+    assert count(tmp_path, labels, dataset_json(4), axis=2) == TargetCount(4, "full", 4, 2)
 
 
 def test_the_ignore_label_is_no_target(tmp_path: Path, labels: np.ndarray) -> None:
@@ -51,19 +52,19 @@ def test_the_ignore_label_is_no_target(tmp_path: Path, labels: np.ndarray) -> No
 
 def test_regions_are_counted_as_regions(tmp_path: Path, labels: np.ndarray) -> None:
     """whole = 1, 2, 3 and core = 2, 3; background is none."""
-    assert count(tmp_path, labels, region_dataset_json()) == SliceCount(2, "full", 1, 2)
+    assert count(tmp_path, labels, region_dataset_json()) == TargetCount(2, "full", 1, 2)
     assert count(tmp_path, np.zeros_like(labels), region_dataset_json()).most == 0
 
 
 @pytest.mark.parametrize("value", [4, 200])
 def test_a_label_without_a_name(tmp_path: Path, labels: np.ndarray, value: int) -> None:
     labels[0, 0, 0] = value
-    with pytest.raises(DataError, match=f"case 'full': .* holds the label {value}, which dataset.json does not name"):
+    with pytest.raises(DataError, match=f"case 'full': .* {value}"):
         count(tmp_path, labels, dataset_json(4))
 
 
 def test_a_negative_label(tmp_path: Path, labels: np.ndarray) -> None:
     negative = labels.astype(np.int16)
     negative[0, 0, 0] = -1
-    with pytest.raises(DataError, match="holds the label -1"):
+    with pytest.raises(DataError, match=r"case 'full': .*-1"):
         count(tmp_path, negative, dataset_json(4))
