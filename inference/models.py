@@ -92,12 +92,11 @@ class TrainedModel:
         files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
         missing = [str(fold) for fold, file in zip(self.folds, files, strict=True) if not file.is_file()]
         if missing:
-            trained = [
-                f.parent.name.removeprefix("fold_") for f in sorted(self.folder.glob(f"fold_*/{self.checkpoint}"))
-            ]
+            found = sorted(self.folder.glob(f"fold_*/{self.checkpoint}"))
+            trained = " ".join(file.parent.name.removeprefix("fold_") for file in found)
             raise ModelError(
                 f"-f {' '.join(map(str, self.folds))}: {self.name} has no {self.checkpoint} of fold "
-                f"{' '.join(missing)}, only of: {' '.join(trained) or 'none'}"
+                f"{' '.join(missing)}, only of: {trained or 'none'}"
             )
         if self.configuration not in self.plans.get("configurations", {}):
             raise ModelError(f"{self.folder / 'plans.json'} has no configuration {self.configuration}; restore it")

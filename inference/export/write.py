@@ -223,7 +223,7 @@ def _fold_checkpoint(model: Path, fold: str, beside: Sequence[str] = ()) -> Path
             f"-f {' '.join(finished) or '(there are none)'}"
         )
     if missing := [name for name in beside if not (folder / name).is_file()]:
-        raise ModelError(f"{folder} lacks {' and '.join(missing)}: validate it with nnUNetv2_train ... {fold} --val")
+        raise ModelError(f"{folder} has no {' or '.join(missing)}: validate it with nnUNetv2_train ... {fold} --val")
     return folder / CHECKPOINT
 
 

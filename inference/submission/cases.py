@@ -205,7 +205,7 @@ def match_labels(model: Mapping[str, int], rules: Rules) -> tuple[dict[int, int]
     missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in matched)
     notes: list[str] = []
     if missing and rules.all_labels:
-        defects.append(f"dataset.json lacks labels of the challenge: {missing}; use a model that was trained on them")
+        defects.append(f"dataset.json has no labels {missing} of the challenge; use a model that was trained on them")
     elif missing:
         notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
     return values, defects, notes

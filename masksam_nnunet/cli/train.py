@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(context: typer.Context) -> None:
-    """nnUNetv2_train with MaskSAM's trainers; all arguments are nnU-Net's, -tr defaults to MaskSAMTrainer."""
+    """Train a fold as nnUNetv2_train does. All arguments are nnU-Net's; -tr defaults to MaskSAMTrainer."""
     arguments = context.args
     # In the environment, not only here: the worker processes that nnU-Net spawns look trainers up too.
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()

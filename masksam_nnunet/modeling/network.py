@@ -120,8 +120,8 @@ class MaskSAM(nn.Module):
     def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
 
-        Queries are independent, and the embedding of a mask prompt is large. So queries are decoded a few at a time,
-        and again in the backward pass, unless a network without a frozen SAM is to be fast.
+        Queries are independent, and the embedding of a mask prompt is large. So they are decoded a few at a time, and
+        again in the backward pass. Only a network that is trained throughout decodes all at once, which is faster.
         """
         pe = self.prompt_encoder.dense_pe()  # (D, P, g_h, g_w)
 

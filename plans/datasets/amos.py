@@ -50,7 +50,9 @@ def read_amos(source: Path, *, modality: str = "ct") -> Conversion:
     cases: dict[str, list[str]] = {}
     images: list[DownloadedImage] = []
     for part, (image_folder, label_folder) in _FOLDERS.items():
-        listed = listed_cases(description[part], part, path, _REMEDY)
+        # The converter reads objects only, not plain names.
+        entries = [entry if isinstance(entry, dict) else {} for entry in description[part]]
+        listed = listed_cases(entries, part, path, _REMEDY)
         unnumbered = [case for case in listed if not case.split("_")[-1].isdigit()]
         if unnumbered:
             raise DataError(f"{path}: {unnumbered[0]!r} of {part!r} is not named amos_XXXX; {_REMEDY}")

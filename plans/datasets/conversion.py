@@ -79,8 +79,8 @@ def read_description(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], f
     """The content of a download's dataset.json, and its label values.
 
     Raises:
-        DataError: it is not the official one: it is missing, not JSON, lacks one of ``keys`` or has other labels than
-            ``{"0": "background", "1": NAME, ...}``.
+        DataError: it is not the official one: it is missing, is not JSON, has no value for one of ``keys``, or has
+            other labels than ``{"0": "background", "1": NAME, ...}``.
     """
     remedy = "unpack the download again"
     try:

@@ -50,8 +50,3 @@ def test_regions_are_known_to_the_network() -> None:
     config = derive_config(plain_plans(), "3d_fullres", region_dataset_json(), "tiny")
     assert config.regions and config.num_queries == 4
     assert not derive_config(plain_plans(), "3d_fullres", dataset_json(), "tiny").regions
-
-
-def test_2d() -> None:
-    config = derive_config(plain_plans((256, 224), batch_size=12), "3d_fullres", dataset_json(4), "vit_b")
-    assert config.patch_size == (256, 224) and config.upsample == 4

@@ -231,15 +231,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(undisturbed: d
         trainer(go_on=True)
 
 
-def test_another_trainings_previous_is_not_kept() -> None:
-    made = trainer()
-    folder = Path(made.output_folder)
-    (folder / PREVIOUS).write_bytes(b"of another training")
-    made.on_epoch_start()
-    made.save_checkpoint(str(folder / LATEST))
-    assert not (folder / PREVIOUS).exists()
-
-
 # ---- full disks ------------------------------------------------------------------------------------------------------
 
 
@@ -274,15 +265,6 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(monkeypatch: pytest
     assert again.current_epoch == 1
     again.run_training()
     assert load_checkpoint(folder / FINAL)["current_epoch"] == 3
-
-
-def test_a_full_disk_costs_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(folder: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    made = MaskSAMTrainer_tiny(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
-    made._plot(full, made.output_folder)
-    assert "progress.png could not be written: [Errno 28] No space left on device" in log(made)
 
 
 def test_the_last_save_takes_the_room_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,33 +277,3 @@ def test_no_fingerprint(preprocessed: Path) -> None:
     (preprocessed / "dataset_fingerprint.json").unlink()
     with pytest.raises(DataError, match=r"dataset_fingerprint\.json .*nnUNetv2_extract_fingerprint -d 43"):
         plan()
-
-
-@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
-def test_folders_not_named(preprocessed: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.delenv(variable)
-    with pytest.raises(DataError, match=f"{variable} is not set"):
-        plan()
-
-
-def test_damaged_nnunet_plans(preprocessed: Path) -> None:
-    (preprocessed / "nnUNetPlans.json").write_text("{")
-    with pytest.raises(DataError, match=r"nnUNetPlans\.json .*nnUNetv2_plan_experiment -d 43"):
-        plan()
-
-
-def test_a_label_that_dataset_json_does_not_name(preprocessed: Path, tmp_path: Path) -> None:
-    file = tmp_path / "nnUNet_raw" / KIND.dataset / "dataset.json"
-    description = json.loads(file.read_text())
-    description["labels"].pop("second")
-    file.write_text(json.dumps(description))
-    with pytest.raises(DataError, match=r"case 'case_00': .* 2,"):
-        plan()
-    assert not (preprocessed / "MaskSAMPlans.json").exists()
-
-
-def test_a_damaged_label_map(preprocessed: Path, tmp_path: Path) -> None:
-    file = tmp_path / "nnUNet_raw" / KIND.dataset / "labelsTr" / "case_03.nii.gz"
-    file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"case 'case_03': .*case_03\.nii\.gz"):
-        plan()

@@ -19,7 +19,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json
+from plain_plans import dataset_json, folders, plain_plans, region_dataset_json
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import ConfigError
@@ -136,14 +136,6 @@ def test_plans_whose_config_does_not_fit_them_are_refused(option: str, value: ob
         trainer(plans)
 
 
-@pytest.mark.parametrize("dims", [3, 2])
-def test_wrong_channels_and_a_2d_patch_are_named(dims: int) -> None:
-    made = trainer(plain_plans(channels=2), dataset_json(channels=2))
-    data = torch.zeros(1, 1, 4, 32, 32) if dims == 3 else torch.zeros(1, 2, 32, 32)
-    with pytest.raises(ValueError, match="2 channels and the patch \\(4, 32, 32\\)"):
-        made.train_step({"data": data, "target": torch.zeros_like(data[:, :1])})
-
-
 def test_warm_up_and_polynomial_decay() -> None:
     """The warm-up is at most a tenth of a training: a short one must reach its learning rate too."""
     for cls, warmup, iterations in ((MaskSAMTrainer_tiny, 30, 250_000), (trainers.MaskSAMTrainer_tiny_1epoch, 25, 250)):
@@ -241,13 +233,6 @@ def test_without_sam_training_stops_before_it_starts(tmp_path: Path, monkeypatch
         made.on_train_start()
 
 
-def test_random_weights_are_an_explicit_and_logged_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RANDOM_INIT, "1")
-    made = trainer(plain_plans((1, 32, 32), batch_size=1), cls=MaskSAMTrainer)
-    made._load_sam()
-    assert "WARNING: MASKSAM_RANDOM_INIT is set" in Path(made.log_file).read_text()
-
-
 def test_checkpoints_resume_without_sam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     made.train_step(batch(made))
@@ -320,10 +305,6 @@ def test_torch_compile_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made._do_i_compile()
     monkeypatch.setenv("nnUNet_compile", "1")
     assert made._do_i_compile() == (os.name != "nt")
-
-
-def test_the_results_folder_is_named_by_class_and_plans() -> None:
-    assert trainer().output_folder.endswith(f"{DATASET}/MaskSAMTrainer_tiny__nnUNetPlans__3d_fullres/fold_0")
 
 
 def test_slices_at_once_are_a_matter_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_dead_worker_is_told_of_and_what_was_trained_is_saved(nursery: Nursery
     os.kill(worker, signal.SIGKILL)
     assert training.wait() == 1
     log = fold.log.read_text()
-    assert f"TrainingError: 1 of 1 data loading workers ended: process {worker} by SIGKILL; the system kills" in log
+    assert "TrainingError: 1 of 1 data loading workers ended by SIGKILL" in log
     saved = fold.events[-1]
     assert saved["event"] == "saved" and saved["iteration"] >= 3
 

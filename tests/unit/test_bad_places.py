@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -189,14 +188,3 @@ def test_files_in_place_of_folders(place: Path, tmp_path: Path, out: str, monkey
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / out))
     assert f"nnUNet_raw = {tmp_path / out}" in refused("plan", "-d", "49")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_dataset_that_others_have_half_written(place: Path) -> None:
-    folder = place / "nnUNet_raw" / "Dataset051_Half"
-    folder.mkdir()
-    try:
-        assert "dataset.json" in refused("check", "-d", "51")
-        (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0}}))
-        assert "channel_names" in refused("check", "-d", "51")
-    finally:
-        shutil.rmtree(folder)

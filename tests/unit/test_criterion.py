@@ -151,21 +151,6 @@ def test_empty_slices_give_a_finite_loss_and_gradient(content: str, matching: st
         assert float(total) == 0
 
 
-def test_regions() -> None:
-    seg = torch.zeros(2, K + 1, D, H, W)
-    seg[:, 0, :, 2:12, 2:20] = 1
-    seg[:, 1, :, 4:9, 5:12] = 1
-    seg[:, K, :, 0] = 1  # ignored
-    total, _ = criterion(regions=True, ignore_label=7)(outputs(), seg)
-    assert torch.isfinite(total)
-
-
-def test_fewer_queries_than_targets_is_legal() -> None:
-    output = MaskSAMOutput(*(x[:, :, :1] for x in outputs()))
-    total, _ = criterion()(output, labels())
-    assert torch.isfinite(total)
-
-
 def test_sampled_points_estimate_the_whole_and_prefer_what_is_uncertain() -> None:
     seg = labels()
     output = outputs()

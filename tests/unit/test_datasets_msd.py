@@ -74,10 +74,10 @@ def _describe(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (lambda s: write_image(s / "imagesTr" / "hippocampus_003.nii.gz", 3, 2), "expected 3 dimensions"),
         (lambda s: (s / "imagesTs").rename(s / "images"), "the folder imagesTs is missing"),
         (lambda s: (s / "dataset.json").unlink(), "holds none of: dataset.json"),
-        (_describe(lambda d: d.pop("modality")), "lacks modality"),
-        (_describe(lambda d: d["modality"].update({"1": "T2"})), "expected 4 dimensions, 2 in the last"),
+        (_describe(lambda d: d.pop("modality")), "modality is missing"),
+        (_describe(lambda d: d["modality"].update({"1": "T2"})), "expected 4 dimensions"),
         (_describe(lambda d: d["labels"].pop("2")), "has the labels 2, expected 0 to 1"),
-        (_describe(lambda d: d["test"].append(3)), "lists 3, which names no image"),
+        (_describe(lambda d: d["test"].append(3)), "'test' names no image"),
     ],
 )
 def test_defects(raw: Path, tmp_path: Path, change: Callable[[Path], object], said: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from configs import tiny_config
@@ -28,35 +26,6 @@ def randomise(network: torch.nn.Module) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize(
-    ("patch", "upsample", "channels", "classes", "queries"),
-    [
-        ((3, 32, 48), 1, 1, 2, 1),
-        ((1, 17, 31), 2, 3, 5, 4),
-        ((5, 9, 12), 4, 2, 3, 2),
-        ((2, 8, 8), 1, 1, 2, 3),  # under 16 in-plane: one token
-        ((24, 40), 2, 4, 2, 3),  # 2D
-        ((4, 64, 16), 1, 1, 1, 2),  # K = 1
-    ],
-)
-def test_shapes(patch: tuple[int, ...], upsample: int, channels: int, classes: int, queries: int) -> None:
-    network = MaskSAM(tiny_config(patch_size=patch, upsample=upsample, num_queries=queries), channels, classes)
-    depth, height, width = network.grid.patch
-    x = image(network, 2)
-    output = network.train()(x)
-    assert output.class_logits.shape == (2, depth, queries, classes + 1)
-    assert output.mask_logits.shape == (2, depth, queries, height, width)
-    assert output.aux_mask_logits.shape == (2, depth, queries, *network.grid.masks)
-    assert output.aux_boxes.shape == (2, depth, queries, 4)
-    boxes = output.aux_boxes
-    assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[..., 2:] >= boxes[..., :2]).all()
-    with torch.no_grad():
-        semantic = network.eval()(x)
-    assert semantic.shape == (2, classes, *patch)
-    assert torch.isfinite(semantic).all()
-    torch.testing.assert_close(semantic.exp().sum(1), torch.ones_like(semantic[:, 0]))
-
-
 @pytest.mark.parametrize("shape", [(1, 2, 3, 32, 48), (1, 1, 32, 48), (1, 1, 3, 32, 32), (1, 1, 4, 32, 48)])
 def test_another_input_is_refused(shape: tuple[int, ...]) -> None:
     network = MaskSAM(tiny_config(), 1, 2)
@@ -76,22 +45,6 @@ def test_wrong_channel_numbers_are_named() -> None:
         MaskSAM(tiny_config(), 1, 0)
     with pytest.raises(ValueError, match="image_channels = 3"):
         MaskSAM(tiny_config(), 2, 2, image_channels=3)
-
-
-def test_checkpointing_changes_nothing_but_memory() -> None:
-    plain = MaskSAM(tiny_config(num_queries=40), 1, 3)
-    randomise(plain)
-    saving = MaskSAM(replace(plain.config, checkpointing=True), 1, 3)
-    saving.load_state_dict(plain.state_dict())
-    x = image(plain)
-    gradients = []
-    for network in (plain, saving):
-        output = network.train()(x)
-        sum(part.square().mean() for part in output).backward()
-        gradients.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
 def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:

@@ -92,7 +92,9 @@ def test_one_step_and_a_prediction(case: tuple[MaskSAMConfig, int, int, int, int
     assert output.class_logits.shape == (batch, depth, config.num_queries, classes + 1)
     assert output.mask_logits.shape == (batch, depth, config.num_queries, height, width)
     assert output.aux_mask_logits.shape == (batch, depth, config.num_queries, *network.grid.masks)
-    assert output.aux_boxes.shape == (batch, depth, config.num_queries, 4)
+    boxes = output.aux_boxes
+    assert boxes.shape == (batch, depth, config.num_queries, 4)
+    assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[..., 2:] >= boxes[..., :2]).all()
     loss, terms = criterion(output, target)
     assert torch.isfinite(loss) and all(torch.isfinite(term) for term in terms.values())
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)

@@ -94,12 +94,6 @@ def test_expressions_that_do_not_group(regex: str, said: str) -> None:
         group_by_regex(CASES, regex)
 
 
-def test_other_seeds_draw_other_folds() -> None:
-    groups = group_by_regex(CASES, GROUP)
-    assert patient_folds(groups, 5, 1) == patient_folds(groups, 5, 1) != patient_folds(groups, 5, 2)
-    assert patient_folds(groups) == patient_folds(groups, 5, 12345)
-
-
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

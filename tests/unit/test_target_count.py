@@ -61,10 +61,3 @@ def test_a_label_without_a_name(tmp_path: Path, labels: np.ndarray, value: int) 
     labels[0, 0, 0] = value
     with pytest.raises(DataError, match=f"case 'full': .* {value}"):
         count(tmp_path, labels, dataset_json(4))
-
-
-def test_a_negative_label(tmp_path: Path, labels: np.ndarray) -> None:
-    negative = labels.astype(np.int16)
-    negative[0, 0, 0] = -1
-    with pytest.raises(DataError, match=r"case 'full': .*-1"):
-        count(tmp_path, negative, dataset_json(4))

@@ -55,16 +55,6 @@ def test_regions_are_targets_of_their_own_and_may_overlap() -> None:
     assert not targets.valid[0, 0, 0] and targets.valid.sum() == 31
 
 
-def test_a_volume_without_any_target_is_legal() -> None:
-    targets = make_targets(torch.full((1, 1, 2, 4, 4), 7), 3, (4, 4), ignore_label=7)
-    assert targets.classes.shape == (2, 1) and not targets.present.any() and not targets.valid.any()
-
-
-def test_2d() -> None:
-    labels = torch.randint(0, 3, (2, 1, 5, 5))
-    assert make_targets(labels, 3, (5, 5)).masks.shape[0] == 2
-
-
 @pytest.mark.parametrize(("shape", "regions"), [((1, 2, 3, 4, 4), False), ((1, 1, 3, 4, 4), True), ((1, 4, 4), False)])
 def test_a_wrong_segmentation_is_named(shape: tuple[int, ...], regions: bool) -> None:
     with pytest.raises(ValueError, match="segmentation of shape"):

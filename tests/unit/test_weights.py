@@ -101,12 +101,6 @@ def test_a_part_longer_than_the_file_is_dropped(server: Server) -> None:
     assert server.ranges == [f"bytes={len(BODY) + 4}-", None]
 
 
-def test_a_server_that_ignores_ranges_is_read_from_the_start(server: Server) -> None:
-    server.answers = ["break", "no-range"]
-    assert fetch(url=server.url).read_bytes() == BODY
-    assert len(server.ranges) == 2
-
-
 def test_giving_up_keeps_the_part_and_the_next_call_resumes(server: Server) -> None:
     server.answers = ["break", *[500] * download.ATTEMPTS]
     with pytest.raises(WeightsError, match="500"):
