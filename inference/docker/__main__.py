@@ -81,7 +81,7 @@ def main(
 ) -> None:
     """Predict what lies in the input folder, as a Grand Challenge algorithm or with a flat folder of images.
 
-    channels, output, folds, mirroring and step_size may stand in a container.json in the model folder instead.
+    channels, output, folds, mirroring and step_size can also be set in a container.json in the model folder.
 
     Exit codes: 0 done, 1 cases failed, 2 options, 3 input, 4 model, 5 output.
     """

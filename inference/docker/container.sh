@@ -5,7 +5,7 @@
 #   inference/docker/container.sh try INPUT OUTPUT [MODEL]   as the platform runs it, with what it forbids forbidden
 #   inference/docker/container.sh save FILE.tar.gz       what is uploaded
 #
-# TAG (masksam) names the image. Of the build: OUTPUT_SLUG, CHANNELS, FOLDS, MIRRORING (true or false); all may stand in
+# TAG (masksam) names the image. Of the build: OUTPUT_SLUG, CHANNELS, FOLDS, MIRRORING (true or false); all can be set in
 # container.json in the model folder instead. Of the trial: GPUS (all; none without a GPU), MEMORY (16g).
 set -euo pipefail
 

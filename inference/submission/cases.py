@@ -24,7 +24,7 @@ _OF_NNUNET = (
 
 
 def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[str], int]:
-    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are passed over.
+    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are ignored.
 
     Returns:
         The file of each case, even where its extension is wrong; files that do not belong there and cases with

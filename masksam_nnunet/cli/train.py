@@ -104,7 +104,7 @@ def _require_inputs(asked: argparse.Namespace) -> None:
     model = Path(os.environ["nnUNet_results"]) / name / Method(asked.tr, asked.p, asked.configuration).key
     final = model / f"fold_{asked.fold}" / "checkpoint_final.pth"
     if asked.val and not final.is_file():
-        raise TrainingError(f"--val: there is no {final}: the training is not finished; go on with it (--c)")
+        raise TrainingError(f"--val: there is no {final}: the training is not finished; continue it with --c")
 
 
 def _preprocessed_dataset(dataset: str) -> str:

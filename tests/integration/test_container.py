@@ -81,13 +81,11 @@ def labels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
-def test_as_the_platform_runs_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_the_platform_runs_it(model: Path, tmp_path: Path) -> None:
     """Read-only root, no network, no name, no home: one importable image, as nnU-Net predicts it, and nothing else."""
     file = write_image(tmp_path / "input/images/mri/0f3c.mha")
     write_inputs_json(tmp_path / "input", heart_mri="images/mri")
     done = run_contained(tmp_path / "input", tmp_path / "output", model.parent, "--output-slug", "heart-labels")
-    with capsys.disabled():
-        print(f" [{done.how}]", end="")
     assert done.code == 0, done.stderr
     written = [path.relative_to(tmp_path / "output") for path in (tmp_path / "output").rglob("*") if path.is_file()]
     assert written == [Path("images/heart-labels/0f3c.mha")]
