@@ -149,7 +149,7 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, tas
             if content_range.endswith(f"/{held}"):
                 return
             part.unlink()
-            raise requests.ConnectionError("the server has another file than the one begun")
+            raise requests.ConnectionError("the file on the server has changed since the download began")
         response.raise_for_status()
         start = held if content_range.startswith(f"bytes {held}-") else 0  # else the server sends all of it
         length = response.headers.get("Content-Length", "")

@@ -87,20 +87,17 @@ def find_case(
 
 
 def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | None:
-    """What the split says about a training case, as the page says it; None where there is no split."""
+    """Say for each fold whether the split has the case in its training set; None where there is no split."""
     preprocessed = os.environ.get("nnUNet_preprocessed")
     file = Path(preprocessed or "") / dataset / "splits_final.json"
     if not preprocessed or not file.is_file():
         return None
     splits = read_json(file)
-    if not any(case in part for split in splits for part in split.values()):
-        return "in no part of the split: not seen in training"
-    seen = [fold for fold in folds if fold == "all" or (int(fold) < len(splits) and case in splits[int(fold)]["train"])]
-    unseen = [fold for fold in folds if fold not in seen]
-    if not seen:
-        return f"a validation case of fold {', '.join(folds)}: not seen in training"
-    also = f", not of fold {', '.join(unseen)}" if unseen else "; the network has seen it, so expect it to be too sure"
-    return f"in the training set of fold {', '.join(seen)}{also}"
+    training = {str(fold): split["train"] for fold, split in enumerate(splits)}
+    return " and ".join(
+        f"{'in' if fold == 'all' or case in training.get(fold, ()) else 'outside'} the training set of fold {fold}"
+        for fold in folds
+    )
 
 
 def _given(description: Mapping[str, Any], name: str | None, images: Sequence[Path]) -> FoundCase:

@@ -150,10 +150,10 @@ def look_into_windows(
     padded, back = pad_nd_image(data, size, "constant", {"value": 0}, True)
     offset = [int(part.start or 0) for part in back[1:]]
     windows = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
-    corners: list[Corner] = [tuple(w if isinstance(w, int) else w.start for w in window[1:]) for window in windows]
+    corners = [tuple(w if isinstance(w, int) else w.start for w in window[1:]) for window in windows]
     chosen: dict[int, list[int]] = {}
     for index, centre in centres.items():
-        place = np.add((index, *centre), offset)
+        place = [at + by for at, by in zip((index, *centre), offset, strict=True)]
         chosen.setdefault(nearest_window(corners, size, place, spacing), []).append(index)
 
     owner = np.zeros(padded.shape[1:], np.uint8 if network.config.num_queries < 256 else np.uint16)
@@ -204,7 +204,9 @@ def patch_around(foreground: NDArray[np.bool_], size: Sequence[int]) -> tuple[sl
     return tuple(slice(start, start + length) for start, length in zip(starts, size, strict=True))
 
 
-def nearest_window(corners: Sequence[Corner], size: Corner, place: Sequence[float], spacing: Sequence[float]) -> int:
+def nearest_window(
+    corners: Sequence[Sequence[int]], size: Sequence[int], place: Sequence[float], spacing: Sequence[float]
+) -> int:
     """Of the windows that hold the slice of ``place`` (d, h, w), the one whose centre is nearest to it in space."""
     centres = np.array(corners) + (np.array(size) - 1) / 2
     distances = (((centres - np.array(place)) * np.array(spacing)) ** 2).sum(1)
