@@ -19,7 +19,7 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.helpers import empty_cache
 
-from masksam_nnunet.errors import CaseError, ModelError, UsageError, WeightsError, in_short
+from masksam_nnunet.errors import CaseError, MaskSAMError, ModelError, UsageError, WeightsError, in_short
 from masksam_nnunet.files import read_json
 
 from ..cases import channel_names, preprocess_case
@@ -201,6 +201,8 @@ def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], 
         raise
     except WeightsError as error:
         raise ModelError(f"{folder} has lean checkpoints; complete them with masksam export ({error})") from error
+    except MaskSAMError as error:
+        raise ModelError(str(error)) from error
     except Exception as error:  # of any trainer, and of damaged files
         raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): copy or export it again") from error
     if stage := predictor.configuration_manager.previous_stage_name:
