@@ -162,7 +162,7 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, tas
 
 def _may_pass(error: requests.RequestException) -> bool:
     """Whether another attempt may succeed: the connection broke, or the server is busy."""
-    if isinstance(error, requests.HTTPError):
+    if error.response is not None:
         return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
     broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
     return isinstance(error, broken) and not isinstance(error, requests.exceptions.SSLError)
