@@ -109,7 +109,8 @@ def predict(
     from masksam_nnunet.inference.predict.predict_cases import PredictOptions
     from masksam_nnunet.inference.predict.run import predict as predict_folder
 
-    torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)  # as nnU-Net's command
+    if device is not Device.mps:  # as nnU-Net's command
+        torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)
     try:
         if model is not None:
             models, chosen = _portable_model(model, folds, postprocessing, (dataset, configuration, trainer, ensemble))
