@@ -301,7 +301,7 @@ def _describe(
             dataset=plans.get("dataset_name"),
             plans=plans.get("plans_name"),
             configuration=configuration,
-            trainer=first.get("trainer_name"),
+            trainer=str(first.get("trainer_name")),
             network=network,
             folds=tuple(checkpoints),
             epochs={fold: int(checkpoint.get("current_epoch", 0)) for fold, checkpoint in checkpoints.items()},

@@ -100,8 +100,6 @@ def import_(
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     if unpack is not None and force:
         raise typer.BadParameter("--unpack installs nothing: give it without --force")
-    if unpack is None and to is None:
-        fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
     from masksam_nnunet.inference.export.install import import_model, unpack_model
 
     try:
@@ -109,6 +107,8 @@ def import_(
             if unpack is not None:
                 path = unpack_model(source, unpack)
                 options = f"--model {path}"
+            elif to is None:
+                fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
             else:
                 path, model = import_model(source, to, force)
                 names = f"-d {model.dataset} -c {model.configuration} -tr {model.trainer} -p {model.plans}"
