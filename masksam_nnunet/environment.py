@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +55,20 @@ def number_in(name: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{name} = {text!r} is not allowed: give an integer of at least 1, or unset it.")
     return int(text)
+
+
+@contextmanager
+def variable(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable for a block of code, or remove it where ``value`` is None."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def trainer_folder() -> Path:

@@ -19,6 +19,7 @@ from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
+from masksam_nnunet.errors import in_short
 
 BASE_PLANS = "nnUNetPlans"
 """nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
@@ -82,8 +83,8 @@ def num_queries(targets: int, backbone: str) -> int:
     """N from the most targets that a slice may hold.
 
     Half as many again, in multiples of eight, as in the paper's recipes (8 for ACDC's 4, 24 for 14 and 16), but no more
-    than :data:`MAX_QUERIES` for headroom alone. The tiny encoder gets at least one spare query, in multiples of four.
-    Multiples let weights trained on one dataset fit another with nearly as many classes.
+    than :data:`MAX_QUERIES` for headroom alone. Multiples let weights of one dataset fit another with nearly as many
+    classes. The tiny encoder gets at least one spare query, in multiples of four.
     """
     if backbone == "tiny":
         return round_up(targets + 1, 4)
@@ -152,9 +153,7 @@ def _import_trainers() -> None:
         try:  # no class has an empty name, so nnU-Net's search visits all modules
             recursive_find_python_class(folder, "", None, base_folder=folder, cleanup_imports_from_base_folder=True)
         except Exception as error:
-            raise ConfigError(
-                f"{EXT_TRAINER}: a module in {folder} cannot be imported ({type(error).__name__}: {error})"
-            ) from error
+            raise ConfigError(f"{EXT_TRAINER}: a module in {folder} cannot be imported ({in_short(error)})") from error
 
 
 def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, MaskSAMConfig | None]:
@@ -164,20 +163,15 @@ def open_configuration(plans: Any, name: str) -> tuple[ConfigurationManager, Mas
         ConfigError: the plans are damaged, lack the configuration or what nnU-Net reads of it, or are of another
             version.
     """
-    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
-        raise ConfigError("these plans hold no configurations: they are damaged. Plan again.")
-    if name not in plans["configurations"]:
-        raise ConfigError(f"these plans have no configuration {name!r}, but {sorted(plans['configurations'])}.")
     try:
         configuration = PlansManager(plans).get_configuration(name)
         missing = [key for key in _READ if key not in configuration.configuration]
-        architecture = configuration.configuration.get("architecture")
-        if missing or not isinstance(architecture, dict) or not isinstance(architecture.get("network_class_name"), str):
+        if missing or not isinstance(configuration.configuration["architecture"]["network_class_name"], str):
             raise LookupError(f"{', '.join(missing) or 'network_class_name'} is missing")
     except Exception as error:  # nnU-Net fails in many ways on damaged plans
         raise ConfigError(
-            f"configuration {name!r} of these plans cannot be used ({type(error).__name__}: {error}): it is damaged or "
-            "of another version of nnU-Net. Plan again."
+            f"configuration {name!r} of these plans cannot be used ({in_short(error)}): it is missing, damaged or of "
+            "another version of nnU-Net. Plan again."
         ) from error
     return configuration, read_config(configuration)
 

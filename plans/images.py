@@ -120,12 +120,11 @@ def check_whole(path: Path) -> None:
             length = len(head)
             while block := stream.read(_BLOCK):
                 length += len(block)
+            wrong = _header_defect(head, length) if is_nifti(path) else None
         except (OSError, EOFError, zlib.error) as error:  # gzip's own is an OSError
-            raise DataError(f"{path} is cut off or damaged ({in_short(error)})") from error
-    if is_nifti(path):
-        wrong = _header_defect(head, length)
-        if wrong:
-            raise DataError(f"{path} is cut off or damaged: {wrong}")
+            wrong = in_short(error)
+    if wrong:
+        raise DataError(f"{path} is cut off or damaged: {wrong}")
 
 
 def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
@@ -226,23 +225,21 @@ def _header_defect(head: bytes, length: int) -> str | None:
         return f"its header has the unknown data type {int(header['datatype'])}"
     if dtype.kind not in "iuf":
         return f"its voxels are {dtype}, not numbers"
-    offset = float(header["vox_offset"])
+    offset, slope, intercept = (float(header[name]) for name in ("vox_offset", "scl_slope", "scl_inter"))
     if not math.isfinite(offset) or offset < earliest:
         return f"its header says that voxels begin at byte {offset:g}"
-    voxels = math.prod(shape)
-    needed = int(offset) + voxels * dtype.itemsize
+    needed = int(offset) + math.prod(shape) * dtype.itemsize
     if needed > length:
         return f"it holds {length} bytes, its header says {needed} for the shape {shape}"
-    if 4 * voxels > psutil.virtual_memory().total:  # float32, as nnU-Net reads it
+    if 4 * math.prod(shape) > psutil.virtual_memory().total:  # float32, as nnU-Net reads it
         return f"the shape {shape} does not fit into this machine's memory"
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if math.isfinite(slope) and slope != 0 and not math.isfinite(intercept):
-        return f"its header scales voxels by {slope:g} and adds {intercept:g}"
-    steps = [float(step) for step in header["pixdim"][1 : min(len(shape), 3) + 1]]
-    if not all(math.isfinite(step) and step != 0 for step in steps):
-        return f"its header has the voxel size {steps}"
-    if not np.isfinite(_placement(header)).all():
-        return "its header places the image at NaN or infinity"
+    steps = header["pixdim"][1 : min(len(shape), 3) + 1]
+    placement = np.concatenate([steps, _placement(header)])
+    scaled = math.isfinite(slope) and slope != 0
+    if not np.isfinite(placement).all() or not all(steps) or (scaled and not math.isfinite(intercept)):
+        return (
+            f"its header scales voxels by {slope:g}, adds {intercept:g}, and places the image by {placement.tolist()}"
+        )
     return None
 
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +18,14 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet import __version__
-from masksam_nnunet.errors import DataError
+from masksam_nnunet.environment import variable
+from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_text_atomically
 
-from .architecture import BASE_PLANS, DECISIONS, num_queries, write_config
+from .architecture import BASE_PLANS, DECISIONS, num_queries, open_configuration, write_config
 from .presets import Preset
 from .raw_check import TargetCount, count_targets
-from .raw_data import RawDataset, number_of, read_raw_dataset
+from .raw_data import RawDataset, read_raw_dataset
 from .sizing import LARGEST_FIRST, Requirements, Sizes, choose_sizes, preset_sizes
 
 CASCADE, FULL, LOW = "3d_cascade_fullres", "3d_fullres", "3d_lowres"
@@ -40,12 +40,9 @@ class MaskSAMPlanner(ExperimentPlanner):
     nnU-Net looks for planners in its own folders only, so ``masksam plan`` is the command for this one.
 
     Args:
-        dataset_name_or_id: as nnU-Net takes it.
+        dataset_name_or_id, preprocessor_name, plans_name, suppress_transpose: as nnU-Net's planner takes them.
         gpu_memory_target_in_gb: memory of the card to train on.
-        preprocessor_name: nnU-Net's.
-        plans_name: name of the plans file to write.
         overwrite_target_spacing: spacing of 3d_fullres; such plans have preprocessed data of their own.
-        suppress_transpose: nnU-Net's.
         backbones: to be tried in this order.
         configurations: to plan; all that nnU-Net has if empty.
         preset: a published setting, or None.
@@ -78,22 +75,14 @@ class MaskSAMPlanner(ExperimentPlanner):
         self.gpu_memory_gb = float(gpu_memory_target_in_gb)
         self.backbones, self.wanted, self.preset = backbones, tuple(configurations), preset
         self.notify = notify
+        self.folder = Path(nnUNet_preprocessed) / self.dataset_name
+        self.file = self.folder / f"{plans_name}.json"
         self.raw = raw or read_raw_dataset(Path(self.raw_dataset_folder), "-d", min_cases=1)
         self.planned: list[str] = []
         """The configurations of the last call, in nnU-Net's order."""
         self.labels = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
         self.channels = len(self.dataset_json["channel_names"])
         self._shares_data = overwrite_target_spacing is None and not suppress_transpose
-
-    @property
-    def folder(self) -> Path:
-        """The dataset's preprocessed folder."""
-        return Path(nnUNet_preprocessed) / self.dataset_name
-
-    @property
-    def file(self) -> Path:
-        """The plans to write."""
-        return self.folder / f"{self.plans_identifier}.json"
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """nnU-Net's own identifier, unless another spacing is forced."""
@@ -116,7 +105,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         self.notify("reading the training labels")
         count = count_targets(self.raw, base["transpose_forward"][0])
 
-        self.planned = [name for name in base["configurations"] if name in _with_parents(names)]
+        self.planned = [name for name in base["configurations"] if name in names]
         kept = {k: v for k, v in earlier.get("configurations", {}).items() if k not in self.planned}
         configurations = kept | {name: base["configurations"][name] for name in self.planned}
         decisions = {k: v for k, v in earlier.get(DECISIONS, {}).items() if k in kept}
@@ -163,19 +152,15 @@ class MaskSAMPlanner(ExperimentPlanner):
         """The plans in the file, whose other configurations are kept; empty where there is none."""
         if not self.file.is_file():
             return {}
-        earlier = _read_plans(self.file, self.dataset_name, "remove it and plan again")
+        earlier = _read_plans(self.file, self.dataset_name)
         if not isinstance(earlier.get(DECISIONS), dict):
-            raise DataError(
-                f"--plans-name {self.plans_identifier}: {self.file} was not written by masksam plan; choose "
-                "another name"
-            )
+            raise DataError(f"--plans-name {self.plans_identifier}: {self.file} was not written by masksam plan")
         return earlier
 
     def _base_plans(self) -> dict[str, Any]:
         file = self.folder / f"{BASE_PLANS}.json"
         if self._shares_data and file.is_file():
-            remedy = f"remove it and run nnUNetv2_plan_experiment -d {number_of(self.dataset_name)}"
-            return _read_plans(file, self.dataset_name, remedy)
+            return _read_plans(file, self.dataset_name)
         stock = _InMemoryPlanner(
             self.dataset_name,
             preprocessor_name=self.preprocessor_name,
@@ -186,7 +171,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         with (
             contextlib.redirect_stdout(io.StringIO()),  # it prints U-Nets
             _left_as_it_was(self.folder / "dataset.json"),  # it writes the file, but planning may still fail
-            _without_variable("nnUNet_n_proc_DA"),  # 0, right for training, makes planning fail
+            variable("nnUNet_n_proc_DA", None),  # 0, right for training, makes planning fail
         ):
             return stock.plan_experiment()
 
@@ -201,7 +186,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         for name in wanted:
             if name not in available:
                 raise DataError(f"{option} {name}: nnU-Net plans only {', '.join(available)} for {self.dataset_name}")
-        return wanted or available
+        # A cascade needs both of its configurations.
+        return (FULL, LOW, *wanted) if CASCADE in wanted else wanted or available
 
     def _sizes(self, base: dict[str, Any], name: str, count: TargetCount, cascade: bool) -> Sizes:
         settings = PlansManager(base).get_configuration(name)
@@ -240,38 +226,21 @@ class _InMemoryPlanner(ExperimentPlanner):
         recursive_fix_for_json_export(plans)
 
 
-def _with_parents(names: Sequence[str]) -> set[str]:
-    """A cascade needs both of its configurations."""
-    return {*names, FULL, LOW} if CASCADE in names else set(names)
-
-
-_SETTINGS = ("patch_size", "batch_size", "spacing", "median_image_size_in_voxels", "architecture", "data_identifier")
-
-
-def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
-    """Plans of ``dataset``, with everything that planning reads.
+def _read_plans(file: Path, dataset: str) -> dict[str, Any]:
+    """Plans of ``dataset``, all of whose configurations can be read.
 
     Raises:
         DataError: the file holds something else.
     """
     try:
-        plans = read_json(file)
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}; {remedy}") from error
-    configurations = plans.get("configurations") if isinstance(plans, dict) else None
-    if not isinstance(configurations, dict) or not configurations:
-        raise DataError(f"{file} holds no plans; {remedy}")
-    if plans.get("dataset_name") != dataset:
-        raise DataError(
-            f"{file} holds plans of {plans.get('dataset_name')!r}; move them with "
-            f"nnUNetv2_move_plans_between_datasets, or {remedy}"
-        )
-    for name, settings in configurations.items():
-        missing = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
-        if missing and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
-            raise DataError(f"{file} is damaged or of another version: {name} has no {', '.join(missing)}; {remedy}")
-    result: dict[str, Any] = plans
-    return result
+        plans: dict[str, Any] = read_json(file)
+        if plans["dataset_name"] != dataset or not plans["configurations"]:
+            raise ValueError(f"it is of {plans['dataset_name']}, or has no configuration")
+        for name in plans["configurations"]:
+            open_configuration(plans, name)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{file} holds no plans for {dataset}: {in_short(error)}; remove it and plan again") from error
+    return plans
 
 
 @contextlib.contextmanager
@@ -284,13 +253,3 @@ def _left_as_it_was(file: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
         else:
             file.write_bytes(before)
-
-
-@contextlib.contextmanager
-def _without_variable(name: str) -> Iterator[None]:
-    before = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import subdirs
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 from rich.table import Table
 
 from masksam_nnunet.backbones import planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.errors import DataError
+from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json
 
 from .architecture import BASE_PLANS, DECISIONS
@@ -36,14 +34,7 @@ PLANS_NAME = "MaskSAMPlans"
 
 @dataclass(frozen=True)
 class Planned:
-    """The result of planning.
-
-    Attributes:
-        plans: the content of the plans file.
-        file: its path.
-        configurations: those planned now; the file may hold others from before.
-        unprocessed: those of them whose data are not preprocessed yet.
-    """
+    """The plans, their file, the configurations planned now, and those of them that are not preprocessed yet."""
 
     plans: dict[str, Any]
     file: Path
@@ -123,38 +114,30 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
         if not os.environ.get(variable):
             raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
     raw = Path(os.environ["nnUNet_raw"])
-    if not raw.is_dir():
-        raise DataError(f"nnUNet_raw = {raw}: there is no such folder")
-    try:
-        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if "More than one" in str(error):
-            names = ", ".join(map(str, find_candidate_datasets(int(dataset))))
-            raise DataError(f"-d {dataset}: several datasets have this number: {names}; give the full name") from error
-        name = dataset
-    if not (raw / name).is_dir():
-        present = [folder for folder in subdirs(str(raw), join=False) if folder.startswith("Dataset")]
-        raise DataError(f"-d {dataset}: no such dataset in {raw}, which holds {', '.join(present) or 'none'}")
-    return name
+    present = sorted(path.name for path in raw.glob("Dataset*") if path.is_dir())
+    prefix = f"Dataset{int(dataset):03d}_" if dataset.isdecimal() else None
+    found = [name for name in present if (name.startswith(prefix) if prefix else name == dataset)]
+    if len(found) > 1:
+        raise DataError(f"-d {dataset}: several datasets have this number: {', '.join(found)}; give the full name")
+    if not found:
+        raise DataError(f"-d {dataset}: no such dataset in nnUNet_raw = {raw}: {', '.join(present) or 'it has none'}")
+    return found[0]
 
 
 def _check_fingerprint(file: Path, cases: int, number: int) -> None:
     """Refuse a fingerprint that is missing, damaged or of another number of cases."""
-    remedy = f"extract it with: nnUNetv2_extract_fingerprint -d {number} --verify_dataset_integrity --clean"
-    if not file.is_file():
-        raise DataError(f"{file} is missing; {remedy}")
     try:
         content = read_json(file)
-        sizes = [content[key] for key in ("spacings", "shapes_after_crop")]
-        positive = all(math.isfinite(step) and step > 0 for size in sizes for row in size for step in row)
-        numbers = {len(size) for size in sizes}
+        for key in ("spacings", "shapes_after_crop"):
+            if len(content[key]) != cases:
+                raise ValueError(f"{key} of {len(content[key])} cases, the dataset has {cases}")
+            if not all(math.isfinite(size) and size > 0 for row in content[key] for size in row):
+                raise ValueError(f"{key} must be positive")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); {remedy}") from error
-    if not positive:
-        raise DataError(f"{file} holds sizes or spacings that are not positive; {remedy}")
-    if numbers != {cases}:
-        found = " and ".join(map(str, sorted(numbers)))
-        raise DataError(f"{file} is of {found} cases, the dataset has {cases}; {remedy}")
+        raise DataError(
+            f"{file} cannot be used ({in_short(error)}); extract it with: nnUNetv2_extract_fingerprint -d {number} "
+            "--verify_dataset_integrity --clean"
+        ) from error
 
 
 def _splits(raw: RawDataset, preprocessed: Path) -> list[Fold] | None:
@@ -163,15 +146,13 @@ def _splits(raw: RawDataset, preprocessed: Path) -> list[Fold] | None:
         read_splits(file, raw.images) if (file := folder / SPLITS_FILE).is_file() else None
         for folder in (preprocessed, raw.folder)
     )
-    if ours is None or theirs is None:
-        return ours or theirs
-    for one, other in zip(theirs, ours, strict=False):
+    for one, other in zip(theirs or (), ours or (), strict=False):
         if any(set(one[part]) != set(other[part]) for part in ("train", "val")):
             raise DataError(
-                f"{raw.folder / SPLITS_FILE} and {preprocessed / SPLITS_FILE} hold different folds, which nnU-Net's "
-                "planner refuses; remove one, or write both with masksam split --force"
+                f"{raw.folder} and {preprocessed} hold different {SPLITS_FILE}, which nnU-Net refuses; remove one, or "
+                "write both with masksam split --force"
             )
-    return ours
+    return ours or theirs
 
 
 @contextlib.contextmanager
@@ -183,8 +164,8 @@ def _as_data_errors(name: str, preprocessed: Path) -> Iterator[None]:
         raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
-            f"{name}: planning failed with {type(error).__name__}: {error}; check dataset.json, and extract the "
-            f"fingerprint again: nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
+            f"{name}: planning failed with {in_short(error)}; check dataset.json, and extract the fingerprint again: "
+            f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
         ) from error
 
 

@@ -42,6 +42,7 @@ class RawCheck:
 class _CaseCheck:
     defects: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    geometries: dict[str, ImageGeometry] = field(default_factory=dict)
     image_hash: bytes | None = None
 
 
@@ -123,15 +124,13 @@ def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
     targets = manager.foreground_regions if manager.has_regions else manager.all_labels
     groups = [list(target) if isinstance(target, list | tuple) else [target] for target in targets]
 
-    def count(case: str) -> tuple[int, str, int]:
+    def count(case: str) -> TargetCount:
         labels, _ = _read_known_labels(dataset, case)
         slices = np.moveaxis(labels, slice_axis, 0)
         counts = [sum(any(v in present for v in group) for group in groups) for present in map(_values, slices)]
-        return max(counts), case, int(np.argmax(counts))
+        return TargetCount(max(counts), case, int(np.argmax(counts)), len(dataset.labels))
 
-    found = in_threads(count, list(dataset.labels))
-    most, case, index = max(found, key=lambda one: one[0])
-    return TargetCount(most, case, index, len(found))
+    return max(in_threads(count, list(dataset.labels)), key=lambda found: found.most)
 
 
 def _read_known_labels(dataset: RawDataset, case: str) -> tuple[NDArray[np.int32], ImageGeometry]:
@@ -145,8 +144,7 @@ def _read_known_labels(dataset: RawDataset, case: str) -> tuple[NDArray[np.int32
     unknown = sorted(_values(labels) - dataset.label_values)
     if unknown:
         raise DataError(
-            f"case {case!r}: {path} holds the labels {', '.join(map(str, unknown[:10]))}, which dataset.json does not "
-            "name; add them there or correct the label map"
+            f"case {case!r}: {path} holds the labels {', '.join(map(str, unknown[:10]))}, which dataset.json lacks"
         )
     return labels, ImageGeometry.of(array, properties)
 
@@ -160,74 +158,64 @@ def _values(labels: NDArray[np.int32]) -> set[int]:
 
 def _split_defects(file: Path, dataset: RawDataset) -> list[str]:
     try:
-        splits = read_splits(file, dataset.images)
+        return [f"{file}: {text}" for text in overlaps(read_splits(file, dataset.images))]
     except DataError as error:
         return [str(error)]
-    return [f"{file}: {text}; write it again with masksam split" for text in overlaps(splits)]
 
 
 def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
     check = _CaseCheck()
-    geometries: list[tuple[str, ImageGeometry]] = []
     digest, channels = hashlib.sha256(), 0
-    for path in dataset.images[case]:
-        array = _check_image(dataset, case, path, check, geometries) if path.is_file() else None
-        if array is not None:
-            channels += len(array)
-            digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array).data)
-    whole = len(geometries) == len(dataset.images[case])
+    for path in filter(Path.is_file, dataset.images[case]):
+        array = _check_image(dataset, case, path, check)
+        channels += len(array)
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    whole = len(check.geometries) == len(dataset.images[case])
     if dataset.labels[case].is_file():
-        _check_label(dataset, case, check, geometries)
+        _check_label(dataset, case, check)
     if not whole:
         return check
     check.image_hash = digest.digest()
     wanted = len(dataset.dataset_json["channel_names"])
     if channels != wanted:
         check.defects.append(f"case {case!r} has {channels} channels, channel_names in dataset.json has {wanted}")
-    (first, geometry), *others = geometries
+    (first, geometry), *others = check.geometries.items()
     for name, other in others:
         difference = geometry.difference(other)
         if difference is not None:
             what, one, two = difference
             check.defects.append(
-                f"case {case!r}: {first} and {name} differ in {what} ({one} and {two}); resample one onto the other's "
-                "grid, or correct its header"
+                f"case {case!r}: {first} and {name} differ in {what} ({one} and {two}); resample one, or correct its "
+                "header"
             )
     return check
 
 
-def _check_image(
-    dataset: RawDataset, case: str, path: Path, check: _CaseCheck, geometries: list[tuple[str, ImageGeometry]]
-) -> NDArray[Any] | None:
-    """Read one image file (C, D, H, W), and note its defects and its geometry; None if it cannot be read."""
+def _check_image(dataset: RawDataset, case: str, path: Path, check: _CaseCheck) -> NDArray[Any]:
+    """Read one image file (C, D, H, W), and note its defects and its geometry; empty if it cannot be read."""
     try:
         array, properties = read_image(path, dataset.dataset_json)
         stored = stored_floats(path)
     except (DataError, MemoryError) as error:
         check.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
-        return None
-    geometries.append((path.name, ImageGeometry.of(array, properties)))
+        return np.empty(0)
+    check.geometries[path.name] = ImageGeometry.of(array, properties)
     odd = max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored))
     if odd:
-        check.defects.append(
-            f"case {case!r}: {path} holds {odd} voxels that are NaN or infinite; replace them, for example by the "
-            "image's smallest value"
-        )
+        check.defects.append(f"case {case!r}: {path} holds {odd} voxels that are NaN or infinite; replace them")
     elif array.min() == array.max():
         check.notes.append(f"case {case!r}: {path} holds one value only, {array.flat[0]:g}")
     return array
 
 
-def _check_label(
-    dataset: RawDataset, case: str, check: _CaseCheck, geometries: list[tuple[str, ImageGeometry]]
-) -> None:
+def _check_label(dataset: RawDataset, case: str, check: _CaseCheck) -> None:
     path = dataset.labels[case]
     try:
         labels, geometry = _read_known_labels(dataset, case)
     except (DataError, MemoryError) as error:
         check.defects.append(str(error) or f"case {case!r}: {path} does not fit into memory")
         return
-    geometries.append((path.name, geometry))
+    check.geometries[f"label {path.name}"] = geometry
     if not labels.any():
         check.notes.append(f"case {case!r}: {path} holds background only")

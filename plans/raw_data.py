@@ -7,21 +7,20 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, ValidationInfo, field_validator
 
-from masksam_nnunet.errors import DataError
+from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json
 
 NUM_FOLDS = 5
 """nnU-Net's."""
-KEYS = ("channel_names", "labels", "numTraining", "file_ending")
 SHOWN = 5
 """Defects that an error lists; ``masksam check`` lists all."""
 _NAME = re.compile(r"Dataset(\d{3})_\w[\w.-]*")
@@ -111,24 +110,17 @@ def inspect_raw_dataset(folder: Path, option: str = "-d", min_cases: int = 1) ->
         files, defects = _found_files(folder, description)
     if len(files) < min_cases:
         raise DataError(
-            f"{option} {folder}: {len(files)} training cases *{description['file_ending']}; at least {min_cases} are "
-            "needed" + (f" ({shortened(defects)})" if defects else "")
+            f"{option} {folder}: {len(files)} training cases, at least {min_cases} are needed; {shortened(defects)}"
         )
     channels = len(description["channel_names"])
     usual = Counter(len(images) for images, _ in files.values()).most_common(1)[0][0]
     for case, (images, label) in files.items():
         # Fewer files than channels are legal: a colour image, or a 4D file, holds several.
         if len(images) > channels or len(images) != usual:
-            defects.append(
-                f"case {case!r} has {len(images)} image files, others have {usual}, and channel_names in dataset.json "
-                f"has {channels} entries"
-            )
-        absent = [path for path in (*images, label) if not path.is_file()]
-        defects += [f"case {case!r}: {path.name} is missing; add it or remove the case" for path in absent]
+            defects.append(f"case {case!r} has {len(images)} image files, others have {usual}; channels: {channels}")
+        defects += [f"case {case!r}: {path.name} is missing" for path in (*images, label) if not path.is_file()]
     if description["numTraining"] != len(files):
-        defects.append(
-            f"dataset.json says numTraining = {description['numTraining']}, but there are {len(files)} training cases"
-        )
+        defects.append(f"numTraining = {description['numTraining']} in dataset.json, but there are {len(files)} cases")
     images_of = {case: images for case, (images, _) in files.items()}
     label_of = {case: label for case, (_, label) in files.items()}
     return RawDataset(folder, description, images_of, label_of), defects
@@ -197,12 +189,10 @@ def _found_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, lis
 
 def _read_description(folder: Path, option: str) -> dict[str, Any]:
     path = folder / "dataset.json"
-    if not path.is_file():
-        raise DataError(f"{option} {folder}: dataset.json is missing")
     try:
         description = read_json(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{option} {folder}: dataset.json cannot be read as JSON: {error}") from error
+        raise DataError(f"{option} {folder}: dataset.json is missing or damaged: {in_short(error)}") from error
     defects = description_defects(description)
     if defects:
         raise DataError(f"{option} {folder}: dataset.json: {'; '.join(defects)}")
@@ -210,88 +200,79 @@ def _read_description(folder: Path, option: str) -> dict[str, Any]:
     return result
 
 
+_Label = NonNegativeInt | Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # nnU-Net takes "1" too
+
+
+class _ListedCase(BaseModel):
+    images: list[str]
+    label: str
+
+
+class _Description(BaseModel):
+    """What nnU-Net reads from dataset.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    channel_names: dict[str, str]
+    labels: dict[str, _Label | Annotated[list[_Label], Field(min_length=1)]]
+    regions_class_order: list[int] | None = Field(None, validate_default=True)
+    numTraining: NonNegativeInt
+    file_ending: str
+    dataset: dict[str, _ListedCase] = {}
+
+    @field_validator("channel_names")
+    @classmethod
+    def _numbered(cls, channels: dict[str, str]) -> dict[str, str]:
+        if not channels or set(channels) != {str(index) for index in range(len(channels))}:
+            raise ValueError('it must be {"0": NAME, "1": NAME, ...}')
+        return channels
+
+    @field_validator("labels")
+    @classmethod
+    def _consecutive(cls, labels: dict[str, Any]) -> dict[str, Any]:
+        if labels.get("background") not in (0, "0"):
+            raise ValueError('it must have "background": 0')
+        values = [_numbers(value) for name, value in labels.items() if name != "ignore"]
+        times = Counter(number for numbers in values for number in numbers)
+        if len(times) < 2 or sorted(times) != list(range(len(times))):
+            raise ValueError("it must have a foreground class, and the values 0, 1, 2, ... without gaps")
+        if "ignore" in labels and labels["ignore"] != len(times):
+            raise ValueError(f"ignore must be the highest label, {len(times)}")
+        if all(len(numbers) == 1 for numbers in values) and max(times.values()) > 1:
+            raise ValueError("it must have one name for each value")
+        return labels
+
+    @field_validator("regions_class_order")
+    @classmethod
+    def _of_regions(cls, order: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        values = [_numbers(value) for name, value in info.data.get("labels", {}).items() if name != "ignore"]
+        regions = sum(set(numbers) != {0} for numbers in values)
+        if any(len(numbers) > 1 for numbers in values) and len(order or ()) != regions:
+            raise ValueError(f"it must list {regions} labels, one for each region")
+        return order
+
+    @field_validator("file_ending")
+    @classmethod
+    def _known(cls, ending: str) -> str:
+        known = sorted({name for reader in LIST_OF_IO_CLASSES for name in reader.supported_file_endings})
+        if ending.lower() not in known:
+            raise ValueError(f"it must be one of {', '.join(known)}")
+        return ending
+
+
 def description_defects(description: Any) -> list[str]:
-    """Everything in the content of a dataset.json that breaks nnU-Net's rules."""
-    if not isinstance(description, dict):
-        return [f"it must be a JSON object with {', '.join(KEYS)}, found {_short(description)}"]
-    missing = [key for key in KEYS if key not in description]
-    if missing:
-        return [f"{', '.join(missing)} is missing; nnU-Net needs {', '.join(KEYS)}"]
-    return list(_description_defects(description))
+    """One defect for each key of a dataset.json that breaks nnU-Net's rules."""
+    try:
+        _Description.model_validate(description)
+    except ValidationError as error:
+        found: dict[str, str] = {}
+        for one in error.errors(include_url=False):
+            key = str(one["loc"][0]) if one["loc"] else "content"
+            value = repr(description.get(key)) if isinstance(description, dict) else repr(description)
+            found.setdefault(key, f"{key}: {one['msg'].removeprefix('Value error, ')}, found {value[:120]}")
+        return list(found.values())
+    return []
 
 
-def _description_defects(description: dict[str, Any]) -> Iterator[str]:
-    channels, number, ending = (description[key] for key in ("channel_names", "numTraining", "file_ending"))
-    if (
-        not isinstance(channels, dict)
-        or not channels
-        or set(channels) != {str(index) for index in range(len(channels))}
-        or not all(isinstance(name, str) for name in channels.values())
-    ):
-        yield f'channel_names must be {{"0": NAME, "1": NAME, ...}}, found {_short(channels)}'
-    yield from _label_defects(description["labels"], description.get("regions_class_order"))
-    if not _is_int(number) or number < 0:
-        yield f"numTraining must be the number of training cases, found {_short(number)}"
-    known = sorted({name for reader in LIST_OF_IO_CLASSES for name in reader.supported_file_endings})
-    if not isinstance(ending, str) or ending.lower() not in known:
-        yield f"file_ending must be one of {', '.join(known)}, found {_short(ending)}"
-    listed = description.get("dataset", {})
-    if not isinstance(listed, dict) or not all(map(_is_listed_case, listed.values())):
-        yield f'dataset must be {{CASE: {{"images": [FILE, ...], "label": FILE}}, ...}}, found {_short(listed)}'
-
-
-def _label_defects(labels: Any, order: Any) -> Iterator[str]:
-    if not isinstance(labels, dict) or not all(map(_is_label, labels.values())):
-        yield (
-            'labels must be {"background": 0, NAME: 1, NAME: 2, ...}, with lists of numbers for regions, found '
-            f"{_short(labels)}"
-        )
-        return
-    if labels.get("background") not in (0, "0"):
-        yield f'labels must have "background": 0, found {_short(labels)}'
-        return
-    values = {
-        name: [int(number) for number in (value if isinstance(value, list) else [value])]
-        for name, value in labels.items()
-        if name != "ignore"
-    }
-    times = Counter(number for numbers in values.values() for number in numbers)
-    found = sorted(times)
-    if len(found) < 2:
-        yield "labels must have at least one foreground class"
-    if found != list(range(len(found))):
-        yield f"labels must be 0, 1, 2, ... without gaps, found {', '.join(map(str, found))}"
-    if "ignore" in labels and labels["ignore"] != found[-1] + 1:
-        yield f"labels: ignore must be the highest label, {found[-1] + 1}, found {_short(labels['ignore'])}"
-    if all(len(numbers) == 1 for numbers in values.values()):
-        twice = [str(number) for number, count in times.items() if count > 1]
-        if twice:
-            yield f"labels must have one name for each value, but {', '.join(twice)} has several"
-        return
-    regions = sum(set(numbers) != {0} for numbers in values.values())
-    if not isinstance(order, list) or len(order) != regions or not all(map(_is_int, order)):
-        yield f"regions_class_order must be a list of {regions} labels, one for each region, found {_short(order)}"
-
-
-def _is_listed_case(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("label"), str)
-        and isinstance(entry.get("images"), list)
-        and all(isinstance(image, str) for image in entry["images"])
-    )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_label(value: object) -> bool:
-    numbers = value if isinstance(value, list) else [value]
-    # nnU-Net takes "1" too.
-    return bool(numbers) and all(_is_int(n) or (isinstance(n, str) and n.isdecimal()) for n in numbers)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _numbers(label: Any) -> list[int]:
+    return [int(number) for number in (label if isinstance(label, list) else [label])]

@@ -91,13 +91,7 @@ def choose_sizes(
 
     Activation checkpointing is used before a slice or u is given up. Patches of fewer than :data:`FEW_SLICES` slices,
     and then of parts of slices, are used only where no u fits. The bound on operations grows with the memory, as cards
-    do.
-
-    Args:
-        wanted: the configuration's requirements.
-        backbones: to be tried in this order.
-        gpu_memory_gb: memory of the card, in GiB as its maker states it.
-        notify: receives a description of each attempt.
+    do. ``notify`` receives a description of each attempt.
 
     Raises:
         DataError: no backbone fits; it names the memory that the smallest one needs.
@@ -160,13 +154,13 @@ class _Search:
         few = min(self.depth, FEW_SLICES)
         for upsample in self._upsamplings(self.plane):
             # u = 1 is always legal, however many operations it takes.
-            start = self._whole_slices(upsample, few)
+            start = self._sizes(few, self.plane, upsample, True)
             if self._fits(start.cost, operations=upsample > 1):
                 reasons = {"u": self._why_u(upsample), "H x W": "the median slice, whole"}
                 if any(side == MAX_IMAGE for side in self.plane):
                     reasons["H x W"] = f"at most {MAX_IMAGE}, SAM's own input"
-                deepest = self._largest(start, few, self.depth, partial(self._whole_slices, upsample))
-                return self._polish(deepest, reasons)
+                make = partial(self._sizes, plane=self.plane, upsample=upsample, checkpointing=True)
+                return self._polish(self._largest(start, few, self.depth, make), reasons)
         if not self._fits(self.smallest().cost, operations=False):
             return None
         plane = next(p for p in self._planes() if self._fits(self._sizes(1, p, 1, True).cost, operations=False))
@@ -207,9 +201,6 @@ class _Search:
         cost = training_cost(config, self.wanted.channels, self.wanted.classes, batch, self.wanted.targets_per_slice)
         return Sizes(config, batch, cost)
 
-    def _whole_slices(self, upsample: int, depth: int) -> Sizes:
-        return self._sizes(depth, self.plane, upsample, True)
-
     def _fits(self, cost: TrainingCost, operations: bool = True) -> bool:
         return cost.peak_gib <= self.memory_gib and (not operations or cost.tflop <= self.max_tflop)
 
@@ -238,7 +229,7 @@ class _Search:
 
     def _polish(self, sizes: Sizes, reasons: dict[str, str]) -> Sizes:
         """Where the patch is whole, a larger batch; then no checkpointing, if memory allows."""
-        depth = _depth(sizes)
+        depth = 1 if self.is_2d else sizes.config.patch_size[0]
         if not self.is_2d:
             reasons["D"] = (
                 f"all {self.depth} slices of the median image"
@@ -270,16 +261,11 @@ class _Search:
 
     def _why_u(self, upsample: int) -> str:
         allowed = self._upsamplings(self.plane)
-        if upsample == allowed[0] and (upsample == 4 or self.backbone == "tiny"):
-            return "the largest there is" if self.backbone != "tiny" else "the largest for tiny"
-        if upsample == allowed[0]:
-            return f"more would exceed SAM's input of {MAX_IMAGE}"
-        return "more does not fit"
-
-
-def _depth(sizes: Sizes) -> int:
-    patch = sizes.config.patch_size
-    return patch[0] if len(patch) == 3 else 1
+        if upsample != allowed[0]:
+            return "more does not fit"
+        if upsample == self.profile.upsampling[0]:
+            return "the largest there is"
+        return f"more would exceed SAM's input of {MAX_IMAGE}"
 
 
 def _share(low: float, high: float, target: float) -> float:

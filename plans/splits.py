@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
+from pydantic import BaseModel, Field, TypeAdapter
 
-from masksam_nnunet.errors import DataError
+from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_json
 
 from .raw_data import NUM_FOLDS, read_raw_dataset
@@ -29,37 +30,36 @@ Fold = dict[str, list[str]]
 """The cases of ``train`` and ``val``."""
 
 
-@dataclass(frozen=True)
-class FoldSize:
-    """Patients and cases on both sides of a fold."""
+class _FileFold(BaseModel):
+    train: Annotated[list[str], Field(min_length=1)]
+    val: list[str]
 
-    train_patients: int
-    train_cases: int
-    val_patients: int
-    val_cases: int
+
+_FILE = TypeAdapter(Annotated[list[_FileFold], Field(min_length=1)])
 
 
 @dataclass(frozen=True)
-class SplitReport:
+class Split:
     """What :func:`split_dataset` did.
 
     Attributes:
         path: the splits_final.json.
         written: False if it had this content already.
-        folds: their sizes.
+        folds: its content.
+        patients: the patient of each case.
         notes: what the user should know.
     """
 
     path: Path
     written: bool
-    folds: tuple[FoldSize, ...]
-    notes: tuple[str, ...]
+    folds: list[Fold]
+    patients: dict[str, str]
+    notes: list[str]
 
 
 def patient_of(case: str) -> str:
     """The part of a case's name before its last ``_`` or ``-``; the whole name where there is neither."""
-    cut = max(case.rfind("_"), case.rfind("-"))
-    return case[:cut] if cut > 0 else case
+    return re.sub(r"(?<=.)[_-][^_-]*$", "", case)
 
 
 def group_by_patient(cases: Iterable[str]) -> dict[str, list[str]] | None:
@@ -93,21 +93,13 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
     for case in sorted(cases):
         groups.setdefault(_matched_patient(pattern.search(case)), []).append(case)
     number = sum(map(len, groups.values()))
-    unmatched = groups.get("", [])
-    if unmatched:
+    if "" in groups:
+        unmatched = groups[""]
+        raise DataError(f"--group '{regex}' finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}")
+    if len(groups) in (1, number):
         raise DataError(
-            f"--group '{regex}' finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}; it must "
-            "match the patient's part of every name"
-        )
-    if len(groups) == number:
-        raise DataError(
-            f"--group '{regex}' finds another patient in each of the {number} cases, such as {_some(list(groups))}; "
-            "capture only the part that a patient's cases share"
-        )
-    if len(groups) == 1:
-        raise DataError(
-            f"--group '{regex}' finds one patient, {next(iter(groups))!r}, in all {number} cases; capture the part "
-            "that differs"
+            f"--group '{regex}' finds {len(groups)} patients in {number} cases, such as {_some(list(groups))}; capture "
+            "the part that a patient's cases share and others' do not"
         )
     return groups
 
@@ -118,10 +110,10 @@ def patient_folds(groups: Mapping[str, Sequence[str]], num_folds: int = NUM_FOLD
     Patients are drawn as nnU-Net draws cases, by default with its seed.
 
     Raises:
-        ValueError: there are fewer patients than folds.
+        DataError: there are fewer patients than folds.
     """
     if len(groups) < num_folds:
-        raise ValueError(f"{num_folds} folds need at least {num_folds} patients, the case names show {len(groups)}")
+        raise DataError(f"--folds {num_folds}: there are only {len(groups)} patients; lower it or correct --group")
     by_patient = generate_crossval_split(sorted(groups), seed=seed, n_splits=num_folds)
     # nnU-Net's function returns numpy strings, which are not plain JSON in every version.
     return [
@@ -138,34 +130,29 @@ def read_splits(path: Path, cases: Iterable[str]) -> list[Fold]:
         cases: names of all training cases.
 
     Raises:
-        DataError: it cannot be read, is not a list of folds, or names unknown cases.
+        DataError: it cannot be read, is not a list of folds, names unknown cases, or a fold trains on no case.
     """
-    remedy = "write it again with masksam split, or remove it: nnU-Net then splits by case"
     try:
-        splits = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}; {remedy}") from error
-    if not isinstance(splits, list) or not splits or not all(map(_is_fold, splits)):
-        raise DataError(f'{path} is not a list of folds {{"train": [CASE, ...], "val": [CASE, ...]}}; {remedy}')
-    known = set(cases)
-    for number, fold in enumerate(splits):
-        unknown = sorted({*fold["train"], *fold["val"]} - known)
+        splits: list[Fold] = read_json(path)
+        _FILE.validate_python(splits)
+        unknown = sorted({case for fold in splits for part in ("train", "val") for case in fold[part]} - set(cases))
         if unknown:
-            raise DataError(f"{path}: fold {number} names unknown cases: {_some(unknown)}; {remedy}")
-        if not fold["train"]:
-            raise DataError(f"{path}: fold {number} trains on no case; {remedy}")
-    result: list[Fold] = splits
-    return result
+            raise ValueError(f"it names unknown cases: {_some(unknown)}")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be used ({in_short(error)}); write it again with masksam split, or remove it"
+        ) from error
+    return splits
 
 
 def overlaps(splits: Sequence[Mapping[str, Iterable[str]]]) -> list[str]:
     """A sentence for each way in which the folds overlap."""
     found = []
-    times = Counter(case for fold in splits for case in set(fold["val"]))
     for number, fold in enumerate(splits):
         both = sorted(set(fold["train"]) & set(fold["val"]))
         if both:
             found.append(f"fold {number} validates cases that it trains on: {_some(both)}")
+    times = Counter(case for fold in splits for case in set(fold["val"]))
     twice = sorted(case for case, count in times.items() if count > 1)
     if twice:
         found.append(f"several folds validate the same cases: {_some(twice)}")
@@ -192,20 +179,17 @@ def split_warning(
     if splits is None:
         example = next(members for members in groups.values() if len(members) > 1)
         return f"patients seem to have several cases ({_some(example)}), but nnU-Net splits by case; {remedy}"
-    for fold, split in enumerate(splits):
-        train = {patient_of(case): case for case in sorted(split["train"])}
-        for case in sorted(split["val"]):
-            if patient_of(case) in train:
-                return (
-                    f"{SPLITS_FILE} seems to separate cases of one patient: fold {fold} trains on "
-                    f"{train[patient_of(case)]} and validates {case}; {remedy}"
-                )
+    for number, fold in enumerate(splits):
+        train = {patient_of(case): case for case in sorted(fold["train"])}
+        both = [f"{train[patient_of(case)]} and {case}" for case in sorted(fold["val"]) if patient_of(case) in train]
+        if both:
+            return f"{SPLITS_FILE} seems to train and validate on one patient: fold {number} on {both[0]}; {remedy}"
     return None
 
 
 def split_dataset(
     dataset_id: int, regex: str, *, folds: int = NUM_FOLDS, seed: int = SEED, force: bool = False
-) -> SplitReport:
+) -> Split:
     """Write ``nnUNet_preprocessed/DatasetXXX_Name/splits_final.json`` with each patient's cases on one side.
 
     Args:
@@ -219,33 +203,21 @@ def split_dataset(
         DataError: unknown dataset, an expression that does not group, fewer patients than folds, or another split
             exists.
     """
-    raw, preprocessed = (
-        Path(os.environ[v]) if os.environ.get(v) else None for v in ("nnUNet_raw", "nnUNet_preprocessed")
-    )
-    if preprocessed is None:
+    if not os.environ.get("nnUNet_preprocessed"):
         raise DataError("nnUNet_preprocessed is not set: nnU-Net reads splits_final.json there; export it first")
-    name = _dataset_name(dataset_id, [folder for folder in (raw, preprocessed) if folder is not None])
-    groups = group_by_regex(_cases(name, raw, preprocessed), regex)
-    try:
-        splits = patient_folds(groups, folds, seed)
-    except ValueError as error:
-        raise DataError(f"--group '{regex}': {error}; lower --folds or correct --group") from error
+    roots = [Path(os.environ[v]) for v in ("nnUNet_preprocessed", "nnUNet_raw") if os.environ.get(v)]
+    name = _dataset_name(dataset_id, roots)
+    # nnU-Net's planner stops where the raw dataset holds another split.
+    path, *raw_path = (root / name / SPLITS_FILE for root in roots)
+    groups = group_by_regex(_cases(path.parent, *(file.parent for file in raw_path)), regex)
+    splits = patient_folds(groups, folds, seed)
 
-    path = preprocessed / name / SPLITS_FILE
-    raw_path = raw / name / SPLITS_FILE if raw is not None else None
-    existing = _content(path)
-    same = _unordered(existing) == _unordered(splits)
-    if existing is not None and not same and not force:
-        raise DataError(
-            f"{path} holds another split, with which folds may be trained already; replace it with --force if you "
-            "train all folds with the new one"
-        )
-    wanted = [] if same else [path]
-    # nnU-Net's planner stops where the raw dataset's file differs.
-    raw_differs = raw_path is not None and _unordered(_content(raw_path)) not in (None, _unordered(splits))
-    if raw_path is not None and raw_differs and force:
-        wanted.append(raw_path)
-    for file in wanted:
+    wanted = _unordered(splits)
+    written = _content(path) != wanted
+    if written and _content(path) is not None and not force:
+        raise DataError(f"{path} holds another split; replace it with --force if you train all folds with the new one")
+    others = [file for file in raw_path if _content(file) not in (None, wanted)]
+    for file in [path] * written + others * force:
         try:
             write_json(file, splits)
         except OSError as error:
@@ -253,16 +225,10 @@ def split_dataset(
     notes = []
     if folds < NUM_FOLDS:
         notes.append(f"there are folds 0 to {folds - 1} only: for others nnU-Net makes a random split by case")
-    if raw_differs and not force:
-        notes.append(f"{raw_path} holds another split, at which nnU-Net's planning stops; --force replaces it too")
-    return SplitReport(path, bool(wanted), tuple(_sizes(groups, splits)), tuple(notes))
-
-
-def _is_fold(fold: object) -> bool:
-    return isinstance(fold, dict) and all(
-        isinstance(fold.get(part), list) and all(isinstance(case, str) for case in fold[part])
-        for part in ("train", "val")
-    )
+    if others and not force:
+        notes.append(f"{others[0]} holds another split, at which nnU-Net's planning stops; --force replaces it too")
+    patients = {case: patient for patient, cases in groups.items() for case in cases}
+    return Split(path, written or bool(others and force), splits, patients, notes)
 
 
 def _matched_patient(match: re.Match[str] | None) -> str:
@@ -274,58 +240,40 @@ def _matched_patient(match: re.Match[str] | None) -> str:
     return "_".join(filter(None, match.groups())) if match.re.groups else match[0]
 
 
-def _dataset_name(dataset_id: int, folders: Sequence[Path]) -> str:
-    known = sorted({p.name for folder in folders for p in folder.glob("Dataset[0-9][0-9][0-9]_*") if p.is_dir()})
-    names = [name for name in known if name.startswith(f"Dataset{dataset_id:03d}_")]
-    if len(names) != 1:
+def _dataset_name(dataset_id: int, roots: Sequence[Path]) -> str:
+    found = {path.name for root in roots for path in root.glob(f"Dataset{dataset_id:03d}_*") if path.is_dir()}
+    if len(found) != 1:
         raise DataError(
-            f"-d {dataset_id} names {'no dataset' if not names else ', '.join(names)} in "
-            f"{' or '.join(map(str, folders))}; there are {', '.join(known) or 'none'}"
+            f"-d {dataset_id} must be one dataset in {' or '.join(map(str, roots))}; there are {sorted(found)}"
         )
-    return names[0]
+    return found.pop()
 
 
-def _cases(name: str, raw: Path | None, preprocessed: Path) -> list[str]:
+def _cases(preprocessed: Path, raw: Path | None = None) -> list[str]:
     """Names of the training cases, from the raw dataset or else from the preprocessed one."""
-    if raw is not None and (raw / name).is_dir():
-        return list(read_raw_dataset(raw / name, "-d", min_cases=1).images)
-    folder = preprocessed / name
+    if raw is not None and raw.is_dir():
+        return list(read_raw_dataset(raw, "-d", min_cases=1).images)
     try:
-        ending = read_json(folder / "dataset.json")["file_ending"]
-        files = [path.name for path in (folder / "gt_segmentations").iterdir() if path.name[0] != "."]
-        cases = [file.removesuffix(ending) for file in files if file.endswith(ending)]
+        ending = read_json(preprocessed / "dataset.json")["file_ending"]
+        files = (preprocessed / "gt_segmentations").glob(f"[!.]*{ending}")
+        return [path.name.removesuffix(ending) for path in files]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"the cases of {folder} cannot be listed ({error}); preprocess the dataset again") from error
-    if not cases:
-        raise DataError(f"{folder / 'gt_segmentations'} holds no training case *{ending}; preprocess the dataset again")
-    return cases
+        raise DataError(f"{preprocessed} is damaged ({in_short(error)}); preprocess the dataset again") from error
 
 
 def _content(path: Path) -> Any:
-    """The content of a split file, None where there is none, a text where it cannot be read."""
+    """The folds in a file, see :func:`_unordered`; None without a file, a text where it holds something else."""
     try:
-        return read_json(path)
+        return _unordered(read_json(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return f"unreadable: {error}"
 
 
-def _unordered(splits: Any) -> Any:
-    """A split without its order, which nnU-Net ignores; other things as they are."""
-    try:
-        return [{part: sorted(fold[part]) for part in ("train", "val")} for fold in splits]
-    except (LookupError, TypeError):
-        return splits
-
-
-def _sizes(groups: dict[str, list[str]], splits: list[Fold]) -> list[FoldSize]:
-    patient = {case: name for name, cases in groups.items() for case in cases}
-    patients = [{part: len({patient[case] for case in fold[part]}) for part in ("train", "val")} for fold in splits]
-    return [
-        FoldSize(count["train"], len(fold["train"]), count["val"], len(fold["val"]))
-        for count, fold in zip(patients, splits, strict=True)
-    ]
+def _unordered(splits: list[Fold]) -> list[Fold]:
+    """Folds without the order of cases, which nnU-Net ignores."""
+    return [{part: sorted(fold[part]) for part in ("train", "val")} for fold in splits]
 
 
 def _some(names: Sequence[str], number: int = 3) -> str:

@@ -94,14 +94,8 @@ def training_config(
 ) -> MaskSAMConfig:
     """The config that plans hold, or that is derived from plain plans, which then hold it.
 
-    Args:
-        plans: nnU-Net's or MaskSAM's plans; changed in place where the config is derived.
-        configuration: the configuration to train.
-        fold: the fold to train.
-        dataset_json: the dataset's.
-        trainer: the trainer class's name.
-        backbone: what the trainer trains; None takes the plans', or the default on plain plans.
-        preset: the published setting that the trainer belongs to.
+    ``plans`` are changed in place where the config is derived. ``backbone`` is what the trainer trains: None takes the
+    plans', or the default on plain plans. ``preset`` is the published setting that the trainer belongs to.
 
     Raises:
         ConfigError: plans, trainer, dataset, preprocessed data and earlier folds do not fit each other.
@@ -115,25 +109,23 @@ def training_config(
         write_config(plans, configuration, config)
     if backbone not in (None, config.backbone):
         raise ConfigError(
-            f"{where}: backbone = {config.backbone!r}, but {trainer} trains {backbone!r}. Use MaskSAMTrainer, which "
-            "trains what plans name, or other plans (-p)."
+            f"{where}: backbone = {config.backbone!r}, but {trainer} trains {backbone!r}. Use MaskSAMTrainer, or other "
+            "plans (-p)."
         )
     if config.patch_size != tuple(settings.patch_size):
         raise ConfigError(
-            f"{where}: patch_size = {tuple(settings.patch_size)}, but the MaskSAM config has {config.patch_size}. "
-            "Change both, or plan again."
+            f"{where}: patch_size = {settings.patch_size}, but the MaskSAM config has {config.patch_size}. Plan again."
         )
     regions = manager.get_label_manager(dataset_json).has_regions
     if config.regions != regions:
         raise ConfigError(
-            f"{where}: the MaskSAM config says regions = {config.regions}, the dataset's labels say {regions}. Plan "
-            "this dataset itself."
+            f"{where}: regions = {config.regions}, but the dataset's labels say {regions}. Plan this dataset itself."
         )
     planned_preset = plans.get(DECISIONS, {}).get(configuration, {}).get("preset")
     if preset not in (None, planned_preset):
         raise ConfigError(
-            f"{where}: the preset is {planned_preset!r}, but {trainer} trains {preset!r}. Run masksam plan with "
-            f"--preset {preset} and train with its plans (-p), or use MaskSAMTrainer."
+            f"{where}: the preset is {planned_preset!r}, but {trainer} trains {preset!r}. Plan with --preset {preset}, "
+            "or use MaskSAMTrainer."
         )
     _check_shared_data(plans, settings, where)
     _check_results_folder(plans, configuration, fold, config, trainer)

@@ -170,8 +170,9 @@ def split(
     typer.echo(f"{report.path} {'written' if report.written else 'has this split already'}")
     typer.echo("fold  train patients (cases)  val patients (cases)")
     for number, fold in enumerate(report.folds):
-        train = f"{fold.train_patients} ({fold.train_cases})"
-        val = f"{fold.val_patients} ({fold.val_cases})"
+        train, val = (
+            f"{len({report.patients[case] for case in fold[part]})} ({len(fold[part])})" for part in ("train", "val")
+        )
         typer.echo(f"{number:<4}  {train:<22}  {val}")
     for note in report.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nnunetv2.dataset_conversion import Dataset218_Amos2022_task1, Dataset219_Amos2022_task2
 
+from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError
 
 from .conversion import (
@@ -18,7 +19,6 @@ from .conversion import (
     DownloadedImage,
     listed_cases,
     locate,
-    nnunet_raw_at,
     read_description,
     require_sound,
 )
@@ -65,7 +65,7 @@ def read_amos(source: Path, *, modality: str = "ct") -> Conversion:
         raise DataError(f"{path} lists no training image for --modality {modality}; {_REMEDY}")
 
     def write(raw: Path, dataset_id: int) -> None:
-        with nnunet_raw_at(raw):
+        with variable("nnUNet_raw", str(raw)):  # the converter reads it
             if modality == "ct":
                 Dataset218_Amos2022_task1.convert_amos_task1(str(root), dataset_id)
             else:

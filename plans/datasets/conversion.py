@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_json
@@ -20,6 +20,7 @@ from ..images import check_whole, in_threads, open_nifti
 from ..raw_data import shortened
 
 ENDING = ".nii.gz"
+_LABELS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,3}$")], str])
 
 
 @dataclass(frozen=True)
@@ -79,29 +80,20 @@ def read_description(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], f
     """The content of a download's dataset.json, and its label values.
 
     Raises:
-        DataError: it is not the official one: it is missing, is not JSON, has no value for one of ``keys``, or has
-            other labels than ``{"0": "background", "1": NAME, ...}``.
+        DataError: it is missing, is not JSON, has no list or object for one of ``keys``, or has other labels than
+            ``{"0": "background", "1": NAME, ...}``.
     """
-    remedy = "unpack the download again"
     try:
-        content = read_json(path)
+        content: dict[str, Any] = read_json(path)
+        for key in keys:
+            if not isinstance(content, dict) or not isinstance(content.get(key), dict | list):
+                raise ValueError(f"{key} is missing or not a list")
+        labels = _LABELS.validate_python(content["labels"])
+        if len(set(labels.values())) != len(labels) or labels.get("0") != "background":
+            raise ValueError(f'labels must be {{"0": "background", "1": NAME, ...}}, found {labels}')
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {remedy}") from error
-    for key in keys:
-        if not isinstance(content, dict) or not isinstance(content.get(key), dict | list):
-            raise DataError(f"{path}: {key} is missing or not a list; {remedy}")
-    labels = content["labels"]
-    if (
-        not isinstance(labels, dict)
-        or not all(str(value).isdigit() for value in labels)
-        or len(set(labels.values())) != len(labels)
-        or labels.get("0") != "background"
-    ):
-        raise DataError(
-            f'{path}: labels must be {{"0": "background", "1": NAME, ...}} with different names, found {labels!r}; '
-            f"{remedy}"
-        )
-    return content, frozenset(int(value) for value in labels)
+        raise DataError(f"{path} cannot be used: {in_short(error)}; unpack the download again") from error
+    return content, frozenset(map(int, labels))
 
 
 def listed_cases(entries: Iterable[Any], part: str, path: Path, remedy: str) -> list[str]:
@@ -122,14 +114,8 @@ def require_sound(
 ) -> None:
     """Refuse a download with missing or damaged files, images of the wrong shape, or unknown labels.
 
-    Every file is read to its end, since a truncated download has a sound header.
-
-    Args:
-        source: the folder that messages give paths relative to.
-        images: what must be there.
-        labels: the values that may occur in label files.
-        remedy: what the user can do about it.
-        defects: what the caller found already.
+    Every file is read to its end, since a truncated download has a sound header. ``labels`` are the values that may
+    occur in label files, and ``defects`` what the caller found already.
 
     Raises:
         DataError: the first defects and their number.
@@ -173,19 +159,6 @@ def _shape_of_whole(path: Path) -> tuple[int, ...]:
     return tuple(open_nifti(path).shape)
 
 
-@contextmanager
-def nnunet_raw_at(folder: Path) -> Iterator[None]:
-    """Let nnunetv2's converters write into ``folder``: they read the place from the environment."""
-    before = os.environ.get("nnUNet_raw")
-    os.environ["nnUNet_raw"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("nnUNet_raw")
-        if before is not None:
-            os.environ["nnUNet_raw"] = before
-
-
 def free_place(dataset_id: int, raw: Path | None = None) -> Path:
     """The folder that will hold a new dataset: ``raw``, by default $nnUNet_raw.
 
@@ -216,15 +189,12 @@ def place(conversion: Conversion, dataset_id: int, raw: Path) -> Path:
     """
     name = f"Dataset{dataset_id:03d}_{conversion.name}"
     staging = raw / f".{name}.partial"
+    if staging.exists():
+        raise DataError(f"{staging} exists: wait for that conversion, or remove the folder if it was killed")
     try:
-        raw.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        staging.mkdir(parents=True)
     except OSError as error:
-        if staging.is_dir():
-            raise DataError(
-                f"{staging} exists: wait for that conversion, or remove the folder if it was killed"
-            ) from error
-        raise DataError(f"cannot write into {raw}: {error.strerror or error}") from error
+        raise DataError(f"cannot write into {raw}: {error}") from error
     try:
         conversion.write(staging, dataset_id)
         _require_complete(staging / name, conversion)
@@ -244,27 +214,14 @@ def place(conversion: Conversion, dataset_id: int, raw: Path) -> Path:
 
 def _require_complete(folder: Path, conversion: Conversion) -> None:
     """Every case, and nothing else, must be there: the converters leave out what they do not recognise."""
-    labels = {part: {f"{case}{ENDING}" for case in getattr(conversion, part)} for part in ("training", "test")}
-    images = {
-        part: {
-            f"{case}_{channel:04d}{ENDING}"
-            for case in getattr(conversion, part)
-            for channel in range(conversion.channels)
-        }
-        for part in ("training", "test")
-    }
-    expected = {
-        "imagesTr": images["training"],
-        "labelsTr": labels["training"],
-        "imagesTs": images["test"],
-        "labelsTs": labels["test"] if conversion.labelled_test else set(),
-    }
-    for part, names in expected.items():
-        present = {path.name for path in (folder / part).iterdir()} if (folder / part).is_dir() else set()
-        if present != names:
-            missing, unexpected = sorted(names - present), sorted(present - names)
-            raise DataError(
-                f"{folder.name}/{part} does not hold what the download holds: {len(missing)} files are missing "
-                f"({', '.join(missing[:3])}), {len(unexpected)} are unexpected ({', '.join(unexpected[:3])}). Is this "
-                "the official download? Nothing was kept"
-            )
+    for suffix, cases in (("Tr", conversion.training), ("Ts", conversion.test)):
+        labelled = suffix == "Tr" or conversion.labelled_test
+        images = {f"{case}_{channel:04d}{ENDING}" for case in cases for channel in range(conversion.channels)}
+        labels = {f"{case}{ENDING}" for case in cases} if labelled else set()
+        for part, wanted in ((f"images{suffix}", images), (f"labels{suffix}", labels)):
+            different = sorted({path.name for path in (folder / part).glob("*")} ^ wanted)
+            if different:
+                raise DataError(
+                    f"{folder.name}/{part} would not hold what the download holds: {len(different)} files are missing "
+                    f"or unexpected ({', '.join(different[:3])}). Is this the official download?"
+                )

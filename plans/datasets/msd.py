@@ -16,6 +16,7 @@ from pathlib import Path
 from nnunetv2.dataset_conversion import convert_MSD_dataset
 
 from masksam_nnunet.download import fetch_verified
+from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError
 
 from .conversion import (
@@ -26,7 +27,6 @@ from .conversion import (
     listed_cases,
     locate,
     nifti_names,
-    nnunet_raw_at,
     place,
     read_description,
     require_sound,
@@ -78,7 +78,7 @@ def read_msd(source: Path, *, processes: int = 2) -> Conversion:
         raise DataError(f"{path} lists no training image; {_REMEDY}")
 
     def write(raw: Path, dataset_id: int) -> None:
-        with nnunet_raw_at(raw):
+        with variable("nnUNet_raw", str(raw)):  # the converter reads it
             convert_MSD_dataset.convert_msd_dataset(str(root), dataset_id, processes)
 
     return Conversion(
@@ -108,7 +108,7 @@ def get_hippocampus(
         url: a mirror: the file's address or, ending in "/", its folder's.
         source: the tar file, if it is already here.
         md5: the expected hash, in hex.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar.
 
     Returns:
         The dataset's folder, such as ``Dataset004_Hippocampus``.

@@ -6,6 +6,7 @@ Test/img or Testing/img. nnunetv2 has no converter for it.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,12 +68,16 @@ def read_synapse(source: Path, *, organs: int = 13, split: str = "18/12", partia
         raise DataError(f"--split {split}: there are {', '.join(SPLITS)}")
     root = locate(source, ("RawData", "Abdomen/RawData"), "Training", _REMEDY)
     training_folder = root / "Training"
-    present = _numbers(training_folder / "img", "img")
+    present = _numbers(training_folder / "img")
     official = {*TRAIN_18, *TEST_12}
     unknown = sorted(present - official)
     defects = [f"Training/img/{_case(number)}{ENDING} is no case of the challenge" for number in unknown]
     numbers = official & present if partial else official
-    labelled = {number: _labelled(training_folder, number) for number in sorted(numbers)}
+    img, label = training_folder / "img", training_folder / "label"
+    labelled = {
+        number: DownloadedImage(img / f"{_case(number)}{ENDING}", label / f"label{number:04d}{ENDING}")
+        for number in sorted(numbers)
+    }
     volumes = list(labelled.values())
     unlabelled: dict[int, DownloadedImage] = {}
     if split == "none":
@@ -134,21 +139,14 @@ def _case(number: int) -> str:
     return f"img{number:04d}"
 
 
-def _labelled(training: Path, number: int) -> DownloadedImage:
-    return DownloadedImage(
-        training / "img" / f"{_case(number)}{ENDING}", training / "label" / f"label{number:04d}{ENDING}"
-    )
-
-
-def _numbers(folder: Path, prefix: str) -> set[int]:
-    names = [name.removesuffix(ENDING).removeprefix(prefix) for name in nifti_names(folder) if name.startswith(prefix)]
-    return {int(name) for name in names if name.isdigit()}
+def _numbers(folder: Path) -> set[int]:
+    return {int(found[1]) for name in nifti_names(folder) if (found := re.fullmatch(r"img(\d+)\.nii\.gz", name))}
 
 
 def _unlabelled(root: Path, partial: bool) -> dict[int, DownloadedImage]:
     """The 20 test images without labels, none where the download has none."""
     for folder in (root / "Test" / "img", root / "Testing" / "img"):
-        present = _numbers(folder, "img") & set(_UNLABELLED)
+        present = _numbers(folder) & set(_UNLABELLED)
         if present:
             numbers = sorted(present) if partial else _UNLABELLED
             return {number: DownloadedImage(folder / f"{_case(number)}{ENDING}") for number in numbers}

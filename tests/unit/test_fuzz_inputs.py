@@ -70,7 +70,7 @@ def plans(value: Any, folder: Path) -> None:
         _, found = open_configuration(value, name)
         assert found is None or isinstance(found, MaskSAMConfig)
     with suppress(DataError):
-        assert _read_plans(dumped(value, folder), DATASET, "plan again")["dataset_name"] == DATASET
+        assert _read_plans(dumped(value, folder), DATASET)["dataset_name"] == DATASET
 
 
 def description(value: Any, folder: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,18 +76,9 @@ def test_what_tells_the_patient(regex: str, patients: list[str]) -> None:
     assert all(members == sorted(members) for members in groups.values())
 
 
-@pytest.mark.parametrize(
-    ("regex", "said"),
-    [
-        ("(patient", r"'\(patient'"),
-        (r"(patient00\d)_", "4 of 22 cases: patient010_frame01, patient010_frame12"),
-        (r"(\d*)", "22 of 22"),  # matches the empty text before the name
-        (r"(.+)", "22 cases.*patient001_frame01"),
-        (r"(patient)", "'patient'.*22 cases"),
-    ],
-)
-def test_expressions_that_do_not_group(regex: str, said: str) -> None:
-    with pytest.raises(DataError, match=f"--group .*{said}"):
+@pytest.mark.parametrize("regex", ["(patient", r"(patient00\d)_", r"(\d*)", r"(.+)", r"(patient)"])
+def test_expressions_that_do_not_group(regex: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"--group '{regex}'")):
         group_by_regex(CASES, regex)
 
 
@@ -103,12 +91,11 @@ def test_split(raw: Path) -> None:
     splits = json.loads(report.path.read_text())
     assert len(splits) == 5
     assert sorted(case for fold in splits for case in fold["val"]) == CASES
-    for fold, size in zip(splits, report.folds, strict=True):
+    assert report.folds == splits
+    for fold in splits:
         assert sorted(fold["train"] + fold["val"]) == CASES
-        train, val = ({patient_of(case) for case in fold[part]} for part in ("train", "val"))
+        train, val = ({report.patients[case] for case in fold[part]} for part in ("train", "val"))
         assert not train & val
-        assert (size.train_patients, size.val_patients) == (len(train), len(val))
-        assert (size.train_cases, size.val_cases) == (len(fold["train"]), len(fold["val"]))
     assert splits == patient_folds(group_by_patient(CASES) or {})
     assert [path.name for path in report.path.parent.iterdir()] == ["splits_final.json"]
 
@@ -127,9 +114,8 @@ def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
     assert not split_dataset(27, GROUP).written  # the order does not count
     for damaged in ("{", "[1]", "null"):
         split_file(raw).write_text(damaged)
-        if damaged != "null":
-            with pytest.raises(DataError, match="--force"):
-                split_dataset(27, GROUP)
+        with pytest.raises(DataError, match="--force"):
+            split_dataset(27, GROUP)
         assert split_dataset(27, GROUP, force=True).written
 
 
@@ -148,8 +134,8 @@ def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: P
 
 def test_fewer_folds(raw: Path) -> None:
     report = split_dataset(27, GROUP, folds=3)
-    assert len(report.folds) == 3 and "folds 0 to 2" in report.notes[0]
-    with pytest.raises(DataError, match=r"12 patients.*11.*--folds"):
+    assert len(report.folds) == 3 and len(report.notes) == 1
+    with pytest.raises(DataError, match="--folds 12"):
         split_dataset(27, GROUP, folds=12)
 
 
@@ -164,29 +150,17 @@ def test_cases_of_a_preprocessed_dataset(raw: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"-d 5 .*Dataset027_ACDC"):
+    with pytest.raises(DataError, match="-d 5 "):
         split_dataset(5, GROUP)
     (raw / "Dataset028_Empty").mkdir()
-    with pytest.raises(DataError, match=r"Dataset028_Empty: dataset\.json"):
+    with pytest.raises(DataError, match="Dataset028_Empty"):
         split_dataset(28, GROUP)
-    make_dataset(raw / "Dataset029_None", [])
-    with pytest.raises(DataError, match=r"Dataset029_None: 0 training cases"):
-        split_dataset(29, GROUP)
     (raw / "Dataset027_Other").mkdir()
-    with pytest.raises(DataError, match=r"-d 27 .*Dataset027_ACDC, Dataset027_Other"):
+    with pytest.raises(DataError, match=r"-d 27 .*Dataset027_Other"):
         split_dataset(27, GROUP)
-    (raw / "Dataset027_Other").rmdir()
-    broken = split_file(raw).parent.parent / "Dataset030_Broken"
-    (broken / "gt_segmentations").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"Dataset030_Broken .*dataset\.json"):
+    (split_file(raw).parent.parent / "Dataset030_Broken" / "gt_segmentations").mkdir(parents=True)
+    with pytest.raises(DataError, match="Dataset030_Broken"):
         split_dataset(30, GROUP)
-    (broken / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
-    with pytest.raises(DataError, match="gt_segmentations"):
-        split_dataset(30, GROUP)
-    shutil.rmtree(broken.parent)
-    broken.parent.write_text("a file where the folder should be")
-    with pytest.raises(DataError, match="splits_final"):
-        split_dataset(27, GROUP)
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(DataError, match="nnUNet_preprocessed"):
         split_dataset(27, GROUP)
@@ -211,21 +185,6 @@ def test_the_command(raw: Path) -> None:
     assert forced.stderr.startswith("note: ")
     for bad in (["--group", "x"], ["-d", "27"], ["-d", "27", "--group", GROUP, "--folds", "1"]):
         assert invoke(*bad).exit_code == 2
-
-
-def test_help_needs_nothing_heavy() -> None:
-    script = (
-        "import sys, typer\n"
-        "from masksam_nnunet.cli.data import register\n"
-        "app = typer.Typer()\n"
-        "register(app)\n"
-        "for words in (['--help'], ['convert', 'amos', '--help'], ['data', 'hippocampus', '--help']):\n"
-        "    try:\n        app(words)\n    except SystemExit:\n        pass\n"
-        "heavy = {'torch', 'nnunetv2', 'numpy', 'nibabel', 'requests', 'sklearn'}\n"
-        "print('imported:', sorted(heavy & sys.modules.keys()))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "imported: []", done
 
 
 # --- the warning ------------------------------------------------------------------------------------------------------
@@ -267,7 +226,4 @@ def test_the_warning_gives_an_example() -> None:
 
 
 def test_no_warning_where_names_tell_nothing() -> None:
-    hippocampus = [f"hippocampus_{number:03d}" for number in range(20)]
-    assert split_warning(hippocampus, None) is None
-    assert split_warning(hippocampus, [{"train": hippocampus[:10], "val": hippocampus[10:]}]) is None
-    assert split_warning([], None) is None
+    assert split_warning([f"hippocampus_{number:03d}" for number in range(20)], None) is None
