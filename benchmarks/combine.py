@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import pickle
 import shutil
 import zipfile
@@ -78,7 +77,8 @@ def _labels(label: int | Sequence[int]) -> tuple[int, ...]:
 
 def combine(
     methods: Sequence[Method],
-    dataset: str,
+    results: Path,
+    truths: Path,
     folds: Sequence[int],
     ensembles: bool,
     processes: int,
@@ -89,7 +89,8 @@ def combine(
 
     Args:
         methods: all trained and validated in ``folds``, with probabilities (``--npz``) if they are ensembled.
-        dataset: its full name.
+        results: the dataset's folder in nnUNet_results.
+        truths: gt_segmentations in nnUNet_preprocessed.
         folds: of the cross-validation.
         ensembles: whether to ensemble pairs.
         processes: workers.
@@ -99,8 +100,6 @@ def combine(
     Raises:
         DataError: nnU-Net's functions fail.
     """
-    results, ground_truth = (Path(os.environ[f"nnUNet_{name}"]) / dataset for name in ("results", "preprocessed"))
-    truths = ground_truth / "gt_segmentations"
     folds = tuple(folds)
     models = {method: results / method.key for method in methods}
     merged = f"crossval_results_folds_{folds_tuple_to_string(folds)}"
@@ -117,7 +116,7 @@ def combine(
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
             try:
-                best = _run_nnunet(dataset, combined, truths, ensembles, processes, folds)
+                best = _run_nnunet(results.name, combined, truths, ensembles, processes, folds)
             except _FAILURES as error:
                 raise DataError(
                     f"nnU-Net could not put the cross-validation together: {type(error).__name__}: {error}; see {log}. "

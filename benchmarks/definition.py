@@ -40,7 +40,7 @@ class Benchmark(BaseModel):
         minutes: for time-budget trainers, else None.
         device: ``cpu``, ``cuda`` or ``mps``.
         ensembles: whether pairs of methods are ensembled; validation then saves probabilities.
-        accept_unfair: go on in spite of an unfair comparison.
+        accept_unfair: report an unfair comparison too.
         processes: workers that score and ensemble.
         notes: what a reader must know about this run; they open its report.
         group: regular expression that finds the patient in a case's name, as ``masksam split --group``.

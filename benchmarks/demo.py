@@ -39,7 +39,7 @@ class DemoSettings(BaseModel):
         minutes: training time of each method.
         batch_size: of both methods.
         fold: one of nnU-Net's five.
-        seed: of the phantoms; nnU-Net's training is unseeded.
+        seed: seeds the phantoms; nnU-Net's training is unseeded.
         device: ``cuda`` or ``cpu``.
         prepared: whether the data are planned and preprocessed.
     """
@@ -75,7 +75,7 @@ def run_demo(
         minutes: training time of each method.
         batch_size: of both methods.
         fold: one of nnU-Net's five.
-        seed: of the phantoms.
+        seed: seeds the phantoms.
         console: for progress.
 
     Returns:

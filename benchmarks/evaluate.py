@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from masksam_nnunet.errors import DataError, MaskSAMError
+from masksam_nnunet.errors import DataError, MaskSAMError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference import scoring
 from masksam_nnunet.inference.explain.inside import look_inside
@@ -26,6 +26,7 @@ from masksam_nnunet.inference.versions import git_hash, versions
 from . import statistics
 from .checks import check_fairness, faulty_prediction, refuse_unfair
 from .combine import Combined, check_against_nnunet, combine
+from .definition import Benchmark
 from .folds import read_fold_compute
 from .pictures import choose_cases
 from .report import write_report
@@ -34,36 +35,19 @@ from .test_set import score_test_set
 
 
 def evaluate(
-    dataset: str,
-    configuration: str,
-    methods: Sequence[Method],
-    folds: Sequence[int],
+    benchmark: Benchmark,
     out: Path,
-    *,
-    ensembles: bool = True,
-    accept_unfair: bool = False,
-    device: str = "cuda",
-    processes: int = 2,
     commands: Sequence[str] = (),
     patients: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
     console: Console | None = None,
 ) -> Path:
     """Evaluate trained and validated folds and write their report.
 
     Args:
-        dataset: its full name.
-        configuration: nnU-Net's.
-        methods: trained and validated in all ``folds``.
-        folds: of the cross-validation; one is enough.
+        benchmark: what is compared; one fold is enough. Ensembles need the probabilities of validation (``--npz``).
         out: the benchmark's folder.
-        ensembles: whether to ensemble pairs of methods; needs the probabilities of validation (``--npz``).
-        accept_unfair: write the report in spite of severe findings, which then open it.
-        device: for predicting labelled test cases, if there are any.
-        processes: workers.
         commands: what was run to train; those of the evaluation are added.
         patients: patient by case; by default as the case names show.
-        notes: what a reader must know about this run before its numbers.
         console: shows progress.
 
     Returns:
@@ -73,7 +57,9 @@ def evaluate(
         DataError: the comparison is not fair, or files are missing, damaged or do not fit.
     """
     console = console or Console()
-    raw, preprocessed, results = (Path(os.environ[f"nnUNet_{n}"]) / dataset for n in ("raw", "preprocessed", "results"))
+    methods, folds, processes = benchmark.methods, benchmark.folds, benchmark.processes
+    preprocessed, results = benchmark.preprocessed, benchmark.results
+    raw = Path(os.environ["nnUNet_raw"]) / benchmark.dataset
     dataset_json = read_json(preprocessed / "dataset.json")
     classes = Classes.from_dataset_json(dataset_json)
     truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
@@ -85,12 +71,12 @@ def evaluate(
     with console.status("checking that the comparison is fair"):
         findings = check_fairness(methods, folds, results, preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
-    refuse_unfair(severe, accept_unfair, "this comparison is not fair")
+    refuse_unfair(severe, benchmark.accept_unfair, "this comparison is not fair")
 
     with _naming_faults(partial(faulty_prediction, methods, cases, results, truths, dataset_json)):
         with console.status("combining folds with nnU-Net's find_best_configuration and post-processing"):
             log = out / "logs" / "evaluation.log"
-            combined = combine(methods, dataset, folds, ensembles, processes, log, stamp_file)
+            combined = combine(methods, results, truths, folds, benchmark.ensembles, processes, log, stamp_file)
         rows, postprocessing, best = _rows(combined, row_names(methods), classes)
         tolerance = scoring.default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in names)
         tables = []
@@ -105,17 +91,15 @@ def evaluate(
     scores = scores[["method", "kind", "fold", "patient", "case", "class", "metric", "value"]]
 
     with console.status("predicting and scoring the test set"):
-        test_set, more = score_test_set(
-            methods, raw, dataset_json, folds, ensembles, device, out / "test_set", processes, tolerance
-        )
+        test_set, more = score_test_set(benchmark, raw, dataset_json, out / "test_set", tolerance)
     with console.status("computing statistics"):
         means = statistics.summarise(scores)
         comparisons = statistics.compare(scores, statistics.default_pairs(rows))
     trained = {row.name: results / row.members[0].key for row in rows if row.kind == "method"}
     found = BenchmarkResults(
-        dataset=dataset,
+        dataset=benchmark.dataset,
         dataset_json=dataset_json,
-        configuration=configuration,
+        configuration=benchmark.configuration,
         cases=cases,
         tolerance_mm=tolerance,
         rows=tuple(rows),
@@ -140,7 +124,7 @@ def evaluate(
         commands=(*commands, *more),
         images=raw / "imagesTr",
         truths=truths,
-        notes=tuple(notes),
+        notes=benchmark.notes,
     )
     with console.status("drawing and writing the report"):
         return write_report(replace(found, inside=_inside(found, results, preprocessed, classes)), out)
@@ -199,6 +183,6 @@ def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes
         view = look_inside(models / method.key, fold, preprocessed, case, classes)
     # A picture must not cost the report of days of training.
     except (MaskSAMError, OSError, RuntimeError, ValueError, AttributeError) as error:
-        return (Picture(case, f"It could not be drawn: {type(error).__name__}: {error}", b""),)
+        return (Picture(case, f"It could not be drawn: {in_short(error)}", b""),)
     caption = f"Validated in fold {fold} of {name}: the patch around its labelled structures, preprocessed."
     return (Picture(case, caption, draw_inside(view, classes)),)

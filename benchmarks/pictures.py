@@ -1,4 +1,4 @@
-"""Worst, median and best case as pictures, with the prediction of every row."""
+"""Worst, median and best case as pictures, with every prediction before post-processing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from masksam_nnunet.errors import MaskSAMError
+from masksam_nnunet.errors import MaskSAMError, in_short
 from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
 from masksam_nnunet.inference.report.figures import CaseImages, draw_case
 from masksam_nnunet.inference.report.html import Picture, number
@@ -47,7 +47,7 @@ def draw_cases(results: BenchmarkResults) -> list[Picture]:
             png = draw_case(_read(results, case, notes), Classes.from_dataset_json(results.dataset_json))
         # A picture must not cost the report of days of training.
         except (MaskSAMError, OSError, RuntimeError, ValueError) as error:
-            pictures.append(Picture(case, f"{caption}. It could not be drawn: {type(error).__name__}: {error}", b""))
+            pictures.append(Picture(case, f"{caption}. It could not be drawn: {in_short(error)}", b""))
             continue
         caption += ". All columns share one grey window; cropped to what truth or any prediction labels."
         pictures.append(Picture(case, caption, png))
@@ -58,7 +58,8 @@ def _read(results: BenchmarkResults, case: str, notes: Mapping[str, str]) -> Cas
     description: dict[str, Any] = dict(results.dataset_json)
     image, _ = read_volume([_first_channel(results.images, case, description)], description)
     truth = read_label_map(results.truths, case, description)
-    predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in results.rows}
+    rows = [row for row in results.rows if row.kind != "postprocessed"]
+    predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in rows}
     for name, labels in {"truth": truth.labels, **predictions}.items():
         if labels.shape != image[0].shape:
             raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")

@@ -134,21 +134,8 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     commands += [line for job in jobs for line in _commands(job)]
     commands += [f"# All of that, and the evaluation by nnU-Net's functions: {benchmark.command_line}"]
     with locked(benchmark.results, "evaluating this dataset's models"):
-        page = evaluate(
-            benchmark.dataset,
-            benchmark.configuration,
-            benchmark.methods,
-            benchmark.folds,
-            out,
-            ensembles=benchmark.ensembles,
-            accept_unfair=benchmark.accept_unfair,
-            device=benchmark.device,
-            processes=benchmark.processes,
-            commands=commands,
-            patients=benchmark.patients(cases_in(benchmark.preprocessed / "gt_segmentations", ending)),
-            notes=benchmark.notes,
-            console=console,
-        )
+        patients = benchmark.patients(cases_in(benchmark.preprocessed / "gt_segmentations", ending))
+        page = evaluate(benchmark, out, commands, patients, console)
     _print_means(out, console or Console())
     return page
 

@@ -18,36 +18,25 @@ from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.scoring import cases_in, score_folder
 
 from .combine import read_or_empty
+from .definition import Benchmark
 from .nnunet import run_nnunet
-from .results import Method, joint_name, row_names
+from .results import joint_name, row_names
 
 COLUMNS = ("method", "case", "class", "metric", "value")
 
 
 def score_test_set(
-    methods: Sequence[Method],
-    raw: Path,
-    dataset_json: Mapping[str, Any],
-    folds: Sequence[int],
-    ensembles: bool,
-    device: str,
-    out: Path,
-    processes: int,
-    tolerance_mm: float,
+    benchmark: Benchmark, raw: Path, dataset_json: Mapping[str, Any], out: Path, tolerance_mm: float
 ) -> tuple[pd.DataFrame, list[str]]:
     """Predict with all folds by nnUNetv2_predict, ensemble pairs by nnUNetv2_ensemble, and score.
 
     What has been predicted from the same checkpoints and images is not predicted again.
 
     Args:
-        methods: trained in ``folds``.
+        benchmark: its methods are trained in all its folds.
         raw: the raw dataset's folder.
         dataset_json: its description.
-        folds: whose predictions are averaged.
-        ensembles: whether to ensemble pairs of methods.
-        device: as nnU-Net's option takes it.
         out: folder for predictions and logs.
-        processes: workers for scoring.
         tolerance_mm: of the surface Dice.
 
     Returns:
@@ -66,7 +55,8 @@ def score_test_set(
             f"{raw / 'labelsTs'} has labels of {len(missing)} cases without an image in imagesTs "
             f"({', '.join(missing[:3])}); add the images or remove the labels"
         )
-    names, results = row_names(methods), Path(os.environ["nnUNet_results"]) / raw.name
+    methods, folds, processes = benchmark.methods, benchmark.folds, benchmark.processes
+    names = row_names(methods)
     commands, tables = [], []
 
     def predict(name: str, command: str, arguments: Sequence[Any], sources: Sequence[Path], folder: Path) -> None:
@@ -76,12 +66,12 @@ def score_test_set(
 
     for method in methods:
         arguments = ["-i", raw / "imagesTs", "-o", out / method.key, "-d", raw.name, "-c", method.configuration]
-        arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", device]
-        arguments += ["--save_probabilities"] if ensembles else []
-        sources = [results / method.key / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+        arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", benchmark.device]
+        arguments += ["--save_probabilities"] if benchmark.ensembles else []
+        sources = [benchmark.results / method.key / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
         sources += sorted(file for file in (raw / "imagesTs").iterdir() if file.is_file())
         predict(names[method], "nnUNetv2_predict", arguments, sources, out / method.key)
-    for a, b in combinations(methods, 2) if ensembles else ():
+    for a, b in combinations(methods, 2) if benchmark.ensembles else ():
         folder = out / f"ensemble___{a.key}___{b.key}"
         sources = [file for method in (a, b) for file in sorted((out / method.key).glob("*.npz"))]
         arguments = ["-i", out / a.key, out / b.key, "-o", folder, "-np", processes]

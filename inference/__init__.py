@@ -1,1 +1,1 @@
-"""What MaskSAM offers beyond stock prediction: the demo, its phantoms, scores beside nnU-Net, and the report."""
+"""Prediction, scores, explanations, exported models, submissions, the container, and what reports share."""

@@ -29,7 +29,7 @@ _Config = TypeVar("_Config", bound=type)
 
 def _raises_config_errors(cls: _Config) -> _Config:
     """Let the constructor of a pydantic dataclass raise :class:`ConfigError`."""
-    validate = cls.__init__
+    validate = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(validate)
     def __init__(self: Any, *args: Any, **options: Any) -> None:

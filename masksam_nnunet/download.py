@@ -149,7 +149,7 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, tas
             if content_range.endswith(f"/{held}"):
                 return
             part.unlink()
-            raise requests.ConnectionError("the server has another file than the one begun")
+            raise requests.ConnectionError("the file on the server has changed since the download began")
         response.raise_for_status()
         start = held if content_range.startswith(f"bytes {held}-") else 0  # else the server sends all of it
         length = response.headers.get("Content-Length", "")
@@ -162,7 +162,7 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, tas
 
 def _may_pass(error: requests.RequestException) -> bool:
     """Whether another attempt may succeed: the connection broke, or the server is busy."""
-    if isinstance(error, requests.HTTPError):
+    if error.response is not None:
         return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
     broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
     return isinstance(error, broken) and not isinstance(error, requests.exceptions.SSLError)

@@ -35,10 +35,6 @@ class ModelError(DataError):
     """A trained model is missing, incomplete or damaged."""
 
 
-class PredictError(DataError):
-    """Nothing can be predicted, or no more; the message names the option or file, what was found, and the remedy."""
-
-
 class CaseError(MaskSAMError):
     """One case cannot be predicted; the message names the file, what is wrong with it, and the remedy."""
 

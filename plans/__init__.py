@@ -1,1 +1,1 @@
-"""What nnU-Net's plans say, and do not say, about a MaskSAM network."""
+"""MaskSAM's plans: planning, presets, checks of raw data, and converters."""

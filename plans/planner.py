@@ -269,7 +269,7 @@ def _read_plans(file: Path, dataset: str, remedy: str) -> dict[str, Any]:
     for name, settings in configurations.items():
         missing = [key for key in _SETTINGS if not isinstance(settings, dict) or key not in settings]
         if missing and not (isinstance(settings, dict) and settings.get("inherits_from") in configurations):
-            raise DataError(f"{file} is damaged or of another nnU-Net: {name} lacks {', '.join(missing)}; {remedy}")
+            raise DataError(f"{file} is damaged or of another version: {name} has no {', '.join(missing)}; {remedy}")
     result: dict[str, Any] = plans
     return result
 

@@ -189,7 +189,7 @@ def _as_data_errors(name: str, preprocessed: Path) -> Iterator[None]:
 
 
 def _unprocessed(plans: dict[str, Any], configurations: list[str], folder: Path, cases: list[str]) -> list[str]:
-    """The configurations whose folder of preprocessed data lacks a case."""
+    """The configurations with a case that is not preprocessed."""
     manager = PlansManager(plans)
     return [
         name

@@ -25,7 +25,6 @@ def training_stats(trainer: nnUNetTrainer, peak_mib: float) -> dict[str, Any]:
     return {
         "device": device_name(trainer.device),
         "peak_memory_mib": peak_mib,
-        "peak_memory_mb": peak_mib,
         "peak_memory_of": "GPU allocations" if trainer.device.type == "cuda" else "process, resident",
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),

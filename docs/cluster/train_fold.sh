@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Five folds of one model as a SLURM array; a job that is pre-empted or reaches its time limit goes on by itself.
+# Five folds of one model as a SLURM array; a job that is pre-empted or reaches its time limit requeues itself.
 #
 #   sbatch docs/cluster/train_fold.sh 27 3d_fullres -p MaskSAMPlans
 #

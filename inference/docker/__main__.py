@@ -1,6 +1,143 @@
-"""The container's entry point."""
+"""The container's command. Heavy imports come after the variables that libraries read are set."""
 
-from .options import app
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.errors import DataError, MaskSAMError, ModelError, UsageError
+
+from .interface import OutputError
+
+IN_IMAGE = Path("/opt/algorithm/model")
+MOUNTED = Path("/opt/ml/model")
+"""Where the platform unpacks a model that was uploaded beside the container."""
+
+_EXIT_CODES = ((OutputError, 5), (ModelError, 4), (DataError, 3), (UsageError, 2))
+_FOLDERS = {
+    "HOME": "home",
+    "TMPDIR": "tmp",
+    "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_DATA_HOME": "data",
+    "MPLCONFIGDIR": "matplotlib",
+    "NUMBA_CACHE_DIR": "numba",
+    "TORCH_HOME": "torch",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+    "nnUNet_raw": "nnUNet_raw",
+    "nnUNet_preprocessed": "nnUNet_preprocessed",
+    "nnUNet_results": "nnUNet_results",
+}
+"""Variables of libraries that write caches, settings and temporary files, and folders in the scratch folder."""
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _option(name: str, help: str, **more: Any) -> Any:
+    return typer.Option(f"--{name}", envvar=f"MASKSAM_{name.replace('-', '_').upper()}", help=help, **more)
+
+
+@app.command()
+def main(
+    input: Annotated[Path, _option("input", "Folder to read.")] = Path("/input"),
+    output: Annotated[Path, _option("output", "Folder to write.")] = Path("/output"),
+    model: Annotated[Path | None, _option("model", "Model folder.", show_default=f"{MOUNTED}, else {IN_IMAGE}")] = None,
+    device: Annotated[str, _option("device", "auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    scratch: Annotated[Path, _option("scratch", "Writable folder for temporary files.")] = Path("/tmp"),
+    checkpoint: Annotated[str, _option("checkpoint", "File in each fold's folder.")] = "checkpoint_final.pth",
+    batch_size: Annotated[
+        int | None, _option("batch-size", "Windows and mirrors at once.", min=1, show_default="automatic")
+    ] = None,
+    channels: Annotated[
+        str, _option("channels", "Input sockets in the order of the model's channels, such as t2-mri,adc-mri.")
+    ] = "",
+    output_slug: Annotated[
+        str, _option("output-slug", "Output socket: the folder below OUTPUT/images.", show_default="segmentation")
+    ] = "",
+    folds: Annotated[str, _option("folds", "Such as 0,1,2 or all.", show_default="all that exist")] = "",
+    mirroring: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirroring/--no-mirroring",
+            envvar="MASKSAM_MIRRORING",
+            help="Mirror windows where the model allows it: up to eight times the time.",
+            show_default="mirroring",
+        ),
+    ] = None,
+    step_size: Annotated[
+        float | None, _option("step-size", "Step between windows, as a share of the patch.", show_default="0.5")
+    ] = None,
+) -> None:
+    """Predict what lies in the input folder, as a Grand Challenge algorithm or with a flat folder of images.
+
+    channels, output, folds, mirroring and step_size can also be set in a container.json in the model folder.
+
+    Exit codes: 0 done, 1 cases failed, 2 options, 3 input, 4 model, 5 output.
+    """
+    given = {
+        "channels": channels.replace(",", " ").split() or None,
+        "output": output_slug or None,
+        "folds": folds.replace(",", " ").split() or None,
+        "mirroring": mirroring,
+        "step_size": step_size,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    models = (model,) if model else (MOUNTED, IN_IMAGE)
+    try:
+        with scratch_folder(scratch) as folder:
+            from .algorithm import run
+
+            code = run(
+                input,
+                output,
+                models,
+                folder,
+                options=options,
+                device=device,
+                checkpoint=checkpoint,
+                batch_size=batch_size,
+            )
+    except MaskSAMError as error:
+        # In one line: of a failed job the platform shows the last one of stderr.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder below ``parent``, the only one written beside the output, and point libraries to it.
+
+    Raises:
+        OutputError: ``parent`` cannot be written to.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="masksam-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OutputError(f"--scratch {parent} is not writable ({error.strerror}): mount one, --tmpfs /tmp") from error
+    with made as name:
+        for variable, below in _FOLDERS.items():
+            (Path(name) / below).mkdir()
+            os.environ[variable] = str(Path(name) / below)
+        os.environ.setdefault("USER", "algorithm")  # a user without a name in the container cannot be looked up
+        os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
+        # The machine may have more processors than the container may use.
+        os.environ.setdefault("nnUNet_def_n_proc", str(min(8, len(os.sched_getaffinity(0)))))
+        os.environ["nnUNet_compile"] = "f"  # needs a compiler, and minutes
+        sys.dont_write_bytecode = True
+        yield Path(name)
+
 
 if __name__ == "__main__":
     app(prog_name="python -m masksam_nnunet.inference.docker")

@@ -6,64 +6,87 @@ All in this process: nnU-Net's workers need more shared memory than containers h
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import sys
+import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.helpers import empty_cache
-from torch import Tensor
 
-from masksam_nnunet.errors import CaseError, in_short
+from masksam_nnunet.errors import CaseError, MaskSAMError, ModelError, UsageError, WeightsError, in_short
+from masksam_nnunet.files import read_json
 
-from ..cases import preprocess_case
+from ..cases import channel_names, preprocess_case
+from ..export.description import is_portable, read_description
+from ..export.load import load_portable
 from ..predictor import MaskSAMPredictor
-from .errors import SOME_CASES_FAILED, OptionError, OutputError
-from .images import Geometry, in_terms_of, stage, write_label_map
-from .interface import Job, Sockets, find_jobs
-from .models import channel_names, find_model, load_model
-from .options import Settings
-from .time_limit import Deadline
-from .timed import TimedPrediction
+from .images import read_header, stage, write_label_map
+from .interface import ContainerOptions, Job, OutputError, find_jobs
 
 
-def run(settings: Settings) -> int:
-    """Predict all cases of the input folder; one that fails costs itself only.
+def run(
+    source: Path,
+    output: Path,
+    models: Sequence[Path],
+    scratch: Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    checkpoint: str = "checkpoint_final.pth",
+    batch_size: int | None = None,
+) -> int:
+    """Predict all cases of the input folder; one that fails does not stop the others.
+
+    Args:
+        source: folder to read.
+        output: folder to write.
+        models: where a model is looked for; the first that exists counts.
+        scratch: folder for temporary files, empty.
+        options: override those of the model's container.json, by name.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        checkpoint: the file in each fold's folder.
+        batch_size: windows and mirrors at once; chosen from device and patch if not given.
 
     Returns:
         0, or 1 if cases failed, which are listed on stderr.
 
     Raises:
-        ContainerError: nothing can be predicted, or written.
+        UsageError: an option or container.json.
+        DataError: the input as a whole.
+        ModelError: the model cannot be found or loaded.
+        OutputError: the output cannot be written.
     """
-    log = Log(settings.time_limit)
-    device = _device(settings.device)
-    model = find_model(settings.models)
-    sockets = Sockets.read(model, settings.channels, settings.output_slug)
-    jobs = find_jobs(settings.input, settings.output, sockets, channel_names(model))
-    _check_output(settings.output)
-    log(f"{len(jobs)} case{'s' * (len(jobs) != 1)} in {settings.input}, model {model}, {_name(device)}")
+    chosen = _device(device)
+    model = find_model(models)
+    container = ContainerOptions.read(model, options)
+    jobs = find_jobs(source, output, container, _channels(model))
+    _check_writable(output)
+    _log(f"{len(jobs)} cases in {source}, model {model}, {chosen}")
     predictor = MaskSAMPredictor(
-        device=device,
-        use_mirroring=settings.mirroring,
-        perform_everything_on_device=device.type == "cuda",
+        tile_step_size=container.step_size,
+        use_mirroring=container.mirroring,
+        perform_everything_on_device=chosen.type == "cuda",
+        device=chosen,
         allow_tqdm=False,
+        batch_size=batch_size,
     )
-    folds = load_model(predictor, model, settings.folds, settings.checkpoint)
-    log(f"model loaded: folds {' '.join(folds)}")
-    prediction = TimedPrediction(predictor, log.deadline, log)
+    folds = load_model(predictor, model, container.folds, checkpoint)
+    _log(f"model loaded: folds {' '.join(folds)}")
     failed: dict[Path, str] = {}
-    for number, job in enumerate(jobs):
+    for number, job in enumerate(jobs, 1):
         name = job.channels[0]
-        log(f"case {number + 1} of {len(jobs)}: {' '.join(map(str, job.channels))}")
-        folder = settings.scratch / "case"
+        _log(f"case {number} of {len(jobs)}: {' '.join(map(str, job.channels))}")
+        folder = scratch / "case"
         try:
             folder.mkdir()
-            counts = _predict(job, folder, predictor, prediction, len(jobs) - number)
-            log(f"written: {job.target}, voxels of each label {counts}")
+            counts = _predict(job, folder, predictor)
+            _log(f"written: {job.target}, voxels of each label {counts}")
         except CaseError as error:
             failed[name] = str(error)
         except OutputError:
@@ -74,56 +97,41 @@ def run(settings: Settings) -> int:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             gc.collect()
-            empty_cache(device)
-        if name in failed:
-            log(f"failed: {failed[name]}")
-    log(f"{len(jobs) - len(failed)} of {len(jobs)} cases done")
+            empty_cache(chosen)
+    _log(f"{len(jobs) - len(failed)} of {len(jobs)} cases done")
     for name, reason in failed.items():
         print(f"error: {name}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
-    return SOME_CASES_FAILED if failed else 0
+    return 1 if failed else 0
 
 
-class Log:
-    """Prints lines with the seconds since the process's start; to stdout: the platform takes stderr for warnings."""
-
-    def __init__(self, time_limit: float) -> None:
-        self.deadline = Deadline(time_limit)
-
-    def __call__(self, text: str) -> None:
-        print(f"[{self.deadline.passed():7.1f} s] {text}", flush=True)
+def _log(text: str) -> None:
+    """To stdout: the platform takes stderr for warnings."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def _predict(
-    job: Job, folder: Path, predictor: MaskSAMPredictor, prediction: TimedPrediction, cases_left: int
-) -> dict[int, int]:
+def _predict(job: Job, folder: Path, predictor: MaskSAMPredictor) -> dict[int, int]:
     """Predict and write one case; how many voxels each label has."""
-    plans, configuration, dataset_json = (
-        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    )  # fmt: skip
-    file_ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
-    geometry = Geometry.of(job.channels[0])
-    case = stage(job.channels, folder, file_ending, reader)
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    dataset_json = predictor.dataset_json
+    file_ending = dataset_json["file_ending"]
+    header = read_header(job.channels[0])
+    case = stage(job.channels, folder, file_ending, plans.image_reader_writer_class())
     try:
-        with prediction.preparing():
-            data, properties = preprocess_case(case, None, plans, configuration, dataset_json, False)
+        data, properties = preprocess_case(case, None, plans, configuration, dataset_json, False)
     except CaseError as error:
-        raise CaseError(in_terms_of(error, case, job.channels)) from error
-    logits = prediction(torch.from_numpy(data), cases_left)
+        text = str(error)
+        for staged, file in zip(case.files, job.channels, strict=True):  # the user knows the given files only
+            text = text.replace(str(staged), str(file)).replace(staged.name, str(file))
+        raise CaseError(text) from error
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
     del data
-    with prediction.writing(logits.shape):
-        _export(logits, properties, folder / "labels", predictor)
-        del logits
-        return dict(write_label_map(folder / f"labels{file_ending}", job.target, geometry))
-
-
-def _export(logits: Tensor, properties: dict[str, Any], target: Path, predictor: MaskSAMPredictor) -> None:
+    labels = folder / "labels"
     try:
-        export_prediction_from_logits(
-            logits, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
-            str(target),
-        )  # fmt: skip
+        export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(labels))
     except OSError as error:
-        raise OutputError(f"cannot write to {target.parent} ({in_short(error)}): give --scratch more room") from error
+        raise OutputError(f"cannot write to {folder} ({in_short(error)}): give --scratch more room") from error
+    del logits
+    return write_label_map(folder / f"labels{file_ending}", job.target, header)
 
 
 def _device(text: str) -> torch.device:
@@ -132,25 +140,90 @@ def _device(text: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(
-            f"--device {text}: there is no such device here ({in_short(error)}); give auto or cpu"
-        ) from error
+        raise UsageError(f"--device {text}: no such device here ({in_short(error)}); give auto or cpu") from error
     return device
 
 
-def _name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
-
-
-def _check_output(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
+    probe = folder / ".masksam"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".masksam"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(
-            f"--output {folder}: cannot write there ({error.strerror}); let the container's user write to it"
-        ) from error
+        raise OutputError(f"--output {folder} is not writable ({error.strerror}) for the container's user") from error
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def find_model(places: Sequence[Path]) -> Path:
+    """The model in the first of ``places`` that exists and is not empty: that folder, or the one model below it.
+
+    Raises:
+        ModelError: there is none, or several.
+    """
+    place = next((path for path in places if path.is_dir() and any(path.iterdir())), None)
+    if place is None:
+        named = " or ".join(map(str, places))
+        raise ModelError(f"no model in {named}: mount one (--volume DIR:{places[0]}:ro), or name it with --model")
+    found = sorted({file.parent for name in ("plans.json", "model.json") for file in place.rglob(name)})
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(place)) for path in found) or "none"
+        raise ModelError(f"{place} must hold one model, portable or as in nnUNet_results, but has: {names} (--model)")
+    return found[0]
+
+
+def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], checkpoint: str) -> list[str]:
+    """Load ``folds``, or all that exist if none is named.
+
+    Args:
+        predictor: to predict with.
+        folder: a model's, as :func:`find_model` finds it.
+        folds: numbers or "all".
+        checkpoint: the file in each fold's folder; portable models have none.
+
+    Returns:
+        The folds.
+
+    Raises:
+        ModelError: a file is missing, damaged or of another model; checkpoints are lean; or it is a cascade.
+    """
+    try:
+        if is_portable(folder):
+            load_portable(predictor, folder, folds or None)
+            used = list(folds or read_description(folder).folds)
+        else:
+            used = _chosen(folder, folds, checkpoint)
+            numbers = tuple(int(fold) if fold.isdecimal() else fold for fold in used)
+            predictor.initialize_from_trained_model_folder(str(folder), numbers, checkpoint)
+    except ModelError:
+        raise
+    except WeightsError as error:
+        raise ModelError(f"{folder} has lean checkpoints; complete them with masksam export ({error})") from error
+    except MaskSAMError as error:
+        raise ModelError(str(error)) from error
+    except Exception as error:  # of any trainer, and of damaged files
+        raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): copy or export it again") from error
+    if stage := predictor.configuration_manager.previous_stage_name:
+        raise ModelError(f"{folder} is a cascade, which needs predictions of {stage}: take another configuration")
+    return used
+
+
+def _channels(folder: Path) -> list[str]:
+    file = folder / "dataset.json"
+    try:
+        return channel_names(read_json(file))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} does not name the model's channels ({in_short(error)}): copy it again") from error
+
+
+def _chosen(folder: Path, folds: Sequence[str], checkpoint: str) -> list[str]:
+    found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
+    there = [fold for fold in found if re.fullmatch(r"\d+|all", fold)]
+    numbers = [fold for fold in there if fold != "all"]  # nnU-Net too prefers these
+    missing = [fold for fold in folds if fold not in there]
+    if missing or not there:
+        named = f"of fold {', '.join(missing)}, only of {', '.join(there) or 'none'} (--folds)" if missing else ""
+        raise ModelError(f"{folder} has no {checkpoint} {named}: name another file with --checkpoint")
+    return list(folds) or numbers or there

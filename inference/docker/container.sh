@@ -5,8 +5,8 @@
 #   inference/docker/container.sh try INPUT OUTPUT [MODEL]   as the platform runs it, with what it forbids forbidden
 #   inference/docker/container.sh save FILE.tar.gz       what is uploaded
 #
-# TAG (masksam) names the image. Of the build: TIME_LIMIT (20, minutes), OUTPUT_SLUG and CHANNELS (slugs of the sockets,
-# else container.json in the model folder). Of the trial: GPUS (all; none without a GPU), MEMORY (16g).
+# TAG (masksam) names the image. Of the build: OUTPUT_SLUG, CHANNELS, FOLDS, MIRRORING (true or false); all can be set in
+# container.json in the model folder instead. Of the trial: GPUS (all; none without a GPU), MEMORY (16g).
 set -euo pipefail
 
 docker=${DOCKER:-docker}
@@ -27,7 +27,7 @@ case ${1:-} in
 build)
     [[ $# -le 2 ]] || usage
     options=(--platform linux/amd64 --file "$root/inference/docker/Dockerfile" --tag "$tag")
-    for name in TIME_LIMIT OUTPUT_SLUG CHANNELS; do
+    for name in OUTPUT_SLUG CHANNELS FOLDS MIRRORING; do
         [[ -z ${!name:-} ]] || options+=(--build-arg "$name=${!name}")
     done
     if [[ $# -eq 2 ]]; then

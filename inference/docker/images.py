@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +12,35 @@ import numpy as np
 import SimpleITK as sitk
 
 from masksam_nnunet.errors import CaseError, DataError, in_short
+from masksam_nnunet.files import atomic_write
 from masksam_nnunet.plans.images import check_whole
 
 from ..cases import Case
-from .errors import OutputError
-from .interface import ending
-from .meta_images import check_meta_image
+from .interface import OutputError, ending
+
+_LARGEST_HEADER = 1 << 16
+_BLOCK = 1 << 22
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Where the voxels of a file lie, in ITK's order: (x, y, z) or (x, y)."""
+def read_header(file: Path) -> sitk.ImageFileReader:
+    """Read size, spacing, origin and direction of a file, and not its voxels.
 
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    @classmethod
-    def of(cls, file: Path) -> Geometry:
-        """Read the header only.
-
-        Raises:
-            CaseError: it cannot be read, or is that of no picture or volume.
-        """
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(file))
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise _unreadable(file, error) from error
-        if reader.GetDimension() not in (2, 3):
-            raise CaseError(
-                f"{file} has {reader.GetDimension()} dimensions: give each channel, or time, a file of its own"
-            )
-        return cls(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    Raises:
+        CaseError: it cannot be read, or has neither two nor three dimensions.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(file, error) from error
+    if reader.GetDimension() not in (2, 3):
+        raise CaseError(f"{file} has {reader.GetDimension()} dimensions: give each channel or time its own file")
+    return reader
 
 
 def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) -> Case:
-    """Files named as nnU-Net names them, of formats that ``reader`` reads: links, or copies of another format.
+    """Name files as nnU-Net does, in formats that ``reader`` reads: links, or copies in another format.
 
     Args:
         files: one for each channel.
@@ -62,9 +51,8 @@ def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) ->
     Raises:
         CaseError: a file is damaged, or cannot be turned into the model's format.
     """
-    return Case(
-        "case", tuple(_stage(file, folder / f"case_{c:04d}", file_ending, reader) for c, file in enumerate(files))
-    )
+    places = (folder / f"case_{channel:04d}" for channel in range(len(files)))
+    return Case("case", tuple(_stage(*pair, file_ending, reader) for pair in zip(files, places, strict=True)))
 
 
 def _stage(file: Path, target: Path, file_ending: str, reader: Any) -> Path:
@@ -77,30 +65,54 @@ def _stage(file: Path, target: Path, file_ending: str, reader: Any) -> Path:
             place.symlink_to(file.resolve())
             return place
         check_whole(file)
-        image = sitk.ReadImage(str(file))
         # Compressing a volume takes longer than writing it.
         place = target.with_name(target.name + (".nii" if file_ending == ".nii.gz" else file_ending))
-        sitk.WriteImage(image, str(place), False)
+        sitk.WriteImage(sitk.ReadImage(str(file)), str(place), False)
     except (DataError, RuntimeError, ValueError, OSError) as error:
         raise _unreadable(file, error) from error
     return place
 
 
-def in_terms_of(error: CaseError, case: Case, files: Sequence[Path]) -> str:
-    """The message, with the names of the files that were given in place of the staged ones."""
-    text = str(error)
-    for staged, file in zip(case.files, files, strict=True):
-        text = text.replace(str(staged), str(file)).replace(staged.name, str(file))
-    return text
+def check_meta_image(file: Path) -> None:
+    """Refuse a MetaImage file (.mha) without a header, or whose compressed voxels are cut off or damaged.
+
+    ITK fills damaged compressed data with zeros, silently. It checks the length of other data itself.
+
+    Raises:
+        DataError: what is wrong, in a few words.
+        OSError: the file cannot be opened.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(_LARGEST_HEADER)
+        end = head.find(b"\n", head.find(b"ElementDataFile"))
+        if b"ElementDataFile" not in head or end < 0:
+            raise DataError(f"it has no MetaImage header, but begins with {head[:20]!r}")
+        lines = (line.partition("=") for line in head[:end].decode("latin-1").splitlines())
+        header = {key.strip(): value.strip() for key, _, value in lines}
+        if header["ElementDataFile"] != "LOCAL":
+            raise DataError(f"its voxels are in another file, {header['ElementDataFile']}: .mha holds both")
+        if header.get("CompressedData", "").lower() != "true":
+            return
+        stream.seek(end + 1)
+        unpack = zlib.decompressobj()
+        try:
+            while not unpack.eof and (block := stream.read(_BLOCK)):
+                while block:
+                    unpack.decompress(block, _BLOCK)
+                    block = unpack.unconsumed_tail
+        except zlib.error as error:
+            raise DataError(f"its compressed voxels are damaged ({error})") from error
+        if not unpack.eof:
+            raise DataError("its compressed voxels are cut off")
 
 
-def write_label_map(predicted: Path, target: Path, geometry: Geometry) -> Mapping[int, int]:
+def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader) -> dict[int, int]:
     """Write a label map where the platform looks for it, whole or not at all; uint8, or uint16 for labels above 255.
 
     Args:
-        predicted: nnU-Net's file.
+        predicted: nnU-Net's file, in a folder for temporary files.
         target: the file to write.
-        geometry: of the image; the label map's own went through other formats.
+        header: of the image; the label map's own geometry went through other formats.
 
     Returns:
         How many voxels each label has.
@@ -109,34 +121,25 @@ def write_label_map(predicted: Path, target: Path, geometry: Geometry) -> Mappin
         CaseError: the prediction is of another size than the image.
         OutputError: the disk is full or not writable.
     """
-    image = sitk.ReadImage(str(predicted))
-    labels = sitk.GetArrayFromImage(image)
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(predicted)))
     values, counts = np.unique(labels, return_counts=True)
     result = sitk.GetImageFromArray(labels.astype(np.uint8 if values.max() < 256 else np.uint16))
-    if result.GetSize() != geometry.size:
-        raise CaseError(f"the prediction has {result.GetSize()} voxels, the image {geometry.size}: report this fault")
-    result.SetSpacing(geometry.spacing)
-    result.SetOrigin(geometry.origin)
-    result.SetDirection(geometry.direction)
-    draft = target.with_name(f".{os.getpid()}-{target.name}")
+    if result.GetSize() != header.GetSize():
+        raise CaseError(f"the prediction has {result.GetSize()} voxels, the image {header.GetSize()}: report this")
+    result.SetSpacing(header.GetSpacing())
+    result.SetOrigin(header.GetOrigin())
+    result.SetDirection(header.GetDirection())
+    written = predicted.with_name(f"written{ending(target)}")  # ITK takes the format from the ending
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(result, str(draft), True)
-        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(draft))), labels):
-            raise RuntimeError("what was written is not what is read back")
-        os.replace(draft, target)
+        sitk.WriteImage(result, str(written), True)
+        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(written))), labels):
+            raise RuntimeError("the written file holds other labels")
+        with atomic_write(target) as draft:
+            shutil.copyfile(written, draft)
     except (OSError, RuntimeError) as error:
-        raise OutputError(
-            f"cannot write {target} ({in_short(error)}): make room, and let the user write there"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        raise OutputError(f"cannot write {target} ({in_short(error)}): make room there and in --scratch") from error
     return dict(zip(map(int, values), map(int, counts), strict=True))
 
 
 def _unreadable(file: Path, error: Exception) -> CaseError:
-    return CaseError(
-        f"{file} cannot be read as the model's images are; it is truncated, damaged or of another format: copy it anew "
-        f"({in_short(error)})"
-    )
+    return CaseError(f"{file} is truncated, damaged or of another format ({in_short(error)}): copy it again")

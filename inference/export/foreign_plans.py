@@ -187,7 +187,7 @@ def _check_preprocessing(configuration: _Configuration, channels: int) -> None:
 def _check_intensities(plans: _Plans, schemes: Sequence[str]) -> None:
     for channel, scheme in enumerate(schemes):
         values = plans.intensities.get(str(channel))
-        _check(values is not None, f"{PLANS}: foreground_intensity_properties_per_channel lacks channel {channel}")
+        _check(values is not None, f"{PLANS}: foreground_intensity_properties_per_channel has no channel {channel}")
         if scheme == "CTNormalization":
             _parsed(_Intensities, values, f"{PLANS}: foreground_intensity_properties_per_channel")
 

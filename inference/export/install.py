@@ -54,7 +54,7 @@ class Import(NamedTuple):
 def import_model(source: Path, results: Path, force: bool = False) -> Import:
     """Check a portable model and install it as ``results/DATASET/TRAINER__PLANS__CONFIGURATION``.
 
-    The model appears there whole or not at all. Its checkpoints predict; a training cannot go on from them, since
+    The model appears there whole or not at all. Its checkpoints predict; a training cannot continue from them, since
     a portable model holds no optimizer.
 
     Args:

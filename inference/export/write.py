@@ -124,20 +124,16 @@ def export_portable(
     folds: Sequence[str] = ("0", "1", "2", "3", "4"),
     force: bool = False,
 ) -> Export:
-    """Write a trained model as a portable one.
+    """Write a trained model as a portable one; arguments and errors are those of :func:`export_model`, except:
 
     Args:
-        dataset: number or name.
         output: the folder to write, or a zip file of it if its name ends in .zip.
-        trainer: the trainer's class.
-        plans: name of the plans.
         configurations: one; may be left out where only one was trained.
-        folds: numbers, or "all".
         force: replace an earlier portable model.
 
     Raises:
-        UsageError: the target exists or cannot be written, or several configurations were trained.
-        ModelError, CheckpointError, WeightsError: as :func:`export_model`; or the model cannot be portable.
+        UsageError: the output exists, or several configurations were trained.
+        ModelError: the model cannot be portable.
     """
     _, models = _model_folders(dataset, trainer, plans, configurations, (PLANS, DATASET))
     if len(models) > 1:
@@ -223,7 +219,7 @@ def _fold_checkpoint(model: Path, fold: str, beside: Sequence[str] = ()) -> Path
             f"-f {' '.join(finished) or '(there are none)'}"
         )
     if missing := [name for name in beside if not (folder / name).is_file()]:
-        raise ModelError(f"{folder} lacks {' and '.join(missing)}: validate it with nnUNetv2_train ... {fold} --val")
+        raise ModelError(f"{folder} has no {' or '.join(missing)}: validate it with nnUNetv2_train ... {fold} --val")
     return folder / CHECKPOINT
 
 
@@ -305,7 +301,7 @@ def _describe(
             dataset=plans.get("dataset_name"),
             plans=plans.get("plans_name"),
             configuration=configuration,
-            trainer=first.get("trainer_name"),
+            trainer=str(first.get("trainer_name")),
             network=network,
             folds=tuple(checkpoints),
             epochs={fold: int(checkpoint.get("current_epoch", 0)) for fold, checkpoint in checkpoints.items()},

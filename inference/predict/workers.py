@@ -104,7 +104,7 @@ class _Call:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     future: Future[Any] | None = None
-    """None: it runs in this process, when its result is asked for."""
+    """None: it runs in this process, when its result is requested."""
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:

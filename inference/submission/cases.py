@@ -24,7 +24,7 @@ _OF_NNUNET = (
 
 
 def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[str], int]:
-    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are passed over.
+    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are ignored.
 
     Returns:
         The file of each case, even where its extension is wrong; files that do not belong there and cases with
@@ -205,7 +205,7 @@ def match_labels(model: Mapping[str, int], rules: Rules) -> tuple[dict[int, int]
     missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in matched)
     notes: list[str] = []
     if missing and rules.all_labels:
-        defects.append(f"dataset.json lacks labels of the challenge: {missing}; use a model that was trained on them")
+        defects.append(f"dataset.json has no labels {missing} of the challenge; use a model that was trained on them")
     elif missing:
         notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
     return values, defects, notes

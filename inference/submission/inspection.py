@@ -1,4 +1,4 @@
-"""What would be submitted of a folder of predictions, and everything that is wrong with it."""
+"""Find what a folder of predictions would submit, and everything that is wrong with it."""
 
 from __future__ import annotations
 

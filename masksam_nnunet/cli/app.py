@@ -56,9 +56,9 @@ def _options(
 
 @app.command()
 def env(
-    shell: Annotated[Shell, typer.Option(help="Whose syntax to print.")] = Shell.sh,
+    shell: Annotated[Shell, typer.Option(help="The shell whose syntax to print.")] = Shell.sh,
 ) -> None:
-    """Print the line that shows MaskSAM's trainers to nnU-Net: eval "$(masksam env)"."""
+    """Print the shell line that sets nnUNet_extTrainer. Use it as eval "$(masksam env)"."""
     typer.echo(_assignment(shell, ext_trainer_or_fail()))
 
 
@@ -106,7 +106,7 @@ def plan(
         typer.Option(
             "-c",
             "--configuration",
-            help="To plan, one or more; all that nnU-Net has if none.",
+            help="One or more to plan; by default all that nnU-Net has.",
             show_default=False,
         ),
     ] = None,
@@ -115,7 +115,7 @@ def plan(
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.", show_default=False)] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
 ) -> None:
-    """Plan MaskSAM for a dataset with a fingerprint: patch, batch, u, queries, backbone, under a memory target."""
+    """Plan MaskSAM for a dataset and a GPU's memory. This chooses backbone, patch, batch, upsampling and queries."""
     from masksam_nnunet.plans.planning import plan_dataset
 
     try:

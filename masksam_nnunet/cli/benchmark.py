@@ -102,7 +102,7 @@ def benchmark(
     ] = None,
     wait: Annotated[bool, typer.Option(help="SLURM: stay until all jobs have ended.")] = False,
 ) -> None:
-    """Train any missing folds with nnU-Net's own commands, then compare the methods on identical folds."""
+    """Compare methods on identical folds. Missing folds are trained first, with nnU-Net's own commands."""
     with _errors_shown():
         from masksam_nnunet.benchmarks import run
         from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
@@ -142,7 +142,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The benchmark's.", show_default=False)],
     accept_unfair: AcceptUnfair = False,
 ) -> None:
-    """Evaluate a benchmark's trained folds again and write its report."""
+    """Evaluate a benchmark again and write its report."""
     with _errors_shown():
         from masksam_nnunet.benchmarks import run
 
@@ -160,7 +160,7 @@ def demo(
     fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed for the phantoms; nnU-Net training is unseeded.")] = 0,
 ) -> None:
-    """Train a tiny MaskSAM and nnU-Net for the same minutes, compare them on the same fold, and write a report."""
+    """Compare a tiny MaskSAM with nnU-Net. Both train for the same minutes on the same fold; a report is written."""
     with _errors_shown():
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net reads them when it is imported
             os.environ[name] = str(out.absolute() / name)

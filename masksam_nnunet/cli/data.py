@@ -41,9 +41,7 @@ DatasetId = Annotated[
 ]
 Partial = Annotated[bool, typer.Option("--partial", help="Accept a download with fewer cases than the official one.")]
 
-convert_app = typer.Typer(
-    help="Convert a challenge's official download to a raw dataset in nnUNet_raw.", no_args_is_help=True
-)
+convert_app = typer.Typer(help="Convert a challenge's download to a raw dataset.", no_args_is_help=True)
 data_app = typer.Typer(help="Download a dataset for a first run.", no_args_is_help=True)
 
 
@@ -162,7 +160,7 @@ def split(
     ] = 12345,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing split.")] = False,
 ) -> None:
-    """Write a splits_final.json that keeps each patient's cases together, e.g. with --group '(patient[0-9]+)_'."""
+    """Write folds that keep each patient's cases together. For example --group '(patient[0-9]+)_'."""
     from masksam_nnunet.plans.splits import split_dataset
 
     try:
@@ -182,7 +180,7 @@ def split(
 def check(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Number or name of the dataset.", show_default=False)],
 ) -> None:
-    """Read every file of a raw dataset and list all defects; the exit code is 1 if there are any."""
+    """List all defects of a raw dataset. Every file is read; the exit code is 1 if there are any."""
     from masksam_nnunet.plans.planning import find_dataset
     from masksam_nnunet.plans.raw_check import check_raw_dataset
 

@@ -17,7 +17,7 @@ from .common import DEFAULT_TRAINER, SeveralValues, ext_trainer_or_fail, fail
 
 
 class _CaseAnywhere(SeveralValues):
-    """What cannot be a further value of an option is the case: ``-f 0 CASE``."""
+    """A word that cannot be a further value of an option is the case: ``-f 0 CASE``."""
 
     def takes(self, option: str, word: str) -> bool:
         if option in ("-f", "--folds", "--slices"):
@@ -82,7 +82,7 @@ def explain(
         bool, typer.Option("--disable_tta", "--no-mirroring", help="Faster, but the result is not nnU-Net's.")
     ] = False,
 ) -> None:
-    """Show what a trained MaskSAM makes of a case: boxes, masks and classes of its queries, uncertainty, overlays."""
+    """Show how a trained MaskSAM segments a case. Writes its queries, its uncertainty, and overlays."""
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     from masksam_nnunet.inference.explain.run import explain
     from masksam_nnunet.inference.methods import Method

@@ -18,7 +18,7 @@ from .common import SeveralValues, ext_trainer_or_fail, fail
 
 
 class Format(StrEnum):
-    """What an exported model is made of."""
+    """The formats of an exported model."""
 
     nnunet = "nnunet"
     safetensors = "safetensors"
@@ -34,12 +34,7 @@ def export(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
     output: Annotated[
         Path,
-        typer.Option(
-            "-o",
-            "--output",
-            help="The zip file to write; with --format safetensors a folder, or a zip file of it.",
-            show_default=False,
-        ),
+        typer.Option("-o", "--output", help="Zip file to write; a folder too with --format safetensors."),
     ],
     configurations: Annotated[
         list[str] | None,
@@ -62,7 +57,7 @@ def export(
         bool, typer.Option("--force", help="With --format safetensors: replace an earlier portable model.")
     ] = False,
 ) -> None:
-    """Export a trained model, for nnU-Net or without pickle; lean checkpoints are completed."""
+    """Export a trained model, for nnU-Net or without pickle. Lean checkpoints are completed."""
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     chosen = folds or ("0", "1", "2", "3", "4")
     try:
@@ -93,18 +88,11 @@ def import_(
     ],
     to: Annotated[
         Path | None,
-        typer.Option(
-            "--to", envvar="nnUNet_results", help="nnU-Net's results folder to install into.", show_default=False
-        ),
+        typer.Option("--to", envvar="nnUNet_results", help="nnU-Net's results folder to install into."),
     ] = None,
     unpack: Annotated[
         Path | None,
-        typer.Option(
-            "--unpack",
-            metavar="FOLDER",
-            help="Instead: check a zip file and unpack it here, for masksam predict --model.",
-            show_default=False,
-        ),
+        typer.Option("--unpack", metavar="FOLDER", help="Instead: check a zip file and unpack it here."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an installed model, all folds of it.")] = False,
 ) -> None:
@@ -112,8 +100,6 @@ def import_(
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
     if unpack is not None and force:
         raise typer.BadParameter("--unpack installs nothing: give it without --force")
-    if unpack is None and to is None:
-        fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
     from masksam_nnunet.inference.export.install import import_model, unpack_model
 
     try:
@@ -121,6 +107,8 @@ def import_(
             if unpack is not None:
                 path = unpack_model(source, unpack)
                 options = f"--model {path}"
+            elif to is None:
+                fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
             else:
                 path, model = import_model(source, to, force)
                 names = f"-d {model.dataset} -c {model.configuration} -tr {model.trainer} -p {model.plans}"

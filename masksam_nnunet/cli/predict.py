@@ -98,7 +98,7 @@ def predict(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print what nnU-Net does.")] = False,
     disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar", help="No progress bars.")] = False,
 ) -> None:
-    """Predict as nnUNetv2_predict does, in batches of windows, with one model or an ensemble.
+    """Predict with one model or an ensemble. Options are those of nnUNetv2_predict and a few more.
 
     A case that cannot be predicted does not stop the others: the command ends with their list and exit code 1.
     """
@@ -109,7 +109,8 @@ def predict(
     from masksam_nnunet.inference.predict.predict_cases import PredictOptions
     from masksam_nnunet.inference.predict.run import predict as predict_folder
 
-    torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)  # as nnU-Net's command
+    if device is not Device.mps:  # as nnU-Net's command
+        torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)
     try:
         if model is not None:
             models, chosen = _portable_model(model, folds, postprocessing, (dataset, configuration, trainer, ensemble))

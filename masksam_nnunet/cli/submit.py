@@ -57,7 +57,7 @@ def submit(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
 ) -> None:
-    """Package predictions as a challenge accepts them, or list every defect.
+    """Package predictions for a challenge. If anything is wrong, every defect is listed.
 
     Names of files and labels are mapped back to the challenge's.
     """

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(context: typer.Context) -> None:
-    """nnUNetv2_train with MaskSAM's trainers; all arguments are nnU-Net's, -tr defaults to MaskSAMTrainer."""
+    """Train a fold as nnUNetv2_train does. All arguments are nnU-Net's; -tr defaults to MaskSAMTrainer."""
     arguments = context.args
     # In the environment, not only here: the worker processes that nnU-Net spawns look trainers up too.
     os.environ[EXT_TRAINER] = ext_trainer_or_fail()
@@ -104,7 +104,7 @@ def _require_inputs(asked: argparse.Namespace) -> None:
     model = Path(os.environ["nnUNet_results"]) / name / Method(asked.tr, asked.p, asked.configuration).key
     final = model / f"fold_{asked.fold}" / "checkpoint_final.pth"
     if asked.val and not final.is_file():
-        raise TrainingError(f"--val: there is no {final}: the training is not finished; go on with it (--c)")
+        raise TrainingError(f"--val: there is no {final}: the training is not finished; continue it with --c")
 
 
 def _preprocessed_dataset(dataset: str) -> str:

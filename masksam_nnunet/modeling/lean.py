@@ -32,11 +32,11 @@ def hash_as_bytes(sha256: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
 
 
-def hash_in_hex(buffer: Tensor) -> str | None:
+def hash_in_hex(buffer: Tensor | None) -> str | None:
     """The hash that the buffer holds; None where SAM's weights come from no file."""
-    if buffer.is_meta:
+    if buffer is None or buffer.is_meta:
         return None
-    digest = bytes(buffer.tolist())
+    digest = bytes(buffer.flatten().to(torch.uint8).tolist())
     return digest.hex() if any(digest) else None
 
 

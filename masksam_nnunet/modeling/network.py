@@ -228,13 +228,13 @@ def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: 
     assert isinstance(network, MaskSAM)
     ours, saved = network.config.architecture, state.get(prefix + ARCHITECTURE)
     if saved is not None and saved.tolist() != _as_bytes(ours).tolist():
-        theirs = bytes(saved.tolist()).rstrip(b"\0").decode(errors="replace")
+        theirs = bytes(saved.flatten().to(torch.uint8).tolist()).rstrip(b"\0").decode(errors="replace")
         raise WeightsError(
             f"the checkpoint belongs to another network: it is for {theirs}; this one is for {ours}. Use the plans and "
             "configuration that it was trained with."
         )
     if is_lean(state, prefix):
-        sha256 = hash_in_hex(state[prefix + SHA256])
+        sha256 = hash_in_hex(state.get(prefix + SHA256))
         tensors = network.sam_tensors()
         if sha256 is None or network.sam_sha256() != sha256:
             tensors = from_file(network.config.sam, sha256, tensors)

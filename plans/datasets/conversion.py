@@ -79,8 +79,8 @@ def read_description(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], f
     """The content of a download's dataset.json, and its label values.
 
     Raises:
-        DataError: it is not the official one: it is missing, not JSON, lacks one of ``keys`` or has other labels than
-            ``{"0": "background", "1": NAME, ...}``.
+        DataError: it is not the official one: it is missing, is not JSON, has no value for one of ``keys``, or has
+            other labels than ``{"0": "background", "1": NAME, ...}``.
     """
     remedy = "unpack the download again"
     try:
@@ -234,9 +234,9 @@ def place(conversion: Conversion, dataset_id: int, raw: Path) -> Path:
         write_json(description, read_json(description) | more)
         os.replace(staging / name, raw / name)
     except OSError as error:
-        raise DataError(f"cannot write {raw / name}: {error}; nothing of it was kept") from error
+        raise DataError(f"cannot write {raw / name}: {error}; nothing was kept") from error
     except (AssertionError, RuntimeError, ValueError, LookupError) as error:  # raised by nnunetv2's converters
-        raise DataError(f"the conversion to {name} failed: {in_short(error)}; nothing of it was kept") from error
+        raise DataError(f"the conversion to {name} failed: {in_short(error)}; nothing was kept") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return raw / name

@@ -14,7 +14,7 @@ import typer
 from documented import ROOT
 
 from masksam_nnunet.cli import app as cli
-from masksam_nnunet.inference.docker import options as container
+from masksam_nnunet.inference.docker.__main__ import app as container
 
 OTHERS = ("pip", "python3", "git", "sbatch", "mkdir", ".")
 """Commands of other projects, whose arguments are not checked."""
@@ -42,7 +42,7 @@ def parse(words: Sequence[str]) -> None:
     elif name.startswith("nnUNetv2_"):
         _parse_nnunet(name, arguments)
     elif words[:3] == ["python", "-m", "masksam_nnunet.inference.docker"]:
-        _parse_click(typer.main.get_command(container.app), "docker", list(words[3:]))
+        _parse_click(typer.main.get_command(container), "docker", list(words[3:]))
     elif name == "make":
         if subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode:
             raise Refused(f"make {arguments}")

@@ -8,8 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer.main
 from documented import PAGES, ROOT, blocks, commands
 from parsers import Refused, parse
+
+from masksam_nnunet.inference.docker.__main__ import app as container
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])
@@ -55,7 +58,8 @@ def test_variables_are_those_of_the_code() -> None:
     files = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh"))
     code = "\n".join(path.read_text(encoding="utf-8") for path in files if "performance" not in path.parts)
     variable = re.compile(r"\bMASKSAM_[A-Z0-9_]+\b")
-    assert set(variable.findall("\n".join(PAGES.values()))) == set(variable.findall(code))
+    options = {name for option in typer.main.get_command(container).params if (name := option.envvar)}
+    assert set(variable.findall("\n".join(PAGES.values()))) == set(variable.findall(code)) | options
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from masksam_nnunet.inference.docker.options import IN_IMAGE, app
+from masksam_nnunet.inference.docker.__main__ import IN_IMAGE, app
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "inference" / "docker"
@@ -25,19 +25,11 @@ def arguments(name: str) -> list[str]:
     return [text for instruction, text in INSTRUCTIONS if instruction == name]
 
 
-def lint(text: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).parent / "hadolint"
-    return subprocess.run([program, "--failure-threshold", "style", "-"], input=text, capture_output=True, text=True)
-
-
 def test_hadolint_finds_nothing() -> None:
-    done = lint((FOLDER / "Dockerfile").read_text())
+    program = Path(sys.executable).parent / "hadolint"
+    command = [program, "--failure-threshold", "style", FOLDER / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def test_hadolint_finds_something_where_there_is_something() -> None:
-    done = lint("FROM python:latest\nRUN cd /x && pip install numpy\n")
-    assert done.returncode != 0 and "DL3007" in done.stdout
 
 
 def test_images_are_pinned_and_the_user_is_none_of_the_hosts() -> None:
@@ -101,7 +93,7 @@ def container(docker: Path, *words: object, **variables: str) -> tuple[subproces
 
 def test_script_builds(docker: Path, tmp_path: Path) -> None:
     (tmp_path / "my model").mkdir()
-    done, words = container(docker, "build", "my model", TIME_LIMIT="60", CHANNELS="t2,adc", TAG="other")
+    done, words = container(docker, "build", "my model", MIRRORING="false", CHANNELS="t2,adc", TAG="other")
     assert done.returncode == 0, done.stderr
     assert words[0] == "build" and words[-1] == str(ROOT)
     options = list(itertools.pairwise(words))
@@ -109,7 +101,7 @@ def test_script_builds(docker: Path, tmp_path: Path) -> None:
         ("--platform", "linux/amd64"),
         ("--file", str(FOLDER / "Dockerfile")),
         ("--tag", "other"),
-        ("--build-arg", "TIME_LIMIT=60"),
+        ("--build-arg", "MIRRORING=false"),
         ("--build-arg", "CHANNELS=t2,adc"),
         ("--target", "with-model"),
         ("--build-context", f"model={tmp_path / 'my model'}"),

@@ -29,7 +29,7 @@ FILE = "Task04_Hippocampus.tar"
 def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MASKSAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "_pause_seconds", lambda failures: 0.0)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     return nnunet_folders(tmp_path, monkeypatch)
 
 

@@ -265,12 +265,18 @@ DESCRIPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["check", "plan"])
 @pytest.mark.parametrize("defect", DESCRIPTIONS)
-def test_defects_of_dataset_json(raw: Path, defect: str, command: str) -> None:
+def test_defects_of_dataset_json(raw: Path, defect: str) -> None:
     spoil, said = DESCRIPTIONS[defect]
     spoil(raw)
-    assert said in refused(command)
+    assert said in refused()
+
+
+def test_all_defects_of_dataset_json_are_listed_and_planning_stops(raw: Path) -> None:
+    describe(raw, channel_names=["CT"], numTraining=-1, file_ending=".dcm", labels={"background": 0, "a": 2})
+    for command in ("check", "plan"):
+        message = refused(command)
+        assert all(key in message for key in ("channel_names", "numTraining", "file_ending", "labels"))
     assert not (raw.parents[1] / "nnUNet_preprocessed" / NAME / "MaskSAMPlans.json").exists()
 
 
