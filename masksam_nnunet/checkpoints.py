@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CheckpointError, MaskSAMError, in_short
+from .errors import CheckpointError, MaskSAMError
 
 # What makes numpy's scalars and arrays of numbers, as nnU-Net's logs hold them; under numpy 1 it had another address.
 _MAKERS: tuple[Any, ...] = (np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0])
@@ -59,8 +59,8 @@ def load_tensors(file: Path, kind: type[MaskSAMError]) -> Any:
         if refused := _refused(file, error):
             raise kind(f"refused {file}: loading it would run {refused}. Nothing was run") from error
         raise kind(
-            f"{file} cannot be read as a checkpoint ({in_short(error)}; {file.stat().st_size} bytes): it is damaged or "
-            "truncated; copy, fetch or train it again"
+            f"{file} cannot be read as a checkpoint ({type(error).__name__}; {file.stat().st_size} bytes): it is "
+            "damaged or truncated; copy, fetch or train it again"
         ) from error
 
 
