@@ -20,7 +20,7 @@ from . import tables
 from .pictures import draw_cases
 from .plots import draw_boxes, draw_curves, draw_differences
 from .results import METRICS, BenchmarkResults
-from .tables import Cell, Table
+from .tables import Bold, Table
 
 PAGE = "report.html"
 SCHEMA_VERSION = 2
@@ -153,13 +153,13 @@ def _table(table: Table) -> str:
         return "No rows were compared."
     width = len(table.heads)
     lines = [[escape(head) for head in table.heads], [":--", *["--:"] * (width - 1)]]
-    for title, group in table.groups:
+    for title, group in table.groups.items():
         if title:
             lines.append([f"**{escape(title)}**", *[""] * (width - 1)])
         lines += [[_cell(cell) for cell in line] for line in group]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _cell(cell: Cell) -> str:
-    text = f"**{escape(cell.text)}**" if cell.bold and cell.text else escape(cell.text)
-    return " ".join([text, *map(escape, cell.notes)])
+def _cell(cell: str) -> str:
+    first, *notes = map(escape, cell.split("\n"))
+    return " ".join([f"**{first}**" if isinstance(cell, Bold) and first else first, *notes])
