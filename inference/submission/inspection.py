@@ -12,11 +12,11 @@ import numpy as np
 import SimpleITK as sitk
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import UsageError, in_short
 from masksam_nnunet.plans.images import ImageGeometry, check_whole, in_threads, open_nifti
+from masksam_nnunet.plans.planning import find_dataset
 
 from .cases import expected_names, file_names, find_images, find_phases, find_predictions, match_labels, read_labels
 from .rules import ENDING, Rules, UnconfirmedRule, load_rules
@@ -85,10 +85,13 @@ def inspect(
 
     Raises:
         UsageError: an option is wrong, or a place that it names.
-        DataError: the labels, or ACDC's phases, are unknown.
+        DataError: there is no such dataset, or the labels or ACDC's phases are unknown.
     """
     title, general_notes, rules, unconfirmed = load_rules(challenge, override)
-    raw = _raw_dataset(dataset) if dataset is not None else None
+    raw = None
+    if dataset is not None:
+        name = find_dataset(dataset, ("nnUNet_raw",))
+        raw = Path(os.environ["nnUNet_raw"]) / name
     if images is None and raw is not None and (raw / "imagesTs").is_dir():
         images = raw / "imagesTs"
     files: list[SubmittedFile] = []
@@ -116,18 +119,6 @@ def inspect(
         for rule in unconfirmed
     )
     return Inspection(title, tuple(files), tuple(defects), tuple(dict.fromkeys(notes)), unconfirmed)
-
-
-def _raw_dataset(dataset: str) -> Path:
-    if not os.environ.get("nnUNet_raw"):
-        raise UsageError(f"-d {dataset}: nnUNet_raw is not set; export it")
-    try:
-        folder = Path(os.environ["nnUNet_raw"]) / str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"-d {dataset}: {' '.join(str(error).split())}") from error
-    if not folder.is_dir():
-        raise UsageError(f"-d {dataset}: there is no {folder}; give the dataset that was predicted")
-    return folder
 
 
 def _parts(folder: Path, rules: Rules, task: str | None) -> list[tuple[Path, Rules]]:
