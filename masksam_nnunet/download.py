@@ -109,6 +109,8 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _passes(target: Path, check: Callable[[Path, str], None]) -> bool:
+    if not target.is_file():
+        return False
     try:
         check(target, str(target))
     except MaskSAMError:

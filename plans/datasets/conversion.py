@@ -90,7 +90,7 @@ def read_description(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], f
                 raise ValueError(f"{key} is missing or not a list")
         labels = _LABELS.validate_python(content["labels"])
         if len(set(labels.values())) != len(labels) or labels.get("0") != "background":
-            raise ValueError(f'labels must be {{"0": "background", "1": NAME, ...}}, found {labels}')
+            raise ValueError(f'labels must be {{"0": "background", "1": NAME, ...}}, found {str(labels)[:100]}')
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be used: {in_short(error)}; unpack the download again") from error
     return content, frozenset(map(int, labels))

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import data as cli_datasets
 from masksam_nnunet.errors import DataError
+from masksam_nnunet.plans import datasets
 from masksam_nnunet.plans.datasets import convert
-from masksam_nnunet.plans.datasets import convert as convert_module
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_
         calls.append((kind, source, dataset_id, options))
         return tmp_path
 
-    monkeypatch.setattr(convert_module, "convert", convert)
+    monkeypatch.setattr(datasets, "convert", convert)
     for line in (
         "acdc a -d 1 --partial",
         "synapse s --dataset 2",
@@ -142,4 +142,4 @@ def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_
     for line in ("brats b -d 1", "acdc a", "acdc a -d 0", "acdc a -d x", "amos m -d 3 --modality mr", "acdc -d 1"):
         assert invoke("convert", *line.split()).exit_code == 2, line
     assert calls == []
-    assert all(name in invoke("convert", "--help").stdout for name in convert_module.READERS)
+    assert all(name in invoke("convert", "--help").stdout for name in datasets.READERS)

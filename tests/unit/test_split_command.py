@@ -87,7 +87,7 @@ def test_expressions_that_do_not_group(regex: str) -> None:
 
 def test_split(raw: Path) -> None:
     report = split_dataset(27, GROUP)
-    assert report.path == split_file(raw) and report.written and report.notes == ()
+    assert report.path == split_file(raw) and report.written and report.notes == []
     splits = json.loads(report.path.read_text())
     assert len(splits) == 5
     assert sorted(case for fold in splits for case in fold["val"]) == CASES
@@ -122,14 +122,14 @@ def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
 def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: Path) -> None:
     theirs = raw / "Dataset027_ACDC" / "splits_final.json"
     theirs.write_text(split_dataset(27, GROUP).path.read_text())
-    assert split_dataset(27, GROUP).notes == ()
+    assert split_dataset(27, GROUP).notes == []
     other = json.loads(theirs.read_text())[::-1]
     theirs.write_text(json.dumps(other))
     (note,) = split_dataset(27, GROUP).notes
     assert str(theirs) in note and "--force" in note
     assert json.loads(theirs.read_text()) == other
     report = split_dataset(27, GROUP, force=True)
-    assert report.written and report.notes == () and json.loads(theirs.read_text()) == other[::-1]
+    assert report.written and report.notes == [] and json.loads(theirs.read_text()) == other[::-1]
 
 
 def test_fewer_folds(raw: Path) -> None:
