@@ -28,6 +28,7 @@ from challenge_replicas import (
     nnunet_folders,
     volume,
 )
+from nnunet_workspace import SHARED
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from typer.testing import CliRunner, Result
@@ -590,3 +591,35 @@ def test_what_is_damaged_or_has_changed_is_not_kept(
     with pytest.raises(DataError, match=r"spleen_30\.nii\.gz"):
         package(found, out)
     assert not list(out.parent.iterdir())
+
+
+def test_real_label_maps(tmp_path: Path) -> None:
+    """True ACDC volumes posing as predictions; the ones at hand are training patients, which own rules allow."""
+    dataset = SHARED / "Dataset027_ACDC"
+    if not dataset.is_dir():
+        pytest.skip(f"no real volumes in {dataset}")
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
+    raw, predictions = tmp_path / "Dataset027_ACDC", tmp_path / "predictions"
+    raw.mkdir()
+    predictions.mkdir()
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).symlink_to(dataset / folder)
+    frames = {case: "ED" if case.endswith("_frame01") else "ES" for case in cases}  # true of these patients
+    (raw / "frames.json").write_text(json.dumps(frames))
+    for case in cases:
+        (predictions / f"{case}.nii.gz").symlink_to(dataset / "labelsTr" / f"{case}.nii.gz")
+    (predictions / "dataset.json").symlink_to(dataset / "dataset.json")
+
+    refused = submit("acdc", predictions, "--check", "--images", raw / "imagesTr")
+    assert refused.exit_code == 1
+    assert "patient001_frame01.nii.gz" in refused.stderr
+    rules, out = tmp_path / "rules.json", tmp_path / "acdc.zip"
+    rules.write_text('{"expected": null, "counts": [40]}')
+    result = submit("acdc", predictions, "--out", out, "--images", raw / "imagesTr", "--rules", rules)
+    assert result.exit_code == 0, result.output
+    members = unpack(out, tmp_path / "u")
+    assert len(members) == len(cases) == 40
+    for case in cases:
+        name = f"{case.split('_')[0]}_{frames[case]}.nii.gz"
+        assert np.array_equal(volume(tmp_path / "u" / name)[0], volume(dataset / "labelsTr" / f"{case}.nii.gz")[0])
+        same_place(tmp_path / "u" / name, dataset / "imagesTr" / f"{case}_0000.nii.gz")
