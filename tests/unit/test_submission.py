@@ -282,22 +282,15 @@ def moved(path: Path) -> None:
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to spleen_11, what the defect holds
     "missing case": (lambda p: p.unlink(), "spleen_11.nii.gz: "),
     "stray file": (lambda p: (p.parent / "notes.txt").touch(), "notes.txt: "),
-    "stray folder": (lambda p: (p.parent / "old").mkdir(), "old: "),
     "stray case": (lambda p: shutil.copy(p, p.with_name("spleen_99.nii.gz")), "spleen_99.nii.gz: "),
     "foreign name": (lambda p: shutil.copy(p, p.with_name("liver_11.nii.gz")), "liver_11.nii.gz: "),
     "wrong label": (with_value(2, np.uint8), "spleen_11.nii.gz: holds the labels 2"),
-    "negative label": (with_value(-1, np.int16), "spleen_11.nii.gz: holds the labels -1"),
     "label beyond the type": (with_value(257, np.int32), "spleen_11.nii.gz: holds the labels 257"),
     "not whole": (with_value(0.5), "spleen_11.nii.gz: .* 1 voxels .*0.5"),
     "nearly whole": (with_value(0.999), "spleen_11.nii.gz: .* 1 voxels .*0.999"),
     "NaN": (with_value(np.nan), "spleen_11.nii.gz: .* 1 voxels .*nan"),
-    "complex numbers": (with_value(1, np.complex64), "spleen_11.nii.gz: .*complex64"),
     "other shape": (lambda p: rewrite(p, lambda v: v[:, :-1]), r"spleen_11.nii.gz: shape \(5, 5, 7\).*\(5, 6, 7\)"),
     "other origin": (moved, r"spleen_11.nii.gz: origin \(5, 0, 0\).*\(0, 0, 0\)"),
-    "other spacing": (
-        lambda p: rewrite(p, lambda v: v, np.diag([9.0, 1.5, 2, 1])),
-        r"spleen_11.nii.gz: spacing \(9, 1.5, 2\).*\(3, 1.5, 2\)",
-    ),
     "other direction": (
         lambda p: rewrite(p, lambda v: v, np.diag([3, -1.5, 2, 1])), "spleen_11.nii.gz: direction"
     ),
@@ -305,9 +298,6 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
     "half a NIfTI file in a whole gzip file": (
         lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-50])),
         "spleen_11.nii.gz: cannot be read.*512 bytes",
-    ),
-    "dangling link": (
-        lambda p: (p.unlink(), p.symlink_to(p.parent / "moved away")), "spleen_11.nii.gz: cannot be read"
     ),
     "wrong extension": (lambda p: p.rename(p.with_suffix("")), "spleen_11.nii: "),
     "two formats": (
@@ -453,12 +443,9 @@ def test_other_descriptions(spleens: Path, tmp_path: Path) -> None:
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_offers_the_challenges_whose_rules_are_known() -> None:
-    assert tuple(Challenge) == CHALLENGES
-
-
 @pytest.mark.parametrize("name", CHALLENGES)
 def test_every_unconfirmed_rule_has_its_source(name: str) -> None:
+    assert name in tuple(Challenge)
     challenge = load_rules(name)
     assert {rule.name for rule in challenge.unconfirmed} >= {"dtype"}
     assert all(rule.source and hasattr(challenge.rules, rule.name) for rule in challenge.unconfirmed)
@@ -492,20 +479,14 @@ def test_own_rules(spleens: Path, tmp_path: Path) -> None:
     [
         ("amos", "{", "JSON|double quotes"),
         ("amos", '{"folders": "x"}', "folders"),
-        ("amos", '{"tasks": {}}', "tasks"),
         ("amos", '{"folder": "../x"}', r"folder '\.\./x'"),
-        ("amos", '{"folder": "{task}"}', "folder '{task}'"),
         ("amos", '{"file_name": "x.nii"}', r"file_name 'x\.nii'"),
         ("amos", '{"file_name": "{id}.nii.gz"}', "file_name .*'id'"),
-        ("amos", '{"file_name": "{.nii.gz"}', r"'{\.nii\.gz'"),
         ("amos", '{"case": "("}', r"case '\('"),
         ("amos", '{"labels": {"background": 0, "a": 1, "b": 1}}', "labels .*'b': 1"),
         ("amos", '{"labels": {"background": 0, "a": 256}}', "256.*uint8"),
-        ("amos", '{"counts": [0]}', "counts.0 0"),
         ("amos", '{"expected": {"case": ["a"]}}', r"expected .*'case'.*'number'"),
-        ("amos", '{"all_labels": 1}', "all_labels 1"),
         ("amos", '{"folder": 1, "dtype": "float64"}', "folder 1.*dtype 'float64'"),
-        ("msd", '{"tasks": {"Task09_Spleen": {"label": {}}}}', "Task09_Spleen.label"),
         ("msd", '{"tasks": {"Task11_New": {"case": "x"}}}', "Task11_New.labels"),
     ],
 )
