@@ -68,9 +68,10 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
     maps = {"uncertainty (entropy)": images.entropy}
     if images.disagreement is not None:
         maps["disagreement of folds"] = images.disagreement
-    panels = {"image": None, "label": images.label, "result": images.result}
-    if images.label is None:
-        del panels["label"]
+    panels: dict[str, NDArray[Any] | None] = {"image": None}
+    if images.label is not None:
+        panels["label"] = images.label
+    panels["result"] = images.result
     figure, axes = grid(1, len(panels) + len(maps), images.image.shape, images.aspect)
     figure.set_layout_engine("compressed")  # panels of one size beside the colour bar
     for ax, (title, values) in zip(axes[0], panels.items(), strict=False):
@@ -78,8 +79,8 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
         ax.set_title(title, fontsize=10)
         if values is not None:
             overlay(ax, values, classes)
-        if title == "label" and classes.ignore_label is not None:
-            hatch(ax, images.label == classes.ignore_label, _NEUTRAL)
+            if title == "label" and classes.ignore_label is not None:
+                hatch(ax, values == classes.ignore_label, _NEUTRAL)
     for edge, letter in picture_edges(images.directions).items() if images.directions else ():
         x, y = {"top": (0.5, 0.99), "bottom": (0.5, 0.01), "left": (0.01, 0.5), "right": (0.99, 0.5)}[edge]
         horizontal, vertical = (edge, "center") if edge in ("left", "right") else ("center", edge)
