@@ -9,7 +9,7 @@ import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,7 @@ from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.label_maps import Classes
 
+from .definition import Benchmark
 from .results import Method
 
 _FAILURES = (
@@ -36,17 +37,11 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Combined:
-    """Predictions for all validation cases of all folds, by one method or an ensemble of two.
-
-    Attributes:
-        members: the methods.
-        folder: one label map for each case, nnU-Net's summary.json, and the folder of the post-processed ones.
-        best: whether nnU-Net's find_best_configuration chose it.
-    """
+    """Predictions for all validation cases of all folds, by one method or an ensemble of two."""
 
     members: tuple[Method, ...]
-    folder: Path
-    best: bool = False
+    folder: Path  # one label map for each case, nnU-Net's summary.json, and the folder of the post-processed ones
+    best: bool = False  # whether nnU-Net's find_best_configuration chose it
 
     @property
     def postprocessed(self) -> Path:
@@ -75,66 +70,46 @@ def _labels(label: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(label) if isinstance(label, Sequence) else (int(label),)
 
 
-def combine(
-    methods: Sequence[Method],
-    results: Path,
-    truths: Path,
-    folds: Sequence[int],
-    ensembles: bool,
-    processes: int,
-    log: Path,
-    stamp_file: Path,
-) -> list[Combined]:
+def combine(benchmark: Benchmark, log: Path, stamp_file: Path) -> list[Combined]:
     """Combine the folds of each method, and of all pairs if wanted, each with nnU-Net's post-processing.
 
     Args:
-        methods: all trained and validated in ``folds``, with probabilities (``--npz``) if they are ensembled.
-        results: the dataset's folder in nnUNet_results.
-        truths: gt_segmentations in nnUNet_preprocessed.
-        folds: of the cross-validation.
-        ensembles: whether to ensemble pairs.
-        processes: workers.
+        benchmark: all folds are trained and validated, with probabilities (``--npz``) if methods are ensembled.
         log: file for what nnU-Net prints.
         stamp_file: remembers what was combined; the work is repeated only if a prediction or a truth has changed.
 
     Raises:
         DataError: nnU-Net's functions fail.
     """
-    folds = tuple(folds)
-    models = {method: results / method.key for method in methods}
+    results, folds = benchmark.results, tuple(benchmark.folds)
+    truths = benchmark.preprocessed / "gt_segmentations"
+    models = {method: results / method.key for method in benchmark.methods}
     merged = f"crossval_results_folds_{folds_tuple_to_string(folds)}"
     combined = [Combined((method,), model / merged) for method, model in models.items()]
-    for a, b in combinations(methods, 2) if ensembles else ():
+    for a, b in combinations(models, 2) if benchmark.ensembles else ():
         name = get_ensemble_name(str(models[a]), str(models[b]), folds)
         combined.append(Combined((a, b), results / "ensembles" / name))
 
-    stamp = _stamp([truths, *(m / f"fold_{fold}" / "validation" for m in models.values() for fold in folds)], ensembles)
-    remembered = read_or_empty(stamp_file)
-    best = remembered.get("best")
-    if remembered.get("stamp") != stamp or any(not (c.folder / "postprocessing.json").is_file() for c in combined):
+    folders = [truths, *(model / f"fold_{fold}" / "validation" for model in models.values() for fold in folds)]
+    stamp = stamp_of([file for folder in folders for file in sorted(folder.iterdir())], benchmark.ensembles)
+    remembered = read_stamped(stamp_file, stamp)
+    if remembered is None or any(not (part.folder / "postprocessing.json").is_file() for part in combined):
         stamp_file.unlink(missing_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
             try:
-                best = _run_nnunet(results.name, combined, truths, ensembles, processes, folds)
+                remembered = {"stamp": stamp, "best": _run_nnunet(benchmark, combined, truths)}
             except _FAILURES as error:
                 raise DataError(
                     f"nnU-Net could not put the cross-validation together: {type(error).__name__}: {error}; see {log}. "
                     "Remove a damaged file of a fold's validation, and run masksam benchmark again to validate that "
                     "fold; trained folds are kept"
                 ) from error
-        write_json(stamp_file, {"stamp": stamp, "best": best})
-    return [replace(part, best=str(part.folder) == best) for part in combined]
+        write_json(stamp_file, remembered)
+    return [replace(part, best=str(part.folder) == remembered["best"]) for part in combined]
 
 
-def _run_nnunet(
-    dataset: str,
-    combined: Sequence[Combined],
-    truths: Path,
-    ensembles: bool,
-    processes: int,
-    folds: tuple[int, ...],
-) -> str | None:
+def _run_nnunet(benchmark: Benchmark, combined: Sequence[Combined], truths: Path) -> str | None:
     """Fill the folders; return the one that nnU-Net chooses.
 
     It chooses none where a class is in no case: its mean Dice is then NaN, and find_best_configuration fails after it
@@ -142,48 +117,40 @@ def _run_nnunet(
     """
     for part in combined:
         shutil.rmtree(part.folder, ignore_errors=True)  # nnU-Net leaves an ensemble's old files there
-    methods = [part.members[0] for part in combined if len(part.members) == 1]
-    models = [{"plans": m.plans, "configuration": m.configuration, "trainer": m.trainer} for m in methods]
-    best = None
+    models = [{"plans": m.plans, "configuration": m.configuration, "trainer": m.trainer} for m in benchmark.methods]
+    processes, best = benchmark.processes, None
     try:
         found = find_best_configuration(
-            dataset, models, allow_ensembling=ensembles, num_processes=processes, overwrite=True, folds=folds
+            benchmark.results.name,
+            models,
+            allow_ensembling=benchmark.ensembles,
+            num_processes=processes,
+            overwrite=True,
+            folds=tuple(benchmark.folds),
         )
         best = str(Path(found["best_model_or_ensemble"]["postprocessing_file"]).parent)
     except IndexError:
         if any(not (part.folder / "summary.json").is_file() for part in combined):
             raise
-    for part in combined:
-        if str(part.folder) != best:  # nnU-Net has post-processed its choice
-            determine_postprocessing(
-                str(part.folder),
-                str(truths),
-                str(part.folder / "plans.json"),
-                str(part.folder / "dataset.json"),
-                processes,
-                keep_postprocessed_files=True,
-            )
+    for folder in (part.folder for part in combined if str(part.folder) != best):  # that one is post-processed
+        plans, description = str(folder / "plans.json"), str(folder / "dataset.json")
+        determine_postprocessing(str(folder), str(truths), plans, description, processes, keep_postprocessed_files=True)
     return best
 
 
-def read_or_empty(file: Path) -> Mapping[str, Any]:
-    """The content of a JSON file that remembers what was done; empty where it is missing or damaged."""
+def stamp_of(files: Sequence[Path], *settings: object) -> str:
+    """A text that changes with any of these files, by size and time of change, and with the settings."""
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(repr((settings, states)).encode()).hexdigest()
+
+
+def read_stamped(file: Path, stamp: str) -> dict[str, Any] | None:
+    """The content of a JSON file; None where it is missing, damaged or has another ``stamp``."""
     try:
         content = read_json(file)
     except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _stamp(folders: Iterable[Path], ensembles: bool) -> str:
-    """Changes with every file of these folders."""
-    digest = hashlib.sha256(f"{ensembles}".encode())
-    for folder in folders:
-        for file in sorted(folder.iterdir()):
-            if file.is_file():
-                status = file.stat()
-                digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+        return None
+    return content if isinstance(content, dict) and content.get("stamp") == stamp else None
 
 
 def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json: Mapping[str, Any]) -> None:
@@ -201,14 +168,12 @@ def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json:
     ending = str(dataset_json["file_ending"])
     try:
         summary = load_summary_json(str(summary_json))
-        described = {
+        metrics = {
             Path(e["prediction_file"]).name.removesuffix(ending): e["metrics"] for e in summary["metric_per_case"]
         }
-        described["mean over cases"] = summary["mean"]
+        metrics["mean over cases"] = summary["mean"]
         theirs = {
-            (case, names[_labels(label)]): scored["Dice"]
-            for case, metrics in described.items()
-            for label, scored in metrics.items()
+            (case, names[_labels(key)]): of["Dice"] for case, found in metrics.items() for key, of in found.items()
         }
         theirs["mean over cases", "all classes"] = summary["foreground_mean"]["Dice"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -216,10 +181,9 @@ def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json:
             f"{summary_json} is missing or not nnU-Net's summary of this dataset ({error!r}); score the folder again "
             "with nnUNetv2_evaluate_folder"
         ) from error
-    dice = scores[scores["metric"] == "dice"]
-    means = dice.groupby("class")["value"].mean()
-    ours = dict(zip(zip(dice["case"], dice["class"], strict=True), dice["value"], strict=True))
-    ours |= {("mean over cases", name): value for name, value in means.items()}
+    dice = scores[scores["metric"] == "dice"].set_index(["case", "class"])["value"]
+    means = dice.groupby("class").mean()
+    ours = {**dice, **{("mean over cases", name): value for name, value in means.items()}}
     ours["mean over cases", "all classes"] = means.mean(skipna=False)
     if others := sorted(f"{case}, {name}" for case, name in ours.keys() ^ theirs.keys()):
         raise DataError(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -30,7 +29,7 @@ from .definition import Benchmark
 from .folds import read_fold_compute
 from .pictures import choose_cases
 from .report import write_report
-from .results import BenchmarkResults, Kind, Method, Row, is_masksam, joint_name, row_names
+from .results import COLUMNS, BenchmarkResults, Kind, Method, Row, is_masksam, joint_name, row_names
 from .test_set import score_test_set
 
 
@@ -75,20 +74,22 @@ def evaluate(
 
     with _naming_faults(partial(faulty_prediction, methods, cases, results, truths, dataset_json)):
         with console.status("combining folds with nnU-Net's find_best_configuration and post-processing"):
-            log = out / "logs" / "evaluation.log"
-            combined = combine(methods, results, truths, folds, benchmark.ensembles, processes, log, stamp_file)
+            combined = combine(benchmark, out / "logs" / "evaluation.log", stamp_file)
         rows, postprocessing, best = _rows(combined, row_names(methods), classes)
         tolerance = scoring.default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in names)
         tables = []
         for row in rows:
             with console.status(f"scoring {row.name}"):
                 found = scoring.score_folder(row.predictions, truths, dataset_json, names, tolerance, processes)
-                _check(found, row.predictions, dataset_json, stamp_file)
+                try:
+                    check_against_nnunet(found, row.predictions / "summary.json", dataset_json)
+                except DataError:
+                    stamp_file.unlink(missing_ok=True)  # the next run lets nnU-Net combine and score the folds again
+                    raise
                 tables.append(found.assign(method=row.name, kind=row.kind))
     scores = pd.concat(tables, ignore_index=True)
-    scores["fold"] = scores["case"].map({case: fold for fold, names in cases.items() for case in names})
-    scores["patient"] = scores["case"].map(patient)
-    scores = scores[["method", "kind", "fold", "patient", "case", "class", "metric", "value"]]
+    fold_of = {case: fold for fold, names in cases.items() for case in names}
+    scores = scores.assign(fold=scores["case"].map(fold_of), patient=scores["case"].map(patient))[list(COLUMNS)]
 
     with console.status("predicting and scoring the test set"):
         test_set, more = score_test_set(benchmark, raw, dataset_json, out / "test_set", tolerance)
@@ -161,14 +162,6 @@ def _rows(
         f"component is kept of: {'; '.join(chosen)}."
     )
     return rows, text, best
-
-
-def _check(scores: pd.DataFrame, folder: Path, dataset_json: Mapping[str, Any], stamp_file: Path) -> None:
-    try:
-        check_against_nnunet(scores, folder / "summary.json", dataset_json)
-    except DataError:
-        stamp_file.unlink(missing_ok=True)  # the next run lets nnU-Net combine and score the folds again
-        raise
 
 
 def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes: Classes) -> tuple[Picture, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.report.figures import LINE_STYLES, png, wrapped
 from masksam_nnunet.inference.report.html import Picture
 
@@ -26,6 +28,7 @@ BETTER, WORSE, EQUAL = METHOD_COLOURS[1], METHOD_COLOURS[2], METHOD_COLOURS[0]
 _WIDTH = 11.0
 _PANELS_IN_LINE = 4
 _LOSSES_IN_FIGURE = 3
+_PROGRESS = {"hours": "hours of training", "epoch": "epochs"}
 
 
 def looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
@@ -44,47 +47,39 @@ def looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
 
 def draw_boxes(results: BenchmarkResults) -> list[Picture]:
     """Box plots of every metric, and of the Dice of every class, one box for each row."""
-    values = averaged(results.scores)
+    panels = {key: table for key, table in averaged(results.scores).groupby(["metric", "class"])}
     how = (
         "Each dot is a case. Boxes span the quartiles with the median as a line, the diamond is the mean, whiskers "
         "reach the last case within 1.5 box lengths. Undefined scores are left out."
     )
-    means, by_class = values[values["class"] == MEAN], values[values["class"] != MEAN]
-    panels = [
-        (metric, f"{style.heading} {style.arrow}", _of(means, "metric", metric)) for metric, style in METRICS.items()
-    ]
-    pictures = [Picture("Scores of all cases", f"Means over classes within each case. {how}", _boxes(results, panels))]
+    means = {metric.directed: (name, panels[name, MEAN]) for name, metric in METRICS.items()}
+    pictures = [Picture("Scores of all cases", f"Means over classes within each case. {how}", _boxes(results, means))]
     if len(results.classes) > 1:
-        dice = _of(by_class, "metric", "dice")
-        panels = [("dice", wrapped(name, 24, 2), _of(dice, "class", name)) for name in results.classes]
-        pictures.append(Picture("Dice by class", how, _boxes(results, panels)))
+        dice = {wrapped(name, 24, 2): ("dice", panels["dice", name]) for name in results.classes}
+        pictures.append(Picture("Dice by class", how, _boxes(results, dice)))
     return pictures
 
 
-def _of(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    return table[table[column] == value]
-
-
-def _boxes(results: BenchmarkResults, panels: Sequence[tuple[str, str, pd.DataFrame]]) -> bytes:
+def _boxes(results: BenchmarkResults, panels: Mapping[str, tuple[str, pd.DataFrame]]) -> bytes:
     names = [row.name for row in results.rows]
-    palette = {name: colour for name, (colour, _) in looks(results.rows).items()}
     columns = min(len(panels), _PANELS_IN_LINE)
     lines = math.ceil(len(panels) / columns)
     figure, axes = _panels(lines, columns, lines * (0.42 * len(names) + 0.75), sharey=True)
-    for ax, (metric, title, table) in zip(axes.flat, panels, strict=False):
-        style = {"data": table, "x": "value", "y": "method", "order": names, "hue": "method", "hue_order": names}
-        style |= {"palette": palette, "legend": False, "ax": ax}
-        mean = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": "black"}
-        if table["value"].notna().any():  # seaborn draws no empty boxes
-            sns.stripplot(**style, size=2.2, alpha=0.45, jitter=0.2)
+    shared = {"x": "value", "y": "method", "order": names, "hue": "method", "hue_order": names, "legend": False}
+    shared |= {"palette": {name: colour for name, (colour, _) in looks(results.rows).items()}}
+    shape = {"fill": False, "width": 0.62, "linewidth": 1.1, "showfliers": False, "showmeans": True}
+    mean = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": "black"}
+    for ax, (title, (metric, table)) in zip(axes.flat, panels.items(), strict=False):
+        defined = table.groupby("method")["value"].count()
+        if defined.any():  # seaborn draws no empty boxes
+            sns.stripplot(table, **shared, ax=ax, size=2.2, alpha=0.45, jitter=0.2)
             with warnings.catch_warnings():  # seaborn passes an argument that matplotlib deprecates
                 warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
-                shape = {"fill": False, "width": 0.62, "linewidth": 1.1, "showfliers": False}
-                sns.boxplot(**style, **shape, showmeans=True, meanprops=mean)
+                sns.boxplot(table, **shared, ax=ax, **shape, meanprops=mean)
         ax.set(title=title, xlabel="", ylabel="")
         _scale(ax, metric, table["value"].dropna())
         for place, name in enumerate(names):
-            if table.loc[table["method"] == name, "value"].isna().all():
+            if not defined[name]:
                 where = ax.get_yaxis_transform()
                 ax.text(0.5, place, "undefined in all cases", transform=where, fontsize=7, ha="center", va="center")
     axes[0, 0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
@@ -97,7 +92,7 @@ def _scale(ax: Axes, metric: str, values: pd.Series[float]) -> None:
     """Shares end at 1; lengths and volumes start at 0, on a symmetric logarithm where they spread over decades."""
     if values.empty:
         return
-    if not METRICS[metric].unit:
+    if METRICS[metric].larger_is_better:
         ax.set_xlim(max(math.floor(values.min() * 10 - 1e-9) / 10, 0.0) - 0.02, 1.01)
         return
     if values.max() > 30 * values.median() > 0:
@@ -124,25 +119,24 @@ def draw_differences(results: BenchmarkResults) -> list[Picture]:
 
 def _differences(results: BenchmarkResults, a: str, b: str) -> bytes:
     figure, axes = _panels(1, len(METRICS), 2.7)
-    for ax, (metric, style) in zip(axes.flat, METRICS.items(), strict=True):
-        ax.set(title=style.heading, xticks=[])
-        found = differences_of(results.scores, metric, a, b).sort_values().to_numpy()
+    for ax, (name, metric) in zip(axes.flat, METRICS.items(), strict=True):
+        ax.set(title=metric.heading, xticks=[])
+        found = differences_of(results.scores, name, a, b).sort_values().to_numpy()
         if not len(found):
             ax.text(0.5, 0.5, "no case where both are defined", transform=ax.transAxes, fontsize=8, ha="center")
             ax.set_yticks([])
             continue
-        good = found > 0 if style.larger_is_better else found < 0
-        colours = np.where(found == 0, EQUAL, np.where(good, BETTER, WORSE)).tolist()
+        gains = np.sign(found) * (1 if metric.larger_is_better else -1)
+        colours = np.choose(gains.astype(int) + 1, (WORSE, EQUAL, BETTER)).tolist()
         places = np.arange(len(found))
         ax.vlines(places, 0, found, colors=colours, linewidth=min(1.6, 160 / len(found)))
         ax.scatter(places, found, s=7, c=colours, linewidths=0, zorder=3)
         ax.axhline(0, color="black", lw=0.8)
         ax.axhline(found.mean(), color="black", lw=1.1, ls="dashed")
-        compared = results.comparisons.set_index(["metric", "class", "a", "b"]).loc[(metric, MEAN, a, b)]
+        compared = results.comparisons.set_index(["metric", "class", "a", "b"]).loc[(name, MEAN, a, b)]
         if not math.isnan(compared["low"]):
             ax.axhspan(compared["low"], compared["high"], color="black", alpha=0.12, lw=0)
-        better, worse = int(good.sum()), int((found != 0).sum() - good.sum())
-        ax.set_xlabel(f"better in {better}, worse in {worse}, of {len(found)}")
+        ax.set_xlabel(f"better in {(gains > 0).sum()}, worse in {(gains < 0).sum()}, of {len(found)}")
     axes[0, 0].set_ylabel("difference")
     return _tidy_png(figure)
 
@@ -161,56 +155,41 @@ def differences_of(scores: pd.DataFrame, metric: str, a: str, b: str) -> pd.Seri
 def draw_curves(results: BenchmarkResults) -> list[Picture]:
     """Pseudo Dice of all methods, then the losses of each, over hours and over epochs."""
     lines = "Thin: a line for each fold; thick: their mean, over the epochs that every fold has."
-    curves, style = curves_of(results), looks(results.rows)
-    if curves.empty:
+    curves = {name: _curves(folds) for name, folds in results.histories.items()}
+    if not curves:
         return []
+    style, names = looks(results.rows), list(curves)
     figure, axes = _panels(1, 2, 3.6, sharey=True)
-    for ax, x in zip(axes.flat, ("hours", "epoch"), strict=True):
-        for name, table in curves.groupby("method", sort=False):
-            colour, line = style[name]
-            _curve(ax, table, x, "pseudo_dice", colour, line, wrapped(name, 44, 2))
+    for ax, x in zip(axes.flat, _PROGRESS, strict=True):
+        for name, table in curves.items():
+            _curve(ax, table, x, "pseudo_dice", *style[name], wrapped(name, 44, 2))
         ax.set(title="Pseudo-Dice on validation patches", ylim=(0, 1))
     axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
     about = f"nnU-Net's estimate on random validation patches, once an epoch. {lines}"
     pictures = [Picture("Dice during training", about, _tidy_png(figure))]
-    names = list(curves["method"].unique())
+    about = f"{lines} Losses of different methods are not comparable: each trains with its own."
     for start in range(0, len(names), _LOSSES_IN_FIGURE):
         part = names[start : start + _LOSSES_IN_FIGURE]
         figure, axes = _panels(len(part), 2, 2.8 * len(part), sharey="row")
         for name, panes in zip(part, axes, strict=True):
-            for ax, x in zip(panes, ("hours", "epoch"), strict=True):
-                table = _of(curves, "method", name)
-                _curve(ax, table, x, "train_loss", style[name][0], "solid", "training")
-                _curve(ax, table, x, "val_loss", "black", "dashed", "validation")
+            for ax, x in zip(panes, _PROGRESS, strict=True):
+                _curve(ax, curves[name], x, "train_loss", style[name][0], "solid", "training")
+                _curve(ax, curves[name], x, "val_loss", "black", "dashed", "validation")
                 ax.set_title(f"Losses of {wrapped(name, 60, 1)}")
             panes[1].legend(frameon=False, fontsize=8)
-        about = f"{lines} Losses of different methods are not comparable: each trains with its own."
         pictures.append(Picture("Losses", about, _tidy_png(figure)))
     return pictures
 
 
-def curves_of(results: BenchmarkResults) -> pd.DataFrame:
-    """The histories as a table: ``method, fold, epoch, hours, train_loss, val_loss, pseudo_dice``."""
-    tables = [
-        pd.DataFrame(
-            {
-                "method": name,
-                "fold": fold,
-                "epoch": np.arange(1, len(history.seconds) + 1),
-                "hours": np.asarray(history.seconds) / 3600,
-                "train_loss": history.train_loss,
-                "val_loss": history.val_loss,
-                "pseudo_dice": history.pseudo_dice,
-            }
-        )
-        for name, folds in results.histories.items()
-        for fold, history in folds.items()
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["method"])
+def _curves(folds: Mapping[int, History]) -> pd.DataFrame:
+    """The histories of a method as a table: ``fold, epoch, hours, train_loss, val_loss, pseudo_dice``."""
+    tables = {fold: pd.DataFrame(asdict(history)) for fold, history in folds.items()}
+    table = pd.concat(tables, names=["fold", "epoch"]).reset_index()
+    return table.assign(epoch=table["epoch"] + 1, hours=table["seconds"] / 3600)
 
 
 def _curve(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: str, line: str, label: str) -> None:
-    ax.set_xlabel("hours of training" if x == "hours" else "epochs")
+    ax.set_xlabel(_PROGRESS[x])
     defined = table.dropna(subset=y)
     for _, fold in defined.groupby("fold"):
         ax.plot(fold[x], fold[y], color=colour, ls=line, lw=0.6, alpha=0.45)

@@ -1,8 +1,7 @@
 """What a benchmark finds: one long table of scores, what statistics make of it, and what the trainings took.
 
-The table of scores has the columns ``method, kind, fold, patient, case, class, metric, value``, one line for each
-value, which is NaN where the metric is undefined. ``method`` is the name of a :class:`Row`. Tables, plots, CSV files
-and comparisons are all derived from it.
+The table of scores has the columns :data:`COLUMNS`, one line for each value, which is NaN where the metric is
+undefined. ``method`` is the name of a :class:`Row`. Tables, plots, CSV files and comparisons are all derived from it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from masksam_nnunet.inference.methods import Method
 
@@ -21,93 +20,63 @@ if TYPE_CHECKING:  # a process that only waits for a training needs none of thes
     from masksam_nnunet.inference.history import History
     from masksam_nnunet.inference.report.html import Picture
 
+COLUMNS = ("method", "kind", "fold", "patient", "case", "class", "metric", "value")
 Kind = Literal["method", "ensemble", "postprocessed"]
 
 MEAN = "mean over classes"
 """Stands in a column ``class`` for the mean over the classes where a metric is defined, taken within each case."""
 
 
-@dataclass(frozen=True)
-class MetricStyle:
+class Metric(NamedTuple):
     """How a metric is named and printed, and whether larger values are better."""
 
-    title: str
-    unit: str
+    heading: str
     digits: int
     larger_is_better: bool
 
     @property
-    def heading(self) -> str:
-        """The title with its unit."""
-        return f"{self.title} [{self.unit}]" if self.unit else self.title
-
-    @property
-    def arrow(self) -> str:
-        """Which direction is better."""
-        return "↑" if self.larger_is_better else "↓"
+    def directed(self) -> str:
+        """The heading with an arrow towards better values."""
+        return f"{self.heading} {'↑' if self.larger_is_better else '↓'}"
 
 
-METRICS: Mapping[str, MetricStyle] = {
-    "dice": MetricStyle("Dice", "", 3, True),
-    "hd95_mm": MetricStyle("HD95", "mm", 2, False),
-    "surface_dice": MetricStyle("Surface Dice", "", 3, True),
-    "volume_error_ml": MetricStyle("Absolute volume error", "ml", 2, False),
+METRICS: Mapping[str, Metric] = {
+    "dice": Metric("Dice", 3, True),
+    "hd95_mm": Metric("HD95 [mm]", 2, False),
+    "surface_dice": Metric("Surface Dice", 3, True),
+    "volume_error_ml": Metric("Absolute volume error [ml]", 2, False),
 }
 """The metrics that are averaged and compared, by their name in the table of scores."""
 
 
 @dataclass(frozen=True)
 class FoldCompute:
-    """What the training of one fold took; None where it was not recorded.
-
-    Attributes:
-        fold: its number.
-        seconds: of training, without validation and without work that an interruption lost.
-        peak_memory_mib: of what ``peak_memory_of`` names.
-        peak_memory_of: GPU allocations, or the process.
-        device: that trained.
-        iterations: optimizer steps.
-        epochs: of nnU-Net's loop.
-        parameters: of the network.
-        trainable_parameters: those that were trained.
-        checkpoint_bytes: size of checkpoint_final.pth.
-        resumed: how often the training continued after an interruption.
-        git_hash: of this package's checkout; several with ``then`` between them.
-        wall_seconds: from each start to the validation or the interruption, loading included.
-        versions: of the packages that trained; several with ``then`` between them.
-    """
+    """What the training of one fold took; None where it was not recorded."""
 
     fold: int
-    seconds: float | None
+    seconds: float | None  # of training, without validation and without work that an interruption lost
     peak_memory_mib: float | None
-    peak_memory_of: str
+    peak_memory_of: str  # GPU allocations, or the process
     device: str
-    iterations: int | None
-    epochs: int | None
+    iterations: int | None  # optimizer steps
+    epochs: int | None  # of nnU-Net's loop
     parameters: int | None
     trainable_parameters: int | None
-    checkpoint_bytes: int
-    resumed: int
-    git_hash: str | None
-    wall_seconds: float | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
+    checkpoint_bytes: int  # of checkpoint_final.pth
+    resumed: int  # how often the training continued after an interruption
+    git_hash: str | None  # of this package's checkout; several with "then" between them
+    wall_seconds: float | None = None  # from each start to the validation or the interruption, loading included
+    versions: Mapping[str, str] = field(default_factory=dict)  # of packages; several with "then" between them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the tables: a method, an ensemble of methods, or one of these with nnU-Net's post-processing.
+    """One row of the tables: a method, an ensemble of methods, or one of these with nnU-Net's post-processing."""
 
-    Attributes:
-        name: for people, unique; the column ``method`` of the table of scores.
-        kind: which of the three.
-        members: the trained methods.
-        predictions: the folder of the scored label maps, one file for each case.
-    """
-
-    name: str
+    name: str  # for people, unique; the column ``method`` of the table of scores
     kind: Kind
-    members: tuple[Method, ...]
-    predictions: Path
+    members: tuple[Method, ...]  # the trained methods
+    predictions: Path  # folder of the scored label maps, one file for each case
 
 
 @dataclass(frozen=True)
@@ -120,56 +89,30 @@ class Finding:
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """Everything that a benchmark's report shows.
+    """Everything that a benchmark's report shows."""
 
-    Attributes:
-        dataset: its full name.
-        dataset_json: its description.
-        configuration: nnU-Net's.
-        cases: validation cases by fold.
-        tolerance_mm: of the surface Dice.
-        rows: in the order of the tables.
-        scores: the long table, see this module's docstring.
-        means: columns ``method, kind, metric, class, mean, low, high, median, cases``; ``low`` and ``high`` bound the
-            95 % interval of the mean.
-        comparisons: see :func:`.statistics.compare`.
-        test_set: columns ``method, case, class, metric, value``; empty without labelled test cases.
-        compute: by method, one entry for each fold.
-        histories: nnU-Net's log by method and fold.
-        findings: of the fairness checks.
-        best: the row that nnUNetv2_find_best_configuration chose.
-        policies: what each score means.
-        versions: of the packages that evaluated.
-        git_hash: of this package's checkout, if it is one.
-        commands: exactly what was run.
-        images: the raw dataset's imagesTr.
-        truths: folder of the true label maps.
-        notes: what a reader must know about this run before its numbers.
-        inside: how MaskSAM prompts itself on a case, if a MaskSAM was trained.
-    """
-
-    dataset: str
+    dataset: str  # full name
     dataset_json: Mapping[str, object]
     configuration: str
-    cases: Mapping[int, tuple[str, ...]]
-    tolerance_mm: float
-    rows: tuple[Row, ...]
-    scores: pd.DataFrame
-    means: pd.DataFrame
-    comparisons: pd.DataFrame
-    test_set: pd.DataFrame
-    compute: Mapping[str, tuple[FoldCompute, ...]]
-    histories: Mapping[str, Mapping[int, History]]
-    findings: tuple[Finding, ...]
-    best: str | None
-    policies: Mapping[str, str]
-    versions: Mapping[str, str]
-    git_hash: str | None
-    commands: tuple[str, ...]
-    images: Path
-    truths: Path
-    notes: tuple[str, ...] = ()
-    inside: tuple[Picture, ...] = ()
+    cases: Mapping[int, tuple[str, ...]]  # validation cases by fold
+    tolerance_mm: float  # of the surface Dice
+    rows: tuple[Row, ...]  # in the order of the tables
+    scores: pd.DataFrame  # the long table, see this module's docstring
+    means: pd.DataFrame  # see statistics.summarise
+    comparisons: pd.DataFrame  # see statistics.compare
+    test_set: pd.DataFrame  # method, case, class, metric, value; empty without labelled test cases
+    compute: Mapping[str, tuple[FoldCompute, ...]]  # by method, one entry for each fold
+    histories: Mapping[str, Mapping[int, History]]  # nnU-Net's log by method and fold
+    findings: tuple[Finding, ...]  # of the fairness checks
+    best: str | None  # the row that nnUNetv2_find_best_configuration chose
+    policies: Mapping[str, str]  # what each score means
+    versions: Mapping[str, str]  # of the packages that evaluated
+    git_hash: str | None  # of this package's checkout, if it is one
+    commands: tuple[str, ...]  # exactly what was run
+    images: Path  # the raw dataset's imagesTr
+    truths: Path  # folder of the true label maps
+    notes: tuple[str, ...] = ()  # what a reader must know about this run before its numbers
+    inside: tuple[Picture, ...] = ()  # how MaskSAM prompts itself on a case, if a MaskSAM was trained
 
     @property
     def classes(self) -> list[str]:

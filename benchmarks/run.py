@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.inference.report.html import number
 from masksam_nnunet.inference.scoring import cases_in
 
 from .definition import Benchmark, find_benchmark_dataset
@@ -145,9 +146,10 @@ def _print_means(out: Path, console: Console) -> None:
     means = pd.read_csv(out / "aggregates.csv")
     wanted = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
     means = wanted.pivot(index="method", columns="metric", values="mean")
-    table = Table(Column("mean over cases", overflow="fold"), *(METRICS[metric].heading for metric in means.columns))
+    heads = (escape(METRICS[metric].heading) for metric in means.columns)  # rich would take "[mm]" for markup
+    table = Table(Column("mean over cases", overflow="fold"), *heads)
     for name, values in means.iterrows():
-        table.add_row(escape(str(name)), *(f"{value:.3f}" for value in values))
+        table.add_row(escape(str(name)), *map(number(3), values))
     console.print(table)
 
 

@@ -59,9 +59,7 @@ def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESA
     """
     by_patient = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(patients))
     sums, counts = by_patient.sum().to_numpy(), by_patient.size().to_numpy(dtype=float)
-    if not len(counts):
-        return Interval(math.nan, math.nan, math.nan)
-    estimate = float(sums.sum() / counts.sum())
+    estimate = float(sums.sum() / counts.sum()) if len(counts) else math.nan
     means = sums / counts
     if len(counts) < 2 or np.allclose(means, means[0], rtol=1e-12, atol=1e-12):
         return Interval(estimate, math.nan, math.nan)
@@ -183,21 +181,19 @@ def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, 
     differences.insert(0, MEAN, differences.mean(axis=1))
     in_a.insert(0, MEAN, in_a.any(axis=1))
     in_b.insert(0, MEAN, in_b.any(axis=1))
-    defined = [column.dropna() for _, column in differences.items()]
-    patients = [column.index.get_level_values("patient") for column in defined]
-    means = [bootstrap_mean(d, p, resamples, seed) for d, p in zip(defined, patients, strict=True)]
-    tests = [signed_rank_test(column.groupby("patient").mean()) for column in defined]
-    table = pd.DataFrame({"metric": metric, "class": differences.columns, "a": a, "b": b})
-    table["cases"] = differences.count().to_numpy()
-    table[["difference", "low", "high"]] = means
-    table["median_difference"] = differences.median().to_numpy()
-    table[["p", "effect"]] = tests
-    table["p_holm"] = [table["p"][0], *holm(table["p"][1:])]
+    lines = []
+    for name, column in differences.items():
+        found = column.dropna()
+        mean = bootstrap_mean(found, found.index.get_level_values("patient"), resamples, seed)
+        p, effect = signed_rank_test(found.groupby("patient").mean())
+        only = in_a[name].sum(), in_b[name].sum()
+        lines.append((metric, name, a, b, len(found), *mean, found.median(), p, p, effect, None, *only))
+    table = pd.DataFrame(lines, columns=list(COMPARISON_COLUMNS))
+    table.loc[1:, "p_holm"] = holm(table["p"][1:])
     a_is_better = (table["effect"] > 0) == METRICS[metric].larger_is_better
     significant = (table["p_holm"] < ALPHA) & (table["effect"] != 0)
-    table["better"] = pd.Series(np.where(a_is_better, a, b), dtype=object).where(significant, None)
-    table["only_a"], table["only_b"] = in_a.sum().to_numpy(), in_b.sum().to_numpy()
-    return table[list(COMPARISON_COLUMNS)]
+    table["better"] = pd.Series(np.where(a_is_better, a, b), dtype="str").where(significant)
+    return table
 
 
 def _by_class(scores: pd.DataFrame, metric: str, method: str) -> pd.DataFrame:
@@ -245,38 +241,33 @@ def policies(patients: Mapping[str, str], given: bool) -> dict[str, str]:
             f"{'By --group there are' if given else 'The case names show'} {number} patients with {cases} cases: the "
             "bootstrap draws patients with all their cases, and the tests take each patient's mean difference."
         )
-    return {
-        "averages": (
-            "Means and medians are over the cases where a score is defined. The mean over classes is taken within each "
-            "case, over the classes where the score is defined; it can differ from nnU-Net's foreground_mean, the mean "
-            "over classes of means over cases, where a class is undefined in some cases. Volume errors are averaged "
-            "and compared without their sign."
-        ),
-        "intervals": (
-            f"95 % intervals are bootstrap intervals over cases, bias-corrected and accelerated (BCa), {RESAMPLES} "
-            f"resamples, seed {SEED}; none is given for fewer than two patients or where all values are equal. They "
-            "cover the choice of cases, not that of initial weights and random numbers in training."
-        ),
-        "patients": clusters,
-        "tests": (
-            "Rows are compared on the same cases by Wilcoxon's signed-rank test, two-sided. Differences of zero are "
-            "dropped; p is exact for up to 50 differences without ties and up to 13 with ties, else from the normal "
-            "approximation with correction for ties; p = 1 if all differences are zero."
-        ),
-        "correction": (
-            "p is corrected by Holm over the classes of the same metric and pair of rows, not over metrics or pairs; "
-            "the mean over classes stands for itself. A row counts as better at a corrected p below 0.05, in the "
-            "direction of the rank-biserial correlation."
-        ),
-        "effect": (
-            "The effect size is the matched-pairs rank-biserial correlation: the rank sum of the cases where the first "
-            "row has the larger value minus that of the others, over both; 1 if it is larger in all cases, -1 if in "
-            "none."
-        ),
-        "undefined": (
-            "A case where a score is undefined in one of two rows is left out of their comparison, and from the mean "
-            "over classes, that class of the case. For HD95 this favours a row that misses structures, for Dice and "
-            "surface Dice one that predicts structures which are not there; so it is counted in how many cases only "
-            "one of the two has the score."
-        ),
-    }
+    return POLICIES | {"patients": clusters}
+
+
+POLICIES = {
+    "averages": (
+        "Means and medians are over the cases where a score is defined. The mean over classes is taken within each "
+        "case, over its defined classes; nnU-Net's foreground_mean, a mean over classes of means over cases, can "
+        "differ where a class is undefined. Volume errors are averaged and compared without their sign."
+    ),
+    "intervals": (
+        f"95 % intervals are bootstrap intervals over cases (BCa, {RESAMPLES} resamples, seed {SEED}); none is given "
+        "for fewer than two patients or where all values are equal. They cover the choice of cases, not that of "
+        "initial weights and random numbers in training."
+    ),
+    "tests": (
+        "Rows are compared on the same cases by Wilcoxon's signed-rank test, two-sided. Differences of zero are "
+        "dropped; p is exact for up to 50 differences without ties and up to 13 with ties, else from the normal "
+        "approximation with correction for ties; p = 1 if all differences are zero. p is corrected by Holm over the "
+        "classes of the same metric and pair of rows, not over metrics or pairs."
+    ),
+    "effect": (
+        "The effect size is the matched-pairs rank-biserial correlation: 1 if the first row is larger in all cases, "
+        "-1 if in none. It gives the direction in which a row counts as better, at a corrected p below 0.05."
+    ),
+    "undefined": (
+        "A case where a score is undefined in one of two rows is left out of their comparison, and from the mean over "
+        "classes, that class of the case. For HD95 this favours a row that misses structures, for Dice and surface "
+        "Dice one that predicts structures which are not there; so these cases are counted."
+    ),
+}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from masksam_nnunet.errors import DataError, MaskSAMError
 from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.scoring import cases_in, score_folder
 
-from .combine import read_or_empty
+from .combine import read_stamped, stamp_of
 from .definition import Benchmark
 from .nnunet import run_nnunet
 from .results import joint_name, row_names
@@ -69,7 +68,7 @@ def score_test_set(
         arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", benchmark.device]
         arguments += ["--save_probabilities"] if benchmark.ensembles else []
         sources = [benchmark.results / method.key / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
-        sources += sorted(file for file in (raw / "imagesTs").iterdir() if file.is_file())
+        sources += sorted((raw / "imagesTs").iterdir())
         predict(names[method], "nnUNetv2_predict", arguments, sources, out / method.key)
     for a, b in combinations(methods, 2) if benchmark.ensembles else ():
         folder = out / f"ensemble___{a.key}___{b.key}"
@@ -82,15 +81,14 @@ def score_test_set(
 def _run(command: str, arguments: list[str], sources: Sequence[Path], folder: Path) -> str:
     """Run a command that fills ``folder``, unless it has done so from the same sources; return its line."""
     line = shlex.join([command, *arguments])
-    status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-    stamp = {"stamp": hashlib.sha256(repr((line, status)).encode()).hexdigest()}
+    stamp = stamp_of(sources, line)
     mark = folder.with_name(f"{folder.name}.json")
-    if read_or_empty(mark) != stamp:
+    if read_stamped(mark, stamp) is None:
         try:
             mark.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             run_nnunet(command, arguments, os.environ, folder.with_name(f"{folder.name}.log"))
-            write_json(mark, stamp)
+            write_json(mark, {"stamp": stamp})
         except (MaskSAMError, OSError) as error:
             raise DataError(
                 f"the test set could not be predicted: {error}\nRun masksam report again, or move labelsTs out of "
