@@ -23,7 +23,7 @@ from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
 
-from .folds import FoldRecord, Stage, fold_state, input_hashes, read_fold_compute, training_logs
+from .folds import FoldRecord, Stage, fold_state, read_fold_compute, training_logs
 from .results import Finding, row_names
 
 TIME_TOLERANCE = 1.1
@@ -59,7 +59,7 @@ def check_fairness(
     Args:
         methods: of one configuration, at least one.
         folds: to be compared.
-        results, preprocessed: the dataset's folders there.
+        results, preprocessed: the dataset's folders in nnUNet_results and nnUNet_preprocessed.
         patients: patient by case; None to read them from the case names.
 
     Returns:
@@ -212,10 +212,8 @@ def _check_inputs(trained: Sequence[_Fold], preprocessed: Path) -> list[Finding]
         if record is None or record.inputs is None:
             elsewhere.append(fold.name)
             continue
-        now = input_hashes(preprocessed, fold.method.plans)
-        for name, digest in record.inputs.items():
-            if now.get(name) != digest:
-                changed.setdefault(name, []).append(fold.name)
+        for name in record.changed_inputs(preprocessed):
+            changed.setdefault(name, []).append(fold.name)
     findings = [
         Finding(True, f"{name} in nnUNet_preprocessed has changed since these folds were trained: {'; '.join(folds)}.")
         for name, folds in changed.items()

@@ -203,15 +203,10 @@ class FoldRecord(BaseModel):
         begun = [index for index, part in enumerate(self.parts) if part.kind == "train"]
         return [part for part in self.parts[begun[-1] if begun else 0 :] if part.kind != "validate"]
 
-    def differences(self, trainer: str, minutes: float | None, inputs: Mapping[str, str]) -> list[str]:
-        """What differs now from the start of the training, one phrase each."""
-        found = [] if self.trainer == trainer else [f"it was trained by {self.trainer}"]
-        if self.minutes != minutes:
-            found.append(f"it was trained with --minutes {self.minutes}, not {minutes}")
-        for name, digest in (self.inputs or {}).items():
-            if digest != inputs.get(name):
-                found.append(f"{name} in nnUNet_preprocessed has changed since")
-        return found
+    def changed_inputs(self, preprocessed: Path) -> list[str]:
+        """The names of those inputs that differ now from the start of the training."""
+        now = input_hashes(preprocessed, self.plans)
+        return [name for name, digest in (self.inputs or {}).items() if digest != now.get(name)]
 
 
 def input_hashes(preprocessed: Path, plans: str) -> dict[str, str]:

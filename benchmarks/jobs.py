@@ -106,9 +106,11 @@ class FoldJob:
         record = FoldRecord.read(self.folder)
         if record is None:
             return
-        inputs = input_hashes(self._preprocessed, self.method.plans)
-        if differences := record.differences(self.method.trainer, self.minutes, inputs):
-            raise TrainingError(f"{self.folder}: {'; '.join(differences)}. Restore it, or move that folder away")
+        wrong = [f"{name} has changed since its training" for name in record.changed_inputs(self._preprocessed)]
+        if record.minutes != self.minutes:
+            wrong.append(f"it was trained with --minutes {record.minutes}, not {self.minutes}")
+        if wrong:
+            raise TrainingError(f"{self.folder}: {'; '.join(wrong)}. Restore it, or move that folder away")
 
     def run(self, gpu: str | None = None, stop: threading.Event | None = None) -> None:
         """Train, continue or validate until the fold is done.

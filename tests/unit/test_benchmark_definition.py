@@ -251,7 +251,7 @@ def test_folds_begun_with_other_inputs_are_refused(preprocessed: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "checkpoint_final.pth").touch()
     inputs = input_hashes(preprocessed, "nnUNetPlans")
-    FoldRecord(trainer=BUDGET.trainer, plans="", configuration="", minutes=2.0, inputs=inputs).write(folder)
+    FoldRecord(trainer=BUDGET.trainer, plans=BUDGET.plans, configuration="", minutes=2.0, inputs=inputs).write(folder)
     begun.check()
     with pytest.raises(TrainingError, match="--minutes"):
         benchmark(BUDGET, minutes=3.0).check()
