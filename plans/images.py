@@ -171,7 +171,10 @@ _ONE_AT_A_TIME = threading.Lock()  # redirecting stderr from two threads would l
 
 
 def _read(path: Path, dataset_json: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
-    check_whole(path)
+    try:
+        check_whole(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         # Without the file as an example: nnU-Net would read it once more to try.
         return read(_reader(dataset_json))

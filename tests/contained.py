@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,26 +45,14 @@ def namespaces() -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
-def run_contained(source: Path, output: Path, model: Path, *options: str, code: str = "") -> Contained:
-    """Run the entry point, or Python ``code`` in its place; ``output`` is made writable for its user."""
+def run_contained(source: Path, output: Path, model: Path, *options: str) -> Contained:
+    """Run the entry point; ``output`` is made writable for its user."""
     if not namespaces():
         pytest.skip("this system has no namespaces for us")
     output.mkdir(exist_ok=True)
     output.chmod(0o777)
-    return _isolated(source, output, model, options, code)
-
-
-def _as_root() -> list[str]:
-    return [] if os.geteuid() == 0 else ["--map-root-user"]
-
-
-def _command(options: Sequence[str], code: str) -> list[str]:
-    return [sys.executable, "-c", code] if code else [sys.executable, "-m", MODULE, *options]
-
-
-def _isolated(source: Path, output: Path, model: Path, options: Sequence[str], code: str) -> Contained:
     places = ["--input", "/mnt/input", "--output", "/mnt/output", "--model", "/mnt/model"]
-    command = shlex.join(_command([*places, *options], code))
+    command = shlex.join([sys.executable, "-m", MODULE, *places, *options])
     # Python, packages and checkout stay where they are, even below folders that others may not enter.
     needed = sorted({Path(sys.base_prefix).resolve(), Path(sys.prefix), ROOT})
     needed = [path for path in needed if not any(other in path.parents for other in needed)]
@@ -98,6 +85,10 @@ def _isolated(source: Path, output: Path, model: Path, options: Sequence[str], c
     done = subprocess.run(unshare, capture_output=True, text=True, timeout=300)
     stdout, _, left = done.stdout.partition(_END)
     return Contained(done.returncode, stdout, done.stderr, left.strip())
+
+
+def _as_root() -> list[str]:
+    return [] if os.geteuid() == 0 else ["--map-root-user"]
 
 
 def _drop() -> str:

@@ -22,30 +22,18 @@ MOUNTED = Path("/opt/ml/model")
 """Where the platform unpacks a model that was uploaded beside the container."""
 
 _EXIT_CODES = ((OutputError, 5), (ModelError, 4), (DataError, 3), (UsageError, 2))
-_FOLDERS = {
-    "HOME": "home",
-    "TMPDIR": "tmp",
-    "XDG_CACHE_HOME": "cache",
-    "XDG_CONFIG_HOME": "config",
-    "XDG_DATA_HOME": "data",
-    "MPLCONFIGDIR": "matplotlib",
-    "NUMBA_CACHE_DIR": "numba",
-    "TORCH_HOME": "torch",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TRITON_CACHE_DIR": "triton",
-    "CUDA_CACHE_PATH": "cuda",
-    "nnUNet_raw": "nnUNet_raw",
-    "nnUNet_preprocessed": "nnUNet_preprocessed",
-    "nnUNet_results": "nnUNet_results",
-}
-"""Variables of libraries that write caches, settings and temporary files, and folders in the scratch folder."""
-
+_FOLDERS = (
+    *("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR", "NUMBA_CACHE_DIR"),
+    *("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"),
+    *("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"),
+)
+"""Variables for the places where libraries write caches, settings and temporary files."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _option(name: str, help: str, **more: Any) -> Any:
-    return typer.Option(f"--{name}", envvar=f"MASKSAM_{name.replace('-', '_').upper()}", help=help, **more)
+def _option(name: str, help: str, off: str = "", **more: Any) -> Any:
+    return typer.Option(f"--{name}{off}", envvar=f"MASKSAM_{name.replace('-', '_').upper()}", help=help, **more)
 
 
 @app.command()
@@ -68,11 +56,8 @@ def main(
     folds: Annotated[str, _option("folds", "Such as 0,1,2 or all.", show_default="all that exist")] = "",
     mirroring: Annotated[
         bool | None,
-        typer.Option(
-            "--mirroring/--no-mirroring",
-            envvar="MASKSAM_MIRRORING",
-            help="Mirror windows where the model allows it: up to eight times the time.",
-            show_default="mirroring",
+        _option(
+            "mirroring", "Mirror windows where the model allows it: up to eight times the time.", "/--no-mirroring"
         ),
     ] = None,
     step_size: Annotated[
@@ -98,16 +83,8 @@ def main(
         with scratch_folder(scratch) as folder:
             from .algorithm import run
 
-            code = run(
-                input,
-                output,
-                models,
-                folder,
-                options=options,
-                device=device,
-                checkpoint=checkpoint,
-                batch_size=batch_size,
-            )
+            more: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "batch_size": batch_size}
+            code = run(input, output, models, folder, options=options, **more)
     except MaskSAMError as error:
         # In one line: of a failed job the platform shows the last one of stderr.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -127,9 +104,9 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"--scratch {parent} is not writable ({error.strerror}): mount one, --tmpfs /tmp") from error
     with made as name:
-        for variable, below in _FOLDERS.items():
-            (Path(name) / below).mkdir()
-            os.environ[variable] = str(Path(name) / below)
+        for variable in _FOLDERS:
+            (Path(name) / variable).mkdir()
+            os.environ[variable] = str(Path(name) / variable)
         os.environ.setdefault("USER", "algorithm")  # a user without a name in the container cannot be looked up
         os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
         # The machine may have more processors than the container may use.

@@ -9,6 +9,7 @@ import gc
 import re
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.helpers import empty_cache
 
-from masksam_nnunet.errors import CaseError, MaskSAMError, ModelError, UsageError, WeightsError, in_short
+from masksam_nnunet.errors import CaseError, ModelError, UsageError, in_short
 from masksam_nnunet.files import read_json
 
 from ..cases import channel_names, preprocess_case
@@ -43,30 +44,32 @@ def run(
 ) -> int:
     """Predict all cases of the input folder; one that fails does not stop the others.
 
-    Args:
-        source: folder to read.
-        output: folder to write.
-        models: where a model is looked for; the first that exists counts.
-        scratch: folder for temporary files, empty.
-        options: override those of the model's container.json, by name.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        checkpoint: the file in each fold's folder.
-        batch_size: windows and mirrors at once; chosen from device and patch if not given.
+    The arguments are those of the command in ``__main__``; ``models`` are the places to look for a model, ``scratch``
+    is empty, and ``options`` override those in the model's container.json.
 
     Returns:
         0, or 1 if cases failed, which are listed on stderr.
 
     Raises:
-        UsageError: an option or container.json.
-        DataError: the input as a whole.
-        ModelError: the model cannot be found or loaded.
-        OutputError: the output cannot be written.
+        MaskSAMError: UsageError for options, DataError for the input as a whole, ModelError, or OutputError.
     """
-    chosen = _device(device)
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: no such device ({in_short(error)}); give auto or cpu") from error
     model = find_model(models)
     container = ContainerOptions.read(model, options)
-    jobs = find_jobs(source, output, container, _channels(model))
-    _check_writable(output)
+    try:
+        channels = channel_names(read_json(model / "dataset.json"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{model / 'dataset.json'} names no channels ({in_short(error)}): copy it again") from error
+    jobs = find_jobs(source, output, container, channels)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise OutputError(f"--output {output} is not writable ({error.strerror}) for the container's user") from error
     _log(f"{len(jobs)} cases in {source}, model {model}, {chosen}")
     predictor = MaskSAMPredictor(
         tile_step_size=container.step_size,
@@ -87,10 +90,10 @@ def run(
             folder.mkdir()
             counts = _predict(job, folder, predictor)
             _log(f"written: {job.target}, voxels of each label {counts}")
-        except CaseError as error:
-            failed[name] = str(error)
         except OutputError:
             raise
+        except CaseError as error:
+            failed[name] = str(error)
         except Exception as error:  # of libraries, for this case: memory, the network
             failed[name] = in_short(error)
             print(traceback.format_exc(), flush=True)
@@ -110,7 +113,7 @@ def _log(text: str) -> None:
 
 
 def _predict(job: Job, folder: Path, predictor: MaskSAMPredictor) -> dict[int, int]:
-    """Predict and write one case; how many voxels each label has."""
+    """Predict and write one case; the number of voxels of each label."""
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     dataset_json = predictor.dataset_json
     file_ending = dataset_json["file_ending"]
@@ -134,39 +137,11 @@ def _predict(job: Job, folder: Path, predictor: MaskSAMPredictor) -> dict[int, i
     return write_label_map(folder / f"labels{file_ending}", job.target, header)
 
 
-def _device(text: str) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {text}: no such device here ({in_short(error)}); give auto or cpu") from error
-    return device
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / ".masksam"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"--output {folder} is not writable ({error.strerror}) for the container's user") from error
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
 def find_model(places: Sequence[Path]) -> Path:
-    """The model in the first of ``places`` that exists and is not empty: that folder, or the one model below it.
-
-    Raises:
-        ModelError: there is none, or several.
-    """
+    """The one model in the first of ``places`` that is not empty, or below it; raise ModelError if there is none."""
     place = next((path for path in places if path.is_dir() and any(path.iterdir())), None)
     if place is None:
-        named = " or ".join(map(str, places))
-        raise ModelError(f"no model in {named}: mount one (--volume DIR:{places[0]}:ro), or name it with --model")
+        raise ModelError(f"no model in {' or '.join(map(str, places))}: mount one, or name it with --model")
     found = sorted({file.parent for name in ("plans.json", "model.json") for file in place.rglob(name)})
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(place)) for path in found) or "none"
@@ -175,13 +150,7 @@ def find_model(places: Sequence[Path]) -> Path:
 
 
 def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], checkpoint: str) -> list[str]:
-    """Load ``folds``, or all that exist if none is named.
-
-    Args:
-        predictor: to predict with.
-        folder: a model's, as :func:`find_model` finds it.
-        folds: numbers or "all".
-        checkpoint: the file in each fold's folder; portable models have none.
+    """Load ``folds``, or all that exist if none is named, from the files ``checkpoint`` or a portable model.
 
     Returns:
         The folds.
@@ -194,36 +163,19 @@ def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], 
             load_portable(predictor, folder, folds or None)
             used = list(folds or read_description(folder).folds)
         else:
-            used = _chosen(folder, folds, checkpoint)
+            found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
+            there = [fold for fold in found if re.fullmatch(r"\d+|all", fold)]
+            if missing := sorted(set(folds) - set(there)) or ([] if there else ["any"]):
+                has = ", ".join(there) or "none"
+                raise ModelError(f"{folder} has no {checkpoint} of fold {', '.join(missing)}, but of {has} (--folds)")
+            # nnU-Net too prefers numbers to "all".
+            used = list(folds) or [fold for fold in there if fold != "all"] or there
             numbers = tuple(int(fold) if fold.isdecimal() else fold for fold in used)
             predictor.initialize_from_trained_model_folder(str(folder), numbers, checkpoint)
     except ModelError:
         raise
-    except WeightsError as error:
-        raise ModelError(f"{folder} has lean checkpoints; complete them with masksam export ({error})") from error
-    except MaskSAMError as error:
-        raise ModelError(str(error)) from error
-    except Exception as error:  # of any trainer, and of damaged files
-        raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): copy or export it again") from error
+    except Exception as error:  # of any trainer, damaged files, and lean checkpoints without SAM's file
+        raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): complete it with masksam export") from error
     if stage := predictor.configuration_manager.previous_stage_name:
         raise ModelError(f"{folder} is a cascade, which needs predictions of {stage}: take another configuration")
     return used
-
-
-def _channels(folder: Path) -> list[str]:
-    file = folder / "dataset.json"
-    try:
-        return channel_names(read_json(file))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} does not name the model's channels ({in_short(error)}): copy it again") from error
-
-
-def _chosen(folder: Path, folds: Sequence[str], checkpoint: str) -> list[str]:
-    found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
-    there = [fold for fold in found if re.fullmatch(r"\d+|all", fold)]
-    numbers = [fold for fold in there if fold != "all"]  # nnU-Net too prefers these
-    missing = [fold for fold in folds if fold not in there]
-    if missing or not there:
-        named = f"of fold {', '.join(missing)}, only of {', '.join(there) or 'none'} (--folds)" if missing else ""
-        raise ModelError(f"{folder} has no {checkpoint} {named}: name another file with --checkpoint")
-    return list(folds) or numbers or there

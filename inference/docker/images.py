@@ -19,15 +19,10 @@ from ..cases import Case
 from .interface import OutputError, ending
 
 _LARGEST_HEADER = 1 << 16
-_BLOCK = 1 << 22
 
 
 def read_header(file: Path) -> sitk.ImageFileReader:
-    """Read size, spacing, origin and direction of a file, and not its voxels.
-
-    Raises:
-        CaseError: it cannot be read, or has neither two nor three dimensions.
-    """
+    """Read a file's geometry; raise CaseError if it cannot be read, or has neither two nor three dimensions."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     try:
@@ -40,47 +35,38 @@ def read_header(file: Path) -> sitk.ImageFileReader:
 
 
 def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) -> Case:
-    """Name files as nnU-Net does, in formats that ``reader`` reads: links, or copies in another format.
+    """Name the files of all channels in ``folder`` as nnU-Net does, in a format that its ``reader`` reads.
 
-    Args:
-        files: one for each channel.
-        folder: empty, writable.
-        file_ending: of the model's dataset.
-        reader: one of nnU-Net's.
+    They are links, or copies in the format ``file_ending`` of the model's dataset.
 
     Raises:
         CaseError: a file is damaged, or cannot be turned into the model's format.
     """
-    places = (folder / f"case_{channel:04d}" for channel in range(len(files)))
-    return Case("case", tuple(_stage(*pair, file_ending, reader) for pair in zip(files, places, strict=True)))
-
-
-def _stage(file: Path, target: Path, file_ending: str, reader: Any) -> Path:
-    end = ending(file)
-    try:
-        if end.lower() == ".mha":
-            check_meta_image(file)
-        if end in reader.supported_file_endings:
-            place = target.with_name(target.name + end)
-            place.symlink_to(file.resolve())
-            return place
-        check_whole(file)
+    staged = []
+    for channel, file in enumerate(files):
+        end = ending(file)
+        known = end in reader.supported_file_endings
         # Compressing a volume takes longer than writing it.
-        place = target.with_name(target.name + (".nii" if file_ending == ".nii.gz" else file_ending))
-        sitk.WriteImage(sitk.ReadImage(str(file)), str(place), False)
-    except (DataError, RuntimeError, ValueError, OSError) as error:
-        raise _unreadable(file, error) from error
-    return place
+        new_end = end if known else file_ending.removesuffix(".gz")
+        place = folder / f"case_{channel:04d}{new_end}"
+        try:
+            if end.lower() == ".mha":
+                check_meta_image(file)
+            if known:
+                place.symlink_to(file.resolve())
+            else:
+                check_whole(file)
+                sitk.WriteImage(sitk.ReadImage(str(file)), str(place), False)
+        except (DataError, RuntimeError, ValueError, OSError) as error:
+            raise _unreadable(file, error) from error
+        staged.append(place)
+    return Case("case", tuple(staged))
 
 
 def check_meta_image(file: Path) -> None:
-    """Refuse a MetaImage file (.mha) without a header, or whose compressed voxels are cut off or damaged.
+    """Raise DataError for a MetaImage file (.mha) without a header, or with damaged compressed voxels.
 
     ITK fills damaged compressed data with zeros, silently. It checks the length of other data itself.
-
-    Raises:
-        DataError: what is wrong, in a few words.
-        OSError: the file cannot be opened.
     """
     with file.open("rb") as stream:
         head = stream.read(_LARGEST_HEADER)
@@ -94,28 +80,17 @@ def check_meta_image(file: Path) -> None:
         if header.get("CompressedData", "").lower() != "true":
             return
         stream.seek(end + 1)
-        unpack = zlib.decompressobj()
         try:
-            while not unpack.eof and (block := stream.read(_BLOCK)):
-                while block:
-                    unpack.decompress(block, _BLOCK)
-                    block = unpack.unconsumed_tail
+            zlib.decompress(stream.read())
         except zlib.error as error:
-            raise DataError(f"its compressed voxels are damaged ({error})") from error
-        if not unpack.eof:
-            raise DataError("its compressed voxels are cut off")
+            raise DataError(f"its compressed voxels are damaged or cut off ({error})") from error
 
 
 def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader) -> dict[int, int]:
-    """Write a label map where the platform looks for it, whole or not at all; uint8, or uint16 for labels above 255.
-
-    Args:
-        predicted: nnU-Net's file, in a folder for temporary files.
-        target: the file to write.
-        header: of the image; the label map's own geometry went through other formats.
+    """Write a label map as uint8, or uint16 for labels above 255, with the geometry in the image's ``header``.
 
     Returns:
-        How many voxels each label has.
+        The number of voxels of each label.
 
     Raises:
         CaseError: the prediction is of another size than the image.
@@ -126,9 +101,8 @@ def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader)
     result = sitk.GetImageFromArray(labels.astype(np.uint8 if values.max() < 256 else np.uint16))
     if result.GetSize() != header.GetSize():
         raise CaseError(f"the prediction has {result.GetSize()} voxels, the image {header.GetSize()}: report this")
-    result.SetSpacing(header.GetSpacing())
-    result.SetOrigin(header.GetOrigin())
-    result.SetDirection(header.GetDirection())
+    for key in ("Spacing", "Origin", "Direction"):
+        getattr(result, f"Set{key}")(getattr(header, f"Get{key}")())
     written = predicted.with_name(f"written{ending(target)}")  # ITK takes the format from the ending
     try:
         sitk.WriteImage(result, str(written), True)

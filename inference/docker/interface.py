@@ -1,10 +1,9 @@
 """What lies in the input folder, and what is wanted in the output folder.
 
-Grand Challenge's interface, read in its own source (comic/grand-challenge.org, 2026: ``components/serializers.py``,
-``components/backends/base.py``, ``docs/algorithms.rst``): ``inputs.json`` lists the inputs, each with ``socket`` (and,
-for older algorithms, the same as ``interface``): ``slug``, ``relative_path``, ``super_kind``. An image lies in the
-folder ``relative_path``. Of each image output's folder the platform imports MHA and TIFF files, and refuses the job if
-that does not give exactly one image. It asks for other files only by sockets of their own, so none are written here.
+Grand Challenge's interface, after its own source (comic/grand-challenge.org, 2026: ``components/serializers.py``,
+``components/backends/base.py``): ``inputs.json`` lists the inputs, each with ``socket`` (``interface`` for older
+algorithms): ``slug``, ``relative_path``, ``super_kind``. An image lies in the folder ``relative_path``. The platform
+imports exactly one MHA or TIFF file from the folder of an image output.
 
 AMOS 2022's test phase: files in the input folder, predictions under the same names.
 """
@@ -17,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json
 
+from ..export.description import fault
+
 ENDINGS = (".mha", ".nii.gz", ".nii", ".tif", ".tiff", ".nrrd", ".png", ".bmp")
 """Of image files, in any case."""
-CONTAINER_JSON = "container.json"
-"""In the model folder: ``{"channels": ["t2-mri", "adc-mri"], "output": "prostate-segmentation"}``; all optional."""
 
 
 class OutputError(UsageError):
@@ -51,40 +50,37 @@ class ContainerOptions(BaseModel):
     mirroring: bool = True
     step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
 
-    @field_validator("channels")
-    @classmethod
-    def _different(cls, channels: list[str]) -> list[str]:
-        if len(set(channels)) < len(channels):
-            raise ValueError("slugs must differ")
-        return channels
-
     @classmethod
     def read(cls, model: Path, given: Mapping[str, Any] | None = None) -> ContainerOptions:
-        """Read container.json in the folder ``model``, if there is one; ``given`` options override it.
-
-        Raises:
-            UsageError: the file or an option is not what it should be.
-        """
-        file = model / CONTAINER_JSON
+        """Read container.json in the folder ``model``, if there is one; ``given`` options override it."""
+        file = model / "container.json"
         try:
             content = read_json(file) if file.is_file() else {}
             return cls.model_validate({**content, **(given or {})})
         except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(map(str, fault["loc"]))
-            raise UsageError(f"{place} = {fault['input']!r}, an option or in {file}: {fault['msg']}") from error
+            raise UsageError(f"an option, or {file}: {fault(error)}") from error
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{file} is not a JSON object of options: {error}") from error
 
 
+class _Socket(BaseModel):
+    slug: str
+    relative_path: str
+    super_kind: str | None = None
+
+    @property
+    def is_image(self) -> bool:
+        kind = self.super_kind
+        return kind.lower() == "image" if kind else self.relative_path.startswith("images/")
+
+
+class _Input(BaseModel):
+    socket: _Socket = Field(validation_alias=AliasChoices("socket", "interface"))
+
+
 @dataclass(frozen=True)
 class Job:
-    """One case.
-
-    Attributes:
-        channels: its images, in the order of the model's channels.
-        target: the file to write.
-    """
+    """One case: its images in the order of the model's channels, and the file to write."""
 
     channels: tuple[Path, ...]
     target: Path
@@ -93,25 +89,26 @@ class Job:
 def find_jobs(source: Path, out: Path, options: ContainerOptions, channels: Sequence[str]) -> list[Job]:
     """The cases of the input folder, sorted.
 
-    Args:
-        source: with ``inputs.json``, with ``images/SLUG/...``, or with images themselves; looked for in this order.
-        out: the output folder. Targets are ``images/SLUG/NAME.mha`` in it, or for images themselves of the same name.
-        options: the algorithm's sockets.
-        channels: names of the model's.
+    ``source`` holds ``inputs.json``, ``images/SLUG/...``, or images themselves; looked for in this order. Targets are
+    ``images/SLUG/NAME.mha`` in ``out``, or for images themselves of the same name.
 
     Raises:
-        DataError: there is none, they do not fit the model, or they are not what ``inputs.json`` says.
+        DataError: there is none, or they do not fit the model's ``channels`` or ``inputs.json``.
     """
     if not source.is_dir():
         raise DataError(f"--input {source} is not a folder; mount it: --volume DIR:/input:ro")
     listed = source / "inputs.json"
-    if listed.is_file():
-        folders = _listed_folders(source, listed)
-    else:
-        folders = {path.name: path for path in _entries(source / "images") if path.is_dir()}
+    there = {path.name: path for path in _entries(source / "images") if path.is_dir()}
+    folders = _listed_folders(source, listed) if listed.is_file() else there
     if not folders:
         return _flat(source, out, len(channels))
-    chosen = _in_order(folders, options, channels)
+    if missing := [slug for slug in options.channels if slug not in folders]:
+        raise DataError(f"--channels names {', '.join(missing)}, but the input has {', '.join(folders)}")
+    # Without names, the order of several sockets is unknown; one file may hold all channels.
+    slugs = list(dict.fromkeys(options.channels)) or list(folders)
+    if len(slugs) != 1 and (len(slugs) != len(channels) or not options.channels):
+        raise DataError(f"order the sockets {', '.join(folders)} as the model's {', '.join(channels)} with --channels")
+    chosen = [folders[slug] for slug in slugs]
     target = out / "images" / options.output.removeprefix("images/")
     jobs = [Job(files, target / f"{stem(files[0])}.mha") for files in _matched(chosen)]
     if len({job.target for job in jobs}) < len(jobs):
@@ -132,15 +129,13 @@ def ending(file: Path) -> str:
 
 def _listed_folders(source: Path, file: Path) -> dict[str, Path]:
     """The image inputs of ``inputs.json``: slug and place."""
-    folders = {}
     try:
-        for entry in read_json(file):
-            socket = entry.get("socket") or entry["interface"]
-            slug, place, kind = str(socket["slug"]), str(socket["relative_path"]), socket.get("super_kind")
-            if str(kind).lower() == "image" if kind else place.startswith("images/"):
-                folders[slug] = source / place
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file} is not a list of sockets as the platform writes it: {error!r:.200}") from error
+        sockets = [entry.socket for entry in TypeAdapter(list[_Input]).validate_json(file.read_bytes())]
+    except ValidationError as error:
+        raise DataError(f"{file} is not a list of sockets as the platform writes it: {fault(error)}") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    folders = {socket.slug: source / socket.relative_path for socket in sockets if socket.is_image}
     for slug, path in folders.items():
         if not path.exists() or not path.resolve().is_relative_to(source.resolve()):
             raise DataError(f"{file}: relative_path of {slug}, {path}, does not exist in {source}")
@@ -149,38 +144,25 @@ def _listed_folders(source: Path, file: Path) -> dict[str, Path]:
     return folders
 
 
-def _in_order(folders: Mapping[str, Path], options: ContainerOptions, channels: Sequence[str]) -> list[Path]:
-    there = ", ".join(folders)
-    if missing := [slug for slug in options.channels if slug not in folders]:
-        raise DataError(f"--channels names {', '.join(missing)}, but the input has {there}")
-    # Without names, the order of several sockets is unknown; one file may hold all channels.
-    chosen = options.channels or (list(folders) if len(folders) == 1 else [])
-    if len(chosen) not in (1, len(channels)):
-        raise DataError(
-            f"the input has the sockets {there}, the model the channels {', '.join(channels)}: name the sockets in the "
-            f"channels' order with --channels or in {CONTAINER_JSON}"
-        )
-    return [folders[slug] for slug in chosen]
-
-
 def _matched(folders: Sequence[Path]) -> list[tuple[Path, ...]]:
     """The files of each case: one from each folder, by name where there are several."""
     files = [[path] if path.is_file() else _images(path) for path in folders]
-    if empty := [folder for folder, found in zip(folders, files, strict=True) if not found]:
-        raise DataError(f"{empty[0]} holds no image: {_content(empty[0])}")
+    for folder, found in zip(folders, files, strict=True):
+        if not found:
+            raise DataError(f"{folder} holds no image, but {_names(folder)}")
     if all(len(found) == 1 for found in files):
         return [tuple(found[0] for found in files)]
     named = [{stem(path): path for path in found} for found in files]
     for folder, cases in zip(folders, named, strict=True):
         if odd := sorted(cases.keys() ^ named[0].keys()):
-            raise DataError(f"{folders[0]} and {folder} do not hold the same cases: only one has {', '.join(odd[:5])}")
+            raise DataError(f"only one of {folders[0]} and {folder} holds the cases {', '.join(odd[:5])}")
     return [tuple(cases[stem(path)] for cases in named) for path in files[0]]
 
 
 def _flat(source: Path, out: Path, channels: int) -> list[Job]:
     files = _images(source)
     if not files:
-        raise DataError(f"--input {source} has no inputs.json, no images/SLUG/*.mha and no images: {_content(source)}")
+        raise DataError(f"--input {source} has no inputs.json, images/SLUG/*.mha or images, but {_names(source)}")
     if channels == 1:  # a name such as amos_0001 ends in the case's number
         return [Job((file,), out / file.name) for file in files]
     cases: dict[str, list[Path]] = {}
@@ -205,5 +187,5 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable for all users") from error
 
 
-def _content(folder: Path) -> str:
-    return f"it holds {', '.join(path.name for path in _entries(folder)[:8]) or 'nothing'}"
+def _names(folder: Path) -> str:
+    return ", ".join(path.name for path in _entries(folder)[:8]) or "nothing"

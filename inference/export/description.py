@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,13 +50,10 @@ class Description(BaseModel):
     """What ``model.json`` says.
 
     Attributes:
-        dataset: the dataset's name, ``DatasetXXX_Name``.
-        plans: name of the plans.
-        configuration: such as ``3d_fullres``.
-        trainer: the class that builds the network. It is looked up among those installed, never loaded from the model.
+        trainer: the class that builds the network, looked up among those installed.
         network: the configuration's ``architecture``, as the plans hold it.
         folds: ``"0"``, ``"1"``, ... or ``"all"``, each once.
-        epochs: how many epochs each fold was trained.
+        epochs: of training, for each fold.
         mirroring_axes: over which predictions may be mirrored; None for no mirroring.
         same_as: second names of tensors, as nnU-Net's U-Nets have them, and the first name of each.
         files: all files of the model but ``model.json``.
@@ -111,8 +110,8 @@ def is_file_of_a_model(name: str) -> bool:
 def is_portable(folder: str | Path) -> bool:
     """Whether ``folder`` is meant to be a portable model, sound or not. Raises nothing."""
     try:
-        content = json.loads(_read(Path(folder) / MODEL))
-    except (ModelError, ValueError, RecursionError):
+        content = read_foreign_json(Path(folder) / MODEL)
+    except ModelError:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -123,22 +122,14 @@ def read_description(folder: Path) -> Description:
     Raises:
         ModelError: it is missing, unreadable or not one.
     """
-    file = folder / MODEL
-    if not file.is_file():
-        remedy = "unpack a zip file with masksam import --unpack, or write one with masksam export"
-        raise ModelError(f"{folder} is not the folder of a portable model: it has no {MODEL}; {remedy}")
     try:
-        return Description.model_validate_json(_read(file))
+        return Description.model_validate_json(_read(folder / MODEL))
     except ValidationError as error:
-        raise ModelError(f"{file} does not describe a portable model of version {VERSION}: {fault(error)}") from error
+        raise ModelError(f"{folder / MODEL} does not describe a portable model: {fault(error)}") from error
 
 
 def read_foreign_json(file: Path) -> Any:
-    """Read JSON of unknown origin and content, of bounded size.
-
-    Raises:
-        ModelError: unreadable, too large, or not JSON.
-    """
+    """Read JSON of unknown origin; raise ModelError if it is unreadable, too large, or not JSON."""
     try:
         return json.loads(_read(file))
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
@@ -153,11 +144,7 @@ def fault(error: ValidationError) -> str:
 
 
 def verify(folder: Path, description: Description, names: Iterable[str]) -> None:
-    """Compare files with the sizes and hashes that the description gives.
-
-    Raises:
-        ModelError: a file is missing, or is not the one that was written.
-    """
+    """Compare files with the sizes and hashes in the description; raise ModelError for one that differs."""
     for name in names:
         file = folder / name
         if file.is_symlink() or not file.is_file():
@@ -167,24 +154,23 @@ def verify(folder: Path, description: Description, names: Iterable[str]) -> None
 
 
 def file_entry(file: Path) -> FileEntry:
-    """A file's hash and size.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    try:
-        with file.open("rb") as stream:
-            return FileEntry(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), bytes=stream.tell())
-    except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
+    """A file's hash and size."""
+    with _opened(file) as stream:
+        return FileEntry(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), bytes=stream.tell())
 
 
 def _read(file: Path) -> bytes:
+    with _opened(file) as stream:
+        text = stream.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise ModelError(f"{file} has more than {LARGEST_JSON} bytes: fetch the model again")
+    return text
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BufferedReader]:
     try:
         with file.open("rb") as stream:
-            text = stream.read(LARGEST_JSON + 1)
+            yield stream
     except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
-    if len(text) > LARGEST_JSON:
-        raise ModelError(f"{file} has more than {LARGEST_JSON} bytes, and no such file of a model has")
-    return text
+        raise ModelError(f"cannot read {file} of a portable model: {error.strerror or error}") from error

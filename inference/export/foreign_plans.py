@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import pydoc
-import re
-from collections.abc import Sequence
 from os.path import join
 from typing import Annotated, Any, TypeVar
 
@@ -34,13 +32,13 @@ LARGEST_AXIS, LARGEST_PATCH = 4096, 2**28
 MOST_PARTS = 100
 """Of a network: stages, or blocks in one. Legitimate networks have ten."""
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,79}")
 _NETWORKS = ("dynamic_network_architectures.architectures.",)
 _PARTS_OF_NETWORKS = ("torch.nn.", "dynamic_network_architectures.building_blocks.")
 
 Label = Annotated[int, Field(ge=0, lt=2**16)]
 Number = Annotated[float, Field(gt=-1e30, lt=1e30)]  # neither NaN nor infinity
-Order = Annotated[list[int], Field(min_length=3, max_length=3)]
+Order = Annotated[list[Annotated[int, Field(ge=0, le=2)]], Field(min_length=3, max_length=3)]
+Arguments = dict[str, bool | int | float | str | None]
 Parsed = TypeVar("Parsed", bound="_Foreign")
 
 
@@ -82,9 +80,8 @@ class _Plans(_Foreign):
 
     @model_validator(mode="after")
     def _orders(self) -> _Plans:
-        forward, backward = self.transpose_forward, self.transpose_backward
-        if sorted(forward) != [0, 1, 2] or sorted(backward) != [0, 1, 2] or [forward[b] for b in backward] != [0, 1, 2]:
-            raise ValueError(f"transpose_forward = {forward} and transpose_backward = {backward} do not fit together")
+        if [self.transpose_forward[axis] for axis in self.transpose_backward] != [0, 1, 2]:
+            raise ValueError("transpose_backward does not undo transpose_forward")
         return self
 
 
@@ -103,11 +100,11 @@ class _Configuration(_Foreign):
     previous_stage: str | None = None
     architecture: _Architecture
     resampling_fn_data: str
-    resampling_fn_data_kwargs: dict[str, bool | int | float | str | None]
+    resampling_fn_data_kwargs: Arguments
     resampling_fn_seg: str
-    resampling_fn_seg_kwargs: dict[str, bool | int | float | str | None]
+    resampling_fn_seg_kwargs: Arguments
     resampling_fn_probabilities: str
-    resampling_fn_probabilities_kwargs: dict[str, bool | int | float | str | None]
+    resampling_fn_probabilities_kwargs: Arguments
 
     @model_validator(mode="after")
     def _sizes(self) -> _Configuration:
@@ -119,19 +116,13 @@ class _Configuration(_Foreign):
 
 
 def check_model(description: Description, plans: Any, dataset_json: Any) -> PlansManager:
-    """Plans that are safe to be used as ``description`` says.
-
-    Args:
-        description: the model's.
-        plans: the content of its plans.json.
-        dataset_json: the content of its dataset.json.
+    """Check the contents of plans.json and dataset.json, which may then be used as ``description`` says.
 
     Raises:
         ModelError: what is wrong, and where.
     """
     dataset, about = _parsed(_Dataset, dataset_json, DATASET), _parsed(_Plans, plans, PLANS)
-    named = {"dataset_name": description.dataset, "plans_name": description.plans}
-    for key, expected in named.items():
+    for key, expected in (("dataset_name", description.dataset), ("plans_name", description.plans)):
         _check(plans[key] == expected, f"{PLANS}: {key} = {plans[key]!r:.80}, but model.json says {expected}")
     reader = _part("image_reader_writer", about.image_reader_writer, "imageio", BaseReaderWriter)
     _part("label_manager", about.label_manager, "utilities.label_handling", LabelManager)
@@ -143,12 +134,9 @@ def check_model(description: Description, plans: Any, dataset_json: Any) -> Plan
     except Exception as error:  # a missing or circular inheritance, or an odd architecture of old plans
         raise ModelError(f"{PLANS}: no configuration {description.configuration}: {in_short(error)}") from error
     configuration = _parsed(_Configuration, resolved.configuration, PLANS)
-    _check_preprocessing(configuration, len(dataset.channel_names))
-    _check_intensities(about, configuration.normalization_schemes)
-    _check(
-        resolved.configuration["architecture"] == description.network,
-        f"{PLANS}: architecture is not the network that model.json describes",
-    )
+    _check_preprocessing(configuration, len(dataset.channel_names), about.intensities)
+    same = resolved.configuration["architecture"] == description.network
+    _check(same, f"{PLANS}: architecture is not the network that model.json describes")
     _check_architecture(configuration.architecture)
     try:
         if configuration.architecture.network_class_name == NETWORK_CLASS:
@@ -166,12 +154,16 @@ def _parsed(kind: type[Parsed], content: Any, file: str) -> Parsed:
         raise ModelError(f"{file}: {fault(error)}") from error
 
 
-def _check_preprocessing(configuration: _Configuration, channels: int) -> None:
+def _check_preprocessing(configuration: _Configuration, channels: int, intensities: dict[str, dict[str, Any]]) -> None:
     for key in ("normalization_schemes", "use_mask_for_norm"):
         found = len(getattr(configuration, key))
         _check(found == channels, f"{PLANS}: {key} has {found} entries for {channels} channels")
-    for scheme in set(configuration.normalization_schemes):
+    where = "foreground_intensity_properties_per_channel"
+    for channel, scheme in enumerate(configuration.normalization_schemes):
         _part("normalization_schemes", scheme, "preprocessing.normalization", ImageNormalization)
+        _check(str(channel) in intensities, f"{PLANS}: {where} has no channel {channel}")
+        if scheme == "CTNormalization":
+            _parsed(_Intensities, intensities[str(channel)], f"{PLANS}: {where}")
     _part("preprocessor_name", configuration.preprocessor_name, "preprocessing", DefaultPreprocessor)
     for key in ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"):
         name = getattr(configuration, key)
@@ -182,14 +174,6 @@ def _check_preprocessing(configuration: _Configuration, channels: int) -> None:
             inspect.signature(function).bind(None, None, None, None, **getattr(configuration, f"{key}_kwargs"))
         except TypeError as error:
             raise ModelError(f"{PLANS}: {key}_kwargs: {error}") from error
-
-
-def _check_intensities(plans: _Plans, schemes: Sequence[str]) -> None:
-    for channel, scheme in enumerate(schemes):
-        values = plans.intensities.get(str(channel))
-        _check(values is not None, f"{PLANS}: foreground_intensity_properties_per_channel has no channel {channel}")
-        if scheme == "CTNormalization":
-            _parsed(_Intensities, values, f"{PLANS}: foreground_intensity_properties_per_channel")
 
 
 def _check_architecture(architecture: _Architecture) -> None:
@@ -209,7 +193,7 @@ def _check_architecture(architecture: _Architecture) -> None:
 
 def _is_module(name: Any, prefixes: tuple[str, ...]) -> bool:
     """Whether ``name`` is the address of a class of network modules below one of ``prefixes``."""
-    if not (isinstance(name, str) and name.startswith(prefixes) and all(map(_IDENTIFIER.fullmatch, name.split(".")))):
+    if not (isinstance(name, str) and name.startswith(prefixes) and all(map(str.isidentifier, name.split(".")))):
         return False
     try:
         found = pydoc.locate(name)
@@ -228,8 +212,6 @@ def _part(key: str, name: str, folder: str, kind: type) -> Any:
 
 def _found(name: str, folder: str) -> Any:
     """What nnU-Net finds under a name in the plans."""
-    if not _IDENTIFIER.fullmatch(name):
-        return None
     place = join(nnunetv2.__path__[0], *folder.split("."))
     return recursive_find_python_class(place, name, current_module=f"nnunetv2.{folder}")
 

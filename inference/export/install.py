@@ -7,16 +7,15 @@ Nothing is unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
+import re
 import shutil
 import stat
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,21 +25,17 @@ from torch import Tensor
 from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import atomic_folder
 
-from .description import DATASET, LARGEST_JSON, MOST_FOLDS, PLANS, Description, is_file_of_a_model
+from .description import DATASET, LARGEST_JSON, PLANS, Description, is_file_of_a_model
 from .load import PortableModel, read_model
-from .write import CHECKPOINT
+from .write import CHECKPOINT, writing
 
-MOST_FILES = MOST_FOLDS + 4
 LARGEST_FILE, LARGEST_MODEL = 2**35, 2**37
 """Bytes, unpacked: 32 GiB, of which a fold of ViT-H takes 2.8, and 128 GiB."""
 LARGEST_RATIO = 200
 """Of a file to its part of the archive. Weights hardly shrink, JSON to a tenth; a bomb is a thousandfold."""
 
 _CHUNK = 2**20
-_DAMAGED = (
-    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
-    *(NotImplementedError, RuntimeError, ValueError, OverflowError),
-)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError)
 """What zipfile and zlib raise for archives that are damaged, encrypted or of unknown methods."""
 
 
@@ -66,20 +61,19 @@ def import_model(source: Path, results: Path, force: bool = False) -> Import:
         ModelError: the model is damaged, not safe, or needs parts that are not installed.
         UsageError: there already is one, or it cannot be written.
     """
-    with contextlib.ExitStack() as stack:
-        folder = source
-        if not source.is_dir():
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="masksam-import-"))
-            folder = Path(scratch) / "model"
+    with tempfile.TemporaryDirectory(prefix="masksam-import-") as scratch:
+        folder = source if source.is_dir() else Path(scratch)
+        if folder != source:
             unpack(source, folder)
         model = read_model(folder)
         about = model.about.description
         target = results / about.dataset / about.model_folder
-        if os.path.lexists(target) and not force:
-            raise UsageError(f"{target} exists: name another results folder (--to), or add --force to replace it")
-        if os.path.lexists(target) and (target.is_symlink() or not (target / PLANS).is_file()):
-            raise UsageError(f"{target} is not a model's folder, so --force does not replace it: move it away")
-        with _writing(target, "name another folder (--to)"), atomic_folder(target) as draft:
+        if os.path.lexists(target):
+            if not force:
+                raise UsageError(f"{target} exists: name another results folder (--to), or add --force to replace it")
+            if target.is_symlink() or not (target / PLANS).is_file():
+                raise UsageError(f"{target} is not a model's folder, so --force does not replace it: move it away")
+        with writing(target), atomic_folder(target) as draft:
             for name in (PLANS, DATASET):
                 shutil.copyfile(folder / name, draft / name)
             for fold, state in zip(model.about.folds, model.states, strict=True):
@@ -97,23 +91,14 @@ def unpack_model(source: Path, target: Path) -> Path:
     """
     if os.path.lexists(target):
         raise UsageError(f"--unpack {target} exists: name another folder")
-    with _writing(target, "name another folder (--unpack)"), atomic_folder(target) as draft:
-        draft.rmdir()
+    with writing(target), atomic_folder(target) as draft:
         unpack(source, draft)
         read_model(draft)
     return target
 
 
-@contextlib.contextmanager
-def _writing(target: Path, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"cannot write {target}: {error.strerror or error}; make room or {remedy}") from error
-
-
 def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> dict[str, Any]:
-    """What nnU-Net's predictor and its ``-pretrained_weights`` read of a checkpoint, and what says where it is from."""
+    """What nnU-Net's predictor and its ``-pretrained_weights`` read of a checkpoint."""
     about = model.about.description
     copies: dict[int, Tensor] = {}  # out of the one large storage that a safetensors file is
     return {
@@ -135,7 +120,7 @@ def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> di
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Unpack a portable model into ``folder``, a new one, of which nothing is of use after an error.
+    """Unpack a portable model into an empty folder, of which nothing is of use after an error.
 
     The archive holds the files of a model and no others, all at top level or all in one folder. What its headers say
     is not trusted: bytes are counted while it is unpacked.
@@ -143,19 +128,25 @@ def unpack(file: Path, folder: Path) -> None:
     Raises:
         ModelError: not a zip file, damaged, too large, or holding other names, folders, links, devices, one name twice,
             or something encrypted.
-        UsageError: there is no such file, or the folder exists or cannot be written.
+        UsageError: there is no such file, or the folder cannot be written.
     """
     if not file.is_file():
         raise UsageError(f"{file} is not a file: name a portable model's folder or zip file")
     try:
-        folder.mkdir()
         with _Bounded(file) as stream, zipfile.ZipFile(stream) as archive:
             left = LARGEST_MODEL
             for name, info in _members(archive, file).items():
                 # A header can claim any size of a packed file, but not one beyond the archive's.
                 packed = min(max(info.compress_size, 1), file.stat().st_size)
-                most = LARGEST_JSON if name.endswith(".json") else LARGEST_FILE
-                left -= _extract(archive, info, folder / name, min(left, most, packed * LARGEST_RATIO))
+                most = min(left, packed * LARGEST_RATIO, LARGEST_JSON if name.endswith(".json") else LARGEST_FILE)
+                written = 0
+                with archive.open(info) as source, (folder / name).open("xb") as target:
+                    while chunk := source.read(_CHUNK):
+                        written += len(chunk)
+                        if written > most:
+                            raise ModelError(f"refused {file}: {name} has more than {most} bytes unpacked")
+                        target.write(chunk)
+                left -= written
     except OSError as error:  # also of archives that point before their begin
         raise UsageError(f"cannot unpack {file} into {folder}: {error.strerror or error}; make room") from error
     except _DAMAGED as error:
@@ -176,47 +167,25 @@ class _Bounded(io.FileIO):
 def _members(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]:
     """The files to unpack by their names, once it is sure that there is nothing else."""
     result: dict[str, zipfile.ZipInfo] = {}
-    prefixes = set()
+    folders = set()
     for info in archive.infolist():
-        prefix, slash, name = info.filename.rpartition("/")
+        folder, slash, name = info.filename.rpartition("/")
+        folders.add(folder + slash)
         kind = stat.S_IFMT(info.external_attr >> 16)
-        prefixes.add(prefix + slash)
-        plain = not slash or _is_plain(prefix)
-        if slash and not name and kind in (0, stat.S_IFDIR) and plain and not info.file_size:
-            continue
+        plain = not slash or re.fullmatch(r"(?!\.{1,2}$)[^/\\:\0]+", folder) is not None
+        if plain and slash and not name and kind in (0, stat.S_IFDIR) and not info.file_size:
+            continue  # the folder itself
         refused = f"refused {file}: {info.orig_filename!r:.100}"
         if name.endswith(".pth"):
             remedy = "install it with nnUNetv2_install_pretrained_model_from_zip if you trust its source"
-            raise ModelError(f"{refused} is a pickled checkpoint of nnU-Net, not a file of a portable model: {remedy}")
-        if info.orig_filename != info.filename or not is_file_of_a_model(name) or not plain:
-            raise ModelError(f"{refused} is not a file of a portable model")
+            raise ModelError(f"{refused} is a pickled checkpoint of nnU-Net: {remedy}")
+        if info.orig_filename != info.filename or not is_file_of_a_model(name) or not plain or name in result:
+            raise ModelError(f"{refused} is not a file of a portable model, or comes twice")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise ModelError(f"{refused} is encrypted, or neither stored nor deflated")
         if kind not in (0, stat.S_IFREG):
             raise ModelError(f"{refused} is a link or a device, not a file")
-        if name in result or len(result) == MOST_FILES:
-            raise ModelError(f"{refused} comes twice, or after {MOST_FILES} files")
         result[name] = info
-    if len(prefixes) > 1:
-        raise ModelError(f"refused {file}: its files lie in several folders, {sorted(prefixes)!r:.100}")
+    if len(folders) > 1:
+        raise ModelError(f"refused {file}: its files lie in several folders, {sorted(folders)!r:.100}")
     return result
-
-
-def _is_plain(name: str) -> bool:
-    """Whether this is the name of one folder; it is not used for anything."""
-    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\:\0")
-
-
-def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> int:
-    """Write a file of at most ``most`` bytes; the number of its bytes."""
-    written = 0
-    with archive.open(info) as source, target.open("xb") as stream:
-        while chunk := source.read(_CHUNK):
-            written += len(chunk)
-            if written > most:
-                raise ModelError(
-                    f"refused {archive.filename}: {info.filename!r:.100} has more than {most} bytes unpacked, too "
-                    "many for such a file of a model"
-                )
-            stream.write(chunk)
-    return written

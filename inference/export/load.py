@@ -23,22 +23,23 @@ from .foreign_plans import check_model
 
 
 class PortablePlans(NamedTuple):
-    """All of a checked model but its weights."""
+    """All of a checked model but its weights; ``folds`` are those that were asked for."""
 
     description: Description
     plans: PlansManager
     dataset_json: dict[str, Any]
     folds: tuple[str, ...]
-    """Those that were asked for."""
 
 
 class PortableModel(NamedTuple):
-    """A checked model. Tensors of ``states``, one state dict for each fold, stay in the files until they are used."""
+    """A checked model: one state dict for each fold, and the network with the first one's weights.
+
+    Tensors stay in the files until they are used; those that folds share are the same objects.
+    """
 
     about: PortablePlans
     states: list[dict[str, Tensor]]
     network: nn.Module
-    """With the first fold's weights."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,7 @@ class PortablePredictModel:
         return {"model": self.name, "folds": list(self._content.folds), "portable": files}
 
     def check(self) -> None:
-        """Check all but the weights.
-
-        Raises:
-            ModelError: something is missing, damaged or not safe.
-        """
+        """Check all but the weights; errors are those of :func:`load_portable`."""
         _ = self._content
 
     def load(self, predictor: MaskSAMPredictor) -> None:
@@ -95,9 +92,6 @@ class PortablePredictModel:
 def load_portable(predictor: nnUNetPredictor, folder: str | Path, folds: Sequence[int | str] | None = None) -> None:
     """Make ``predictor`` predict with a portable model, as ``initialize_from_trained_model_folder`` does with others.
 
-    Tensors that folds share are in memory twice at most: once in the network, and once, as far as the system keeps
-    it there, in the mapped file.
-
     Args:
         predictor: nnU-Net's, or of a subclass.
         folder: a portable model's.
@@ -107,28 +101,31 @@ def load_portable(predictor: nnUNetPredictor, folder: str | Path, folds: Sequenc
         ModelError: a file is missing, damaged or not the one that was written; it names anything but parts of nnU-Net
             and MaskSAM; there is no such fold; or the trainer is not installed.
     """
-    (description, plans, dataset_json, _), states, network = read_model(Path(folder), folds)
+    (about, plans, dataset_json, _), states, network = read_model(Path(folder), folds)
+    configuration = plans.get_configuration(about.configuration)
     predictor.manual_initialization(
-        network,
-        plans,
-        plans.get_configuration(description.configuration),
-        states,
-        dataset_json,
-        description.trainer,
-        description.mirroring_axes,
+        network, plans, configuration, states, dataset_json, about.trainer, about.mirroring_axes
     )
 
 
 def read_model(folder: Path, folds: Sequence[int | str] | None = None) -> PortableModel:
     """Read and check all that is needed of ``folds``; errors are those of :func:`load_portable`."""
     about = read_plans(folder, folds)
-    needed = [SHARED, *map(fold_file, about.folds)]
-    verify(folder, about.description, [name for name in needed if name in about.description.files])
+    description = about.description
+    shared_files = [SHARED] if SHARED in description.files else []
+    verify(folder, description, [*shared_files, *map(fold_file, about.folds)])
     try:
-        states = read_states(folder, about.description, about.folds)
-        network = network_with(
-            about.description, about.plans, about.dataset_json, dict(zip(about.folds, states, strict=True))
-        )
+        shared = _read_tensors(folder / SHARED) if shared_files else {}
+        states = []
+        for fold in about.folds:
+            state = shared | _read_tensors(folder / fold_file(fold))
+            for name, other in description.same_as.items():
+                if name in state or other not in state:
+                    raise ModelError(f"same_as = {name!r:.80}: {other!r:.80} does not fit {fold_file(fold)}")
+                state[name] = state[other]
+            states.append(state)
+        named = dict(zip(about.folds, states, strict=True))
+        network = network_with(description, about.plans, about.dataset_json, named)
     except ModelError as error:
         raise ModelError(f"{folder} cannot be used: {error}") from error
     return PortableModel(about, states, network)
@@ -139,10 +136,9 @@ def read_plans(folder: Path, folds: Sequence[int | str] | None = None) -> Portab
     description = read_description(folder)
     named = [folds] if isinstance(folds, str) else description.folds if folds is None else folds
     chosen = tuple(dict.fromkeys(map(str, named)))
-    missing = [fold for fold in chosen if fold not in description.folds]
-    if missing or not chosen:
+    if not chosen or not set(chosen) <= set(description.folds):
         there = " ".join(description.folds)
-        raise ModelError(f"{folder} has no fold {' or '.join(missing) or '(none given)'}: name some of {there} (-f)")
+        raise ModelError(f"{folder} does not have the folds {' '.join(chosen)}: name some of {there} (-f)")
     verify(folder, description, [PLANS, DATASET])
     dataset_json = read_foreign_json(folder / DATASET)
     try:
@@ -150,24 +146,6 @@ def read_plans(folder: Path, folds: Sequence[int | str] | None = None) -> Portab
     except ModelError as error:
         raise ModelError(f"{folder} cannot be used: {error}") from error
     return PortablePlans(description, plans, dataset_json, chosen)
-
-
-def read_states(folder: Path, description: Description, folds: Sequence[str]) -> list[dict[str, Tensor]]:
-    """The state dicts of ``folds``. Tensors stay in the files until used; shared ones are the same objects.
-
-    Raises:
-        ModelError: a file is damaged, or the files do not fit together.
-    """
-    shared = _read_tensors(folder / SHARED) if SHARED in description.files else {}
-    states = []
-    for fold in folds:
-        state = shared | _read_tensors(folder / fold_file(fold))
-        for name, other in description.same_as.items():
-            if name in state or other not in state:
-                raise ModelError(f"same_as = {name!r:.80}: {other!r:.80} does not fit {fold_file(fold)}")
-            state[name] = state[other]
-        states.append(state)
-    return states
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -200,31 +178,17 @@ def network_with(
         except Exception as error:  # constructors of networks, given arguments that may be anything
             raise ModelError(f"trainer {description.trainer} cannot build the network: {in_short(error)}") from error
 
-    network = build("meta")
-    expected = network.state_dict()
+    expected = {name: tensor.shape for name, tensor in build("meta").state_dict().items()}
     for fold, state in states.items():
-        _check_fit(fold, expected, state)
-    copies: dict[int, Tensor] = {}
-    fitted = {
-        name: copies.setdefault(id(tensor), tensor.to(expected[name].dtype, copy=True))
-        for name, tensor in next(iter(states.values())).items()
-    }
+        found = {name: tensor.shape for name, tensor in state.items()}
+        if odd := sorted({name for name, _ in expected.items() ^ found.items()}):
+            raise ModelError(
+                f"the weights of fold {fold} do not fit the network in {PLANS}: {len(odd)} tensors are missing, "
+                f"unexpected or of another shape, such as {odd[0]!r:.100}"
+            )
+    network = build("cpu")
     try:
-        network.load_state_dict(fitted, assign=True)
-    except MaskSAMError as error:  # a network that says it is lean; a portable one never is
-        raise ModelError(str(error)) from error
-    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):  # buffers that are not saved
-        network = build("cpu")
-        network.load_state_dict(fitted)
+        network.load_state_dict(next(iter(states.values())))
+    except (MaskSAMError, RuntimeError) as error:  # a network that says it is lean; a type of number
+        raise ModelError(in_short(error)) from error
     return network
-
-
-def _check_fit(fold: str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    faults = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": [n for n, t in expected.items() if n in state and state[n].shape != t.shape],
-    }
-    found = "; ".join(f"{len(names)} {kind}, such as {names[0]!r:.100}" for kind, names in faults.items() if names)
-    if found:
-        raise ModelError(f"the weights of fold {fold} are not those of the network that {PLANS} describes: {found}")

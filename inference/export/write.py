@@ -10,7 +10,7 @@ import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.errors import ModelError, UsageError
+from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_json
 from masksam_nnunet.modeling.lean import is_lean
 from masksam_nnunet.plans.architecture import open_configuration
@@ -42,16 +42,14 @@ from .description import (
     file_entry,
     fold_file,
     is_portable,
-    read_description,
     read_foreign_json,
 )
 from .foreign_plans import check_model
 from .load import network_with
 
 CHECKPOINT = "checkpoint_final.pth"
-_MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
+_MODEL_FILES = (PLANS, DATASET, "dataset_fingerprint.json")
 _FOLD_FILES = ("progress.png", "validation/summary.json")  # nnU-Net's export needs them
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same model gives the same archive
 
 
 class Export(NamedTuple):
@@ -62,9 +60,8 @@ class Export(NamedTuple):
     completed: int
     """Number of checkpoints that were lean."""
     shared_bytes: int = 0
-    """Of tensors that all folds agree on; portable models only."""
+    """Of tensors that all folds agree on, and below of all files; portable models only."""
     total_bytes: int = 0
-    """Of all files, before they are packed; portable models only."""
 
 
 def export_model(
@@ -82,8 +79,7 @@ def export_model(
     Args:
         dataset: number or name.
         output: the zip file; an earlier one is replaced.
-        trainer: the trainer's class.
-        plans: name of the plans.
+        trainer, plans: their names.
         configurations: all that were trained if not given.
         folds: numbers, or "all".
 
@@ -99,7 +95,7 @@ def export_model(
     checkpoints = [made for model in models for made in _full_checkpoints(model, files[model])]
     if output.is_dir():
         raise UsageError(f"-o {output} is a folder: name a file in it")
-    with _writing(output), atomic_write(output) as draft:
+    with writing(output), atomic_write(output) as draft:
         names = tuple(model.name.split("__")[2] for model in models)
         export_pretrained_model(
             models[0].parent.name, str(draft), names, trainer, plans, tuple(folds), save_checkpoints=()
@@ -127,13 +123,9 @@ def export_portable(
     """Write a trained model as a portable one; arguments and errors are those of :func:`export_model`, except:
 
     Args:
-        output: the folder to write, or a zip file of it if its name ends in .zip.
+        output: the folder to write, or a zip file of it if its name ends in .zip; it must not exist.
         configurations: one; may be left out where only one was trained.
         force: replace an earlier portable model.
-
-    Raises:
-        UsageError: the output exists, or several configurations were trained.
-        ModelError: the model cannot be portable.
     """
     _, models = _model_folders(dataset, trainer, plans, configurations, (PLANS, DATASET))
     if len(models) > 1:
@@ -150,44 +142,35 @@ def write_portable(model: Path, output: Path, folds: Sequence[str], force: bool 
     folds = tuple(dict.fromkeys(folds))
     if not 0 < len(folds) <= MOST_FOLDS:
         raise UsageError(f"-f names {len(folds)} folds; name 1 to {MOST_FOLDS}")
-    _check_target(output, force)
-    made = _full_checkpoints(model, [_fold_checkpoint(model, fold) for fold in folds])
-    checkpoints = dict(zip(folds, made, strict=True))
-    contents = {fold: content for fold, (_, content, _) in checkpoints.items()}
-    with _writing(output):
-        if output.suffix != ".zip":
-            with atomic_folder(output) as draft:
-                shared, total = _write(model, draft, contents)
+    packed = output.suffix == ".zip"
+    if output.exists() or output.is_symlink():
+        if not force:
+            raise UsageError(f"-o {output} exists: name another target, or add --force to replace it")
+        if output.is_symlink() or not (output.is_file() if packed else is_portable(output)):
+            raise UsageError(f"-o {output} is not a portable model, and --force replaces nothing else")
+    made = list(_full_checkpoints(model, [_fold_checkpoint(model, fold) for fold in folds]))
+    contents = {fold: content for fold, (_, content, _) in zip(folds, made, strict=True)}
+    with writing(output), ExitStack() as stack:
+        if packed:
+            archive = stack.enter_context(atomic_write(output))
+            scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+            folder = Path(stack.enter_context(scratch))
         else:
-            with (
-                atomic_write(output) as archive,
-                tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder,
-            ):
-                shared, total = _write(model, Path(folder), contents)
-                _pack(Path(folder), archive)
-    return Export(output, len(folds), sum(was_lean for *_, was_lean in checkpoints.values()), shared, total)
-
-
-def _check_target(output: Path, force: bool) -> None:
-    """Replace nothing without ``force``, and with it only what this command has written."""
-    if not (output.exists() or output.is_symlink()):
-        return
-    if not force:
-        raise UsageError(f"-o {output} exists: name another target, or add --force to replace it")
-    if output.is_symlink() or not (output.is_file() if output.suffix == ".zip" else is_portable(output)):
-        raise UsageError(f"-o {output} is not a portable model, so --force does not replace it: name another target")
+            folder = stack.enter_context(atomic_folder(output))
+        shared, total = _write(model, folder, contents)
+        if packed:
+            _pack(folder, archive)
+    return Export(output, len(folds), sum(was_lean for *_, was_lean in made), shared, total)
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
+    """Raise what the file system says about ``target`` as a UsageError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"cannot write {output}: {reason}; make room or name another target (-o)") from error
-
-
-# ---- from nnU-Net's results ------------------------------------------------------------------------------------------
+        raise UsageError(f"cannot write {target}: {reason}; make room or name another target") from error
 
 
 def _model_folders(
@@ -196,16 +179,14 @@ def _model_folders(
     """nnU-Net's results folder, and in it the folders of the models, each with the files ``needed``."""
     results, models = find_models(dataset, trainer, plans, configurations)
     for file in (model / name for model in models for name in needed):
-        if not file.is_file():
-            raise ModelError(f"{file} is missing: without it the model cannot be used elsewhere")
         try:
             content = read_json(file)
             if file.name == PLANS:
                 open_configuration(content, file.parent.name.split("__")[2])
             elif not isinstance(content, dict):
                 raise ValueError("it is not a JSON object")
-        except ValueError as error:  # ConfigError is one
-            raise ModelError(f"{file} is damaged or of another version: {error}; restore it") from error
+        except (OSError, ValueError) as error:  # ConfigError is a ValueError
+            raise ModelError(f"{file} is missing, damaged or of another version: {error}; restore it") from error
     return results, models
 
 
@@ -214,10 +195,8 @@ def _fold_checkpoint(model: Path, fold: str, beside: Sequence[str] = ()) -> Path
     folder = model / f"fold_{fold}"
     if not (folder / CHECKPOINT).is_file():
         finished = sorted(file.parent.name.removeprefix("fold_") for file in model.glob(f"fold_*/{CHECKPOINT}"))
-        raise ModelError(
-            f"{folder / CHECKPOINT} is missing: finish the training of fold {fold}, or name finished folds: "
-            f"-f {' '.join(finished) or '(there are none)'}"
-        )
+        remedy = f"finish the training, or name finished folds: -f {' '.join(finished) or '(there are none)'}"
+        raise ModelError(f"{folder / CHECKPOINT} is missing: {remedy}")
     if missing := [name for name in beside if not (folder / name).is_file()]:
         raise ModelError(f"{folder} has no {' or '.join(missing)}: validate it with nnUNetv2_train ... {fold} --val")
     return folder / CHECKPOINT
@@ -234,16 +213,13 @@ def _full_checkpoints(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path
         was_lean = is_lean(checkpoint["network_weights"])
         if was_lean:
             if network is None:
-                plans, dataset_json = PlansManager(str(model / PLANS)), read_json(model / DATASET)
-                configuration = checkpoint["init_args"]["configuration"]
+                plans, configuration = PlansManager(str(model / PLANS)), model.name.split("__")[2]
                 with torch.device("meta"):
+                    dataset_json = read_json(model / DATASET)
                     network = network_to_predict(plans, configuration, dataset_json, checkpoint["trainer_name"])
             network.load_state_dict(checkpoint["network_weights"], assign=True)
             checkpoint |= {"network_weights": network.state_dict()}
         yield file, checkpoint, was_lean
-
-
-# ---- to a portable model ---------------------------------------------------------------------------------------------
 
 
 def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
@@ -251,12 +227,9 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
     states: dict[str, dict[str, Tensor]] = {fold: content["network_weights"] for fold, content in checkpoints.items()}
     for fold, state in states.items():
         odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        odd += state.keys() ^ next(iter(states.values())).keys()
-        if odd:
-            raise ModelError(
-                f"fold {fold} of {model}: {odd[0]!r} is not a tensor, or not in all folds: export it alone"
-            )
-    same_as = _second_names(list(states.values()))
+        if odd := odd + list(state.keys() ^ next(iter(states.values())).keys()):
+            raise ModelError(f"fold {fold} of {model}: {odd[0]!r} is not a tensor in all folds: export it alone")
+    same_as = dict(set.intersection(*(set(_repeated(state)) for state in states.values())))
     once = [{name: t for name, t in state.items() if name not in same_as} for state in states.values()]
     first, *others = once
     shared = {n: t for n, t in first.items() if others and all(same_bits(other[n], t) for other in others)}
@@ -266,33 +239,28 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
         _write_tensors(folder / SHARED, shared)
     for fold, state in zip(states, once, strict=True):
         _write_tensors(folder / fold_file(fold), {name: t for name, t in state.items() if name not in shared})
-    description = _describe(model, folder, checkpoints, same_as)
-    dataset_json = read_foreign_json(folder / DATASET)
-    plans = check_model(description, read_foreign_json(folder / PLANS), dataset_json)
+    plans_json, dataset_json = (read_foreign_json(folder / name) for name in (PLANS, DATASET))
+    files = {file.name: file_entry(file) for file in sorted(folder.iterdir())}
+    description = _describe(model, plans_json, checkpoints, same_as=same_as, files=files)
+    plans = check_model(description, plans_json, dataset_json)
     network_with(description, plans, dataset_json, states)  # what cannot be loaded is not written
     write_json(folder / MODEL, description.model_dump(mode="json"))
-    read_description(folder)
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    return sizes.get(SHARED, 0), sum(sizes.values())
+    return files[SHARED].bytes if shared else 0, sum(entry.bytes for entry in files.values())
 
 
-def _describe(
-    model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any]], same_as: dict[str, str]
-) -> Description:
+def _describe(model: Path, plans: Any, checkpoints: Mapping[str, Mapping[str, Any]], **more: Any) -> Description:
     first = next(iter(checkpoints.values()))
     for checkpoint in checkpoints.values():
-        if not isinstance(checkpoint.get("init_args"), dict) or "configuration" not in checkpoint["init_args"]:
-            raise ModelError(f"a checkpoint of {model} does not say its configuration: nnU-Net has not written it")
         for key in ("trainer_name", "inference_allowed_mirroring_axes"):
             if checkpoint.get(key) != first.get(key):
-                raise ModelError(
-                    f"the folds of {model} differ in {key} ({first.get(key)} and {checkpoint.get(key)}): export each "
-                    "alone (-f)"
-                )
+                values = f"{first.get(key)} and {checkpoint.get(key)}"
+                raise ModelError(f"the folds of {model} differ in {key} ({values}): export each alone (-f)")
     axes = first.get("inference_allowed_mirroring_axes")
-    plans = read_foreign_json(folder / PLANS)
-    configuration = first["init_args"]["configuration"]
+    configuration = model.name.split("__")[2]
     try:
+        configurations = {checkpoint["init_args"]["configuration"] for checkpoint in checkpoints.values()}
+        if configurations != {configuration}:
+            raise ValueError(f"its checkpoints are of configuration {configurations}")
         # As nnU-Net resolves it; plans of its first versions hold no architecture.
         network = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
         return Description(
@@ -306,20 +274,15 @@ def _describe(
             folds=tuple(checkpoints),
             epochs={fold: int(checkpoint.get("current_epoch", 0)) for fold, checkpoint in checkpoints.items()},
             mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
-            same_as=same_as,
-            files={file.name: file_entry(file) for file in sorted(folder.iterdir())},
             versions=versions(),
+            **more,
         )
     except Exception as error:  # nnU-Net's of plans, pydantic's of names
-        raise ModelError(f"{model} cannot be described, configuration {configuration}: {error}") from error
-
-
-def _second_names(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
-    """Names under which all ``states`` repeat a tensor, and the first name of that tensor."""
-    return dict(set.intersection(*(set(_repeated(state)) for state in states)))
+        raise ModelError(f"{model} cannot be described, configuration {configuration}: {in_short(error)}") from error
 
 
 def _repeated(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Names under which a state dict repeats a tensor, with the first name of that tensor."""
     first: dict[object, str] = {}
     for name, tensor in state.items():
         if tensor.numel():
@@ -330,16 +293,13 @@ def _repeated(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        ModelError: a type of number that the format does not have.
-        OSError: the disk is full, for instance.
-    """
+    """Write a safetensors file; raise ModelError for numbers that the format does not have, or OSError."""
     file.touch()
     mode = file.stat().st_mode  # the library would leave a file that others cannot read
+    # The format wants tensors that are contiguous and share no storage.
+    alone = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     try:
-        save_file({name: _alone(tensor) for name, tensor in tensors.items()}, str(file), {"format": "pt"})
+        save_file(alone, str(file), {"format": "pt"})
     except SafetensorError as error:
         if "os error" in str(error):  # how Rust ends the system's message
             raise OSError(str(error)) from error
@@ -349,19 +309,11 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     file.chmod(mode)
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is contiguous and all of its storage, as the format wants it; else a copy."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    if whole and tensor.is_contiguous():
-        return tensor.detach()
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
 def _pack(folder: Path, file: Path) -> None:
     """Write all files of ``folder`` to a zip file, JSON compressed and weights, which do not shrink, stored."""
     with zipfile.ZipFile(file, "w") as archive:
         for source in sorted(folder.iterdir()):
-            info = zipfile.ZipInfo(source.name, _EPOCH)
+            info = zipfile.ZipInfo(source.name)  # without a date: the same model gives the same archive
             info.compress_type = zipfile.ZIP_DEFLATED if source.suffix == ".json" else zipfile.ZIP_STORED
             info.external_attr = (stat.S_IFREG | 0o644) << 16
             with source.open("rb") as stream, archive.open(info, "w", force_zip64=True) as member:

@@ -169,7 +169,7 @@ def _trained_models(
     if ensemble:
         methods = parse_members(ensemble, plans, configuration or "")
     else:
-        methods = [Method(trainer or DEFAULT_TRAINER, plans, configuration)]
+        methods = [Method(trainer or DEFAULT_TRAINER, plans, configuration or "")]
     numbers = parse_folds(folds)
     models = trained_models(dataset, methods, numbers, checkpoint)
     if postprocessing == "auto":

@@ -1,7 +1,4 @@
-"""Portable models changed at random: read, or refused by name; nothing run, nothing written outside.
-
-The default suite takes EXAMPLES of each kind, ``-m long`` LONG of them.
-"""
+"""Portable models changed at random: read, or refused by name; nothing run, nothing written outside."""
 
 from __future__ import annotations
 
@@ -12,11 +9,9 @@ import json
 import os
 import random
 import shutil
-import stat
 import struct
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +23,12 @@ from hypothesis import strategies as st
 from portable_models import masksam_model, sign, stock_model
 
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.errors import MaskSAMError, ModelError
-from masksam_nnunet.inference.export import install
-from masksam_nnunet.inference.export.description import is_file_of_a_model, is_portable
+from masksam_nnunet.errors import ModelError
+from masksam_nnunet.inference.export.description import is_portable
 from masksam_nnunet.inference.export.load import read_model
 from masksam_nnunet.inference.export.write import write_portable
 
-EXAMPLES, LONG = 150, 20_000
+EXAMPLES = 150
 FILES = ("model.json", "plans.json", "dataset.json")
 BROKEN = (KeyError, TypeError, AttributeError, ValueError, OSError)
 """What the changes themselves may run into, in JSON that is changed."""
@@ -65,13 +59,6 @@ def watched() -> Iterator[list[str]]:
         yield events
     finally:
         _EVENTS = None
-
-
-def test_the_watch_sees(tmp_path: Path) -> None:
-    with watched() as events:
-        os.system("true")
-        (tmp_path / "x").write_text("")
-    assert [event.split()[0] for event in events] == ["os.system", "open"]
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +102,12 @@ LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 5), st.floats(), st.text(max_size=5),
     st.sampled_from([
         2**31, 2**63, -(2**70), 10**400, 1e308, 0.5, [], {}, [[]], [0], [1, 2, 3], {"a": 0}, {"0": {}}, [None] * 3,
-        "os.system", "torch.load", "torch.nn.Conv3d", "torch.nn.modules.conv.Conv2d", "numpy", "..", "/etc/passwd",
-        "../../x", "a\0b", "\ud800", "all", "nnUNetTrainer", "DefaultPreprocessor", "isfile", "np", "torch", "{}",
+        "os.system", "torch.load", "torch.nn.Conv3d", "numpy", "..", "/etc/passwd", "../../x", "a\0b", "\ud800", "all",
+        "nnUNetTrainer", "DefaultPreprocessor", "isfile", "np", "torch", ".nii.gz", "2d", "3d_fullres",
         "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet", "masksam_nnunet.modeling.MaskSAM",
-        "masksam_nnunet.sam_weights.fetch", ".nii.gz", "2d", "3d_fullres", "[" * 50,
-        "F8_E4M3", "F64", "I8", "BOOL", "C64", "U64", "F4", [0, 2**63], [2**62, 4], [10, 2],
     ]),
 )  # fmt: skip
-ACTIONS = st.sampled_from(("replace", "replace", "replace", "delete", "add", "swap"))
+ACTIONS = st.sampled_from(("replace", "replace", "replace", "delete", "add"))
 CHANGES = st.lists(st.tuples(st.integers(0, 2**32), ACTIONS, LEAVES), min_size=1, max_size=3)
 EDITS = st.lists(
     st.tuples(
@@ -162,13 +147,6 @@ def change(content: Any, seed: int, action: str, value: Any) -> Any:
         del place[last]
     elif action == "add" and isinstance(place[last], (dict, list)):
         place[last] = {**place[last], "more": value} if isinstance(place[last], dict) else [*place[last], value]
-    elif action == "swap":
-        other = result
-        *above, key = rng.choice(every)
-        with contextlib.suppress(KeyError, IndexError, TypeError):
-            for step in above:
-                other = other[step]
-            place[last], other[key] = copy.deepcopy(other[key]), copy.deepcopy(place[last])
     return result
 
 
@@ -226,58 +204,6 @@ def file_bytes(models: list[Path], which: int, name: str, edits: Any, signed: bo
         assert not sound or signed or after == before or file.name == "model.json", "a changed file passed as the first"
 
 
-def tensor_headers(models: list[Path], which: int, fold: int, changes: list[tuple[int, str, Any]], more: int) -> None:
-    with copied(models[which]) as folder:
-        file = folder / f"fold_{fold}.safetensors"
-        content = file.read_bytes()
-        size = struct.unpack("<Q", content[:8])[0]
-        header = json.loads(content[8 : 8 + size])
-        for seed, action, value in changes:
-            header = change(header, seed, action, value)
-        text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", (len(text) + more) % 2**64) + text + content[8 + size :])
-        sign(folder)
-        read(folder)
-
-
-def archives(models: list[Path], members: list[tuple[str, int, int, bytes]], edits: Any, sound: bool) -> None:
-    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        for name, limit in (("MOST_FILES", 4), ("LARGEST_FILE", 2**20), ("LARGEST_MODEL", 2**20 + 1000)):
-            patch.setattr(install, name, limit)
-        box = Path(root) / "a" / "b" / "c"
-        box.mkdir(parents=True)
-        file = box / "model.zip"
-        with zipfile.ZipFile(file, "w") as archive, contextlib.suppress(UnicodeError, IndexError):
-            for name, mode, method, content in members:
-                info = zipfile.ZipInfo("x")
-                info.filename, info.external_attr, info.compress_type = name, mode << 16, method
-                archive.writestr(info, content)
-        if not sound:
-            written = file.read_bytes()
-            file.write_bytes(edited(written, edits, len(written)))
-        before = sorted(Path(root).rglob("*"))
-        target = box / "target"
-        with watched() as events:
-            try:
-                install.unpack(file, target)
-            except MaskSAMError as error:
-                assert str(file) in str(error)
-        assert all(event.startswith(f"open {target}{os.sep}") for event in events)
-        inside = sorted(target.iterdir())
-        assert sorted(Path(root).rglob("*")) == sorted([*before, target, *inside])
-        assert all(path.is_file() and not path.is_symlink() and is_file_of_a_model(path.name) for path in inside)
-        assert len(inside) <= 4 and sum(path.stat().st_size for path in inside) <= 2**21
-
-
-NAMES = st.one_of(
-    st.sampled_from((*FILES, "shared.safetensors", "fold_0.safetensors", "fold_all.safetensors")),
-    st.sampled_from(("a/", "a/model.json", "../model.json", "/tmp/x", "..", "", "a\\b", "a/../../model.json", "x\0y")),
-    st.builds("".join, st.lists(st.sampled_from(("..", "/", "\\", "a", "model.json", "\0", "~", "é")), max_size=5)),
-    st.text(max_size=12),
-)  # fmt: skip
-MODES = st.sampled_from((0, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFDIR | 0o755, 0o177777))
-METHODS = st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
-CONTENTS = st.one_of(st.binary(max_size=40), st.integers(0, 2**21).map(bytes))
 ONE = st.integers(0, 1)
 KINDS: dict[Callable[..., None], dict[str, st.SearchStrategy[Any]]] = {
     json_files: {
@@ -291,33 +217,14 @@ KINDS: dict[Callable[..., None], dict[str, st.SearchStrategy[Any]]] = {
         "edits": EDITS,
         "signed": st.sampled_from((True, True, True, False)),
     },
-    tensor_headers: {
-        "which": ONE,
-        "fold": ONE,
-        "changes": CHANGES,
-        "more": st.sampled_from((0, 0, 0, 0, 1, -1, 2**40, 2**63)),
-    },
-    archives: {
-        "members": st.lists(st.tuples(NAMES, MODES, METHODS, CONTENTS), max_size=5),
-        "edits": EDITS,
-        "sound": st.booleans(),
-    },
 }
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(
-    "examples", [EXAMPLES, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
-)
 @pytest.mark.parametrize("kind", KINDS)
-def test_changed_models(kind: Callable[..., None], examples: int, models: list[Path]) -> None:
-    @settings(
-        max_examples=examples,
-        derandomize=examples == EXAMPLES,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
+def test_changed_models(kind: Callable[..., None], models: list[Path]) -> None:
+    health = list(HealthCheck)
+
+    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=health, database=None)
     @given(**KINDS[kind])
     def check(**drawn: Any) -> None:
         kind(models, **drawn)

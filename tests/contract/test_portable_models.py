@@ -7,9 +7,7 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from masksam_nnunet.inference.export.install import import_model, unpack_model
 from masksam_nnunet.inference.export.load import load_portable, read_model
 from masksam_nnunet.inference.export.write import CHECKPOINT, write_portable
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
-from masksam_nnunet.plans.architecture import NETWORK_CLASS
 
 FOLDS = ("0", "1")
 
@@ -100,8 +97,8 @@ def test_predictions_are_nnunets_bit_for_bit(
     elif kind == "tiny":
         folder = masksam_model(results)
     else:
-        sam = install_small_sam(tmp_path / "cache", monkeypatch) if kind == "ViT, lean" else None
         monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
+        sam = install_small_sam(tmp_path / "cache", monkeypatch) if kind == "ViT, lean" else None
         folder = masksam_model(results, "vit_b", sam=sam)
     expected = logits(from_nnunet(folder))
     output = tmp_path / "portable"
@@ -146,68 +143,28 @@ def test_the_same_model_gives_the_same_bytes(results: Path, tmp_path: Path) -> N
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "one").iterdir()} == {0o666 & ~umask}
 
 
-# --- pickle -----------------------------------------------------------------------------------------------------------
-
-_FOUND: list[str] | None = None
-
-
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "pickle.find_class" and _FOUND is not None:
-        _FOUND.append(".".join(map(str, arguments)))
-
-
-sys.addaudithook(_watch)  # for good: it can only be switched off
-
-
-@contextmanager
-def no_pickle(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """While it lasts, unpickling raises, and what Python's own C code finds for a pickle is listed."""
-    global _FOUND
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("unpickled")
-
-    with patch.context() as here:
-        for place, name in (
-            (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"),
-            (importlib.import_module("torch._weights_only_unpickler"), "load"),
-        ):  # fmt: skip
-            here.setattr(place, name, refuse)
-        _FOUND = []
-        try:
-            yield _FOUND
-        finally:
-            _FOUND = None
-
-
-def test_the_guard_notices_pickles(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = masksam_model(results)
-    with no_pickle(monkeypatch), pytest.raises(AssertionError, match="unpickled"):
-        logits(from_nnunet(folder))
-    text = pickle.dumps(Path("x"))
-    loads = pickle.loads
-    with no_pickle(monkeypatch) as found:
-        loads(text)
-    assert found
-
-
 def test_importing_and_predicting_unpickle_nothing(
     results: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_portable(masksam_model(tmp_path), tmp_path / "model.zip", FOLDS)
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    folder = masksam_model(tmp_path)
+    write_portable(folder, tmp_path / "model.zip", FOLDS)
     write_image(tmp_path / "images" / "case_0000.nii.gz", size=(32, 32, 4))
     # What is imported on the way may use pickle.
-    importlib.import_module("masksam_nnunet.inference.export.load")
     importlib.import_module("masksam_nnunet.inference.predict.run")
     logits(from_portable(sound))
-    with no_pickle(monkeypatch) as found:
-        unpack_model(tmp_path / "model.zip", tmp_path / "unpacked")
-        import_model(tmp_path / "model.zip", results)
-        logits(from_portable(tmp_path / "unpacked"), MaskSAMPredictor)
-        words = f"-i {tmp_path}/images -o {tmp_path}/out -device cpu -npp 0 -nps 0 --disable_tta".split()
-        done = run("predict", "--model", sound, *words)
-        assert done.exit_code == 0, done.output
-    assert found == []
+    for place, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(place, name, refuse)
+    with pytest.raises(AssertionError, match="unpickled"):  # the guard notices
+        logits(from_nnunet(folder))
+    unpack_model(tmp_path / "model.zip", tmp_path / "unpacked")
+    import_model(tmp_path / "model.zip", results)
+    logits(from_portable(tmp_path / "unpacked"), MaskSAMPredictor)
+    words = f"-i {tmp_path}/images -o {tmp_path}/out -device cpu -npp 0 -nps 0 --disable_tta".split()
+    done = run("predict", "--model", sound, *words)
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "case.nii.gz").is_file()
 
 
@@ -270,7 +227,7 @@ def test_what_cannot_be_portable_is_refused_and_nothing_is_left(results: Path, t
     for content, said in (
         (other | {"inference_allowed_mirroring_axes": (0, 1, 2)}, "inference_allowed_mirroring_axes"),
         (other | {"network_weights": lacking}, name),
-        ({"network_weights": other["network_weights"]}, "configuration"),
+        ({"network_weights": other["network_weights"]}, "trainer_name"),
     ):
         torch.save(content, folder / "fold_1" / CHECKPOINT)
         refused(said, "-f", "0", "1")
@@ -338,19 +295,6 @@ def test_an_import_that_fails_leaves_what_was_there(
 # --- what comes from elsewhere ----------------------------------------------------------------------------------------
 
 
-def edit(file: Path, **changes: Any) -> None:
-    """Change top-level values of a JSON file; None removes one."""
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def edit_configuration(folder: Path, **changes: Any) -> None:
-    plans = json.loads((folder / "plans.json").read_text())
-    plans["configurations"]["3d_fullres"].update(changes)
-    (folder / "plans.json").write_text(json.dumps(plans))
-    sign(folder)
-
-
 def refused(folder: Path, said: str) -> None:
     with pytest.raises(ModelError) as error:
         read_model(folder)
@@ -376,68 +320,59 @@ def test_files_that_are_not_those_that_were_written(model: Path) -> None:
     assert read_model(model, [0]).about.folds == ("0",), "what is not asked for is not needed"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"format": "other"}, {"format_version": 2}, {"format_version": True}, {"versions": None}, {"more": 1},
-        {"dataset": "Dataset001_../../x"}, {"dataset": "/tmp"}, {"plans": "a__b"}, {"plans": ".."},
-        {"configuration": "x/y"}, {"trainer": "os.system"}, {"trainer": "nnUNetDataLoader"}, {"trainer": "Other"},
-        {"folds": ["0", "0"]}, {"folds": ["../1"]}, {"folds": []}, {"folds": ["0"]}, {"epochs": {"7": 1}},
-        {"mirroring_axes": [3]}, {"mirroring_axes": [1, 1]}, {"same_as": {"a": "b"}}, {"network": {}},
-        {"same_as": {"a": "b", "b": "c"}}, {"files": {}},
-    ],
-)  # fmt: skip
-def test_descriptions_that_cannot_be(model: Path, changes: dict[str, Any]) -> None:
-    edit(model / "model.json", **changes)
-    (key, *_) = changes
-    refused(model, {"network": "architecture"}.get(key, key))
-    assert is_portable(model) == ("format" not in changes)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("preprocessor_name", "isfile"), ("resampling_fn_data", "recursive_find_python_class"),
-        ("resampling_fn_seg_kwargs", {"odd": 1}), ("normalization_schemes", ["np"]), ("normalization_schemes", []),
-        ("patch_size", [3, 32, 2**40]), ("patch_size", [4096] * 3), ("spacing", [1, 1, -1]), ("spacing", [1.0, 1.0]),
-        ("inherits_from", "3d_fullres"), ("previous_stage", 3),
-    ],
-)  # fmt: skip
-def test_configurations_that_cannot_be(model: Path, key: str, value: Any) -> None:
-    edit_configuration(model, **{key: value})
-    refused(model, "3d_fullres" if key == "inherits_from" else key)
-
-
 UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 
 
+def network(name: str, imported: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]:
+    arguments = {"strides": [[1] * 3]} | arguments
+    return {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": list(imported)}
+
+
 @pytest.mark.parametrize(
-    ("name", "arguments", "imported"),
+    ("file", "key", "value"),
     [
-        ("subprocess.Popen", {"args": ["touch", "made"]}, []),
-        ("dynamic_network_architectures.architectures.unet.torch", {}, []),
-        (NETWORK_CLASS, {"config": {}}, []),
-        (UNET, {"conv_op": "os.system"}, ["conv_op"]),
-        (UNET, {"n_stages": 10**9}, []),
+        ("model", "format", "other"), ("model", "format_version", 2), ("model", "folds", ["../1"]),
+        ("model", "dataset", "Dataset001_../../x"), ("model", "plans", "a__b"), ("model", "configuration", "x/y"),
+        ("model", "trainer", "os.system"), ("model", "trainer", "nnUNetDataLoader"), ("model", "epochs", {"7": 1}),
+        ("model", "mirroring_axes", [3]), ("model", "same_as", {"a": "b"}), ("model", "files", {}),
+        ("plans", "image_reader_writer", "np"), ("plans", "label_manager", "torch"), ("plans", "configurations", []),
+        ("plans", "transpose_forward", [0, 1, 1]), ("plans", "dataset_name", "Dataset001_Other"),
+        ("plans", "foreground_intensity_properties_per_channel", {}),
+        ("dataset", "file_ending", "/../../x.nii.gz"), ("dataset", "labels", {"background": 0, "a": 10**9}),
+        ("dataset", "labels", None), ("dataset", "channel_names", {}), ("dataset", "regions_class_order", "12"),
+        ("3d_fullres", "preprocessor_name", "isfile"), ("3d_fullres", "resampling_fn_seg_kwargs", {"odd": 1}),
+        ("3d_fullres", "resampling_fn_data", "recursive_find_python_class"), ("3d_fullres", "spacing", [1.0, 1.0]),
+        ("3d_fullres", "normalization_schemes", ["np"]), ("3d_fullres", "patch_size", [4096] * 3),
+        ("3d_fullres", "architecture", network("subprocess.Popen", args=["touch", "made"])),
+        ("3d_fullres", "architecture", network("dynamic_network_architectures.architectures.unet.torch")),
+        ("3d_fullres", "architecture", network(UNET, ("conv_op",), conv_op="os.system")),
+        ("3d_fullres", "architecture", network(UNET, n_stages=10**9)),
     ],
-)
-def test_networks_that_plans_may_not_name(model: Path, name: str, arguments: Any, imported: list[str]) -> None:
-    arguments["strides"] = [[1] * 3]
-    network = {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": imported}
-    edit(model / "model.json", network=network)
-    edit_configuration(model, architecture=network)
-    refused(model, name if name == "subprocess.Popen" else "")
-    assert not Path("made").exists()
+)  # fmt: skip
+def test_json_that_cannot_be(model: Path, file: str, key: str, value: Any) -> None:
+    name = "plans" if file == "3d_fullres" else file
+    content = json.loads((model / f"{name}.json").read_text())
+    (content["configurations"][file] if file == "3d_fullres" else content)[key] = value
+    (model / f"{name}.json").write_text(json.dumps(content))
+    if key == "architecture":
+        description = json.loads((model / "model.json").read_text())
+        (model / "model.json").write_text(json.dumps(description | {"network": value}))
+    if name != "model":
+        sign(model)
+    refused(model, key)
+    assert is_portable(model) == (key != "format")
 
 
-def test_a_hash_of_sams_file_where_there_is_no_sam(model: Path) -> None:
-    """Found by fuzzing: the network took itself for one to be completed from SAM's file."""
-    file = model / "shared.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    tensors["sam_sha256"][31] = 1
-    safetensors.torch.save_file(tensors, file)
+def test_endless_nesting_and_nan(model: Path) -> None:
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    plans["foreground_intensity_properties_per_channel"] = {"0": {"mean": 1.0, "std": float("nan")}}
+    (model / "plans.json").write_text(json.dumps(plans))
     sign(model)
-    refused(model, "SAM")
+    refused(model, "foreground_intensity_properties_per_channel")
+    (model / "dataset.json").write_text("[" * 100_000)
+    sign(model)
+    refused(model, "dataset.json")
 
 
 def test_weights_of_another_network(model: Path) -> None:
@@ -446,55 +381,13 @@ def test_weights_of_another_network(model: Path) -> None:
     name = max(tensors, key=lambda key: tensors[key].numel())
     lacking = {key: value for key, value in tensors.items() if key != name}
     for content, said in (
-        (lacking, "1 missing"),
-        (tensors | {"more": torch.ones(1)}, "1 unexpected, such as 'more'"),
-        (tensors | {name: torch.ones(3)}, "1 of another shape"),
+        (lacking, name),
+        (tensors | {"more": torch.ones(1)}, "more"),
+        (tensors | {name: torch.ones(3)}, name),
     ):
         safetensors.torch.save_file(content, file)
         sign(model)
         refused(model, said)
-    safetensors.torch.save_file(tensors, file)
-    network = json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["architecture"]
-    # The second would take gigabytes if it were built before it is compared.
-    for key, value in (("num_queries", 5), ("patch_size", [4096, 4096, 4096])):
-        network["arch_kwargs"]["config"][key] = value
-        edit(model / "model.json", network=network)
-        edit_configuration(model, architecture=network)
-        refused(model, "fold 0")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("file_ending", "/../../x.nii.gz"), ("file_ending", ".png"), ("labels", {"background": 0, "a": 10**9}),
-        ("labels", {"organ": 1}), ("labels", None), ("channel_names", {}), ("regions_class_order", "12"),
-    ],
-)  # fmt: skip
-def test_datasets_that_cannot_be(model: Path, key: str, value: Any) -> None:
-    edit(model / "dataset.json", **{key: value})
-    sign(model)
-    refused(model, "Background" if value == {"organ": 1} else key)
-
-
-def test_plans_that_cannot_be(model: Path) -> None:
-    before = (model / "plans.json").read_text()
-    for key, value in (
-        ("image_reader_writer", "np"), ("image_reader_writer", 3), ("label_manager", "torch"),
-        ("transpose_forward", [0, 1, 1]), ("transpose_backward", [2, 1, 0]), ("dataset_name", "Dataset001_Other"),
-        ("configurations", []), ("foreground_intensity_properties_per_channel", {}),
-    ):  # fmt: skip
-        edit(model / "plans.json", **{key: value})
-        sign(model)
-        refused(model, key)
-        (model / "plans.json").write_text(before)
-    edit_configuration(model, normalization_schemes=["CTNormalization"])
-    assert read_model(model)
-    edit(model / "plans.json", foreground_intensity_properties_per_channel={"0": {"mean": 1.0, "std": float("nan")}})
-    sign(model)
-    refused(model, "foreground_intensity_properties_per_channel")
-    (model / "dataset.json").write_text("[" * 100_000)
-    sign(model)
-    refused(model, "dataset.json")
 
 
 def test_folds_are_named_or_all(model: Path) -> None:

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from container_models import image, same_geometry, write_image, write_inputs_json
-from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.inference.docker.images import check_meta_image, read_header, stage, write_label_map
-from masksam_nnunet.inference.docker.interface import ContainerOptions, Job, OutputError, find_jobs
+from masksam_nnunet.inference.docker.interface import ContainerOptions, OutputError, find_jobs
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -27,13 +26,6 @@ def touch(root: Path, *names: str) -> Path:
 
 
 # ---- the platform's interface ----------------------------------------------------------------------------------------
-
-
-def test_images_come_from_relative_path_not_from_the_slug(tmp_path: Path) -> None:
-    touch(tmp_path, "images/mri-of-the-heart/0f3c.mha", "images/heart/decoy.mha", "age.json")
-    write_inputs_json(tmp_path, heart="images/mri-of-the-heart")
-    (job,) = find_jobs(tmp_path, Path("/out"), ContainerOptions(output="heart-labels"), ["MRI"])
-    assert job == Job((tmp_path / "images/mri-of-the-heart/0f3c.mha",), Path("/out/images/heart-labels/0f3c.mha"))
 
 
 @pytest.mark.parametrize("key", ["socket", "interface"])
@@ -61,17 +53,19 @@ def test_several_cases_are_matched_by_name(tmp_path: Path) -> None:
     assert [job.target.name for job in jobs] == ["1.mha", "2.mha"]
 
 
-def test_flat_folders_keep_their_names(tmp_path: Path) -> None:
-    touch(tmp_path, "amos_0007.nii.gz", "amos_0001.nii.gz", "readme.txt")
-    jobs = find_jobs(tmp_path, Path("/out"), ContainerOptions(), ["CT"])
-    assert [job.target for job in jobs] == [Path("/out/amos_0001.nii.gz"), Path("/out/amos_0007.nii.gz")]
-
-
-def test_flat_folders_with_channels(tmp_path: Path) -> None:
-    touch(tmp_path, "b_0001.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz")
-    jobs = find_jobs(tmp_path, Path("/out"), ContainerOptions(), ["T1", "T2"])
-    assert [job.target.name for job in jobs] == ["a.nii.gz", "b.nii.gz"]
-    assert [file.name for file in jobs[1].channels] == ["b_0000.nii.gz", "b_0001.nii.gz"]
+@pytest.mark.parametrize(
+    ("files", "channels", "targets"),
+    [
+        (["amos_0007.nii.gz", "amos_0001.nii.gz", "readme.txt"], ["CT"], ["amos_0001.nii.gz", "amos_0007.nii.gz"]),
+        (["b_0001.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"], ["T1", "T2"], ["a.nii.gz", "b.nii.gz"]),
+    ],
+)
+def test_flat_folders_keep_their_names(
+    files: list[str], channels: list[str], targets: list[str], tmp_path: Path
+) -> None:
+    jobs = find_jobs(touch(tmp_path, *files), Path("/out"), ContainerOptions(), channels)
+    assert [job.target for job in jobs] == [Path("/out") / name for name in targets]
+    assert all([*job.channels] == sorted(job.channels) and len(job.channels) == len(channels) for job in jobs)
 
 
 def write_json(text: str) -> Callable[[Path], object]:
@@ -95,15 +89,12 @@ THREE = names("images/a/x.mha", "images/b/x.mha", "images/c/x.mha")
     ("make", "slugs", "channels", "named"),
     [
         (lambda root: root.rmdir(), [], 1, "--input"),
-        (lambda root: None, [], 1, "inputs.json"),
         (names("images/ct/report.pdf"), [], 1, "report.pdf"),
         (lambda root: write_inputs_json(root, ct="images/ct"), [], 1, "images/ct"),
         (lambda root: write_inputs_json(root), [], 1, "no image"),
         (outside, [], 1, "secret"),
         (write_json("[{"), [], 1, "inputs.json"),
         (write_json('[{"slug": "ct"}]'), [], 1, "inputs.json"),
-        (write_json("{}"), [], 1, "inputs.json"),
-        (THREE, [], 1, "a, b, c"),
         (THREE, [], 3, "--channels"),
         (THREE, ["a", "b", "c"], 2, "c0, c1"),
         (THREE, T2_ADC, 2, "t2, adc"),
@@ -131,9 +122,8 @@ def test_container_json_and_what_overrides_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{", '{"output": "../x"}', '{"output": ""}', '{"output": 3}', '{"channel": 1}', '{"channels": "t2"}',
-     '{"channels": ["a", "a"]}', '{"channels": [1]}', '{"output": "a/b"}', '{"step_size": 0}', '{"mirroring": "no"}'],
-)  # fmt: skip
+    ["[]", "{", '{"output": "../x"}', '{"channel": 1}', '{"step_size": 0}'],
+)
 def test_a_wrong_container_json(text: str, tmp_path: Path) -> None:
     (tmp_path / "container.json").write_text(text)
     with pytest.raises(UsageError, match=r"container\.json"):
@@ -163,12 +153,6 @@ def test_damaged_meta_images_are_found(tmp_path: Path) -> None:
             check_meta_image(other)
 
 
-def test_meta_images_without_compression_pass(tmp_path: Path) -> None:
-    file = tmp_path / "a.mha"
-    sitk.WriteImage(image(), str(file), False)
-    check_meta_image(file)
-
-
 def test_formats_that_the_reader_has_are_linked_and_others_converted(tmp_path: Path) -> None:
     files = [write_image(tmp_path / name) for name in ("a.mha", "b.nii.gz")]
     for number, reader in enumerate((SimpleITKIO(), NibabelIOWithReorient())):
@@ -179,15 +163,6 @@ def test_formats_that_the_reader_has_are_linked_and_others_converted(tmp_path: P
         arrays, properties = reader.read_images([str(file) for file in case.files])
         assert arrays.shape[0] == 2 and np.allclose(arrays[0], arrays[1])
         assert sorted(properties["spacing"]) == pytest.approx([0.9, 1.0, 1.1])
-
-
-def test_a_colour_picture_becomes_what_its_model_reads(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
-    sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=True), str(tmp_path / "a.mha"))
-    (tmp_path / "s").mkdir()
-    case = stage([tmp_path / "a.mha"], tmp_path / "s", ".png", NaturalImage2DIO())
-    array, _ = NaturalImage2DIO().read_images([str(case.files[0])])
-    assert np.array_equal(array[:, 0], np.moveaxis(pixels, -1, 0))
 
 
 def test_four_dimensions_and_other_files_are_refused(tmp_path: Path) -> None:
@@ -215,12 +190,11 @@ def test_label_maps_have_the_images_geometry(largest: int, kind: int, tmp_path: 
 
 
 def test_a_label_map_of_another_size_and_an_unwritable_output(tmp_path: Path) -> None:
-    source = write_image(tmp_path / "a.mha")
-    sitk.WriteImage(sitk.Image([3, 4, 5], sitk.sitkUInt8), str(tmp_path / "labels.nii.gz"))
-    with pytest.raises(CaseError, match=r"\(3, 4, 5\).*\(30, 28, 4\)"):
-        write_label_map(tmp_path / "labels.nii.gz", tmp_path / "out.mha", read_header(source))
+    source, predicted = write_image(tmp_path / "a.mha"), tmp_path / "labels.nii.gz"
+    sitk.WriteImage(sitk.Image([3, 4, 5], sitk.sitkUInt8), str(predicted))
+    with pytest.raises(CaseError):
+        write_label_map(predicted, tmp_path / "out.mha", read_header(source))
     (tmp_path / "file").touch()
-    geometry = read_header(tmp_path / "labels.nii.gz")
     with pytest.raises(OutputError, match=r"out\.mha"):
-        write_label_map(tmp_path / "labels.nii.gz", tmp_path / "file" / "out.mha", geometry)
+        write_label_map(predicted, tmp_path / "file" / "out.mha", read_header(predicted))
     assert not (tmp_path / "out.mha").exists()
