@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,9 @@ def write_report(results: BenchmarkResults, out: Path) -> Path:
     """
     # Everything is made before anything is written: a fault leaves an older report as it was.
     content = to_json(results)
-    texts = {
-        "scores.csv": _csv(results.scores),
-        "aggregates.csv": _csv(results.means),
-        "comparisons.csv": _csv(results.comparisons),
-        "supplement.md": to_markdown(results),
-        PAGE: render(results),
-    }
+    frames = {"scores": results.scores, "aggregates": results.means, "comparisons": results.comparisons}
+    texts = {f"{name}.csv": frame.to_csv(index=False, lineterminator="\n") for name, frame in frames.items()}
+    texts |= {"supplement.md": to_markdown(results), PAGE: render(results)}
     try:
         write_json(out / "report.json", content)
         for name, text in texts.items():
@@ -62,26 +57,20 @@ def write_report(results: BenchmarkResults, out: Path) -> Path:
     return out / PAGE
 
 
-def _csv(table: pd.DataFrame) -> str:
-    text: str = table.to_csv(index=False, lineterminator="\n")
-    return text
-
-
 def to_json(results: BenchmarkResults) -> dict[str, Any]:
     """The results by the field names of :class:`BenchmarkResults`, without pictures; NaN becomes None.
 
-    ``scores`` and ``test_set``, which may be long, are dicts of ``columns`` and ``data``; other tables
-    are lists of dicts.
+    ``scores`` and ``test_set``, which may be long, are dicts of ``columns`` and ``data``; other tables are lists of
+    dicts.
     """
-    content = {field.name: getattr(results, field.name) for field in fields(results) if field.name != "inside"}
-    for name, value in content.items():
+    content: dict[str, Any] = {"schema": "masksam-benchmark", "schema_version": SCHEMA_VERSION}
+    for name in (field.name for field in fields(results) if field.name != "inside"):
+        value = getattr(results, name)
         if isinstance(value, pd.DataFrame):
-            content[name] = value.to_dict("records")
-    for name in ("scores", "test_set"):
-        table: pd.DataFrame = getattr(results, name)
-        content[name] = {"columns": list(table.columns), "data": table.to_numpy().tolist()}
-    found: Mapping[str, Any] = plain(content)
-    return {"schema": "masksam-benchmark", "schema_version": SCHEMA_VERSION, **found}
+            is_long = name in ("scores", "test_set")
+            value = value.to_dict("split", index=False) if is_long else value.to_dict("records")
+        content[name] = plain(value)
+    return content
 
 
 def render(results: BenchmarkResults) -> str:

@@ -258,15 +258,12 @@ POLICIES = {
     "tests": (
         "Rows are compared on the same cases by Wilcoxon's signed-rank test, two-sided. Differences of zero are "
         "dropped; p is exact for up to 50 differences without ties and up to 13 with ties, else from the normal "
-        "approximation with correction for ties; p = 1 if all differences are zero."
-    ),
-    "correction": (
-        "p is corrected by Holm over the classes of the same metric and pair of rows, not over metrics or pairs. A row "
-        "counts as better at a corrected p below 0.05, in the direction of the effect."
+        "approximation with correction for ties; p = 1 if all differences are zero. p is corrected by Holm over the "
+        "classes of the same metric and pair of rows, not over metrics or pairs."
     ),
     "effect": (
-        "The effect size is the matched-pairs rank-biserial correlation: the rank sum of the cases where the first "
-        "row has the larger value minus that of the others, over both; 1 if it is larger in all cases, -1 if in none."
+        "The effect size is the matched-pairs rank-biserial correlation: 1 if the first row is larger in all cases, "
+        "-1 if in none. It gives the direction in which a row counts as better, at a corrected p below 0.05."
     ),
     "undefined": (
         "A case where a score is undefined in one of two rows is left out of their comparison, and from the mean over "

@@ -47,8 +47,6 @@ class Backbone:
     """Channels of a mask prompt before the last layer that embeds it."""
     checkpoint: Checkpoint | None = None
     """The weights, which stay frozen. None: whatever ``encoder`` does not freeze is trained from random weights."""
-    intensities: str = "z-scores of nnU-Net, which has the statistics that SAM was trained with"
-    """What the stem hands to the encoder at step 0."""
     adapter: str | Callable[..., Any] = "masksam_nnunet.modeling.adapters:DConvAdapter"
     """Makes an adapter from (E, bottleneck's share of E): two for each block of the ViT, each a ``Trainable`` map of
     (B, D, g_h, g_w, E) to the same shape that is zero at first."""
@@ -75,27 +73,16 @@ def _sam(
 ) -> Backbone:
     """A SAM that Meta released; sizes as in ``segment_anything/build_sam.py``."""
     url = f"https://dl.fbaipublicfiles.com/segment_anything/{file_name}"
-    return Backbone(
-        name,
-        width,
-        depth,
-        heads,
-        global_blocks,
-        checkpoint=Checkpoint(name, file_name, url, sha256, "Apache-2.0"),
-        planned=True,
-        description=f"SAM's {name}, frozen, with trained adapters",
-    )
+    checkpoint = Checkpoint(name, file_name, url, sha256, "Apache-2.0")
+    description, sizes = f"SAM's {name}, frozen, with trained adapters", (width, depth, heads, global_blocks)
+    return Backbone(name, *sizes, checkpoint=checkpoint, planned=True, description=description)
 
 
 BACKBONES = {
     backbone.name: backbone
     for backbone in (
         Backbone(
-            "tiny",
-            128,
-            4,
-            4,
-            (0, 1, 2, 3),
+            *("tiny", 128, 4, 4, (0, 1, 2, 3)),
             window=0,
             prompt_width=64,
             decoder_mlp=128,
@@ -132,8 +119,8 @@ _OWN = frozenset(BACKBONES)
 def register_backbone(backbone: Backbone) -> None:
     """Make ``backbone`` one that configs, and so plans and trainers, may name.
 
-    Call it in the module that holds the trainer. nnU-Net may import that module more than once, so registering a name
-    again replaces it.
+    Call it in the module that holds the trainer. Registering a name again replaces it, as nnU-Net may import that
+    module more than once.
 
     Raises:
         ValueError: the name is one of this project's own, or SAM's checkpoint does not fit the encoder.

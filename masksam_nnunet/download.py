@@ -19,7 +19,7 @@ from .errors import MaskSAMError
 from .files import atomic_write
 
 ATTEMPTS = 5
-"""Attempts in a row without progress before giving up."""
+"""Requests of one call before it gives up."""
 CHUNK_BYTES = 1 << 16
 TIMEOUT_SECONDS = (10.0, 60.0)
 """To connect, and between two arrivals of data."""
@@ -119,54 +119,36 @@ def _passes(target: Path, check: Callable[[Path, str], None]) -> bool:
 def _download(url: str, part: Path, kind: type[MaskSAMError], progress: bool) -> None:
     """Fetch ``url`` into ``part``, continuing after the bytes that it already holds."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    furthest, failures = _size(part), 0
-    with requests.Session() as session, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(part.stem, total=None)
-        while True:
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                return _attempt(session, url, part, bar, task)
+                return _attempt(url, part, bar, task)
             except requests.RequestException as error:
-                # Beyond the furthest point, not merely some bytes: a server without ranges starts from 0 each time.
-                failures = 0 if _size(part) > furthest else failures + 1
-                furthest = max(furthest, _size(part))
-                if failures >= ATTEMPTS or not _may_pass(error):
+                status = 500 if error.response is None else error.response.status_code
+                refused = status < 500 and status not in (408, 425, 429)
+                if refused or isinstance(error, ValueError) or attempt == ATTEMPTS:  # ValueError: no address
                     raise kind(
-                        f"cannot download {url}: {error}; {furthest} bytes are kept in {part}, and the same command "
-                        "resumes there. Or name a mirror with --url, or a file that you have with --from"
+                        f"cannot download {url}: {error}; the same command resumes it. Or name a mirror with --url, or "
+                        "a file that you have with --from"
                     ) from error
                 bar.console.print(f"{error}; trying again", markup=False, highlight=False)
-                time.sleep(min(2**failures, 30))
+                time.sleep(2**attempt)
 
 
-def _attempt(session: requests.Session, url: str, part: Path, bar: Progress, task: TaskID) -> None:
+def _attempt(url: str, part: Path, bar: Progress, task: TaskID) -> None:
     """One request, from the end of ``part`` to the end of the file."""
-    held = _size(part)
+    held = part.stat().st_size if part.exists() else 0
     # Identity: a compressed answer has neither the file's length nor its offsets.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        content_range = response.headers.get("Content-Range", "")
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
         if response.status_code == 416:  # nothing comes after what is held
-            if content_range.endswith(f"/{held}"):
-                return
-            part.unlink()
-            raise requests.ConnectionError("the file on the server has changed since the download began")
+            return
         response.raise_for_status()
-        start = held if content_range.startswith(f"bytes {held}-") else 0  # else the server sends all of it
+        start = held if response.status_code == 206 else 0  # else the server sends all of it
         length = response.headers.get("Content-Length", "")
         bar.update(task, total=start + int(length) if length.isdigit() else None, completed=start)
         with part.open("ab" if start else "wb") as file:
             for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)
                 bar.advance(task, len(chunk))
-
-
-def _may_pass(error: requests.RequestException) -> bool:
-    """Whether another attempt may succeed: the connection broke, or the server is busy."""
-    if error.response is not None:
-        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
-    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    return isinstance(error, broken) and not isinstance(error, requests.exceptions.SSLError)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

@@ -63,14 +63,11 @@ def trainer_folder() -> Path:
     """
     # By its spec, not by import: the trainers import nnU-Net and torch, which takes seconds.
     spec = find_spec("masksam_nnunet.trainers")
-    locations = list(spec.submodule_search_locations or ()) if spec else []
-    folder = Path(locations[0]) / "nnunet_ext" if locations else None
-    if folder is None or not (folder / "masksam_ext.py").is_file():
-        raise RuntimeError(
-            f"masksam-nnunet is incompletely installed: no masksam_ext.py in {folder or 'its trainers package'}; "
-            "install the package again"
-        )
-    return folder.resolve()
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location).resolve() / "nnunet_ext"
+        if (folder / "masksam_ext.py").is_file():
+            return folder
+    raise RuntimeError("masksam-nnunet is incompletely installed: its trainers are missing; install it again")
 
 
 def ext_trainer_value(current: str | None) -> str:

@@ -23,7 +23,6 @@ PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 _NESTED = ("model", "state_dict")  # where training scripts put the parameters in a larger dict
 _REL_POS = re.compile(r"\.attn\.rel_pos_[hw]$")
-_SHOWN_KEYS = 4
 
 
 class Interpolated(NamedTuple):
@@ -53,7 +52,7 @@ class LoadReport:
             f"SAM weights from {self.file} (SHA-256 {self.sha256})",
             f"  loaded unchanged: {_count_by_part(self.loaded)}",
             f"  interpolated: {len(self.interpolated)} tensors",
-            *(f"    {name}: {_size(source)} -> {_size(target)}" for name, source, target in self.interpolated),
+            *(f"    {name}: {'x'.join(map(str, a))} -> {'x'.join(map(str, b))}" for name, a, b in self.interpolated),
             f"  new, not from SAM: {_count_by_part(self.new)}",
         ]
 
@@ -92,14 +91,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content = content[name]
             break
     if not isinstance(content, Mapping):
-        raise _not_sam(path, f"it holds a {type(content).__name__}, not a dict of tensors")
-    odd = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if odd:
-        raise _not_sam(path, f"not tensors: {_some(odd)}")
-    absent = [f"{part}." for part in PARTS if not any(key.startswith(f"{part}.") for key in content)]
-    if absent:
-        raise _not_sam(path, f"no key starts with {' or '.join(absent)}; it has {_some(content)}")
-    return dict(content)
+        reason = f"it holds a {type(content).__name__}, not a dict of tensors"
+    elif odd := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
+        reason = f"not tensors: {_some(odd)}"
+    elif {key.split(".")[0] for key in content}.issuperset(PARTS):
+        return dict(content)
+    else:
+        reason = f"its keys must start with {', '.join(PARTS)}; it has {_some(content)}"
+    raise WeightsError(f"{path} is not a checkpoint in SAM's format: {reason}; get one with: masksam weights vit_b")
 
 
 def remap_sam_state_dict(
@@ -121,36 +120,31 @@ def remap_sam_state_dict(
     Raises:
         WeightsError: another backbone, or keys that are missing, unexpected or of another shape.
     """
-    if _encoder_size(state) != _encoder_size(expected):
+    found, wanted = _encoder({key: value.shape for key, value in state.items()}), _encoder(expected)
+    if found != wanted:
         raise WeightsError(
-            f"wrong SAM checkpoint: the file holds {_describe_encoder(state)}, the network is "
-            f"{_describe_encoder(expected)}; use the checkpoint of the network's backbone or the trainer of the file's"
+            f"wrong SAM checkpoint: the file holds {found}, the network is {wanted}; use the checkpoint of the "
+            "network's backbone or the trainer of the file's"
         )
-    unfit = [
-        f"{key} ({_size(state[key].shape)}, the network has {_size(shape)})"
-        for key, shape in expected.items()
-        if key in state and not _fits(key, state[key].shape, shape)
-    ]
+    common = [key for key in expected if key in state]
     faults = {
         "missing": [key for key in expected if key not in state],
         "unexpected": [key for key in state if key not in expected],
-        "of another shape": unfit,
+        "of another shape": [key for key in common if not _fits(key, state[key].shape, expected[key])],
     }
     if any(faults.values()):
-        found = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
-        raise WeightsError(f"the checkpoint does not fit the network, nothing was loaded: {found}")
+        listed = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+        raise WeightsError(f"the checkpoint does not fit the network, nothing was loaded: {listed}")
 
     result: dict[str, Tensor] = {}
     interpolated: list[Interpolated] = []
     for key, shape in expected.items():
-        value = state[key]
-        if value.shape == shape:
-            result[key] = value
-        else:
+        result[key] = value = state[key]
+        if value.shape != shape:
             result[key] = _resize_grid(value, shape) if value.ndim == 4 else _resize_relative(value, shape[0])
             interpolated.append(Interpolated(key, tuple(value.shape), tuple(shape)))
-    resized = {entry.name for entry in interpolated}
-    return result, LoadReport(tuple(key for key in expected if key not in resized), tuple(interpolated))
+    loaded = tuple(key for key, shape in expected.items() if state[key].shape == shape)
+    return result, LoadReport(loaded, tuple(interpolated))
 
 
 def _fits(key: str, source: torch.Size, target: torch.Size) -> bool:
@@ -176,20 +170,10 @@ def _resize_relative(value: Tensor, length: int) -> Tensor:
     return resized.squeeze(0).t().to(value.dtype).contiguous()
 
 
-def _not_sam(path: Path, reason: str) -> WeightsError:
-    return WeightsError(f"{path} is not a checkpoint in SAM's format: {reason}; get one with: masksam weights vit_b")
-
-
-def _encoder_size(state: Mapping[str, Tensor | torch.Size]) -> tuple[int, int]:
-    """The image encoder's width and number of blocks, 0 where there is none."""
-    weight = state.get("image_encoder.patch_embed.proj.weight")
-    shape = weight.shape if isinstance(weight, Tensor) else weight
-    matches = (re.match(r"image_encoder\.blocks\.(\d+)\.", key) for key in state)
-    return (shape[0] if shape else 0), len({match[1] for match in matches if match})
-
-
-def _describe_encoder(state: Mapping[str, Tensor | torch.Size]) -> str:
-    width, blocks = _encoder_size(state)
+def _encoder(state: Mapping[str, torch.Size]) -> str:
+    """The image encoder by its name, or by its width and number of blocks (0 where there is none)."""
+    width = next(iter(state.get("image_encoder.patch_embed.proj.weight", ())), 0)
+    blocks = len({key.split(".")[2] for key in state if key.startswith("image_encoder.blocks.")})
     names = [b.name for b in BACKBONES.values() if b.checkpoint and (b.width, b.depth) == (width, blocks)]
     return names[0] if names else f"an encoder of width {width} with {blocks} blocks"
 
@@ -200,12 +184,7 @@ def _count_by_part(names: Iterable[str]) -> str:
     return f"{sum(counts.values())} tensors" + (f" ({parts})" if parts else "")
 
 
-def _size(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
 def _some(keys: Iterable[object]) -> str:
     """The first few of ``keys``."""
     listed = [str(key) for key in keys]
-    more = len(listed) - _SHOWN_KEYS
-    return ", ".join(listed[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")

@@ -49,13 +49,11 @@ def find_exact(backbone: str, sha256: str) -> Path:
     received = "" if path is None else _sha256(path)
     if path is not None and received == sha256:
         return path
-    seen = f"looked for {looked_at}" if path is None else f"found {path} with {received}{_known(received)}"
+    seen = f"looked for {looked_at}" if path is None else f"found {path} with {received}"
     fetched = f"fetch it with: masksam weights {backbone}; or " if released(backbone).sha256 == sha256 else ""
-    if fetched and os.environ.get("MASKSAM_WEIGHTS"):
-        fetched = f"unset MASKSAM_WEIGHTS and {fetched}"
     raise WeightsError(
-        f"this lean checkpoint needs the SAM {backbone} file with SHA-256 {sha256}{_known(sha256)}, but {seen}; "
-        f"{fetched}set MASKSAM_WEIGHTS to that file; or use a model made with masksam export, which needs none"
+        f"this lean checkpoint needs the SAM {backbone} file with SHA-256 {sha256}, but {seen}; {fetched}set "
+        "MASKSAM_WEIGHTS to that file; or use a model made with masksam export, which needs none"
     )
 
 
@@ -70,12 +68,8 @@ def verify(path: Path, backbone: str) -> str:
     named = os.environ.get("MASKSAM_WEIGHTS_SHA256", "").strip().lower()
     if named and named != "skip" and not re.fullmatch("[0-9a-f]{64}", named):
         raise WeightsError(f"MASKSAM_WEIGHTS_SHA256={named} is neither 64 hexadecimal digits nor 'skip'")
-    if named == "skip":
-        return _sha256(path)
-    if named:
-        return _require(path, str(path), named, "MASKSAM_WEIGHTS_SHA256")
-    checkpoint = released(backbone)
-    return _require(path, str(path), checkpoint.sha256, f"the released {checkpoint.file_name}")
+    expected = None if named == "skip" else named or released(backbone).sha256
+    return _require(path, str(path), expected, "MASKSAM_WEIGHTS_SHA256" if named else f"the released {backbone}")
 
 
 def fetch(
@@ -103,11 +97,10 @@ def fetch(
     address = url or os.environ.get("MASKSAM_WEIGHTS_URL") or checkpoint.url
 
     def check(path: Path, origin: str) -> None:
-        _require(path, origin, checkpoint.sha256, f"the released {checkpoint.file_name}")
+        _require(path, origin, checkpoint.sha256, f"the released {backbone}")
 
-    return fetch_verified(
-        checkpoint.file_name, address, check, WeightsError, source=source, force=force, progress=progress
-    )
+    options = {"force": force, "progress": progress}
+    return fetch_verified(checkpoint.file_name, address, check, WeightsError, source=source, **options)
 
 
 def released(backbone: str) -> Checkpoint:
@@ -136,23 +129,16 @@ def _look_for(backbone: str) -> tuple[Path | None, str]:
     return next((file for file in places if file.is_file()), None), " and ".join(map(str, places))
 
 
-def _require(path: Path, origin: str, expected: str, by: str) -> str:
-    """The SHA-256 of ``path``, which must be ``expected``."""
+def _require(path: Path, origin: str, expected: str | None, by: str) -> str:
+    """The SHA-256 of ``path``, which must be ``expected``; anything if that is None."""
     received = _sha256(path)
-    if received == expected:
+    if expected in (None, received):
         return received
     raise WeightsError(
-        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}{_known(received)}; fetch the "
-        "file again with: masksam weights; or, for a fine-tuned checkpoint in SAM's format that you trust, point "
-        "MASKSAM_WEIGHTS at it and set MASKSAM_WEIGHTS_SHA256 to the received value"
+        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}; fetch the file again with: "
+        "masksam weights; or, for a fine-tuned checkpoint that you trust, set MASKSAM_WEIGHTS to it and "
+        "MASKSAM_WEIGHTS_SHA256 to the received value"
     )
-
-
-def _known(sha256: str) -> str:
-    """Words for the hash of a release."""
-    checkpoints = (backbone.checkpoint for backbone in BACKBONES.values() if backbone.checkpoint is not None)
-    name = next((checkpoint.name for checkpoint in checkpoints if checkpoint.sha256 == sha256), None)
-    return f", which is SAM's {name}" if name else ""
 
 
 def _sha256(path: Path) -> str:

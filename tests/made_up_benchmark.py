@@ -143,29 +143,24 @@ def _scores(generator: np.random.Generator, mean: float, truth_ml: float) -> dic
 
 
 def _compute(index: int, folds: int) -> tuple[FoldCompute, ...]:
+    common: dict[str, Any] = {"peak_memory_of": "process, resident", "device": "2 CPU cores", "epochs": 20}
+    common |= {"seconds": 3600.0, "wall_seconds": 3700.0, "parameters": 16_500_000, "checkpoint_bytes": 120_000_000}
+    common |= {"git_hash": "0123456789abcdef" * 2, "trainable_parameters": 2_000_000 if index else 16_500_000}
     found = [
         FoldCompute(
             fold=fold,
-            seconds=3600.0,
             peak_memory_mib=2048.0 + 100 * fold,
-            peak_memory_of="process, resident",
-            device="2 CPU cores",
             iterations=5000 + fold,
-            epochs=20,
-            parameters=16_500_000,
-            trainable_parameters=2_000_000 if index else 16_500_000,
-            checkpoint_bytes=120_000_000,
             resumed=int(fold == 2),
-            git_hash="0123456789abcdef0123456789abcdef01234567",
-            wall_seconds=3700.0,
             versions={"torch": "2.12.0", "nnunetv2": "2.8.1" if fold or not index else "2.8.0"},
+            **common,
         )
         for fold in range(folds)
     ]
     if index == 1 and folds > 1:
-        not_told = ("seconds", "wall_seconds", "peak_memory_mib", "iterations", "epochs", "git_hash")
-        nothing: dict[str, Any] = dict.fromkeys(not_told)
-        found[-1] = replace(found[-1], **nothing, parameters=None, trainable_parameters=None, peak_memory_of="")
+        unknown = ("seconds", "wall_seconds", "peak_memory_mib", "iterations", "epochs", "git_hash", "parameters")
+        nothing: dict[str, Any] = dict.fromkeys((*unknown, "trainable_parameters"))
+        found[-1] = replace(found[-1], **nothing, peak_memory_of="")
     return tuple(found)
 
 

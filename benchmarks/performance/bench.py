@@ -19,7 +19,7 @@ from typing import Any
 import growth
 import torch
 from cases import cases, step_flops
-from measure import Case, matmul_rate, peak_mib, seconds
+from measure import Case, matmul_rate, peak_mib, result, seconds
 from performance_page import write_page
 
 SHARE = "training step of the network, share of the machine's rate"
@@ -54,21 +54,11 @@ def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any
         measured["MiB"] = found
     rows = []
     for unit, values in measured.items():
+        name, times = (f"{case.name}, time", number) if unit == "s" else (f"{case.name}, peak memory", 1)
+        more = {"device": device_name(device), "shapes": case.shapes, "repeats": times}
         for variant in list(case.variants)[:-1]:
-            rows.append(
-                {
-                    "name": f"{case.name}, {'time' if unit == 's' else 'peak memory'}",
-                    "variant": variant,
-                    "against": case.reference,
-                    "ours": round(values[variant], 3),
-                    "reference": round(values[case.reference], 3),
-                    "ratio": round(values[variant] / values[case.reference], 3),
-                    "unit": unit,
-                    "device": device_name(device),
-                    "shapes": case.shapes,
-                    "repeats": number if unit == "s" else 1,
-                }
-            )
+            figures = values[variant], values[case.reference]
+            rows.append(result(name, variant, case.reference, *figures, unit, **more))
     return rows
 
 
@@ -80,18 +70,11 @@ def device_name(device: str) -> str:
 
 def shares_of_peak(measured: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """How much of the machine's own matrix-product rate, measured now, the measured training step reaches."""
-    rows = []
+    rows, where = [], torch.device(device)
     for row in measured:
         if row["name"] == f"{SHARE.split(',')[0]}, time" and row["variant"] == "ours":
-            where = torch.device(device)
-            operations, rate = step_flops(where), matmul_rate(where)
-            reached = operations / row["ours"]
-            numbers = {
-                "ours": round(reached / 1e9, 1),
-                "reference": round(rate / 1e9, 1),
-                "ratio": round(reached / rate, 3),
-            }
-            rows.append(row | {"name": SHARE, "against": "matrix product", **numbers, "unit": "GFLOP/s"})
+            reached, rate = step_flops(where) / row["ours"] / 1e9, matmul_rate(where) / 1e9
+            rows.append(row | result(SHARE, "ours", "matrix product", reached, rate, "GFLOP/s"))
     return rows
 
 
@@ -131,11 +114,7 @@ def main() -> None:
                 measured = in_a_process(*words, environment=GIVE_BACK)
                 found.setdefault(axis, {})[point[axis]] = measured
                 save(growth.rows(found[axis], axis, device_name(arguments.device)))
-    write_page(read())
-
-
-def read() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    write_page(json.loads(RESULTS.read_text()))
 
 
 def save(rows: list[dict[str, Any]]) -> None:
@@ -144,7 +123,8 @@ def save(rows: list[dict[str, Any]]) -> None:
         values = f"{row['ours']:>10} {row['reference']!s:>10} {row['unit']:>8} x {row['ratio']}"
         print(f"{row['name']:<55} {row['variant']:<24} {values}", flush=True)
     new = {(row["name"], row["variant"], row["device"]): row for row in rows}
-    merged = [new.pop((row["name"], row["variant"], row["device"]), row) for row in read()]
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    merged = [new.pop((row["name"], row["variant"], row["device"]), row) for row in earlier]
     RESULTS.write_text(json.dumps([*merged, *new.values()], indent=1) + "\n")
 
 

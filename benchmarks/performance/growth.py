@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cases import blobs, training
-from measure import Builder, Step, peak_mib, timed
+from measure import Builder, Step, peak_mib, result, timed
 
 from masksam_nnunet.config import MaskSAMConfig
 
@@ -54,20 +54,10 @@ def rows(found: dict[int, dict[str, float]], axis: str, device: str) -> list[dic
     """As the other results, for all points of an axis; the reference is the smallest of them."""
     shapes = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
     shapes = f"ViT-B, u = 4, batch 2, {shapes}" if axis in AXES else "tiny, patch 8x128x128, eight mirrors"
-    smallest = min(found)
-    return [
-        {
-            "name": f"growth with {axis}, {'time' if unit == 's' else 'peak memory'}",
-            "variant": str(value),
-            "against": str(smallest),
-            "ours": round(found[value][unit], 3),
-            "reference": round(found[smallest][unit], 3),
-            "ratio": round(found[value][unit] / found[smallest][unit], 3),
-            "unit": unit,
-            "device": device,
-            "shapes": shapes,
-            "repeats": 2,
-        }
-        for unit in ("s", "MiB")
-        for value in sorted(found)
-    ]
+    smallest, more = min(found), {"device": device, "shapes": shapes, "repeats": 2}
+    rows = []
+    for unit, what in (("s", "time"), ("MiB", "peak memory")):
+        for value in sorted(found):
+            figures = found[value][unit], found[smallest][unit]
+            rows.append(result(f"growth with {axis}, {what}", str(value), str(smallest), *figures, unit, **more))
+    return rows

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -32,6 +33,14 @@ class Case:
     @property
     def reference(self) -> str:
         return list(self.variants)[-1]
+
+
+def result(
+    name: str, variant: str, against: str, ours: float, reference: float, unit: str, **more: object
+) -> dict[str, Any]:
+    """A row of results.json."""
+    figures = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ours / reference, 3)}
+    return {"name": name, "variant": variant, "against": against, **figures, "unit": unit, **more}
 
 
 def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ import psutil
 import torch
 from torch import nn
 
-from masksam_nnunet.config import LossConfig, MaskSAMConfig
+from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import dice_and_cross_entropy, training_cost
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM
@@ -61,11 +61,8 @@ GPU_PLANS = [
 
 
 def build(plan: list[Any]) -> tuple[MaskSAMConfig, int, int, int]:
-    backbone, patch, upsample, queries, checkpointing, batch, channels, classes = plan
-    config = MaskSAMConfig(
-        backbone, tuple(patch), upsample, queries, checkpointing=checkpointing, loss=LossConfig(semantic=1.0)
-    )
-    return config, batch, channels, classes
+    backbone, patch, upsample, queries, checkpointing, *sizes = plan
+    return MaskSAMConfig(backbone, tuple(patch), upsample, queries, checkpointing=checkpointing), *sizes
 
 
 def measure(plan: list[Any], device: torch.device) -> int:

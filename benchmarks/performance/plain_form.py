@@ -158,8 +158,8 @@ class PlainCriterion:
         """The loss and its terms; ``segmentation`` is (B, 1, D, H, W)."""
         weights = self.loss
         aux_masks = to_patch(output.aux_mask_logits, self.grid)
-        sums = {name: output.class_logits.new_zeros(()) for name in ("class", "bce", "dice", "aux_bce", "aux_dice")}
-        sums |= {name: output.class_logits.new_zeros(()) for name in ("l1", "giou")}
+        names = ("class", "mask_bce", "mask_dice", "aux_bce", "aux_dice", "box_l1", "box_giou")
+        sums = {name: output.class_logits.new_zeros(()) for name in names}
         number, weight = 0, 0.0
         # Indexing a whole batch slice by slice would make a gradient as large as the batch for every slice.
         volumes = zip(
@@ -177,23 +177,13 @@ class PlainCriterion:
                 classes[-1] = weights.no_object
                 sums["class"] = sums["class"] + F.cross_entropy(logits, wanted, classes, reduction="sum")
                 weight += classes[wanted].sum().item()
-                for prefix, predicted in (("", masks), ("aux_", aux)):
+                for prefix, predicted in (("mask", masks), ("aux", aux)):
                     bce, dice = _pairs(predicted[queries].flatten(1), truth[targets].flatten(1))
-                    sums[f"{prefix}bce"], sums[f"{prefix}dice"] = (
-                        sums[f"{prefix}bce"] + bce,
-                        sums[f"{prefix}dice"] + dice,
-                    )
-                sums["l1"] = sums["l1"] + (found[queries] - boxes[targets]).abs().sum()
-                sums["giou"] = sums["giou"] + (1 - generalised_iou(found[queries], boxes[targets])).sum()
-        terms = {
-            "class": sums["class"] / weight,
-            "mask_bce": sums["bce"] / number,
-            "mask_dice": sums["dice"] / number,
-            "aux_bce": sums["aux_bce"] / number,
-            "aux_dice": sums["aux_dice"] / number,
-            "box_l1": sums["l1"] / number,
-            "box_giou": sums["giou"] / number,
-        }
+                    sums[f"{prefix}_bce"] = sums[f"{prefix}_bce"] + bce
+                    sums[f"{prefix}_dice"] = sums[f"{prefix}_dice"] + dice
+                sums["box_l1"] = sums["box_l1"] + (found[queries] - boxes[targets]).abs().sum()
+                sums["box_giou"] = sums["box_giou"] + (1 - generalised_iou(found[queries], boxes[targets])).sum()
+        terms = {name: total / (weight if name == "class" else number) for name, total in sums.items()}
         factor = {"class": weights.class_weight} | {name: getattr(weights, name) for name in terms if name != "class"}
         return torch.stack([factor[name] * term for name, term in terms.items()]).sum(), terms
 
@@ -206,14 +196,8 @@ class PlainCriterion:
             y, x = mask.nonzero(as_tuple=True)
             classes.append(int(label))
             masks.append(mask.float())
-            boxes.append(
-                [
-                    x.min().item() / columns,
-                    y.min().item() / rows,
-                    (x.max().item() + 1) / columns,
-                    (y.max().item() + 1) / rows,
-                ]
-            )
+            (x0, x1), (y0, y1) = x.aminmax(), y.aminmax()
+            boxes.append([int(x0) / columns, int(y0) / rows, (int(x1) + 1) / columns, (int(y1) + 1) / rows])
         device = labels.device
         return torch.tensor(classes, device=device), torch.stack(masks), torch.tensor(boxes, device=device)
 

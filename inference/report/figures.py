@@ -137,23 +137,14 @@ def _framed(mask: NDArray[Any]) -> tuple[NDArray[np.int_], NDArray[np.int_], NDA
 
 @dataclass(frozen=True)
 class CaseImages:
-    """One case as it was read; all arrays are (D, H, W).
+    """One case as it was read; all arrays are (D, H, W)."""
 
-    Attributes:
-        image: the first channel.
-        spacing: millimetres along (D, H, W).
-        truth: label values.
-        predictions: label values by method.
-        judged: the method whose errors choose a slice.
-        notes: what to write below a method's name.
-    """
-
-    image: NDArray[np.float32]
-    spacing: tuple[float, ...]
-    truth: NDArray[np.integer[Any]]
-    predictions: Mapping[str, NDArray[np.integer[Any]]]
-    judged: str
-    notes: Mapping[str, str] = field(default_factory=dict)
+    image: NDArray[np.float32]  # the first channel
+    spacing: tuple[float, ...]  # millimetres along (D, H, W)
+    truth: NDArray[np.integer[Any]]  # label values
+    predictions: Mapping[str, NDArray[np.integer[Any]]]  # label values by method
+    judged: str  # the method whose errors choose a slice
+    notes: Mapping[str, str] = field(default_factory=dict)  # what to write below a method's name
 
 
 def draw_case(images: CaseImages, classes: Classes) -> bytes:
@@ -200,29 +191,17 @@ def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]
 
 @dataclass(frozen=True)
 class InsideView:
-    """One patch, and the prompts that each of the N queries of each of its D slices makes.
-
-    Attributes:
-        case: the patch's case.
-        image: (D, H, W) float32, the first channel as the network sees it.
-        truth: (D, H, W) label values; negative outside the region nnU-Net kept.
-        aspect: height of a pixel over its width.
-        classes: (D, N) index into the network's output channels: the best class that is not "no object".
-        confidence: (D, N) probability of that class.
-        kept: (D, N) whether that class is likelier than "no object".
-        boxes: (D, N, 4) auxiliary boxes x0 y0 x1 y1 in pixels of the patch.
-        masks: (D, N, H, W) auxiliary masks as probabilities.
-    """
+    """One patch, and the prompts that each of the N queries of each of its D slices makes."""
 
     case: str
-    image: NDArray[np.float32]
-    truth: NDArray[np.int16]
-    aspect: float
-    classes: NDArray[np.int64]
-    confidence: NDArray[np.float32]
-    kept: NDArray[np.bool_]
-    boxes: NDArray[np.float32]
-    masks: NDArray[np.float32]
+    image: NDArray[np.float32]  # (D, H, W), the first channel as the network sees it
+    truth: NDArray[np.int16]  # (D, H, W) label values; negative outside the region nnU-Net kept
+    aspect: float  # height of a pixel over its width
+    classes: NDArray[np.int64]  # (D, N) output channel of the best class that is not "no object"
+    confidence: NDArray[np.float32]  # (D, N) probability of that class
+    kept: NDArray[np.bool_]  # (D, N) whether that class is likelier than "no object"
+    boxes: NDArray[np.float32]  # (D, N, 4) auxiliary boxes x0 y0 x1 y1 in pixels of the patch
+    masks: NDArray[np.float32]  # (D, N, H, W) auxiliary masks as probabilities
 
 
 def draw_inside(view: InsideView, classes: Classes) -> bytes:

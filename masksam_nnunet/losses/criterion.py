@@ -69,16 +69,7 @@ class MaskSAMCriterion(nn.Module):
                 if segmentation.ndim == 4:  # a 2D patch
                     semantic = semantic[:, :, 0]
                 terms["semantic"] = self.semantic_loss(semantic, segmentation)
-        weights = {
-            "class": self.loss.class_weight,
-            "mask_bce": self.loss.mask_bce,
-            "mask_dice": self.loss.mask_dice,
-            "aux_bce": self.loss.aux_bce,
-            "aux_dice": self.loss.aux_dice,
-            "box_l1": self.loss.box_l1,
-            "box_giou": self.loss.box_giou,
-            "semantic": self.loss.semantic,
-        }
+        weights = {name: getattr(self.loss, "class_weight" if name == "class" else name) for name in terms}
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 

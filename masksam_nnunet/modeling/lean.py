@@ -27,11 +27,6 @@ def is_lean(state: Mapping[str, Any], prefix: str = "") -> bool:
     return prefix + LEAN in state
 
 
-def hash_as_bytes(sha256: str) -> Tensor:
-    """What the buffer holds for a hash in hex."""
-    return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
-
-
 def hash_in_hex(buffer: Tensor | None) -> str | None:
     """The hash that the buffer holds; None where SAM's weights come from no file."""
     if buffer is None or buffer.is_meta:

@@ -16,7 +16,7 @@ from ..sam_checkpoint import PARTS, LoadReport, load_sam
 from ..semantic import semantic_log_probabilities
 from .blocks import Trainable
 from .compute import autocast, recomputed
-from .lean import LEAN, SHA256, from_file, hash_as_bytes, hash_in_hex, is_lean
+from .lean import LEAN, SHA256, from_file, hash_in_hex, is_lean
 from .mask_decoder import AdaptedMaskDecoder
 from .mask_head import MaskHead
 from .prompt_encoder import AdaptedPromptEncoder
@@ -62,8 +62,8 @@ class MaskSAM(nn.Module):
         image_channels = in_channels if image_channels is None else image_channels
         if num_classes < 1 or not 1 <= image_channels <= in_channels:
             raise ValueError(
-                f"in_channels = {in_channels}, image_channels = {image_channels}, num_classes = {num_classes}: MaskSAM "
-                "needs at least one of each, and no more image channels than channels"
+                f"in_channels = {in_channels}, image_channels = {image_channels}, num_classes = {num_classes}: give at "
+                "least one of each, and no more image channels than channels"
             )
         self.config = config
         self.grid = grid = Grid.of(config)
@@ -102,7 +102,9 @@ class MaskSAM(nn.Module):
     def forward(self, x: Tensor) -> MaskSAMOutput | Tensor:
         if self.training:
             return self.parts(x)
-        with self._trained_precision(x.device):
+        # nnU-Net predicts in float16; what was trained in bfloat16 may not fit its range.
+        with_gpu = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        with autocast(x.device) if with_gpu else contextlib.nullcontext():
             output = self.parts(x)
         semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, self.config.regions)
         return semantic[:, :, 0] if x.ndim == 4 else semantic
@@ -137,19 +139,12 @@ class MaskSAM(nn.Module):
         masks, classes = zip(*(recomputed(self.training, decode, *chunk) for chunk in chunks), strict=True)
         return torch.cat(masks, dim=1), torch.cat(classes, dim=1)
 
-    def _trained_precision(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        # nnU-Net predicts in float16; what was trained in bfloat16 may not fit its range.
-        if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-            return autocast(device)
-        return contextlib.nullcontext()
-
     def _as_volume(self, x: Tensor) -> Tensor:
         expected = (self.in_channels, *self.config.patch_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(
-                f"input of shape {tuple(x.shape)}: this one was built for (batch, {', '.join(map(str, expected))}), "
-                f"that is {self.in_channels} channels and the patch {self.config.patch_size} of its plans. "
-                "Use the plans, configuration and channels it was trained with."
+                f"input of shape {tuple(x.shape)}: this network is built for (batch, {', '.join(map(str, expected))}). "
+                "Use the plans, configuration and channels that it was trained with."
             )
         return x[:, :, None] if x.ndim == 4 else x
 
@@ -182,7 +177,7 @@ class MaskSAM(nn.Module):
 
     def set_sam_sha256(self, sha256: str) -> None:
         """Remember that the SAM parts come from the file with this hash, given in hex."""
-        self.get_buffer(SHA256).copy_(hash_as_bytes(sha256))
+        self.get_buffer(SHA256).copy_(torch.tensor(list(bytes.fromhex(sha256))))
 
     @contextlib.contextmanager
     def lean_state_dicts(self) -> Iterator[None]:
@@ -210,13 +205,9 @@ class MaskSAM(nn.Module):
 def count_parameters(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     """(part, parameters, trainable parameters) for each part of the network, and for the whole, which comes last."""
 
-    def row(name: str, module: nn.Module) -> tuple[str, int, int]:
+    for name, module in (*network.named_children(), ("total", network)):
         parameters = list(module.parameters())
-        return name, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-    for name, module in network.named_children():
-        yield row(name, module)
-    yield row("total", network)
+        yield name, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
@@ -244,8 +235,8 @@ def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: 
         del state[prefix + LEAN]
 
 
-def _mark_loaded(module: nn.Module, _: object) -> None:
-    module.sam_is_loaded = True  # type: ignore[assignment]
+def _mark_loaded(network: nn.Module, _: object) -> None:
+    network.sam_is_loaded = True  # type: ignore[assignment]
 
 
 def _as_bytes(architecture: str) -> Tensor:

@@ -128,10 +128,9 @@ def test_a_kill_while_a_lean_checkpoint_is_written_leaves_the_earlier_one(monkey
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            saved(made)
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(made)
     assert Path(made.output_folder, CHECKPOINT).read_bytes() == before
     assert made.masksam.sam_tensors().keys() <= made.network.state_dict().keys(), "lean for as long as it is saved only"
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from masksam_nnunet.benchmarks import tables
 from masksam_nnunet.benchmarks.pictures import choose_cases
-from masksam_nnunet.benchmarks.plots import differences_of, draw_boxes
+from masksam_nnunet.benchmarks.plots import differences_of
 from masksam_nnunet.benchmarks.report import escape, to_json, to_markdown, write_report
 from masksam_nnunet.benchmarks.results import MEAN, METRICS, BenchmarkResults, Finding
 from masksam_nnunet.errors import UsageError
@@ -42,40 +42,15 @@ def html(out: Path) -> str:
     return (out / "report.html").read_text(encoding="utf-8")
 
 
-class Page(HTMLParser):
-    """Tags, what they fetch, and the texts of each table's rows."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.fetched: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.text: list[str] = []
-        self._in_cell = self._in_style = False
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "data", "srcset", "action", "href")]
-        self._in_style |= tag in ("style", "title")
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-            self._in_cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_cell &= tag not in ("td", "th")
-        self._in_style &= tag not in ("style", "title")
-
-    def handle_data(self, data: str) -> None:
-        if self._in_cell:
-            self.tables[-1][-1][-1] += data
-        if not self._in_style and data.strip():
-            self.text.append(" ".join(data.split()))
+def table_texts(html: str) -> list[list[list[str]]]:
+    """The text of each cell of each row of each table."""
+    return [
+        [
+            [unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
+            for row in re.findall(r"<tr\b.*?</tr>", table, re.DOTALL)
+        ]
+        for table in re.findall(r"<table>.*?</table>", html, re.DOTALL)
+    ]
 
 
 def test_files_are_whole_and_json_is_strict(out: Path, results: BenchmarkResults) -> None:
@@ -110,7 +85,7 @@ def test_severe_findings_open_the_page(html: str, results: BenchmarkResults, tmp
 
 
 def test_the_table_shows_means_and_intervals(html: str, results: BenchmarkResults) -> None:
-    rows = {row[0].removesuffix(" chosen by nnU-Net"): row[1:] for row in Page(html).tables[0]}
+    rows = {row[0].removesuffix(" chosen by nnU-Net"): row[1:] for row in table_texts(html)[0]}
     for line in results.means[results.means["class"] == MEAN].itertuples():
         digits = METRICS[line.metric].digits
         note = f"n = {line.cases}" if line.cases < CASES * FOLDS else ""
@@ -135,16 +110,16 @@ def test_best_is_bold_only_if_significant() -> None:
 
 
 def test_undefined_is_a_dash(html: str, results: BenchmarkResults) -> None:
-    found = Page(html).tables
+    found = table_texts(html)
     assert not any("nan" in cell.lower().split() for table in found for row in table for cell in row)
     hd95_by_class = found[2]
     assert [row[1:] for row in hd95_by_class if row[0] == CLASSES[2]] == [["–n = 0"] * len(results.rows)]
 
 
 def test_page_is_self_contained_and_escaped(html: str, results: BenchmarkResults) -> None:
-    page = Page(html)
-    assert page.fetched and all(re.match(r"data:image/png;base64,|#[\w-]+$", link) for link in page.fetched)
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    fetched = re.findall(r'<[^>]* (?:src|srcset|data|action|href)="([^"]*)"', html)
+    assert fetched and all(re.match(r"data:image/png;base64,|#[\w-]+$", link) for link in fetched)
+    assert not re.search("<(script|link|iframe|object)", html)
     assert not re.search(r"https?://|@import|url\(", html)
     assert choose_cases(results)[WORST] == "Worst case" and "<script>" in WORST
     assert "<script" not in html and "&lt;script&gt;" in html
@@ -152,7 +127,7 @@ def test_page_is_self_contained_and_escaped(html: str, results: BenchmarkResults
     for command in results.commands:
         assert command.replace('"', "&#34;") in html
     ids = set(re.findall(r'id="([\w-]+)"', html))
-    assert {link[1:] for link in page.fetched if link.startswith("#")} <= ids
+    assert {link[1:] for link in fetched if link.startswith("#")} <= ids
 
 
 def test_all_sections_are_there(html: str, results: BenchmarkResults) -> None:
@@ -170,7 +145,7 @@ def test_a_demo_of_one_fold(tmp_path: Path) -> None:
     html = write_report(replace(results, inside=(inside,)), tmp_path / "out").read_text(encoding="utf-8")
     assert 'id="inside"' in html and inside.source in html and 'id="test-set"' not in html
     assert choose_cases(results) == {"case 001": "Worst case", "case 000": "Best case"}
-    assert not any("nan" in cell.lower().split() for table in Page(html).tables for row in table for cell in row)
+    assert not any("nan" in cell.lower().split() for table in table_texts(html) for row in table for cell in row)
     one = made_up_results(tmp_path / "one", ("a",), row_count=2, folds=1, cases=1)
     html = write_report(one, tmp_path / "out").read_text(encoding="utf-8")
     assert "[–]" in html and choose_cases(one) == {"case 000": "Only case"}
@@ -180,10 +155,6 @@ def test_a_missing_image_costs_no_report(tmp_path: Path, results: BenchmarkResul
     page = write_report(replace(results, images=tmp_path / "away"), tmp_path)
     html = page.read_text(encoding="utf-8")
     assert html.count("FileNotFoundError") == 3 * 1 and html.count("<img ") == 6
-
-
-def test_a_class_that_is_nowhere_is_drawn_empty(results: BenchmarkResults) -> None:
-    assert [picture.png[:4] for picture in draw_boxes(results)] == [b"\x89PNG"] * 2
 
 
 def test_markdown_has_the_right_cells(out: Path, results: BenchmarkResults) -> None:
