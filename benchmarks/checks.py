@@ -23,21 +23,15 @@ from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
 
-from .folds import FoldRecord, Stage, fold_state, input_hashes, read_fold_compute, training_logs
+from .folds import FoldRecord, Stage, fold_state, read_fold_compute, training_logs
 from .results import Finding, row_names
 
 TIME_TOLERANCE = 1.1
-"""Time budgets that differ by more than this factor are not the same."""
+"""Allowed ratio of the longest time budget to the shortest."""
 _DESCRIPTION = ("labels", "channel_names", "regions_class_order", "file_ending")
 _DATA = (
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "preprocessor_name",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
+    *("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data"),
+    *("resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs"),
 )
 """Of a configuration in the plans: what makes its preprocessed data."""
 _TRAINING = ("patch_size", "batch_size", "batch_dice")
@@ -45,12 +39,11 @@ _TRAINING = ("patch_size", "batch_size", "batch_dice")
 
 @dataclass(frozen=True)
 class _Fold:
-    """One trained fold of one method."""
+    """One trained fold of one method; the name is for messages."""
 
     method: Method
     number: int
     name: str
-    """For messages."""
     folder: Path
 
 
@@ -66,16 +59,14 @@ def check_fairness(
     Args:
         methods: of one configuration, at least one.
         folds: to be compared.
-        results: the dataset's folder in nnUNet_results.
-        preprocessed: the dataset's folder in nnUNet_preprocessed.
-        patients: patient by case; None where the case names are to tell.
+        results, preprocessed: the dataset's folders in nnUNet_results and nnUNet_preprocessed.
+        patients: patient by case; None to read them from the case names.
 
     Returns:
         What bears on fairness, severe findings first.
 
     Raises:
-        MaskSAMError: what cannot be compared at all: folds that are missing, overlap, or are not trained and
-            validated; files that are not readable.
+        MaskSAMError: folds are missing, overlap, or are not trained and validated; a file is not readable.
     """
     description = _read(preprocessed / "dataset.json")
     ending = str(description["file_ending"])
@@ -103,14 +94,10 @@ def check_fairness(
 
 
 def refuse_unfair(reasons: Sequence[str], accept_unfair: bool, what: str) -> None:
-    """Stop where severe findings are not accepted.
-
-    Raises:
-        DataError: ``what`` is not fair, with all reasons.
-    """
+    """Raise a DataError that lists the reasons, if there are any and the user does not accept them."""
     if reasons and not accept_unfair:
-        listed = "\n".join(f"- {text}" for text in reasons)
-        raise DataError(f"{what}:\n{listed}\nCorrect it, or give --accept-unfair: the report then opens with this.")
+        listed = "\n- ".join([f"{what}:", *reasons])
+        raise DataError(f"{listed}\nCorrect it, or give --accept-unfair: the report then opens with this.")
 
 
 def check_splits(
@@ -125,19 +112,15 @@ def check_splits(
     Args:
         splits: the content of splits_final.json.
         folds: to be compared.
-        cases: all training cases.
-        dataset: full name.
-        patients: patient by case; None where the case names are to tell.
+        cases: all training cases of the dataset.
+        patients: patient by case; None to read them from the case names.
 
     Raises:
         UsageError: a fold is not in splits_final.json, or is named twice.
         DataError: a fold validates nothing, or two folds validate the same case.
     """
     if missing := [fold for fold in folds if not 0 <= fold < len(splits)]:
-        raise UsageError(
-            f"--folds {_listed(missing)}: splits_final.json has folds 0 to {len(splits) - 1}; nnU-Net would draw "
-            "random splits for others"
-        )
+        raise UsageError(f"--folds {_listed(missing)}: splits_final.json has folds 0 to {len(splits) - 1}")
     if not folds or len(set(folds)) < len(folds):
         raise UsageError(f"--folds {_listed(folds)}: name each fold once, and at least one")
     chosen = [splits[fold] for fold in folds]
@@ -148,21 +131,18 @@ def check_splits(
         raise DataError(f"splits_final.json is no cross-validation: {'; '.join(overlaps(chosen))}")
     findings = []
     for fold, split in zip(folds, chosen, strict=True):
-        if both := set(split["train"]) & set(split["val"]):
+        train, val = set(split["train"]), set(split["val"])
+        if both := train & val:
             findings.append(Finding(True, f"Fold {fold} validates cases that it was trained on: {_listed(both)}."))
+        elif patients is not None and (seen := {patients[c] for c in train} & {patients[c] for c in val}):
+            findings.append(Finding(True, f"Fold {fold} validates patients that it was trained on: {_listed(seen)}."))
     left_out = set(cases) - set(validated)
     if len(folds) < len(splits):
         which = f"Only folds {_listed(folds)} of {len(splits)} were compared"
         findings.append(Finding(False, f"{which}: {len(validated)} of {len(cases)} cases."))
     elif left_out:
         findings.append(Finding(True, f"No fold of splits_final.json validates these cases: {_listed(left_out)}."))
-    if patients is not None:
-        for fold, split in zip(folds, chosen, strict=True):
-            train, val = ({patients[case] for case in split[part]} for part in ("train", "val"))
-            if train & val:
-                seen = _listed(train & val)
-                findings.append(Finding(True, f"Fold {fold} validates patients that it was trained on: {seen}."))
-    else:
+    if patients is None:
         # Folds that are not compared keep their place, so that the warning counts them right.
         compared = [split if i in folds else {"train": [], "val": []} for i, split in enumerate(splits)]
         if warning := split_warning(cases, compared, number_of(dataset)):
@@ -179,14 +159,8 @@ def faulty_prediction(
 ) -> str | None:
     """The first validated label map that is damaged or not on its truth's grid, with the remedy; None: all are sound.
 
-    Reads all of them, to explain an error of nnU-Net's functions, which name no file.
-
-    Args:
-        methods: of the benchmark.
-        cases: validation cases by fold.
-        results: the dataset's folder in nnUNet_results.
-        truths: gt_segmentations.
-        dataset_json: the dataset's description.
+    It reads all of them, to explain an error of nnU-Net's functions, which name no file. ``cases`` are the validation
+    cases by fold, ``results`` and ``truths`` the dataset's folders of models and of reference label maps.
     """
     for method in methods:
         for fold, names in cases.items():
@@ -211,8 +185,7 @@ def _check_folds(trained: Sequence[_Fold], splits: Sequence[Mapping[str, Sequenc
             refused.append(f"{fold.name} is {state.stage.value}: {state.reason} in {fold.folder}")
             continue
         if others := set(cases_in(fold.folder / "validation", ending)) - set(wanted):
-            text = f"{fold.name}, has predictions of cases that splits_final.json does not validate there: "
-            findings.append(Finding(True, text + f"{_listed(others)}."))
+            findings.append(Finding(True, f"{fold.name}, has predictions of other cases: {_listed(others)}."))
         try:
             if state.stage is Stage.DAMAGED:
                 raise CheckpointError(state.reason)
@@ -239,20 +212,14 @@ def _check_inputs(trained: Sequence[_Fold], preprocessed: Path) -> list[Finding]
         if record is None or record.inputs is None:
             elsewhere.append(fold.name)
             continue
-        try:
-            now = input_hashes(preprocessed, fold.method.plans)
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read ({error.strerror}); restore it") from error
-        for name, digest in record.inputs.items():
-            if now.get(name) != digest:
-                changed.setdefault(name, []).append(fold.name)
+        for name in record.changed_inputs(preprocessed):
+            changed.setdefault(name, []).append(fold.name)
     findings = [
         Finding(True, f"{name} in nnUNet_preprocessed has changed since these folds were trained: {'; '.join(folds)}.")
         for name, folds in changed.items()
     ]
     if elsewhere:
-        text = f"Trained outside this benchmark, with splits and plans that were not recorded: {'; '.join(elsewhere)}."
-        findings.append(Finding(False, text))
+        findings.append(Finding(False, f"Trained elsewhere, with unknown splits and plans: {'; '.join(elsewhere)}."))
     return findings
 
 
@@ -260,18 +227,20 @@ def _check_data(configurations: Mapping[str, ConfigurationManager]) -> list[Find
     """The models' own plans, side by side."""
     settings = {name: one.configuration for name, one in configurations.items()}
     compared = {key: {who: own.get(key) for who, own in settings.items()} for key in (*_DATA, *_TRAINING)}
-    differences = {key: values for key, values in compared.items() if _differ(values)}
+    differences = {
+        key: values
+        for key, values in compared.items()
+        if len({json.dumps(value, sort_keys=True, default=str) for value in values.values()}) > 1
+    }
     findings = [
         Finding(False, f"The methods differ in {key}: " + "; ".join(f"{who}: {v}" for who, v in values.items()) + ".")
         for key, values in differences.items()
     ]
-    folders = {who: str(s.get("data_identifier")) for who, s in settings.items()}
-    if not _differ(folders) and any(key in _DATA for key in differences):
-        text = f"All methods name the preprocessed data {next(iter(folders.values()))}, but their plans disagree on it."
-        findings.append(Finding(True, text))
-    elif not _differ(folders):
-        text = f"All methods were trained on the same preprocessed data, {next(iter(folders.values()))}."
-        findings.append(Finding(False, text))
+    folders = {str(own.get("data_identifier")) for own in settings.values()}
+    if len(folders) == 1:
+        disagree = any(key in _DATA for key in differences)
+        text = "but their plans disagree on it" if disagree else "and their plans agree on it"
+        findings.append(Finding(disagree, f"All methods name the preprocessed data {folders.pop()}, {text}."))
     return findings
 
 
@@ -306,10 +275,6 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(read_json(file))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} is missing or damaged ({error}); restore it, or train again") from error
-
-
-def _differ(values: Mapping[str, Any]) -> bool:
-    return len({json.dumps(value, sort_keys=True, default=str) for value in values.values()}) > 1
 
 
 def _listed(names: Iterable[object]) -> str:

@@ -33,10 +33,7 @@ class Benchmark(BaseModel):
     """What a benchmark's folder is about, kept in its ``benchmark.json``.
 
     Attributes:
-        dataset: full name.
-        configuration: nnU-Net's.
         methods: to compare, all of this configuration.
-        folds: numbers.
         minutes: for time-budget trainers, else None.
         device: ``cpu``, ``cuda`` or ``mps``.
         ensembles: whether pairs of methods are ensembled; validation then saves probabilities.
@@ -62,31 +59,20 @@ class Benchmark(BaseModel):
 
     @classmethod
     def read(cls, out: Path) -> Benchmark:
-        """Read what :meth:`write` wrote.
-
-        Raises:
-            UsageError: ``out`` is no benchmark's folder, or the file is damaged.
-        """
+        """Read it from its folder; a UsageError if the file is missing or damaged."""
         file = out / DEFINITION_FILE
         try:
             return cls.model_validate_json(file.read_bytes())
-        except FileNotFoundError as error:
-            raise UsageError(f"{out} holds no {DEFINITION_FILE}; name a folder that masksam benchmark wrote") from error
         except (OSError, ValueError) as error:
-            raise UsageError(f"{file} is damaged ({error}); remove it and run masksam benchmark again") from error
+            raise UsageError(f"{file} is missing or damaged ({error}); run masksam benchmark --out {out}") from error
 
     def write(self, out: Path) -> None:
-        """Write it over an earlier one. Methods and folds may change, dataset and configuration may not.
-
-        Raises:
-            UsageError: ``out`` belongs to another dataset or configuration, or cannot be written.
-        """
+        """Write it over an earlier one; a UsageError if that has another dataset or configuration."""
         if (out / DEFINITION_FILE).is_file():
             there = Benchmark.read(out)
             if (there.dataset, there.configuration) != (self.dataset, self.configuration):
-                raise UsageError(
-                    f"--out {out} holds a benchmark of {there.dataset}, {there.configuration}; give another folder"
-                )
+                its = f"{there.dataset}, {there.configuration}"
+                raise UsageError(f"--out {out} holds a benchmark of {its}; give another folder")
         try:
             write_json(out / DEFINITION_FILE, self.model_dump())
         except OSError as error:
@@ -116,11 +102,7 @@ class Benchmark(BaseModel):
         return shlex.join(words)
 
     def patients(self, cases: Sequence[str]) -> dict[str, str] | None:
-        """Patient by case; None without ``group``.
-
-        Raises:
-            DataError: the expression does not fit the names.
-        """
+        """Patient by case; None without ``group``. A DataError if the expression does not fit the names."""
         if self.group is None:
             return None
         groups = group_by_regex(cases, self.group)
@@ -134,19 +116,13 @@ class Benchmark(BaseModel):
 
     def jobs(self) -> tuple[FoldJob, ...]:
         """One job for each method and fold, fold by fold."""
-        return tuple(
-            FoldJob(
-                dataset=self.dataset,
-                method=method,
-                fold=fold,
-                device=self.device,
-                environment=self.environment(),
-                minutes=self.minutes if has_budget(method) else None,
-                npz=self.ensembles and len(self.methods) > 1,
-            )
-            for fold in self.folds
-            for method in self.methods
-        )
+        environment, npz = self.environment(), self.ensembles and len(self.methods) > 1
+
+        def job(method: Method, fold: int) -> FoldJob:
+            minutes = self.minutes if has_budget(method) else None
+            return FoldJob(self.dataset, method, fold, self.device, environment, minutes, npz)
+
+        return tuple(job(method, fold) for fold in self.folds for method in self.methods)
 
     def check(self) -> list[str]:
         """Check all that can be checked before training, and write nnU-Net's default split where there is none.
@@ -176,15 +152,10 @@ class Benchmark(BaseModel):
                 job.require_unchanged()
         own_schedule = [method.key for method in self.methods if not has_budget(method)]
         if self.minutes is not None and own_schedule:
-            notes.append(
-                f"--minutes {self.minutes:g} is for trainers ending in _budget only: {', '.join(own_schedule)} train "
-                "their own number of epochs, so the methods do not get the same time"
-            )
+            notes.append(f"--minutes {self.minutes:g} does not limit {', '.join(own_schedule)}: their time may differ")
         return notes
 
     def _check_options(self) -> None:
-        if not self.folds or min(self.folds) < 0 or len(set(self.folds)) < len(self.folds):
-            raise UsageError(f"--folds {' '.join(map(str, self.folds))}: give different numbers from 0 on")
         budget = [method.trainer for method in self.methods if has_budget(method)]
         if self.minutes is None and budget:
             raise UsageError(f"{', '.join(budget)} train by the clock: give the time for each fold, --minutes 30")
@@ -197,29 +168,25 @@ class Benchmark(BaseModel):
         number = number_of(self.dataset)
         found = require_configuration(self.preprocessed, method.plans, method.configuration, number, method.trainer)
         if found.previous_stage_name is not None:
-            raise UsageError(
-                f"-c {method.configuration} is the second stage of a cascade; compare 2d, 3d_lowres or 3d_fullres"
-            )
+            raise UsageError(f"-c {method.configuration} is a second stage; compare 2d, 3d_lowres or 3d_fullres")
         if "Primus" in method.trainer and any(size % _PRIMUS_TOKEN for size in found.patch_size):
             raise DataError(
-                f"{method.trainer} needs a patch size that {_PRIMUS_TOKEN} divides, but {method.plans}.json has "
-                f"{list(found.patch_size)}; name other plans: --trainers {method.trainer}@PLANS"
+                f"{method.trainer} needs a patch size that {_PRIMUS_TOKEN} divides, not {list(found.patch_size)}; "
+                f"name other plans: --trainers {method.trainer}@PLANS"
             )
         data = found.data_identifier
         require_cases(self.preprocessed, method.plans, method.configuration, data, number, method.trainer, cases)
 
     def _write_default_split(self, file: Path, cases: Sequence[str]) -> None:
         if not set(self.folds) <= set(range(NUM_FOLDS)):
-            raise UsageError(
-                f"--folds {' '.join(map(str, self.folds))}: there is no {file}, and nnU-Net's default has folds 0 to "
-                f"{NUM_FOLDS - 1}"
-            )
+            given = " ".join(map(str, self.folds))
+            raise UsageError(f"--folds {given}: nnU-Net's default split has folds 0 to {NUM_FOLDS - 1}")
         number = number_of(self.dataset)
-        warning = split_warning(cases, None, number)
+        remedy = split_warning(cases, None, number)
         if self.group is not None:
-            raise DataError(f"{file} is missing: write it with masksam split -d {number} --group '{self.group}'")
-        if warning is not None:
-            raise DataError(f"{file} is missing: {warning}")
+            remedy = f"write it with masksam split -d {number} --group '{self.group}'"
+        if remedy is not None:
+            raise DataError(f"{file} is missing: {remedy}")
         # As nnU-Net's do_split, whose cases are those of the preprocessed data.
         plans = PlansManager(read_json(self.preprocessed / f"{self.methods[0].plans}.json"))
         identifier = plans.get_configuration(self.configuration).data_identifier
@@ -232,12 +199,7 @@ class Benchmark(BaseModel):
 
 
 def find_benchmark_dataset(dataset: str) -> str:
-    """The full name of a dataset given by number or name.
-
-    Raises:
-        UsageError: one of nnU-Net's three folders is not set.
-        DataError: there is no such dataset.
-    """
+    """The full name of a dataset given by number or name, once nnU-Net's three variables are seen to be set."""
     for variable in FOLDERS:
         if not os.environ.get(variable):
             raise UsageError(f"{variable} is not set: export nnU-Net's three folders, {', '.join(FOLDERS)}, first")

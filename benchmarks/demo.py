@@ -34,14 +34,7 @@ _FULL = "3d_fullres"
 class DemoSettings(BaseModel):
     """What a demo's result depends on.
 
-    Attributes:
-        data: folder of the raw dataset; None for phantoms.
-        minutes: training time of each method.
-        batch_size: of both methods.
-        fold: one of nnU-Net's five.
-        seed: seeds the phantoms; nnU-Net's training is unseeded.
-        device: ``cuda`` or ``cpu``.
-        prepared: whether the data are planned and preprocessed.
+    The fields are :func:`run_demo`'s arguments; ``prepared`` says whether the data are planned and preprocessed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,8 +59,8 @@ def run_demo(
 ) -> Path:
     """Plan, preprocess, train both methods, compare them, and print what can be done next.
 
-    A demo that was interrupted continues when it is called with the same arguments. nnU-Net's three variables must
-    name folders in ``out`` of the same names; nnU-Net reads them when it is imported.
+    The same call continues an interrupted demo. nnU-Net's three variables must name folders in ``out`` of the same
+    names; nnU-Net reads them when it is imported.
 
     Args:
         out: folder for nnU-Net's three folders and the report; new, empty, or of a demo with the same settings.
@@ -75,7 +68,7 @@ def run_demo(
         minutes: training time of each method.
         batch_size: of both methods.
         fold: one of nnU-Net's five.
-        seed: seeds the phantoms.
+        seed: seeds the phantoms; nnU-Net's training is unseeded.
         console: for progress.
 
     Returns:
@@ -94,7 +87,7 @@ def run_demo(
     except ValidationError as error:
         wrong = (f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" for e in error.errors())
         raise UsageError("; ".join(wrong)) from error
-    out = Path(out).absolute()
+    out = out.absolute()
     settings = _open(out, settings)
     with locked(out, "running this demo"), termination_as_exit():
         dataset = _place(given, out, settings)
@@ -120,16 +113,15 @@ def run_demo(
 
 def _notes(settings: DemoSettings) -> tuple[str, ...]:
     """What the report must not be taken for."""
-    notes = [
+    phantoms = "The images are phantoms: they show that everything works, not how well it works on patients."
+    return (
         f"Two networks were trained from random weights for {settings.minutes:g} minutes each. The schedules of both "
         "learning rates end with that time.",
         "This is no claim about converged results: nnU-Net's usual schedule is 1000 epochs of 250 iterations. What "
         "trains faster per minute on this device leads early.",
         "It is one fold and one run of each method, on few cases: a difference of a few hundredths can be chance.",
-    ]
-    if settings.data is None:
-        notes.append("The images are phantoms: they show that everything works, not how well it works on patients.")
-    return tuple(notes)
+        *([phantoms] if settings.data is None else []),
+    )
 
 
 def next_commands(
@@ -137,24 +129,18 @@ def next_commands(
 ) -> list[str]:
     """Shell lines, with ``$OUT`` for the demo's folder, that predict with each model and ensemble them."""
     images = f'"$OUT/nnUNet_raw/{dataset.name}/{dataset.test_images.name}"'
-    lines = [f'export {name}="$OUT/{name}"' for name in FOLDERS]
-    lines.append('eval "$(masksam env)"')
-    for trainer in trainers:
-        lines.append(
-            f'nnUNetv2_predict -i {images} -o "$OUT/predictions/{trainer}" -d {dataset.number} '
-            f"-c {configuration} -f {fold} -tr {trainer} -device {device} --save_probabilities"
-        )
-    members = " ".join(f'"$OUT/predictions/{trainer}"' for trainer in trainers)
-    lines.append(f'nnUNetv2_ensemble -i {members} -o "$OUT/predictions/ensemble" -np 2')
-    return lines
+    options = f"-d {dataset.number} -c {configuration} -f {fold} -device {device} --save_probabilities"
+    outputs = {trainer: f'"$OUT/predictions/{trainer}"' for trainer in trainers}
+    return [
+        *(f'export {name}="$OUT/{name}"' for name in FOLDERS),
+        'eval "$(masksam env)"',
+        *(f"nnUNetv2_predict -i {images} -o {folder} -tr {name} {options}" for name, folder in outputs.items()),
+        f'nnUNetv2_ensemble -i {" ".join(outputs.values())} -o "$OUT/predictions/ensemble" -np 2',
+    ]
 
 
 def _open(out: Path, settings: DemoSettings) -> DemoSettings:
-    """Create the demo's folder, or continue the demo that it holds.
-
-    Raises:
-        UsageError: it holds something else, or a demo with other settings; it cannot be written.
-    """
+    """Create the demo's folder, or continue the demo that it holds."""
     file = out / SETTINGS_FILE
     if file.is_file():
         try:
@@ -163,9 +149,7 @@ def _open(out: Path, settings: DemoSettings) -> DemoSettings:
             raise UsageError(f"{file} is damaged ({error}); give --out another folder") from error
         then, now = before.model_dump(exclude={"prepared"}), settings.model_dump(exclude={"prepared"})
         if differing := [f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]]:
-            raise UsageError(
-                f"--out {out} holds a demo with other settings: {'; '.join(differing)}; give another folder"
-            )
+            raise UsageError(f"--out {out} holds another demo: {'; '.join(differing)}; give another folder")
         return before
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} exists and is no demo's folder; give a new or empty folder")
@@ -202,12 +186,8 @@ def _prepare(dataset: RawDataset, out: Path, settings: DemoSettings, console: Co
         environment = {key: value for key, value in os.environ.items() if key != "nnUNet_n_proc_DA"}
         workers = str(min(2, os.cpu_count() or 1))  # the demo's datasets are small
         arguments = ["-d", dataset.number, "-c", _FULL, "-npfp", workers, "-np", workers]
-        run_nnunet(
-            "nnUNetv2_plan_and_preprocess",
-            [*arguments, "--verify_dataset_integrity"],
-            environment,
-            out / "logs" / "plan_and_preprocess.log",
-        )
+        arguments.append("--verify_dataset_integrity")
+        run_nnunet("nnUNetv2_plan_and_preprocess", arguments, environment, out / "logs" / "plan_and_preprocess.log")
         plans = read_json(plans_file)
         configuration = _configuration(plans_file)
         if configuration != _FULL:  # nnU-Net has preprocessed nothing yet

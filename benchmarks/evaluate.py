@@ -173,7 +173,7 @@ def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes
     case = chosen[min(1, len(chosen) - 1)]
     (fold,) = (fold for fold, names in results.cases.items() if case in names)
     try:
-        view = look_inside(models / method.key, fold, preprocessed, case, classes)
+        view = look_inside(models / method.key, fold, preprocessed, case)
     # A picture must not cost the report of days of training.
     except (MaskSAMError, OSError, RuntimeError, ValueError, AttributeError) as error:
         return (Picture(case, f"It could not be drawn: {in_short(error)}", b""),)

@@ -21,9 +21,9 @@ from pydantic import BaseModel, Field
 
 from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.environment import TRAINING_STATS_FILE
-from masksam_nnunet.errors import TrainingError
+from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json, write_json
-from masksam_nnunet.inference.history import epoch_seconds, read_log
+from masksam_nnunet.inference.history import read_log
 from masksam_nnunet.inference.versions import git_hash, versions
 
 from .results import FoldCompute
@@ -35,15 +35,12 @@ _TRAINED, _VALIDATED = "Training done.", "Validation complete"
 
 @contextmanager
 def locked(folder: Path, busy: str, wait: float = 1.0) -> Iterator[None]:
-    """Keep other processes, on all machines that share a folder, from doing the same in it.
-
-    The lock is flock's: it ends with this process, however that ends. NFS has it from version 4 on, Lustre with the
-    mount option ``flock``.
+    """Lock a folder, on all machines that share it, until this process leaves the context or ends.
 
     Args:
-        folder: created if missing.
-        busy: what another process that holds the lock is doing, for the message.
-        wait: seconds to wait for it.
+        folder: created if missing. NFS needs version 4, Lustre the mount option ``flock``.
+        busy: what a process that holds the lock is doing, for the message.
+        wait: seconds to wait for the lock.
 
     Raises:
         TrainingError: another process holds the lock, or the folder cannot be written.
@@ -68,16 +65,11 @@ def locked(folder: Path, busy: str, wait: float = 1.0) -> Iterator[None]:
 class Stage(Enum):
     """How far a fold has come."""
 
-    MISSING = "missing"
-    """There is no checkpoint."""
-    BROKEN_OFF = "broken off"
-    """A whole checkpoint_latest or checkpoint_best to continue from."""
-    TRAINED = "trained"
-    """The final checkpoint is there, the validation is not complete."""
-    DONE = "done"
-    """Trained, and every validation case is predicted and scored."""
-    DAMAGED = "damaged"
-    """The checkpoint to continue from is not a whole file."""
+    MISSING = "missing"  # no checkpoint
+    BROKEN_OFF = "broken off"  # a whole checkpoint_latest or checkpoint_best to continue from
+    TRAINED = "trained"  # final checkpoint, but the validation is not complete
+    DONE = "done"  # trained, and every validation case is predicted and scored
+    DAMAGED = "damaged"  # the checkpoint to continue from is not a whole file
 
 
 class FoldState(NamedTuple):
@@ -106,9 +98,7 @@ def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) 
     if wrong is not None:
         others = [other for other in found[1:] if not damage(folder / other)]
         remedy = f"training then continues from {others[0]}" if others else "the fold is then trained from its start"
-        return FoldState(
-            Stage.DAMAGED, f"{folder / name} is not a whole checkpoint ({wrong}); remove it and run again: {remedy}"
-        )
+        return FoldState(Stage.DAMAGED, f"{folder / name} is damaged ({wrong}); remove it and run again: {remedy}")
     if name != FINAL:
         return FoldState(Stage.BROKEN_OFF, f"{name} is there, {FINAL} is not")
     if missing is not None:
@@ -132,7 +122,9 @@ def _not_validated(folder: Path, cases: Sequence[str], file_ending: str, npz: bo
         return f"{validation / 'summary.json'} has no scores of {len(unscored)} of {len(cases)} cases"
     # nnU-Net's logs tell whether the validation belongs to the latest training. Files' times, which copies change,
     # count only where there are no logs.
-    ends = [end for log in training_logs(folder) for end in _ends(log)]
+    line = re.compile(rf"^[\d\-]+ [\d:.]+: ({re.escape(_TRAINED)}|{re.escape(_VALIDATED)})\s*$", re.MULTILINE)
+    logs = (log.read_text(encoding="utf-8", errors="replace") for log in training_logs(folder))
+    ends = [end for text in logs for end in line.findall(text)]
     if _TRAINED in ends:
         return None if ends[-1] == _VALIDATED else "nnU-Net's log has no complete validation after the training"
     older = (validation / "summary.json").stat().st_mtime_ns < (folder / FINAL).stat().st_mtime_ns
@@ -143,11 +135,6 @@ def training_logs(folder: Path) -> list[Path]:
     """nnU-Net's logs of a fold, one for each start, the earliest first."""
     # Month and day have no leading zeros: alphabetical order would be wrong.
     return sorted(folder.glob("training_log_*.txt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
-
-
-def _ends(log: Path) -> list[str]:
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return re.findall(rf"^[\d\-]+ [\d:.]+: ({re.escape(_TRAINED)}|{re.escape(_VALIDATED)})\s*$", text, re.MULTILINE)
 
 
 def _is_whole(file: Path) -> bool:
@@ -171,21 +158,16 @@ class Part(BaseModel):
 
     kind: Literal["train", "continue", "validate"]
     command: str
-    start: str
-    """ISO time."""
-    variables: dict[str, str]
-    """Those of nnU-Net, MaskSAM and CUDA, without folders."""
+    start: str  # ISO time
+    variables: dict[str, str]  # of nnU-Net, MaskSAM and CUDA, without folders
     host: str = Field(default_factory=socket.gethostname)
     git_hash: str | None = Field(default_factory=git_hash)
     versions: dict[str, str] = Field(default_factory=versions)
-    end: str | None = None
-    """None, like all that follows, where the benchmark itself was killed."""
+    end: str | None = None  # None, like all that follows, if the benchmark itself was killed
     exit_status: int | None = None
     device: str | None = None
-    peak_memory_mib: float | None = None
-    """Resident memory of the command and its workers together, sampled while it trains."""
-    train_seconds: float | None = None
-    """From its start to the final checkpoint or its end, by the clock."""
+    peak_memory_mib: float | None = None  # resident, of the command and its workers together, sampled
+    train_seconds: float | None = None  # by the clock, up to the final checkpoint or the end
 
 
 class FoldRecord(BaseModel):
@@ -195,33 +177,22 @@ class FoldRecord(BaseModel):
     plans: str
     configuration: str
     minutes: float | None
-    inputs: dict[str, str] | None
-    """SHA-256 of splits, plans and dataset.json at the start, by file name; None if trained outside the benchmark."""
+    inputs: dict[str, str] | None  # input_hashes at the start; None if trained outside the benchmark
     parts: list[Part] = []
 
     @classmethod
     def read(cls, folder: Path) -> FoldRecord | None:
-        """The record of a fold; None where the benchmark has not trained it.
-
-        Raises:
-            TrainingError: it is not readable.
-        """
+        """The record of a fold, None if the benchmark has not trained it; a TrainingError if it is damaged."""
         file = folder / RECORD_FILE
         try:
             return cls.model_validate_json(file.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"{file} is damaged ({error}); remove it: the fold counts as trained elsewhere"
-            ) from error
+            raise TrainingError(f"{file} is damaged ({error}); remove it, then run again") from error
 
     def write(self, folder: Path) -> None:
-        """Write it into the fold's folder.
-
-        Raises:
-            TrainingError: the folder cannot be written.
-        """
+        """Write it into the fold's folder; a TrainingError if that is not possible."""
         try:
             write_json(folder / RECORD_FILE, self.model_dump())
         except OSError as error:
@@ -232,21 +203,19 @@ class FoldRecord(BaseModel):
         begun = [index for index, part in enumerate(self.parts) if part.kind == "train"]
         return [part for part in self.parts[begun[-1] if begun else 0 :] if part.kind != "validate"]
 
-    def differences(self, trainer: str, minutes: float | None, inputs: Mapping[str, str]) -> list[str]:
-        """What differs now from the start of the training, one phrase each."""
-        found = [] if self.trainer == trainer else [f"it was trained by {self.trainer}"]
-        if self.minutes != minutes:
-            found.append(f"it was trained with --minutes {self.minutes}, not {minutes}")
-        for name, digest in (self.inputs or {}).items():
-            if digest != inputs.get(name):
-                found.append(f"{name} in nnUNet_preprocessed has changed since")
-        return found
+    def changed_inputs(self, preprocessed: Path) -> list[str]:
+        """The names of those inputs that differ now from the start of the training."""
+        now = input_hashes(preprocessed, self.plans)
+        return [name for name, digest in (self.inputs or {}).items() if digest != now.get(name)]
 
 
 def input_hashes(preprocessed: Path, plans: str) -> dict[str, str]:
     """SHA-256, by name, of the files in a dataset's preprocessed folder that a training reads beside the data."""
     names = ("splits_final.json", f"{plans}.json", "dataset.json")
-    return {name: hashlib.sha256((preprocessed / name).read_bytes()).hexdigest() for name in names}
+    try:
+        return {name: hashlib.sha256((preprocessed / name).read_bytes()).hexdigest() for name in names}
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); restore it") from error
 
 
 def training_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -266,8 +235,8 @@ def now() -> str:
 def read_fold_compute(folder: Path) -> FoldCompute:
     """What the training of a fold took, as far as it is known.
 
-    Seconds and epochs are from nnU-Net's log in the checkpoint; the rest from training_stats.json, which this
-    package's trainers write, from the benchmark's record, and from nnU-Net's debug.json.
+    Sources are nnU-Net's log in the checkpoint, this package's training_stats.json, the benchmark's record, and
+    nnU-Net's debug.json.
 
     Raises:
         TrainingError: the fold is not trained, or its record is not readable.
@@ -277,13 +246,13 @@ def read_fold_compute(folder: Path) -> FoldCompute:
     if not checkpoint.is_file():
         raise TrainingError(f"{folder} has no {FINAL}: this fold is not trained")
     content = read_log(checkpoint)
-    seconds = epoch_seconds(content.log, checkpoint)
+    seconds = content.epoch_seconds
     record = FoldRecord.read(folder)
     parts = [] if record is None else record.training()
     stats, debug = (_read_if_there(folder / name) for name in (TRAINING_STATS_FILE, "debug.json"))
     sampled = [part.peak_memory_mib for part in parts if part.peak_memory_mib is not None]
     per_epoch = debug.get("num_iterations_per_epoch")
-    by_clock = [part.train_seconds for part in parts]
+    by_clock = [part.train_seconds for part in parts if part.train_seconds is not None]
     devices = dict.fromkeys(part.device for part in parts if part.device)
     return FoldCompute(
         fold=int(folder.name.removeprefix("fold_")),
@@ -298,7 +267,7 @@ def read_fold_compute(folder: Path) -> FoldCompute:
         checkpoint_bytes=checkpoint.stat().st_size,
         resumed=sum(part.kind == "continue" for part in parts),
         git_hash=_changes(part.git_hash for part in parts) or None,
-        wall_seconds=sum(map(float, filter(None, by_clock))) if by_clock and None not in by_clock else None,
+        wall_seconds=sum(by_clock) if parts and len(by_clock) == len(parts) else None,
         versions={
             name: _changes(part.versions.get(name) for part in parts) for part in parts[:1] for name in part.versions
         },

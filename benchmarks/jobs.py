@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -44,8 +45,7 @@ Watch = Callable[[Mapping[str, Status]], None]
 """Is called about twice a second with the status of each job, by name."""
 
 _LOOK_SECONDS = 0.5
-_LITTLE_ROOM = 2**30
-"""Free bytes below which a failure is likely to be for lack of room."""
+_LITTLE_ROOM = 2**30  # free bytes: with less, a failure is likely to be for lack of room
 _PARTS: Mapping[Stage, tuple[Literal["train", "continue", "validate"], tuple[str, ...]]] = {
     Stage.MISSING: ("train", ()),
     Stage.BROKEN_OFF: ("continue", ("--c",)),
@@ -58,10 +58,6 @@ class FoldJob:
     """One fold of one method, to be trained and validated.
 
     Attributes:
-        dataset: full name.
-        method: what to train.
-        fold: number.
-        device: ``cpu``, ``cuda`` or ``mps``.
         environment: variables of nnU-Net and MaskSAM, its three folders among them.
         minutes: of a time-budget trainer, else None.
         npz: whether validation saves probabilities.
@@ -106,32 +102,26 @@ class FoldJob:
         return fold_state(self.folder, self.cases, ending, self.npz)
 
     def require_unchanged(self) -> None:
-        """Refuse a fold that was begun with other splits, plans, dataset.json or minutes: it could not be compared.
-
-        Raises:
-            TrainingError: naming what differs.
-        """
+        """Raise a TrainingError for a fold that was begun with other splits, plans, dataset.json or minutes."""
         record = FoldRecord.read(self.folder)
         if record is None:
             return
-        differences = record.differences(
-            self.method.trainer, self.minutes, input_hashes(self._preprocessed, self.method.plans)
-        )
-        if differences:
-            raise TrainingError(
-                f"{self.folder}: {'; '.join(differences)}. Restore it, or move that folder away to train the fold again"
-            )
+        wrong = [f"{name} has changed since its training" for name in record.changed_inputs(self._preprocessed)]
+        if record.minutes != self.minutes:
+            wrong.append(f"it was trained with --minutes {record.minutes}, not {self.minutes}")
+        if wrong:
+            raise TrainingError(f"{self.folder}: {'; '.join(wrong)}. Restore it, or move that folder away")
 
     def run(self, gpu: str | None = None, stop: threading.Event | None = None) -> None:
         """Train, continue or validate until the fold is done.
 
         Args:
-            gpu: value for ``CUDA_VISIBLE_DEVICES``; None leaves the choice to who starts this process.
+            gpu: value for ``CUDA_VISIBLE_DEVICES``; None leaves it as it is.
             stop: ends the training when it is set; it may save before.
 
         Raises:
-            TrainingError: nnU-Net's command fails; the checkpoint is damaged; another process trains this fold; splits,
-                plans or minutes have changed since the training began.
+            TrainingError: nnU-Net's command fails; the checkpoint is damaged; another process trains this fold; its
+                inputs have changed.
         """
         with locked(self.folder, "training this fold"):
             tried: set[Stage] = set()
@@ -139,10 +129,8 @@ class FoldJob:
                 if state.stage is Stage.DAMAGED:
                     raise TrainingError(state.reason)
                 if state.stage in tried:
-                    raise TrainingError(
-                        f"{self.name}: {COMMAND} ended without an error, but the fold is still {state.stage.value}: "
-                        f"{state.reason}; see {self.log}"
-                    )
+                    still = f"the fold is still {state.stage.value}: {state.reason}"
+                    raise TrainingError(f"{self.name}: {COMMAND} ended without an error, but {still}; see {self.log}")
                 tried.add(state.stage)
                 self._run(state.stage, gpu, stop)
 
@@ -171,19 +159,21 @@ class FoldJob:
             part.end, part.device = now(), device_name(self.folder, self.device)
             record.write(self.folder)
         if part.exit_status:
-            raise TrainingError(f"{self.name}: {failed(line, part.exit_status, self.log)}{_little_room(self.folder)}")
+            free = shutil.disk_usage(self.folder).free  # the log, on the same disk, may not say that it is full
+            room = f"\nOnly {free / 2**20:.0f} MiB are free in {self.folder}: make room" if free < _LITTLE_ROOM else ""
+            raise TrainingError(f"{self.name}: {failed(line, part.exit_status, self.log)}{room}")
 
     def _record(self, stage: Stage) -> FoldRecord:
         """The fold's record, checked against what is there now."""
-        record = FoldRecord.read(self.folder)
+        record, method = FoldRecord.read(self.folder), self.method
         if stage is not Stage.MISSING and record is not None:
             self.require_unchanged()
             return record
-        inputs = input_hashes(self._preprocessed, self.method.plans) if stage is Stage.MISSING else None
+        inputs = input_hashes(self._preprocessed, method.plans) if stage is Stage.MISSING else None
         return FoldRecord(
-            trainer=self.method.trainer,
-            plans=self.method.plans,
-            configuration=self.method.configuration,
+            trainer=method.trainer,
+            plans=method.plans,
+            configuration=method.configuration,
             minutes=self.minutes,
             inputs=inputs,
             parts=[] if record is None else record.parts,
@@ -207,11 +197,6 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
 
     When this process is interrupted or terminated, trainings have :data:`~.nnunet.SAVE_SECONDS` to save. They end at
     once when it is killed.
-
-    Args:
-        jobs: to run, in this order.
-        devices: as ``--devices`` names them.
-        watch: is shown the status of the jobs.
 
     Returns:
         The errors of jobs that failed, by name.
@@ -256,11 +241,7 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
 
 
 def device_kind(devices: Sequence[str]) -> str:
-    """``cpu``, ``cuda`` or ``mps``: what nnU-Net calls the devices that ``--devices`` names.
-
-    Raises:
-        UsageError: unknown, repeated or mixed devices.
-    """
+    """nnU-Net's name for ``--devices``: ``cpu``, ``cuda`` or ``mps``. A UsageError if unknown, repeated or mixed."""
     given = f"--devices {' '.join(devices)}".strip()
     kinds = {"cuda" if device.isdecimal() else device for device in devices}
     if not kinds or kinds - {"cpu", "cuda", "mps"}:
@@ -271,11 +252,7 @@ def device_kind(devices: Sequence[str]) -> str:
 
 
 def require_devices(devices: Sequence[str]) -> None:
-    """Refuse devices that this machine does not have.
-
-    Raises:
-        UsageError: naming what PyTorch sees.
-    """
+    """Raise a UsageError for devices that this machine does not have."""
     kind, gpus = device_kind(devices), torch.cuda.device_count()
     if kind == "cuda" and any(int(device) >= gpus if device.isdecimal() else not gpus for device in devices):
         raise UsageError(f"--devices {' '.join(devices)}: PyTorch sees {gpus} GPUs here; --devices cpu needs none")
@@ -298,16 +275,8 @@ def gpu_of(device: str) -> str | None:
 def _resident_mib(process: int) -> float:
     """Resident memory of a process and its children, in MiB; memory that they share counts once for each."""
     total = 0
-    try:
+    with contextlib.suppress(psutil.Error):  # one has just ended
         parent = psutil.Process(process)
         for member in [parent, *parent.children(recursive=True)]:
             total += member.memory_info().rss
-    except psutil.Error:  # one has just ended
-        pass
     return total / 2**20
-
-
-def _little_room(folder: Path) -> str:
-    """An addition to an error where the disk is nearly full: the log, on the same disk, may not say so."""
-    free = shutil.disk_usage(folder).free
-    return f"\nOnly {free / 2**20:.0f} MiB are free in {folder}: make room" if free < _LITTLE_ROOM else ""

@@ -21,28 +21,19 @@ from pathlib import Path
 
 from masksam_nnunet.errors import TrainingError, UsageError
 
-SAVE_SECONDS = 30.0
-"""The time that a training has to write a checkpoint before it is killed. SLURM itself gives 30 to 90 seconds."""
+SAVE_SECONDS = 30.0  # for a training to write a checkpoint before it is killed; SLURM itself gives 30 to 90
 _POLL_SECONDS = 0.5
 _TAIL_LINES = 20
 
 
 def run_nnunet(command: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    """Run one of nnU-Net's console commands to its end, with its output in a new log.
-
-    Args:
-        command: such as ``nnUNetv2_predict``.
-        arguments: what follows it on the command line.
-        environment: the whole environment of the command.
-        log: overwritten.
+    """Run one of nnU-Net's console commands as :func:`run_to_end`, with its output in a new log.
 
     Raises:
-        UsageError: nnU-Net is not installed.
         TrainingError: the command fails; with the end of its log.
     """
     log.unlink(missing_ok=True)
-    status = run_to_end(command, arguments, environment, log)
-    if status:
+    if status := run_to_end(command, arguments, environment, log):
         raise TrainingError(failed(shlex.join([command, *arguments]), status, log))
 
 
@@ -62,7 +53,7 @@ def run_to_end(
         command: such as ``nnUNetv2_train``.
         arguments: what follows it on the command line.
         environment: the whole environment of the command.
-        log: its output is added at the end.
+        log: its output is appended.
         stop: ends the command when it is set.
         look: called with the process's number about twice a second.
 
@@ -89,9 +80,8 @@ def run_to_end(
 
 def failed(line: str, status: int, log: Path) -> str:
     """The message for a command that ended with an error status."""
-    return f"{line}\nended with exit status {status}. The end of its log, {log}:\n" + "\n".join(
-        f"    {text}" for text in last_lines(log)
-    )
+    end = "\n    ".join(last_lines(log))
+    return f"{line}\nended with exit status {status}. The end of its log, {log}:\n    {end}"
 
 
 def last_lines(log: Path) -> list[str]:

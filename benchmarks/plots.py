@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -201,7 +202,9 @@ def _curve(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: str, line: str
 # ---- parts of all plots ----------------------------------------------------------------------------------------------
 
 
-def _panels(lines: int, columns: int, height: float, sharey: bool | str = False) -> tuple[Figure, NDArray[np.object_]]:
+def _panels(
+    lines: int, columns: int, height: float, sharey: bool | Literal["row"] = False
+) -> tuple[Figure, NDArray[Any]]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]  # room between lines of panels
     return figure, figure.subplots(lines, columns, squeeze=False, sharey=sharey)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -60,17 +58,12 @@ def _latest_epoch(job: FoldJob) -> int | None:
     return int(found[-1]) if found else None
 
 
-class Progress:
-    """Shows a benchmark with bars on a terminal, with plain lines elsewhere. A context; ``show`` is a job's watch."""
+class Progress(RichProgress):
+    """Shows a benchmark with bars on a terminal, with plain lines elsewhere; ``show`` is the jobs' watch."""
 
     def __init__(self, console: Console, jobs: Sequence[FoldJob]) -> None:
         """Args: where to show it, and the jobs that will run."""
-        self._console = console
-        self._jobs = {job.name: job for job in jobs}
-        self._before: Mapping[str, Status] = {}
-        self._last_lines = time.monotonic()
-        self._bars: dict[str, TaskID] = {}
-        self._progress = RichProgress(
+        super().__init__(
             TextColumn("{task.description}", justify="left"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
@@ -79,16 +72,11 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._total = self._progress.add_task("all folds", total=max(1, len(jobs)), detail="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        self._jobs = {job.name: job for job in jobs}
+        self._before: Mapping[str, Status] = {}
+        self._last_lines = time.monotonic()
+        self._bars: dict[str, TaskID] = {}
+        self._total = self.add_task("all folds", total=max(1, len(jobs)), detail="")
 
     def show(self, statuses: Mapping[str, Status]) -> None:
         """Take over the status of each job, by name."""
@@ -98,22 +86,19 @@ class Progress:
             if status != self._before.get(name, "waiting"):
                 count = f" ({ended} of {len(self._jobs)} folds have ended)" if status in ("done", "failed") else ""
                 self._print(f"{name}: {status}{count}")
-        self._draw(running, ended)
-        if not self._console.is_terminal and time.monotonic() - self._last_lines > PLAIN_SECONDS:
+        for name in self._bars.keys() - running.keys():
+            self.remove_task(self._bars.pop(name))
+        for name, (fraction, text) in running.items():
+            if name not in self._bars:
+                self._bars[name] = self.add_task(f"  {name}", total=1.0, detail="")
+            self.update(self._bars[name], completed=fraction, detail=text)
+        done = ended + sum(fraction for fraction, _ in running.values())
+        self.update(self._total, completed=done, detail=f"{ended} of {len(self._jobs)} folds")
+        if self.disable and time.monotonic() - self._last_lines > PLAIN_SECONDS:
             self._last_lines = time.monotonic()
             for name, (fraction, text) in running.items():
                 self._print(f"{name}: {fraction:.0%}, {text}")
         self._before = dict(statuses)
 
-    def _draw(self, running: Mapping[str, tuple[float, str]], ended: int) -> None:
-        for name, (fraction, text) in running.items():
-            if name not in self._bars:
-                self._bars[name] = self._progress.add_task(f"  {name}", total=1.0, detail="")
-            self._progress.update(self._bars[name], completed=fraction, detail=text)
-        for name in [name for name in self._bars if name not in running]:
-            self._progress.remove_task(self._bars.pop(name))
-        done = ended + sum(fraction for fraction, _ in running.values())
-        self._progress.update(self._total, completed=done, detail=f"{ended} of {len(self._jobs)} folds")
-
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -45,7 +45,7 @@ def run_benchmark(
         TrainingError: some folds failed; all others are kept.
     """
     console = console or Console()
-    out = out or default_folder(benchmark)
+    out = out or _default_folder(benchmark)
     require_devices(devices)
     missing = _begin(benchmark, out, console)
     with locked(out, "running this benchmark"), Progress(console, missing) as progress:
@@ -59,21 +59,17 @@ def submit_benchmark(
 ) -> Path | None:
     """Submit any missing folds, and the evaluation after them, to SLURM.
 
+    Arguments and errors are those of :func:`run_benchmark`, and:
+
     Args:
-        benchmark: what to compare.
-        out: as for :func:`run_benchmark`.
         settings: what each job asks for.
         wait: whether to stay until all jobs have ended.
-        console: for progress.
 
     Returns:
         report.html; None without ``wait``.
-
-    Raises:
-        MaskSAMError: as :func:`run_benchmark`; SLURM refuses a job.
     """
     console = console or Console()
-    out = out or default_folder(benchmark)
+    out = out or _default_folder(benchmark)
     cluster = Slurm(out, settings)
     missing = _begin(benchmark, out, console)
     submission, new = cluster.submit(missing, benchmark.environment())
@@ -86,8 +82,7 @@ def submit_benchmark(
     return out / "report.html"
 
 
-def default_folder(benchmark: Benchmark) -> Path:
-    """The folder beside the trained models."""
+def _default_folder(benchmark: Benchmark) -> Path:
     return benchmark.results / f"benchmark_{benchmark.configuration}"
 
 
@@ -124,10 +119,8 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
         jobs = benchmark.jobs()
         states = [(job, job.state()) for job in jobs]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{benchmark.preprocessed}: dataset.json or splits_final.json is missing, damaged, or has no such fold "
-            f"({error!r}); restore the files that the folds were trained with"
-        ) from error
+        files = f"dataset.json or splits_final.json in {benchmark.preprocessed}"
+        raise DataError(f"{files} is damaged or has no such fold ({error!r}); restore it") from error
     undone = [f"- {job.name}: {s.stage.value}; {s.reason}" for job, s in states if s.stage is not Stage.DONE]
     if undone:
         raise TrainingError("\n".join(["not all folds are done; run masksam benchmark again:", *undone]))

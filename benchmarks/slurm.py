@@ -27,40 +27,28 @@ from .jobs import FoldJob, Status, Watch
 from .nnunet import last_lines
 
 JOB_FILE = "jobs.json"
-REQUEUES = 100
-"""How often a job may reach its time limit and continue; more would hide a job that makes no progress."""
+REQUEUES = 100  # after as many time limits, a job makes no progress
 _LOOK_SECONDS = 2.0
-_SETTLE_SECONDS = 10.0
-"""How long a result may take through a network file system."""
-_AWAY_SECONDS = 15 * 60.0
-"""How long SLURM may not answer, as while its controller restarts."""
+_SETTLE_SECONDS = 10.0  # that a result may take through a network file system
+_AWAY_SECONDS = 15 * 60.0  # that SLURM may not answer, as while its controller restarts
 _OWN_OPTIONS = ("dependency", "requeue", "output", "error", "open_mode", "signal", "array", "time", "job_name")
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
 
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What each job asks for. None is the cluster's default.
-
-    Attributes:
-        minutes: time limit; a job that reaches it is requeued and continues.
-        options: further options of sbatch, by their long names without dashes: ``account``, ``qos``, ``constraint``.
-    """
+    """What each job asks for. None is the cluster's default."""
 
     partition: str | None = None
-    minutes: int = 24 * 60
+    minutes: int = 24 * 60  # time limit; a job that reaches it is requeued and continues
     gpus: int = 1
     cpus: int = 8
     memory_gb: float | None = None
-    options: Mapping[str, str | bool] = field(default_factory=dict)
+    options: Mapping[str, str | bool] = field(default_factory=dict)  # further ones of sbatch: account, qos
 
 
 def parse_slurm_options(options: Sequence[str]) -> dict[str, str | bool]:
-    """The values of ``--slurm KEY=VALUE`` and the flags ``--slurm KEY``.
-
-    Raises:
-        UsageError: not of that form, or an option that the benchmark sets itself.
-    """
+    """Parse ``--slurm KEY=VALUE`` and ``--slurm KEY``; a UsageError refuses what the benchmark sets itself."""
     found: dict[str, str | bool] = {}
     for text in options:
         key, equals, value = text.partition("=")
@@ -105,11 +93,7 @@ class Evaluation:
     environment: Mapping[str, str]
 
     def __call__(self) -> None:
-        """Run it.
-
-        Raises:
-            TrainingError: what the command says when it fails.
-        """
+        """Run it; a TrainingError repeats what the command says when it fails."""
         command = [sys.executable, "-m", "masksam_nnunet.cli.app", "report", str(self.folder)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(self.environment))
         print(done.stdout, done.stderr, flush=True)
@@ -118,12 +102,7 @@ class Evaluation:
 
 
 class Submission(BaseModel):
-    """Numbers of SLURM's jobs, kept in the benchmark's folder.
-
-    Attributes:
-        folds: the latest job of each fold, by the fold's name.
-        evaluation: the job that evaluates at the end.
-    """
+    """Numbers of SLURM's jobs, kept in the benchmark's folder: of each fold by its name, and of the evaluation."""
 
     folds: dict[str, str] = {}
     evaluation: str | None = None
@@ -144,8 +123,6 @@ class Slurm:
 
     def submit(self, jobs: Sequence[FoldJob], environment: Mapping[str, str]) -> tuple[Submission, list[str]]:
         """Submit the folds that are not queued or running, then the evaluation, which waits until all have ended.
-
-        The evaluation runs with nnU-Net's variables in ``environment``.
 
         Returns:
             All jobs, and the names of the folds that were submitted now.
@@ -181,14 +158,16 @@ class Slurm:
         errors: dict[str, str] = {}
         gone: dict[str, float] = {}
         while not {*status.values()} <= {"done", "failed"}:
-            queue = _queue_in_time()
+            queue = jobs_in_queue(_AWAY_SECONDS)
             for name, number in numbers.items():
                 if number in queue:
                     gone.pop(name, None)
                     status[name] = "waiting" if queue[number] in _WAITING else "running"
                     continue
+                if status[name] in ("done", "failed"):
+                    continue
                 settled = time.monotonic() - gone.setdefault(name, time.monotonic()) > _SETTLE_SECONDS
-                if status[name] in ("waiting", "running") and (settled or self._has_result(number)):
+                if settled or self._job(number).paths.result_pickle.exists():
                     error = self._error(number)
                     status[name] = "done" if error is None else "failed"
                     errors |= {} if error is None else {name: error}
@@ -202,8 +181,8 @@ class Slurm:
             return str(self._executor(name, dependency).submit(call).job_id)
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             raise TrainingError(
-                f"SLURM refuses the job for {name}: {str(error).strip()}. Check --partition, --hours, --gpus, --cpus, "
-                "--memory and --slurm, then run again; jobs that were submitted before it stay so"
+                f"SLURM refuses the job for {name}: {str(error).strip()}. Correct --partition, --hours, "
+                "--gpus, --cpus, --memory or --slurm, then run again"
             ) from error
 
     def _executor(self, name: str, dependency: str | None = None) -> SlurmExecutor:
@@ -226,21 +205,16 @@ class Slurm:
                 **{key: value for key, value in optional.items() if value is not None},
             )
         except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"--executor slurm: {error} It needs sbatch and srun; else use --executor local"
-            ) from error
+            raise UsageError(f"--executor slurm: {error} Without sbatch and srun use --executor local") from error
         return executor
 
     def _job(self, number: str) -> SlurmJob[object]:
         return SlurmJob(folder=self.folder / "slurm" / "%j", job_id=number, tasks=[0])
 
-    def _has_result(self, number: str) -> bool:
-        return bool(self._job(number).paths.result_pickle.exists())
-
     def _error(self, number: str) -> str | None:
         """Why a job that has ended failed; None if it did not."""
         job = self._job(number)
-        if not self._has_result(number):
+        if not job.paths.result_pickle.exists():
             end = "\n".join(last_lines(job.paths.stderr))
             return (
                 f"SLURM's job {number} ended without a result: killed, cancelled, or out of memory or time. "
@@ -269,29 +243,20 @@ class Slurm:
             raise TrainingError(f"cannot write {self.folder / JOB_FILE}: {error}; look at squeue, make room") from error
 
 
-def jobs_in_queue() -> dict[str, str]:
+def jobs_in_queue(patience: float = 0.0) -> dict[str, str]:
     """The state of each of this user's jobs that SLURM has not finished, by number. Needs no accounting database.
 
     Raises:
-        TrainingError: SLURM does not answer.
+        TrainingError: SLURM has not answered for ``patience`` seconds.
     """
+    until = time.monotonic() + patience
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise TrainingError(
-            f"SLURM does not answer ({said.strip()}); submitted jobs remain: run again later"
-        ) from error
-    return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
-
-
-def _queue_in_time() -> dict[str, str]:
-    until = time.monotonic() + _AWAY_SECONDS
     while True:
         try:
-            return jobs_in_queue()
-        except TrainingError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(15)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            return dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+        except (OSError, subprocess.SubprocessError) as error:
+            if time.monotonic() >= until:
+                said = getattr(error, "stderr", None) or str(error)
+                raise TrainingError(f"SLURM does not answer ({said.strip()}); jobs remain: run again later") from error
+        time.sleep(15)

@@ -35,21 +35,22 @@ class History:
         Raises:
             CheckpointError: the file is not nnU-Net's checkpoint, or its log has no such curve.
         """
-        log = read_log(checkpoint).log
+        training = read_log(checkpoint)
         try:
-            curves = [[float(value) for value in log[key]] for key in ("train_losses", "val_losses", "mean_fg_dice")]
+            curves = [[float(v) for v in training.log[key]] for key in ("train_losses", "val_losses", "mean_fg_dice")]
         except (KeyError, TypeError, ValueError) as error:
-            raise _unreadable(checkpoint, error) from error
-        seconds = list(accumulate(epoch_seconds(log, checkpoint)))
+            raise CheckpointError(f"{checkpoint} has no usable log of its training ({error!r})") from error
+        seconds = list(accumulate(training.epoch_seconds))
         epochs = min(len(seconds), *map(len, curves))
         return cls(*(tuple(values[:epochs]) for values in (seconds, *curves)))
 
 
 @dataclass(frozen=True)
 class LoggedTraining:
-    """nnU-Net's log in a checkpoint, and the number of values that the checkpoint's network has."""
+    """nnU-Net's log in a checkpoint, the seconds of each finished epoch, and the network's number of parameters."""
 
     log: Mapping[str, Any]
+    epoch_seconds: list[float]
     parameters: int
 
 
@@ -57,29 +58,15 @@ def read_log(checkpoint: Path) -> LoggedTraining:
     """Read nnU-Net's log in a checkpoint. No code in the file is run.
 
     Raises:
-        CheckpointError: the file is not nnU-Net's checkpoint.
+        CheckpointError: the file is not nnU-Net's checkpoint, or its log has no times.
     """
     content = load_checkpoint(checkpoint)
     # nnU-Net's networks list many tensors under several names.
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in content["network_weights"].values()}
     try:
-        return LoggedTraining(dict(content["logging"]), sum(sizes.values()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(checkpoint, error) from error
-
-
-def epoch_seconds(log: Mapping[str, Any], checkpoint: Path) -> list[float]:
-    """The seconds of each finished epoch.
-
-    Raises:
-        CheckpointError: the log has no times.
-    """
-    try:
+        log = dict(content["logging"])
+        # An epoch that has begun may not have ended.
         spans = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
-        return [float(end - start) for start, end in spans]  # an epoch that has begun may not have ended
+        return LoggedTraining(log, [float(end - start) for start, end in spans], sum(sizes.values()))
     except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(checkpoint, error) from error
-
-
-def _unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{checkpoint} has no usable log of its training ({error!r}); train this fold again")
+        raise CheckpointError(f"{checkpoint} has no usable log of its training ({error!r})") from error

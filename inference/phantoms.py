@@ -8,7 +8,6 @@ positive inside and there about the distance to the surface.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter, zoom
+
+from masksam_nnunet.files import write_json
 
 FloatArray = NDArray[np.float32]
 
@@ -47,12 +48,10 @@ class Phantom:
 def write_phantom_dataset(folder: Path, num_cases: int = 20, seed: int = 0, num_test_cases: int = 2) -> Path:
     """Write phantoms in nnU-Net's raw format and return the dataset's folder.
 
-    Case ``i`` depends on ``seed`` and ``i`` only: a larger dataset with the same seed begins with the same cases.
-
     Args:
-        folder: the folder to hold the dataset's folder, such as ``nnUNet_raw``; created if missing.
+        folder: such as ``nnUNet_raw``; created if missing.
         num_cases: labelled cases in imagesTr and labelsTr; nnU-Net's five folds need at least 5.
-        seed: not negative.
+        seed: not negative; case ``i`` depends on it and on ``i`` only.
         num_test_cases: further cases in imagesTs, without labels.
 
     Raises:
@@ -76,7 +75,7 @@ def write_phantom_dataset(folder: Path, num_cases: int = 20, seed: int = 0, num_
         "file_ending": ".nii.gz",
         "name": "MaskSAM phantoms: computed, not measured",
     }
-    (dataset / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    write_json(dataset / "dataset.json", description)
     return dataset
 
 
@@ -111,9 +110,8 @@ def make_phantom(rng: np.random.Generator) -> Phantom:
     image = (_SCANNER_GAIN * rng.uniform(0.7, 1.4) * np.hypot(real, imaginary)).astype(np.float32)  # Rician noise
 
     label = np.zeros(shape, dtype=np.uint8)
-    label[organ > 0] = LABELS["organ"]
-    label[gland > 0] = LABELS["gland"]
-    label[vessel > 0] = LABELS["vessel"]
+    for name, inside in (("organ", organ), ("gland", gland), ("vessel", vessel)):
+        label[inside > 0] = LABELS[name]
     return Phantom(image, label, spacing, (first, second, third))
 
 

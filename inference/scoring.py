@@ -110,8 +110,8 @@ def _score_files(
     lines = []
     with _one_thread():
         for name, values in classes.foreground.items():
-            masks = (class_mask(labels, values) & counted for labels in (truth.labels, prediction.labels))
-            scores = score_masks(*masks, truth.spacing, tolerance_mm)
+            true, predicted = (class_mask(one.labels, values) & counted for one in (truth, prediction))
+            scores = score_masks(true, predicted, truth.spacing, tolerance_mm)
             lines += [(case, name, metric, value) for metric, value in scores.items()]
     return pd.DataFrame(lines, columns=["case", "class", "metric", "value"])
 

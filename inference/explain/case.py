@@ -33,18 +33,11 @@ from ..predictor import MaskSAMPredictor
 from .output import affine_of
 
 _NEAR = 5  # names to offer for an unknown one
-_VOXEL_AXES = "kji"  # of the source file, for nnU-Net's array axes
 
 
 @dataclass(frozen=True)
 class FoundCase:
-    """A case's files.
-
-    Attributes:
-        case: its name and images.
-        label: its label map, if there is one.
-        origin: where it was found, as the page says it.
-    """
+    """A case's images, its label map if there is one, and where the page says they come from."""
 
     case: Case
     label: Path | None
@@ -54,13 +47,13 @@ class FoundCase:
 def find_case(
     dataset: str, description: Mapping[str, Any], name: str | None, images: Sequence[Path], label: Path | None
 ) -> FoundCase:
-    """Find the files of a case of the raw dataset, or take ``images``.
+    """Find a case of the raw dataset, or take ``images``.
 
     Args:
         dataset: name of its folder in nnUNet_raw.
         description: the model's dataset.json.
         name: the case; optional where ``images`` are given.
-        images: one file per channel, of an image that is no case of the dataset.
+        images: one file per channel.
         label: the label map to show instead of the dataset's own.
 
     Raises:
@@ -74,10 +67,7 @@ def find_case(
         cases = _cases_of(dataset, description)
         if name not in cases:
             near = difflib.get_close_matches(name, cases, n=_NEAR, cutoff=0.5) or sorted(cases)[:_NEAR]
-            raise UsageError(
-                f"CASE {name!r} is none of the {len(cases)} cases of {dataset}; near it: {', '.join(near) or 'none'}. "
-                "For other files use --image"
-            )
+            raise UsageError(f"CASE {name!r} is not in {dataset}; similar: {', '.join(near)}. Other files need --image")
         found = cases[name]
     if label is not None:
         found = dataclasses.replace(found, label=label)
@@ -88,12 +78,10 @@ def find_case(
 
 def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | None:
     """Say for each fold whether the split has the case in its training set; None where there is no split."""
-    preprocessed = os.environ.get("nnUNet_preprocessed")
-    file = Path(preprocessed or "") / dataset / "splits_final.json"
-    if not preprocessed or not file.is_file():
+    file = Path(os.environ.get("nnUNet_preprocessed", "")) / dataset / "splits_final.json"
+    if not file.is_file():
         return None
-    splits = read_json(file)
-    training = {str(fold): split["train"] for fold, split in enumerate(splits)}
+    training = {str(fold): split["train"] for fold, split in enumerate(read_json(file))}
     return " and ".join(
         f"{'in' if fold == 'all' or case in training.get(fold, ()) else 'outside'} the training set of fold {fold}"
         for fold in folds
@@ -148,13 +136,11 @@ class PreparedCase:
         data: (C, D, H, W) float32, the network's input.
         label: (D, H, W) label values, or None.
         spacing: millimetres along (D, H, W).
-        kept: the source's slices along D that the network sees; the others are zero.
-        source_slices: number of slices of the source along D.
-        slice_axis: the source's voxel axis along D: i, j or k.
+        kept: the source's slices that the network sees; the others are zero.
+        source_slices: number of slices of the source.
+        slice_axis: the source's voxel axis across slices: i, j or k.
         directions: where rising indices along (D, H, W) lead (L R A P S I); None if unknown.
-        classes: of the model.
         properties: nnU-Net's, of the source.
-        predictor: whose plans made it.
     """
 
     data: Tensor
@@ -163,7 +149,7 @@ class PreparedCase:
     kept: range
     source_slices: int
     slice_axis: str
-    directions: tuple[str, str, str] | None
+    directions: list[str] | None
     classes: Classes
     properties: Mapping[str, Any]
     predictor: MaskSAMPredictor
@@ -180,12 +166,11 @@ class PreparedCase:
 
     def segmentation(self, logits: Tensor) -> NDArray[np.integer[Any]]:
         """Turn logits (K, D, H, W) into label values on the source's grid, as nnU-Net does."""
-        predictor = self.predictor
         result: NDArray[np.integer[Any]] = convert_predicted_logits_to_segmentation_with_correct_shape(
             logits,
-            predictor.plans_manager,
-            predictor.configuration_manager,
-            predictor.label_manager,
+            self.predictor.plans_manager,
+            self.predictor.configuration_manager,
+            self.predictor.label_manager,
             dict(self.properties),
             num_threads_torch=torch.get_num_threads(),
         )
@@ -209,11 +194,7 @@ def prepare_case(
 ) -> PreparedCase:
     """Read and preprocess a case as nnU-Net does for prediction, and its label as for training.
 
-    Args:
-        predictor: with the model.
-        found: the case.
-        classes: of the model.
-        previous: a cascade's label map of the stage before.
+    ``previous`` is a cascade's label map of the first stage.
 
     Raises:
         DataError: an image or the label is damaged, or they do not fit together or to the model.
@@ -235,15 +216,15 @@ def prepare_case(
         )
         label = np.rint(np.asarray(resampled)[0]).astype(np.int16)
     affine = affine_of(properties)
-    codes = None if affine is None else [str(code) for code in aff2axcodes(affine)]
+    codes = None if affine is None else [str(aff2axcodes(affine)[2 - axis]) for axis in forward]
     return PreparedCase(
         data=torch.from_numpy(data),
         label=label,
         spacing=(depth, height, width),
         kept=range(*map(int, properties["bbox_used_for_cropping"][0])),
         source_slices=int(properties["shape_before_cropping"][0]),
-        slice_axis=_VOXEL_AXES[forward[0]],
-        directions=None if codes is None else (codes[2 - forward[0]], codes[2 - forward[1]], codes[2 - forward[2]]),
+        slice_axis="kji"[forward[0]],
+        directions=codes,
         classes=classes,
         properties=properties,
         predictor=predictor,

@@ -30,7 +30,6 @@ from ..report.figures import (
     wrapped,
 )
 from .inside import SliceQueries
-from .measures import LEAST_SHARE
 
 _NEUTRAL = "#cccccc"  # of queries that chose background or "no object", and of ignored voxels
 _NO_OBJECT = "dotted"  # line style of "no object", which has no tint
@@ -48,9 +47,9 @@ class SliceImages:
         label: label values, or None.
         result: label values.
         entropy: in bits.
-        disagreement: in bits, or None.
+        disagreement: in bits, or None for one fold.
         aspect: height of a pixel over its width.
-        window: (low, high) of the grey values, the same for all slices.
+        window: (low, high) of the grey values shown.
         directions: where rising (row, column) lead, or None.
     """
 
@@ -69,23 +68,32 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
     maps = {"uncertainty (entropy)": images.entropy}
     if images.disagreement is not None:
         maps["disagreement of folds"] = images.disagreement
-    titles = ["image", *(["label"] if images.label is not None else []), "result"]
-    figure, axes = grid(1, len(titles) + len(maps), images.image.shape, images.aspect)
+    panels: dict[str, NDArray[Any] | None] = {"image": None}
+    if images.label is not None:
+        panels["label"] = images.label
+    panels["result"] = images.result
+    figure, axes = grid(1, len(panels) + len(maps), images.image.shape, images.aspect)
     figure.set_layout_engine("compressed")  # panels of one size beside the colour bar
-    for ax, title in zip(axes[0], titles, strict=False):
+    for ax, (title, values) in zip(axes[0], panels.items(), strict=False):
         _show(ax, images, images.image)
         ax.set_title(title, fontsize=10)
-        if title == "label" and images.label is not None:
-            overlay(ax, images.label, classes)
-            if classes.ignore_label is not None:
-                hatch(ax, images.label == classes.ignore_label, _NEUTRAL)
-        if title == "result":
-            overlay(ax, images.result, classes)
-    _write_directions(axes[0, 0], images.directions)
-    _frame_window(axes[0, 0], queries, images.image.shape)
+        if values is not None:
+            overlay(ax, values, classes)
+            if title == "label" and classes.ignore_label is not None:
+                hatch(ax, values == classes.ignore_label, _NEUTRAL)
+    for edge, letter in picture_edges(images.directions).items() if images.directions else ():
+        x, y = {"top": (0.5, 0.99), "bottom": (0.5, 0.01), "left": (0.01, 0.5), "right": (0.99, 0.5)}[edge]
+        horizontal, vertical = (edge, "center") if edge in ("left", "right") else ("center", edge)
+        axes[0, 0].text(x, y, letter, transform=axes[0, 0].transAxes, **NOTE, ha=horizontal, va=vertical)
+    rows, columns = queries.plane
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    if (height, width) != images.image.shape:  # frame the window
+        corner = (columns.start - 0.5, rows.start - 0.5)
+        frame = Rectangle(corner, width, height, fill=False, edgecolor="white", linestyle="dashed")
+        axes[0, 0].add_patch(frame)
     most = 1.0 if classes.has_regions else min(2.0, math.log2(len(classes.heads)))
     bits_shown = Normalize(0, most)  # the same in all pictures, so that they can be compared
-    map_axes = axes[0, len(titles) :].tolist()
+    map_axes = axes[0, len(panels) :].tolist()
     for ax, (title, bits) in zip(map_axes, maps.items(), strict=True):
         ax.imshow(bits, cmap=_UNCERTAINTY_MAP, norm=bits_shown, aspect=images.aspect, interpolation="nearest")
         for values in classes.foreground.values():
@@ -107,7 +115,7 @@ def draw_queries(
     """Draw two panels for each shown query: its draft with mask and box, and below it the final mask.
 
     Returns:
-        The picture, and a caption that says what it shows and what it leaves out.
+        The picture and its caption.
     """
     shown = list(table[table.shown].itertuples())
     columns = min(_IN_LINE, len(shown))
@@ -121,32 +129,31 @@ def draw_queries(
         ax.set_visible(False)
     for place, query in enumerate(shown):
         above, below = (axes[2 * (place // columns) + row, place % columns] for row in (0, 1))
-        colour, style = _look(query, classes)
-        n = query.number - 1
+        colour, style, n = _NEUTRAL, _NO_OBJECT, query.number - 1
+        if query.kept:
+            colour = colour_of(classes).get(query.class_name, _NEUTRAL)
+            style = style_of(classes).get(query.class_name, "solid")
         for ax, mask in ((above, queries.drafts[n]), (below, queries.masks[n])):
             ax.set_visible(True)
             _show(ax, images, part)
             _draw_mask(ax, mask[rows, cols], colour, style, images.aspect)
         box(above, queries.boxes[n] - np.array([cols.start, rows.start] * 2), colour, style=style)
-        above.set_title(_title(query), fontsize=8)
+        named = f"{wrapped(query.class_name, 22, lines=2)} {query.probability:.2f}"
+        nothing = f"no object {query.no_object:.2f}"
+        first, second = (named, nothing) if query.kept else (nothing, named)
+        above.set_title(f"query {query.number}: {first}\n{second}, adds {100 * query.share:.0f} %", fontsize=8)
         if not query.draft_pixels:
-            _remark(above, "draft mask nowhere above one half")
-        if not query.contributes:
-            _remark(below, "adds nothing to the foreground")
+            above.text(0.5, 0.03, "draft mask nowhere above one half", transform=above.transAxes, **NOTE, ha="center")
     for band in range(bands):
         axes[2 * band, 0].set_ylabel("draft: mask and box", fontsize=8)
         axes[2 * band + 1, 0].set_ylabel("final mask", fontsize=8)
-    adding = int(table.contributes.sum())
     caption = (
-        f"{len(shown)} of {len(table)} queries shown, those that add most first; {adding} add at least "
-        f"{100 * LEAST_SHARE:.0f} % of the slice's foreground score. Above each draft: class with probability, "
-        "probability of “no object”, and share."
+        f"{len(shown)} of {len(table)} queries shown, those that add most first. Above each draft: class with "
+        "probability, probability of “no object”, and share."
     )
     if part.shape != images.image.shape:
-        caption += (
-            f" Cut to the foreground: rows {rows.start + top} to {rows.stop + top - 1}, columns {cols.start + left} to "
-            f"{cols.stop + left - 1} of the network's slice."
-        )
+        caption += f" Cut to rows {rows.start + top} to {rows.stop + top - 1}, "
+        caption += f"columns {cols.start + left} to {cols.stop + left - 1} of the network's slice."
     return png(figure), caption
 
 
@@ -173,19 +180,6 @@ def _query_view(images: SliceImages, queries: SliceQueries, table: pd.DataFrame)
     return rows, columns
 
 
-def _title(query: Any) -> str:
-    named = f"{wrapped(query.class_name, 22, lines=2)} {query.probability:.2f}"
-    nothing = f"no object {query.no_object:.2f}"
-    first, second = (named, nothing) if query.kept else (nothing, named)
-    return f"query {query.number}: {first}\n{second}, adds {100 * query.share:.0f} %"
-
-
-def _look(query: Any, classes: Classes) -> tuple[str, str]:
-    if not query.kept:
-        return _NEUTRAL, _NO_OBJECT
-    return colour_of(classes).get(query.class_name, _NEUTRAL), style_of(classes).get(query.class_name, "solid")
-
-
 def _draw_mask(ax: Axes, mask: NDArray[np.float32], colour: str, style: str, aspect: float) -> None:
     """A tint as strong as the probability (H, W), a line at one half; hatched where colour alone would be lost."""
     if style != _NO_OBJECT or colour != _NEUTRAL:
@@ -197,27 +191,7 @@ def _draw_mask(ax: Axes, mask: NDArray[np.float32], colour: str, style: str, asp
     fill(ax, mask, colour, style, tint=0)
 
 
-def _remark(ax: Axes, text: str) -> None:
-    ax.text(0.5, 0.03, text, transform=ax.transAxes, **NOTE, ha="center")
-
-
 def _show(ax: Axes, images: SliceImages, image: NDArray[np.float32]) -> None:
     low, high = images.window
     ax.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=images.aspect, interpolation="nearest")
     ax.autoscale(False)  # boxes and contours may leave the picture, which must not grow with them
-
-
-def _write_directions(ax: Axes, directions: Sequence[str] | None) -> None:
-    for edge, letter in picture_edges(directions).items() if directions else ():
-        x, y = {"top": (0.5, 0.99), "bottom": (0.5, 0.01), "left": (0.01, 0.5), "right": (0.99, 0.5)}[edge]
-        horizontal, vertical = (edge, "center") if edge in ("left", "right") else ("center", edge)
-        ax.text(x, y, letter, transform=ax.transAxes, **NOTE, ha=horizontal, va=vertical)
-
-
-def _frame_window(ax: Axes, queries: SliceQueries, shape: Sequence[int]) -> None:
-    """Frame the window where it is not the whole slice."""
-    rows, columns = queries.plane
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    if (height, width) != tuple(shape):
-        corner = (columns.start - 0.5, rows.start - 0.5)
-        ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1, linestyle="dashed"))

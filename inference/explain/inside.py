@@ -26,7 +26,6 @@ from masksam_nnunet.modeling.compute import autocast
 from masksam_nnunet.modeling.network import MaskSAMOutput
 from masksam_nnunet.semantic import semantic_log_probabilities
 
-from ..label_maps import Classes
 from ..models import TrainedModel
 from ..predictor import MaskSAMPredictor
 from ..report.figures import InsideView
@@ -40,7 +39,7 @@ class SliceQueries:
 
     Attributes:
         index: the slice on the network's grid.
-        window: the window's number, from 1, and the number of windows.
+        window: its number, from 1, and the number of windows.
         corner: (d, h, w) of the window's first voxel on the network's grid; negative where the volume is padded.
         size: (D, H, W) of the window.
         probabilities: (N, K + 1), of each class, "no object" last.
@@ -70,20 +69,14 @@ class SliceQueries:
         return rows, columns
 
 
-def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: Classes) -> InsideView:
-    """Run a trained MaskSAM on the patch around a case's labelled structures and return its prompts.
-
-    Runs on the CPU: it is one patch.
+def look_inside(model: Path, fold: int, preprocessed: Path, case: str) -> InsideView:
+    """Run a trained MaskSAM, on the CPU, on the patch around a case's labelled structures.
 
     Args:
-        model: the model's folder in nnUNet_results, the one that holds ``fold_F``.
+        model: the model's folder in nnUNet_results.
         fold: the trained fold.
         preprocessed: the dataset's folder in nnUNet_preprocessed.
         case: a preprocessed case.
-        classes: of the dataset.
-
-    Raises:
-        ValueError: the network has other classes.
     """
     predictor = load_predictor(TrainedModel(model, (fold,)), torch.device("cpu"))
     network = cast(MaskSAM, predictor.hold_fold(0))
@@ -96,8 +89,6 @@ def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: 
     outputs = run_network(network, torch.from_numpy(patch[:-1]), torch.device("cpu"))
     probabilities, boxes, masks = read_prompts(outputs, network.grid.padded, patch.shape[2:])
     heads, no_object = probabilities[..., :-1], probabilities[..., -1]
-    if heads.shape[-1] != len(classes.heads):
-        raise ValueError(f"{model}: the network has {heads.shape[-1]} classes, the dataset {len(classes.heads)}")
     return InsideView(
         case=case,
         image=patch[0],
@@ -112,11 +103,7 @@ def look_inside(model: Path, fold: int, preprocessed: Path, case: str, classes: 
 
 
 def load_predictor(model: TrainedModel, device: torch.device, mirroring: bool = True) -> MaskSAMPredictor:
-    """Load a trained model as nnU-Net does, without its remarks and warnings.
-
-    Raises:
-        MaskSAMError: a checkpoint is damaged, or SAM's file for a lean one is missing or another one.
-    """
+    """Load a trained model without nnU-Net's printed remarks and warnings."""
     os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,7 +117,7 @@ def load_predictor(model: TrainedModel, device: torch.device, mirroring: bool = 
 def look_into_windows(
     predictor: MaskSAMPredictor,
     data: Tensor,
-    centres: Mapping[int, tuple[float, float]],
+    places: Mapping[int, NDArray[np.bool_]],
     spacing: Sequence[float],
 ) -> tuple[dict[int, SliceQueries], NDArray[np.integer[Any]]]:
     """Run the first fold once, unmirrored, on each of nnU-Net's windows.
@@ -138,12 +125,12 @@ def look_into_windows(
     Args:
         predictor: with the model.
         data: (C, D, H, W).
-        centres: for each wanted slice, the (h, w) that its window should be near to.
-        spacing: millimetres along (D, H, W), in which distance is measured.
+        places: for each wanted slice, the pixels (H, W) that its window should be near to; the whole slice if none.
+        spacing: millimetres along (D, H, W).
 
     Returns:
-        The queries of each wanted slice; and for each voxel (D, H, W) the number, from 1, of the query that gives it
-        most of its class in the window whose centre is nearest, or 0 where that window finds background.
+        The queries of each wanted slice; and for each voxel (D, H, W) the number, from 1, of the query that adds most
+        to its class in the window whose centre is nearest, or 0 for background.
     """
     network = cast(MaskSAM, predictor.hold_fold(0)).to(predictor.device).eval()
     size = window_size(predictor)
@@ -152,9 +139,10 @@ def look_into_windows(
     windows = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
     corners = [tuple(w if isinstance(w, int) else w.start for w in window[1:]) for window in windows]
     chosen: dict[int, list[int]] = {}
-    for index, centre in centres.items():
-        place = [at + by for at, by in zip((index, *centre), offset, strict=True)]
-        chosen.setdefault(nearest_window(corners, size, place, spacing), []).append(index)
+    for index, found in places.items():
+        centre = np.argwhere(found if found.any() else np.ones_like(found)).mean(axis=0)
+        place = np.array([index, *centre]) + offset
+        chosen.setdefault(nearest_window(corners, size, place.tolist(), spacing), []).append(index)
 
     owner = np.zeros(padded.shape[1:], np.uint8 if network.config.num_queries < 256 else np.uint16)
     nearness = np.full(padded.shape[1:], -1.0, np.float32)
@@ -226,17 +214,16 @@ def run_network(network: MaskSAM, window: Tensor, device: torch.device) -> MaskS
 def read_prompts(
     parts: MaskSAMOutput, padded: Sequence[int], plane: Sequence[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Bring the outputs for a window of D slices to its pixels.
+    """Bring the outputs for a window of D slices to its (H, W) pixels.
 
     Args:
-        parts: with class_logits (1, D, N, K + 1), aux_mask_logits (1, D, N, 4g_h, 4g_w), and aux_boxes (1, D, N, 4) in
-            [0, 1] of the padded plane.
-        padded: (H_p, W_p) of that plane in pixels of the window, which lies in its upper left corner.
-        plane: (H, W) of the window.
+        parts: class_logits (1, D, N, K + 1), aux_mask_logits (1, D, N, h, w), aux_boxes (1, D, N, 4) in [0, 1].
+        padded: (H_p, W_p) of the padded plane, in whose upper left corner the window lies.
+        plane: (H, W).
 
     Returns:
-        Probabilities (D, N, K + 1) of each class, "no object" last; boxes (D, N, 4) as x0 y0 x1 y1 in pixels of the
-        window, which they may leave; auxiliary masks (D, N, H, W) as probabilities.
+        Class probabilities (D, N, K + 1), "no object" last; boxes (D, N, 4) as x0 y0 x1 y1 in pixels, which may leave
+        the window; auxiliary masks (D, N, H, W) as probabilities.
     """
     height, width = padded
     logits = interpolate(parts.aux_mask_logits[0], size=(height, width), mode="bilinear")
@@ -247,13 +234,13 @@ def read_prompts(
 
 @torch.inference_mode()
 def owners(parts: MaskSAMOutput, regions: bool) -> NDArray[np.int64]:
-    """(D, H, W): the number, from 1, of the query that adds most to the class that each voxel is given; 0: background.
+    """(D, H, W): the number, from 1, of the query that adds most to each voxel's class; 0 for background.
 
-    With regions the class is the last one, in their order, that the voxel belongs to, as in nnU-Net.
+    Of several regions the last one counts, as in nnU-Net.
     """
     scores = semantic_log_probabilities(parts.class_logits, parts.mask_logits, regions)[0]  # (K, D, H, W)
     classes = parts.class_logits[0].softmax(-1)  # (D, N, K + 1)
-    if regions:  # put a background before them, which wins where no region does
+    if regions:  # a background before them wins where no region does
         order = torch.arange(1, len(scores) + 1).view(-1, 1, 1, 1)
         scores = torch.cat([torch.zeros_like(scores[:1]), (scores > 0) * order])
         classes = pad(classes, (1, 0))

@@ -25,10 +25,9 @@ class Uncertainty(NamedTuple):
     """What folds predict together, and how sure they are.
 
     Attributes:
-        logits: (K, D, H, W), the mean over folds, in float16 as nnU-Net has it.
-        entropy: (D, H, W), in bits, of the mean of the folds' probabilities.
-        disagreement: (D, H, W), mutual information of class and fold in bits: the part of the entropy that single
-            folds do not have; None for one fold.
+        logits: (K, D, H, W), the mean over folds.
+        entropy: (D, H, W), in bits, of the folds' mean probabilities.
+        disagreement: (D, H, W), mutual information of class and fold in bits; None for one fold.
     """
 
     logits: Tensor
@@ -38,12 +37,9 @@ class Uncertainty(NamedTuple):
 
 @torch.inference_mode()
 def measure_uncertainty(folds: Iterable[Tensor], regions: bool) -> Uncertainty:
-    """Measure what ``folds`` predict; only one of them is in memory at a time.
+    """Measure what ``folds``, logits (K, D, H, W) of each, predict; only one of them is in memory at a time.
 
-    Args:
-        folds: logits (K, D, H, W) of each fold.
-        regions: whether the K are overlapping regions. Each then has its own entropy, and a voxel has that of its
-            least certain region.
+    With ``regions`` each of the K has its own entropy, and a voxel has that of its least certain region.
     """
     total = mean = own = torch.empty(0)
     count = 0
@@ -78,13 +74,7 @@ def _entropy(p: Tensor, regions: bool) -> Tensor:
 def spread_slices(
     foreground: NDArray[np.integer[Any]], entropy: NDArray[np.floating[Any]], count: int = 4
 ) -> list[int]:
-    """Choose slices with much foreground and much uncertainty: the best of each of ``count`` stretches of the object.
-
-    Args:
-        foreground: (S,) voxels of foreground in each slice.
-        entropy: (S,) sum of each slice.
-        count: how many; fewer where there are fewer slices.
-    """
+    """Choose slices with much foreground and entropy, both (S,): the best of each of ``count`` parts of the object."""
     candidates = np.flatnonzero(foreground) if foreground.any() else np.arange(len(foreground))
     score = sum(values / max(values.max(), 1e-9) for values in (foreground, entropy))
     stretches = np.array_split(candidates, min(count, len(candidates)))
@@ -94,13 +84,11 @@ def spread_slices(
 def query_table(queries: SliceQueries, label: NDArray[np.integer[Any]] | None, classes: Classes) -> pd.DataFrame:
     """Tabulate what each query does in a slice, those with the largest share first.
 
-    The columns are ``number``, from 1; ``class_name``, the likeliest class that is not "no object", and its
-    ``probability``; ``no_object``, that probability; ``kept``, whether the class is likelier; ``box``, x0 y0 x1 y1 in
-    pixels of the network's grid; ``draft_pixels`` and ``mask_pixels``, above one half in auxiliary and final mask;
-    ``draft_iou`` of the two; ``label_iou`` of the final mask and its class in the label; ``share`` of the slice's
-    foreground score, the sum of class probability times mask; ``contributes``, whether that is at least
-    :data:`LEAST_SHARE`; ``shown``, whether the query is drawn. An IoU is NaN where both masks are empty or there is no
-    label. Only the part of the window in the volume counts.
+    Only the part of the window in the volume counts. ``number`` counts from 1; ``class_name`` is the likeliest class
+    other than "no object"; ``kept`` says whether it is likelier than that; ``box`` is x0 y0 x1 y1 on the network's
+    grid; ``draft_iou`` is the IoU of auxiliary and final mask, ``label_iou`` that of final mask and label, NaN where
+    undefined; ``share`` is of the slice's foreground score, the sum of class probability times mask; ``contributes``
+    means at least :data:`LEAST_SHARE`; ``shown`` that the query is drawn.
 
     Args:
         queries: of the slice's window.

@@ -25,21 +25,16 @@ _RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's world axes lead to left and posterior
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out``, and rename it to ``out`` on success; after an error ``out`` is as before.
-
-    An earlier output of ``masksam explain``, and nothing else, is replaced.
+    """Yield a folder beside ``out`` that becomes ``out`` on success; after an error ``out`` is as before.
 
     Raises:
-        UsageError: ``out`` holds other files, or cannot be written.
+        UsageError: ``out`` holds files that are no earlier output, or cannot be written.
     """
     out = Path(os.path.abspath(out))
     _refuse_others(out)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         draft.mkdir(parents=True)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
         yield draft
         _refuse_others(out)  # what has come there meanwhile
         earlier = draft.with_name(f"{draft.name}.earlier")
@@ -48,9 +43,9 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         os.replace(draft, out)
         shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(draft)):
+        if draft.is_dir() and not str(error.filename or draft).startswith((str(draft), str(out))):
             raise  # of another file
-        raise _unwritable(out, error) from error
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -59,25 +54,18 @@ def _refuse_others(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; name a folder")
+        raise UsageError(f"--out {out} is a file; name a folder")
     try:
         record = read_json(out / RECORD)
         own = {RECORD, *map(str, record["files"])} if record["made_by"] == "masksam explain" else set()
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
     if others := sorted({path.name for path in out.iterdir()} - own):
-        raise UsageError(f"--out {out}: holds {others[0]}, no output of masksam explain; name a new or an empty folder")
-
-
-def _unwritable(out: Path, error: OSError) -> UsageError:
-    return UsageError(f"--out {out}: cannot be written: {error.strerror or error}; name another folder")
+        raise UsageError(f"--out {out} holds {others[0]}, no output of masksam explain; name another folder")
 
 
 def affine_of(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
-    """The affine from (i, j, k) of the image as nnU-Net's reader read it to millimetres right, anterior, superior.
-
-    None if the file has no position in three dimensions.
-    """
+    """The affine to RAS millimetres of an image as nnU-Net's reader read it; None if it has no 3D position."""
     if "nibabel_stuff" in properties:
         stuff = properties["nibabel_stuff"]
         return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), dtype=float)
@@ -93,16 +81,7 @@ def affine_of(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
 
 
 def write_volume(file: Path, array: NDArray[Any], properties: Mapping[str, Any]) -> None:
-    """Write a source-grid array as NIfTI on the voxels of the source file; its number type is kept.
-
-    Args:
-        file: ending in .nii.gz.
-        array: (D, H, W), the axes of nnU-Net's reader.
-        properties: that reader's.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a (D, H, W) array of nnU-Net's reader as NIfTI on the voxels of the source file; its type is kept."""
     affine = affine_of(properties)
     if affine is None:  # a picture: millimetres of pixels where the file gives them
         affine = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -121,11 +100,7 @@ def write_volume(file: Path, array: NDArray[Any], properties: Mapping[str, Any])
 
 
 def write_tables(stem: Path, names: Mapping[int, str], colours: Mapping[int, str]) -> None:
-    """Write names and colours of label values, ``stem``.label for ITK-SNAP and ``stem``.ctbl for 3D Slicer.
-
-    ITK-SNAP's columns are index, red, green, blue, opacity, visibility in slices and as a mesh, and name; 3D Slicer's
-    are index, name without spaces, red, green, blue, opacity.
-    """
+    """Write names and colours of label values, ``stem``.label for ITK-SNAP and ``stem``.ctbl for 3D Slicer."""
     snap = [
         f"{'#' * 48}\n# ITK-SnAP Label Description File\n# File format:\n# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL"
     ]

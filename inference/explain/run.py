@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +50,24 @@ def explain(
     device: str | None = None,
     mirroring: bool = True,
 ) -> Path:
-    """Predict a case, look at slices of it, and write the output folder; returns the page's path.
+    """Predict a case, look into slices of it, and write the output folder; returns the page's path.
 
     Args:
         dataset: number or name.
         method: the model's trainer, plans and configuration.
         folds: numbers, or "all"; the queries shown are the first one's.
         checkpoint: file name.
-        case: its name.
-        images: files, for an image that is no case of the dataset.
+        case: its name; optional with ``images``.
+        images: one file per channel, for an image outside the dataset.
         label: the label map to show instead of the dataset's.
-        previous: for a cascade, the folder with the predictions of the stage before.
-        slices: numbers in the image, or "auto", which is the default.
-        out: the output folder; ``explain_CASE`` if not given.
-        device: PyTorch's name of it; CUDA if there is one, else the CPU, if not given.
-        mirroring: whether to average mirrored predictions, as nnU-Net does by default.
+        previous: for a cascade, the folder with the first stage's predictions.
+        slices: slice numbers in the image, or "auto", the default.
+        out: the output folder, ``explain_CASE`` by default.
+        device: PyTorch's name; by default CUDA if there is one, else the CPU.
+        mirroring: whether to average mirrored predictions.
 
     Raises:
-        UsageError: an option names something that does not exist or cannot be used.
-        ModelError: the model is missing, incomplete or no MaskSAM.
-        DataError: the case or its label is damaged, or they do not fit together or to the model.
-        MaskSAMError: a checkpoint is damaged, or SAM's file for a lean one is missing.
+        MaskSAMError: an option, the model, a checkpoint, the case or its label cannot be used.
     """
     started = time.perf_counter()
     wanted = read_slices(slices)
@@ -85,12 +82,17 @@ def explain(
     with fresh_folder(out) as folder:
         predictor = load_predictor(model, torch_device, mirroring)
         prepared = prepare_case(predictor, found, classes, stage_before)
-        _check_slices(wanted or (), prepared)
+        if beyond := [index for index in wanted or () if index not in prepared.kept]:
+            kept = f"{prepared.kept.start} to {prepared.kept.stop - 1}"
+            raise UsageError(
+                f"--slices {' '.join(map(str, beyond))}: give numbers from {kept} along axis {prepared.slice_axis}; "
+                "the other slices are empty or outside the image"
+            )
         measured = measure_uncertainty(predictor.logits_of_folds(prepared.data), config.regions)
         result = np.asarray(predictor.label_manager.convert_logits_to_segmentation(measured.logits))
         chosen = wanted or _choose(prepared, result, measured)
-        centres = {index: _centre(result[index] > 0) for index in map(prepared.network_slice, chosen)}
-        queries, owner = look_into_windows(predictor, prepared.data, centres, prepared.spacing)
+        places = {index: result[index] > 0 for index in map(prepared.network_slice, chosen)}
+        queries, owner = look_into_windows(predictor, prepared.data, places, prepared.spacing)
         pages = [
             _explain_slice(source, queries[prepared.network_slice(source)], prepared, result, measured, folder)
             for source in chosen
@@ -122,7 +124,7 @@ def explain(
             "colours": colour_of(classes),
             "styles": style_of(classes),
             "chosen": wanted is None,
-            "overlays": dict(_write_overlays(folder, prepared, measured, owner, model, config.num_queries)),
+            "overlays": _write_overlays(folder, prepared, measured, owner, model, config.num_queries),
             "seconds": time.perf_counter() - started,
             "versions": versions(),
         }
@@ -152,62 +154,41 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UsageError(
-            f"--device {name}: cannot be used here ({in_short(error)}); use cpu, cuda or cuda:1"
-        ) from error
+        raise UsageError(f"--device {name} cannot be used ({in_short(error)}); give cpu or cuda") from error
     return device
-
-
-def _check_slices(wanted: Sequence[int], case: PreparedCase) -> None:
-    if beyond := [index for index in wanted if index not in case.kept]:
-        raise UsageError(
-            f"--slices {' '.join(map(str, beyond))}: name some of {case.kept.start} to {case.kept.stop - 1}. The image "
-            f"has {case.source_slices} along its axis {case.slice_axis}; the network sees no empty ones"
-        )
 
 
 def _config(model: TrainedModel) -> MaskSAMConfig:
     settings = PlansManager(model.plans).get_configuration(model.configuration)
     config = read_config(settings)
     if config is None:
-        ours = sorted(folder.name for folder in model.folder.parent.glob("MaskSAM*__*__*"))
-        raise ModelError(
-            f"{model.name} holds {settings.network_arch_class_name.rsplit('.', 1)[-1]}, no MaskSAM: it has no queries. "
-            f"Name a trained MaskSAM (-tr): {', '.join(ours) or 'there is none'}"
-        )
+        ours = ", ".join(sorted(folder.name for folder in model.folder.parent.glob("MaskSAM*__*__*")))
+        network = settings.network_arch_class_name.rsplit(".", 1)[-1]
+        raise ModelError(f"{model.name} is a {network} without queries; give -tr of a MaskSAM: {ours or 'none here'}")
     return config
 
 
 def _stage_before(model: TrainedModel, case: str, folder: Path | None) -> Path | None:
-    """The label map that a cascade's second stage takes besides the image."""
+    """The first stage's label map of the case, for the second stage of a cascade."""
     stage = previous_stage(model)
+    if stage is None and folder is not None:
+        raise UsageError(f"-prev_stage_predictions {folder}: {model.name} is not the second stage of a cascade")
     if stage is None:
-        if folder is not None:
-            raise UsageError(f"-prev_stage_predictions {folder}: {model.name} is no second stage of a cascade")
         return None
-    file = None if folder is None else folder / (case + model.dataset_json["file_ending"])
-    if file is None or not file.is_file():
-        raise UsageError(
-            f"-prev_stage_predictions {folder}: {model.name} is the second stage of a cascade; predict {case} with "
-            f"{stage}, and name the folder of that prediction"
-        )
+    file = (folder or Path()) / (case + model.dataset_json["file_ending"])
+    if folder is None or not file.is_file():
+        raise UsageError(f"-prev_stage_predictions {folder}: give the folder of {stage}'s prediction of {case}")
     return file
 
 
 def _choose(case: PreparedCase, result: NDArray[Any], measured: Uncertainty) -> list[int]:
-    """Slices of the source that are worth showing."""
+    """Choose the source's slices to show."""
     found = result > 0
     if case.label is not None:
         found = found | class_mask(case.label, [v for values in case.classes.foreground.values() for v in values])
     places = [case.network_slice(index) for index in case.kept]
     chosen = spread_slices(found.sum((1, 2))[places], measured.entropy.sum((1, 2))[places])
     return [case.kept[n] for n in chosen]
-
-
-def _centre(found: NDArray[np.bool_]) -> tuple[float, float]:
-    """The middle of what was found in a slice (H, W), or of the slice where nothing was."""
-    row, column = np.argwhere(found if found.any() else np.ones_like(found)).mean(axis=0)
-    return float(row), float(column)
 
 
 def _explain_slice(
@@ -218,10 +199,10 @@ def _explain_slice(
     measured: Uncertainty,
     folder: Path,
 ) -> dict[str, Any]:
-    """Numbers and pictures of one slice; the pictures are written to the folder too."""
+    """Return the page's entry for one slice, and write its pictures."""
     index, classes = queries.index, case.classes
     label = None if case.label is None else case.label[index]
-    low, high = (float(value) for value in np.percentile(case.image, (0.5, 99.8)))
+    low, high = map(float, np.percentile(case.image, (0.5, 99.8)))
     images = SliceImages(
         image=case.image[index],
         label=label,
@@ -233,7 +214,6 @@ def _explain_slice(
         directions=case.directions and case.directions[1:],
     )
     table = query_table(queries, label, classes)
-    also = "the label, " if label is not None else ""
     overview = draw_overview(images, queries, classes)
     drawn, caption = draw_queries(images, queries, table, classes)
     stem = f"slice_{source:0{len(str(case.source_slices - 1))}d}"
@@ -249,53 +229,43 @@ def _explain_slice(
         "foreground": int(np.count_nonzero(images.result)),
         "mean_entropy": float(images.entropy.mean()),
         "queries": table.to_dict("records"),
-        "overview": Picture(
-            f"Slice {source}",
-            f"The image as the network sees it, {also}the result of all windows and folds, and how uncertain it is.",
-            overview,
-        ),
+        "overview": Picture(f"Slice {source}", "The result averages all windows and folds.", overview),
         "drawn": Picture(f"Queries of slice {source}", caption, drawn),
     }
 
 
 def _write_overlays(
-    folder: Path,
-    case: PreparedCase,
-    measured: Uncertainty,
-    owner: NDArray[Any],
-    model: TrainedModel,
-    num_queries: int,
-) -> Iterator[tuple[str, str]]:
-    """Write volumes and tables for viewers; yields each file with what it shows."""
+    folder: Path, case: PreparedCase, measured: Uncertainty, owner: NDArray[Any], model: TrainedModel, num_queries: int
+) -> dict[str, str]:
+    """Write volumes and tables for viewers; returns what each file shows."""
     classes = case.classes
     values = {name: values[0] for name, values in classes.foreground.items()}
     if classes.has_regions:  # where regions overlap, the last one's value stands
         values = dict(zip(values, map(int, model.dataset_json["regions_class_order"]), strict=True))
     names = {value: name for name, value in sorted(values.items(), key=lambda item: item[1])}
-    colours = colour_of(classes)
     kind = np.uint8 if max(names) < 256 else np.uint16
     volumes = {
         "segmentation": (case.segmentation(measured.logits).astype(kind), "the result, label values"),
         "uncertainty": (case.to_source(measured.entropy), "entropy in bits, 32-bit numbers"),
         "queries": (
             case.to_source(owner, whole_numbers=True),
-            f"the query, from 1, that adds most to a voxel's class in the nearest window, fold {model.folds[0]}; 0 "
-            "where that is background",
+            f"the query, from 1, that adds most to a voxel's class in fold {model.folds[0]}; 0: background",
         ),
     }
     if measured.disagreement is not None:
-        shows = "disagreement of folds (mutual information) in bits"
-        volumes["disagreement"] = (case.to_source(measured.disagreement), shows)
-    for stem, (array, shows) in volumes.items():
+        volumes["disagreement"] = (case.to_source(measured.disagreement), "disagreement of folds in bits")
+    for stem, (array, _) in volumes.items():
         write_volume(folder / f"{stem}.nii.gz", array, case.properties)
-        yield f"{stem}.nii.gz", shows
+    colours = colour_of(classes)
     queries = range(1, num_queries + 1)
     query_colours = {n: CLASS_COLOURS[(n - 1) % len(CLASS_COLOURS)] for n in queries}
     write_tables(folder / "segmentation", names, {value: colours[name] for value, name in names.items()})
     write_tables(folder / "queries", {n: f"query {n}" for n in queries}, query_colours)
+    shown = {f"{stem}.nii.gz": shows for stem, (_, shows) in volumes.items()}
     for stem in ("segmentation", "queries"):
-        yield f"{stem}.label", f"names and colours of {stem}.nii.gz for ITK-SNAP"
-        yield f"{stem}.ctbl", f"names and colours of {stem}.nii.gz for 3D Slicer"
+        shown[f"{stem}.label"] = f"names and colours of {stem}.nii.gz for ITK-SNAP"
+        shown[f"{stem}.ctbl"] = f"names and colours of {stem}.nii.gz for 3D Slicer"
+    return shown
 
 
 def _render(content: Mapping[str, Any]) -> str:

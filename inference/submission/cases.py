@@ -73,10 +73,7 @@ def find_images(folder: Path, rules: Rules) -> dict[str, Path]:
     patients = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = {case: image for patient in patients for case, image in _images_in(patient, rules).items()}
     if not found:
-        raise UsageError(
-            f"--images {folder}: no image of a case like {rules.case} is there, named as by the challenge or by "
-            "nnU-Net (CASE_0000); name the folder of the images that were predicted"
-        )
+        raise UsageError(f"--images {folder} holds no image like {rules.case.pattern}{ENDING}; give the predicted ones")
     return found
 
 
@@ -111,8 +108,8 @@ def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
         phases |= named_frames(patient)[0]
     if not phases:
         raise DataError(
-            f"no {_FRAMES} and no Info.cfg says which frame is end-diastole (ED): it is not always frame 01. Give -d "
-            "with a dataset of masksam convert acdc, or --images with the download's folder testing"
+            f"no {_FRAMES} or Info.cfg says which frame is end-diastole: give -d with a dataset of masksam convert "
+            "acdc, or --images with the download's folder testing"
         )
     return phases
 
@@ -158,15 +155,12 @@ def read_labels(places: Sequence[Path]) -> dict[str, int]:
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}. It names the labels, which are matched by name; give the model's with "
-            "--dataset-json or -d"
-        ) from error
+        raise DataError(f"{path} cannot be read: {error}; give the model's with --dataset-json or -d") from error
     labels = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(labels, dict) or not labels or not all(type(value) is int for value in labels.values()):
         raise DataError(
-            f'{path}: labels must be {{"background": 0, NAME: WHOLE NUMBER, ...}}, not {labels!r}. Where the model has '
-            "regions, give with --dataset-json a file of the values that its predictions hold"
+            f"{path}: labels must be whole numbers by name, not {labels!r}; for regions, name a file of the values "
+            "that predictions hold with --dataset-json"
         )
     return {name: value for name, value in labels.items() if name != "ignore"}
 

@@ -76,10 +76,10 @@ def inspect(
 
     Args:
         challenge: one of ``rules.CHALLENGES``.
-        predictions: folder of nnU-Net's predictions; of the decathlon also a folder of such folders, named by task.
+        predictions: nnU-Net's predictions; for the decathlon also a folder of such folders, named by task.
         images: folder of the images that were predicted, by default imagesTs of ``dataset``.
         dataset: number or name of a raw dataset of nnU-Net.
-        dataset_json: whose label names count, by default the one beside the predictions, else ``dataset``'s.
+        dataset_json: whose label names count, by default that beside the predictions, else ``dataset``'s.
         override: a file of the user's own rules.
         task: of the decathlon, by default the one that the names of the cases fit.
 
@@ -88,10 +88,7 @@ def inspect(
         DataError: there is no such dataset, or the labels or ACDC's phases are unknown.
     """
     title, general_notes, rules, unconfirmed = load_rules(challenge, override)
-    raw = None
-    if dataset is not None:
-        name = find_dataset(dataset, ("nnUNet_raw",))
-        raw = Path(os.environ["nnUNet_raw"]) / name
+    raw = Path(os.environ["nnUNet_raw"]) / find_dataset(dataset, ("nnUNet_raw",)) if dataset is not None else None
     if images is None and raw is not None and (raw / "imagesTs").is_dir():
         images = raw / "imagesTs"
     files: list[SubmittedFile] = []
@@ -140,10 +137,7 @@ def _parts(folder: Path, rules: Rules, task: str | None) -> list[tuple[Path, Rul
         fitting = {name: sum(rules.of_task(name).match(stem) is not None for stem in stems) for name in rules.tasks}
         task = max(fitting, key=lambda name: fitting[name])
         if not fitting[task]:
-            raise UsageError(
-                f"PREDICTIONS {folder} holds no case of a task, such as hippocampus_002{ENDING}; name the folder that "
-                f"nnU-Net predicted into, or the task with --task ({', '.join(rules.tasks)})"
-            )
+            raise UsageError(f"PREDICTIONS {folder} holds no case of a task; name one with --task")
     return [(folder, rules.of_task(task))]
 
 
@@ -169,10 +163,9 @@ def _inspect_part(
     wanted = {case: path for case, path in images.items() if case not in rules.left_out}
     defects += misplaced + unnamed + _set_defects(cases, names, wanted, rules, phases)
     readable = {case: path for case, path in cases.items() if path.name.endswith(ENDING)}
+    allowed = set(labels.values())
     checks = in_threads(
-        lambda case: prediction_defects(readable[case], images.get(case), set(labels.values())),
-        list(readable),
-        "checking",
+        lambda case: prediction_defects(readable[case], images.get(case), allowed), list(readable), "checking"
     )
     for path, (wrong, _) in zip(readable.values(), checks, strict=True):
         defects += [f"{path.name}: {defect}" for defect in wrong]

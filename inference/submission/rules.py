@@ -18,7 +18,6 @@ CHALLENGES = ("acdc", "amos", "synapse", "msd")
 ENDING = ".nii.gz"
 _LARGEST = {"uint8": 255, "int16": 32767, "uint16": 65535, "int32": 2**31 - 1, "float32": 2**24}
 
-
 _Labels = dict[str, Annotated[StrictInt, Field(ge=0)]]
 _Counts = Annotated[tuple[Annotated[StrictInt, Field(gt=0)], ...], Field(min_length=1)]
 _Expected = Annotated[dict[str, Annotated[tuple[str, ...], Field(min_length=1)]], Field(min_length=1)]
@@ -116,14 +115,7 @@ class UnconfirmedRule(NamedTuple):
 
 
 class ChallengeRules(NamedTuple):
-    """A challenge's rules.
-
-    Attributes:
-        title: the challenge and its phase.
-        notes: what every user should know.
-        rules: those in use.
-        unconfirmed: those of the challenge's file that are in use and not confirmed.
-    """
+    """A challenge's rules: its title, what users should know, those in use, and those of them that are unconfirmed."""
 
     title: str
     notes: tuple[str, ...]
@@ -132,13 +124,9 @@ class ChallengeRules(NamedTuple):
 
 
 def load_rules(challenge: str, override: Path | None = None) -> ChallengeRules:
-    """Read the rules of a challenge, with those of a user's file ``{"folder": "results", ...}`` in their place.
+    """Read the rules of one of ``CHALLENGES``; those in a user's file ``{"folder": "results", ...}`` take their place.
 
     Tasks in ``override`` are merged by task and rule; every other rule is replaced as a whole.
-
-    Args:
-        challenge: one of ``CHALLENGES``.
-        override: a JSON file of some rules.
 
     Raises:
         UsageError: ``override`` cannot be read, or holds an unknown rule or a wrong value.

@@ -46,7 +46,7 @@ def explain(
         typer.Option(
             "-f",
             "--folds",
-            help="Fold numbers, or all. The page shows the first one's queries, and where several folds disagree.",
+            help="Fold numbers, or all; queries are the first one's.",
             show_default="0",
         ),
     ] = None,

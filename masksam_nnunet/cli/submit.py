@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,6 @@ from masksam_nnunet.errors import MaskSAMError
 from .common import fail
 
 Challenge = StrEnum("Challenge", ["acdc", "amos", "synapse", "msd"])
-_SHOWN = 160  # characters of a rule's value
 
 
 def register(app: typer.Typer) -> None:
@@ -33,8 +33,7 @@ def submit(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="The images that were predicted, named by nnU-Net or by the challenge. They give the list of cases "
-            "and the grid of each.",
+            help="The images that were predicted; they give the list of cases and the grid of each.",
             show_default="imagesTs of -d",
         ),
     ] = None,
@@ -80,9 +79,8 @@ def submit(
         )
         warnings = [f"note: {note}" for note in found.notes]
         for rule in found.unconfirmed:
-            value = json.dumps(rule.value, ensure_ascii=False)
-            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]} ..."
-            warnings.append(f"unconfirmed rule: {rule.name} = {shown} ({rule.source})")
+            value = textwrap.shorten(json.dumps(rule.value, ensure_ascii=False), 160, placeholder=" ...")
+            warnings.append(f"unconfirmed rule: {rule.name} = {value} ({rule.source})")
         for warning in warnings:
             typer.secho(warning, fg=typer.colors.YELLOW, err=True)
         if found.unconfirmed:

@@ -20,7 +20,6 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json
-from small_sam import install_small_sam
 from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import app as cli
@@ -66,30 +65,24 @@ def write_model(
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        save_fold(model, fold, network.state_dict(), configuration)
+        folder = model / f"fold_{fold}"
+        folder.mkdir(parents=True)
+        content = {
+            "network_weights": network.state_dict(),
+            "trainer_name": TRAINER,
+            "init_args": {"configuration": configuration},
+            "inference_allowed_mirroring_axes": (1,),
+        }
+        torch.save(content, folder / "checkpoint_final.pth")
     (model / "plans.json").write_text(json.dumps(plans))
     (model / "dataset.json").write_text(json.dumps(description))
     return model
 
 
-def save_fold(model: Path, fold: int, state: dict[str, Any], configuration: str = "3d_fullres") -> None:
-    folder = model / f"fold_{fold}"
-    folder.mkdir(parents=True)
-    content = {
-        "network_weights": state,
-        "trainer_name": TRAINER,
-        "init_args": {"configuration": configuration},
-        "inference_allowed_mirroring_axes": (1,),
-    }
-    torch.save(content, folder / "checkpoint_final.pth")
-
-
-def plans_with(
-    patch: tuple[int, ...] = PATCH, queries: int = 4, regions: bool = False, backbone: str = "tiny", **more: Any
-) -> dict[str, Any]:
+def plans_with(patch: tuple[int, ...] = PATCH, queries: int = 4, regions: bool = False, **more: Any) -> dict[str, Any]:
     plans = plain_plans(patch)
     plans.update(foreground_intensity_properties_per_channel={"0": {}}, **more)
-    config = tiny_config(patch_size=patch, num_queries=queries, regions=regions, backbone=backbone)
+    config = tiny_config(patch_size=patch, num_queries=queries, regions=regions)
     write_config(plans, "3d_fullres", config)
     return plans
 
@@ -279,7 +272,7 @@ def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Pat
     assert record(tmp_path / "out")["configuration"] == "3d_cascade_fullres"
 
 
-def test_errors_name_the_option_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_option_and_leave_nothing(tmp_path: Path) -> None:
     model = write_model(tmp_path, plans_with(), dataset_json())
     write_case(tmp_path)
     image, labels = made_up_image()
@@ -299,13 +292,9 @@ def test_errors_name_the_option_and_leave_nothing(tmp_path: Path, monkeypatch: p
         ("case_2", "'case_2'.*case_1"),
         ("", "CASE"),
         ("case_1 -tr nnUNetTrainer", f"PlainConvUNet.*-tr.*{model.name}"),
-        ("case_1 -tr Other", "Other__nnUNetPlans__3d_fullres"),
         ("case_1 -f 0 3", "-f .*3"),
-        ("case_1 -f x", "-f x"),
         ("case_1 -chk checkpoint_best.pth", "checkpoint_best.pth"),
-        ("case_1 --slices 4 40", "--slices 40: .*9 along its axis k"),
-        ("case_1 --slices 0 4", "--slices 0: "),
-        ("case_1 --slices middle", "--slices middle"),
+        ("case_1 --slices 4 40", "--slices 40: "),
         ("case_1 --device tpu:x", "--device tpu:x"),
         (f"case_1 --out {full}", f"--out {full}.*mine.txt"),
         (f"case_1 --out {torn}", f"--out {torn}"),
@@ -320,29 +309,7 @@ def test_errors_name_the_option_and_leave_nothing(tmp_path: Path, monkeypatch: p
         assert result.exit_code == 1 and re.search(named, " ".join(result.stderr.split())), (words, result.output)
         assert "Traceback" not in result.output and not result.stdout
         assert sorted(tmp_path.iterdir()) == before, words
-    with monkeypatch.context() as patch:
-        patch.delenv("nnUNet_raw")
-        assert "nnUNet_raw" in explain("case_1", "-d", DATASET).stderr
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     result = explain("case_1")
     assert result.exit_code == 1 and "checkpoint_final.pth" in result.stderr
-
-
-def test_a_lean_checkpoint_needs_sams_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = install_small_sam(tmp_path / "cache", monkeypatch)
-    plans = plans_with(backbone="vit_b")
-    manager = PlansManager(plans)
-    network: Any = MaskSAMTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 3)
-    network.load_sam(file)
-    model = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres"
-    with network.lean_state_dicts():
-        save_fold(model, 0, network.state_dict())
-    (model / "plans.json").write_text(json.dumps(plans))
-    (model / "dataset.json").write_text(json.dumps(dataset_json()))
-    write_case(tmp_path)
-    assert explain("case_1", "--slices", 4, "--disable_tta").exit_code == 0
-    assert record(tmp_path / "explain_case_1")["backbone"] == "vit_b"
-    file.rename(tmp_path / "away")
-    result = explain("case_1", "-o", "out")
-    assert result.exit_code == 1 and "lean" in result.stderr and not (tmp_path / "out").exists()

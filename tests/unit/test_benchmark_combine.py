@@ -29,7 +29,6 @@ def test_errors_name_the_faulty_file_if_there_is_one() -> None:
     ("labels", "kept", "expected"),
     [
         ({"background": 0, "a": 1, "b": 2}, [[1, 2], 1, 2], ["the whole foreground", "a", "b"]),
-        ({"background": 0, "a": 1}, [[1], 1], ["a"]),
         ({"background": 0, "whole": [1, 2], "core": 2}, [[1, 2], [2]], ["whole", "core"]),
         ({"background": 0, "a": 1, "b": 2, "c": 3}, [[2, 3]], ["the labels 2, 3"]),
         ({"background": 0, "a": 1}, [], []),

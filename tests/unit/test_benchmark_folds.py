@@ -67,6 +67,8 @@ def test_the_stages_of_a_fold(tmp_path: Path) -> None:
     assert stage(fold) is Stage.TRAINED
     write_validation(fold, CASES)
     assert stage(fold) is Stage.DONE
+    cut(fold / "checkpoint_final.pth")
+    assert stage(fold) is Stage.DAMAGED
 
 
 def test_a_validation_with_missing_or_damaged_files_is_not_done(tmp_path: Path) -> None:
@@ -101,13 +103,6 @@ def test_the_remedy_names_the_checkpoint_to_continue_from(tmp_path: Path) -> Non
         assert f"checkpoint_{whole}.pth" in fold_state(tmp_path, CASES, ".nii.gz", False).reason
         (tmp_path / f"checkpoint_{damaged}.pth").unlink()
         assert stage(tmp_path) is Stage.BROKEN_OFF
-
-
-def test_a_truncated_checkpoint_of_a_done_fold_is_noticed(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "checkpoint_final.pth")
-    write_validation(tmp_path, CASES)
-    cut(tmp_path / "checkpoint_final.pth")
-    assert stage(tmp_path) is Stage.DAMAGED
 
 
 def write_log(folder: Path, day: str, *lines: str) -> None:
@@ -188,24 +183,16 @@ def test_a_fold_trained_elsewhere_has_what_its_log_says(tmp_path: Path) -> None:
     assert compute.peak_memory_mib is compute.iterations is compute.git_hash is compute.wall_seconds is None
     with pytest.raises(TrainingError, match="fold_1"):
         read_fold_compute(tmp_path / "fold_1")
+    (tmp_path / "fold_0" / "training_stats.json").write_text('{"train_seconds": 180.5, "iterations": 77}')
+    compute = read_fold_compute(tmp_path / "fold_0")  # a trainer's own figures count
+    assert (compute.seconds, compute.iterations) == (180.5, 77)
+    (tmp_path / "fold_0" / "benchmark_run.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"benchmark_run\.json"):
+        read_fold_compute(tmp_path / "fold_0")
+    (tmp_path / "fold_0" / "benchmark_run.json").unlink()
     torch.save({"network_weights": {}}, tmp_path / "fold_0" / "checkpoint_final.pth")
     with pytest.raises(MaskSAMError, match="checkpoint_final"):
         read_fold_compute(tmp_path / "fold_0")
-
-
-def test_a_trainers_own_figures_count(tmp_path: Path) -> None:
-    write_final(tmp_path / "fold_0", epochs=2)
-    stats = {"train_seconds": 180.5, "iterations": 77, "peak_memory_mib": 5.0, "trainable_parameters": 4}
-    (tmp_path / "fold_0" / "training_stats.json").write_text(json.dumps(stats))
-    compute = read_fold_compute(tmp_path / "fold_0")
-    assert (compute.seconds, compute.iterations, compute.peak_memory_mib) == (180.5, 77, 5.0)
-    assert compute.trainable_parameters == 4
-
-
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
-    (tmp_path / "benchmark_run.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"benchmark_run\.json"):
-        FoldRecord.read(tmp_path)
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

@@ -124,10 +124,9 @@ def test_a_command_that_does_not_save_in_time_is_killed(folder: Path, monkeypatc
     wait_for(lambda: ended(folder))
 
 
-@pytest.mark.parametrize("kind", ["waits", "saves"])
-def test_a_command_and_its_workers_end_when_their_parent_is_killed(folder: Path, kind: str) -> None:
+def test_a_command_and_its_workers_end_when_their_parent_is_killed(folder: Path) -> None:
     code = "import os, pathlib; from masksam_nnunet.benchmarks.nnunet import run_to_end as run;"
-    code += f"run('test_train', ['{kind}'], os.environ, pathlib.Path('{folder}/log'))"
+    code += f"run('test_train', ['saves'], os.environ, pathlib.Path('{folder}/log'))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     wait_for((folder / "ids").exists)
     parent.kill()
@@ -204,36 +203,18 @@ def test_a_fold_that_fails_names_its_command_and_a_full_disk(
         job.run()
     assert "nnUNetv2_train D 2d 0 -tr T -p P -device cpu --npz" in str(caught.value)
     assert (f"3 MiB are free in {job.folder}" in str(caught.value)) is (free < 2**30)
-
-
-def test_a_fold_begun_with_other_inputs_or_by_another_process_is_refused(tmp_path: Path) -> None:
-    environment = {"nnUNet_results": str(tmp_path / "results"), "nnUNet_preprocessed": str(tmp_path)}
-    job = FoldJob("D", Method("T", "P", "2d"), 0, "cpu", environment)
-    fold_inputs(tmp_path / "D")
-    job.require_unchanged()
-    hashes = jobs_module.input_hashes(tmp_path / "D", "P")
-    FoldRecord(trainer="T", plans="P", configuration="2d", minutes=2.0, inputs=hashes).write(job.folder)
-    with pytest.raises(TrainingError, match="--minutes"):
-        job.require_unchanged()
-    FoldRecord(trainer="T", plans="P", configuration="2d", minutes=None, inputs=hashes).write(job.folder)
-    job.require_unchanged()
-    (tmp_path / "D" / "P.json").write_text("{ }")
-    with pytest.raises(TrainingError, match=r"P\.json"):
-        job.require_unchanged()
     with jobs_module.locked(job.folder, ""), pytest.raises(TrainingError, match="another process"):
         job.run()
 
 
 @pytest.mark.parametrize(
     ("device", "visible", "expected"),
-    [("cpu", "3,5", None), ("1", "3,5", "5"), ("cuda", "GPU-a, GPU-b", "GPU-a"), ("1", "", "1"), ("cuda", None, "0")],
+    [("cpu", "3,5", None), ("1", "3,5", "5"), ("cuda", "GPU-a, GPU-b", "GPU-a"), ("1", "", "1")],
 )
 def test_gpus_count_among_those_that_are_visible(
-    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, expected: str | None
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: str, expected: str | None
 ) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_of(device) == expected
 
 

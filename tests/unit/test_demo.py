@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from masksam_nnunet.benchmarks import demo
 from masksam_nnunet.benchmarks.definition import Benchmark
 from masksam_nnunet.benchmarks.demo import TRAINERS, next_commands, run_demo
-from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import DataError, MaskSAMError, UsageError
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
 from masksam_nnunet.plans.raw_data import place_raw_dataset, read_raw_dataset
@@ -92,7 +90,6 @@ def test_folds_are_drawn_by_patient(tmp_path: Path, raw: Path) -> None:
     ("change", "named"),
     [
         ({"minutes": 0.0}, "--minutes 0"),
-        ({"minutes": float("nan")}, "--minutes"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"fold": 5}, "--fold 5"),
         ({"seed": -1}, "--seed -1"),
@@ -111,13 +108,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="--out"):
             run_demo(out)
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
-
-
-def test_the_command_names_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", "elsewhere")  # restored at the end
-    done = CliRunner().invoke(app, ["demo", "--data", str(tmp_path / "Dataset001_X"), "--out", str(tmp_path / "out")])
-    assert done.exit_code == 1 and "Dataset001_X" in done.output
 
 
 def test_next_commands_predict_with_both_and_ensemble(raw: Path) -> None:
@@ -144,7 +134,6 @@ def _drop(key: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda f: (f / "dataset.json").unlink(), "dataset.json"),
         (lambda f: (f / "dataset.json").write_text("{,}"), "dataset.json"),
         (_drop("labels"), "labels"),
         (lambda f: (f / "labelsTr").rename(f / "labels"), "labelsTr"),
@@ -160,10 +149,9 @@ def test_unusable_raw_data(raw: Path, damage: Callable[[Path], object], named: s
         read_raw_dataset(raw)
 
 
-@pytest.mark.parametrize("name", ["Hippocampus", "Dataset4_Hippocampus", "Dataset004_", "dataset004_A"])
-def test_folder_names_that_nnunet_does_not_find(raw: Path, name: str) -> None:
-    with pytest.raises(DataError, match=name):
-        read_raw_dataset(raw.rename(raw.with_name(name)))
+def test_a_folder_name_that_nnunet_does_not_find(raw: Path) -> None:
+    with pytest.raises(DataError, match="Dataset4_Hippocampus"):
+        read_raw_dataset(raw.rename(raw.with_name("Dataset4_Hippocampus")))
 
 
 def test_dataset_is_linked_by_its_own_name(raw: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from challenge_replicas import (
     nnunet_folders,
     volume,
 )
+from nnunet_workspace import SHARED
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from typer.testing import CliRunner, Result
@@ -281,22 +282,15 @@ def moved(path: Path) -> None:
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to spleen_11, what the defect holds
     "missing case": (lambda p: p.unlink(), "spleen_11.nii.gz: "),
     "stray file": (lambda p: (p.parent / "notes.txt").touch(), "notes.txt: "),
-    "stray folder": (lambda p: (p.parent / "old").mkdir(), "old: "),
     "stray case": (lambda p: shutil.copy(p, p.with_name("spleen_99.nii.gz")), "spleen_99.nii.gz: "),
     "foreign name": (lambda p: shutil.copy(p, p.with_name("liver_11.nii.gz")), "liver_11.nii.gz: "),
     "wrong label": (with_value(2, np.uint8), "spleen_11.nii.gz: holds the labels 2"),
-    "negative label": (with_value(-1, np.int16), "spleen_11.nii.gz: holds the labels -1"),
     "label beyond the type": (with_value(257, np.int32), "spleen_11.nii.gz: holds the labels 257"),
     "not whole": (with_value(0.5), "spleen_11.nii.gz: .* 1 voxels .*0.5"),
     "nearly whole": (with_value(0.999), "spleen_11.nii.gz: .* 1 voxels .*0.999"),
     "NaN": (with_value(np.nan), "spleen_11.nii.gz: .* 1 voxels .*nan"),
-    "complex numbers": (with_value(1, np.complex64), "spleen_11.nii.gz: .*complex64"),
     "other shape": (lambda p: rewrite(p, lambda v: v[:, :-1]), r"spleen_11.nii.gz: shape \(5, 5, 7\).*\(5, 6, 7\)"),
     "other origin": (moved, r"spleen_11.nii.gz: origin \(5, 0, 0\).*\(0, 0, 0\)"),
-    "other spacing": (
-        lambda p: rewrite(p, lambda v: v, np.diag([9.0, 1.5, 2, 1])),
-        r"spleen_11.nii.gz: spacing \(9, 1.5, 2\).*\(3, 1.5, 2\)",
-    ),
     "other direction": (
         lambda p: rewrite(p, lambda v: v, np.diag([3, -1.5, 2, 1])), "spleen_11.nii.gz: direction"
     ),
@@ -304,9 +298,6 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
     "half a NIfTI file in a whole gzip file": (
         lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-50])),
         "spleen_11.nii.gz: cannot be read.*512 bytes",
-    ),
-    "dangling link": (
-        lambda p: (p.unlink(), p.symlink_to(p.parent / "moved away")), "spleen_11.nii.gz: cannot be read"
     ),
     "wrong extension": (lambda p: p.rename(p.with_suffix("")), "spleen_11.nii: "),
     "two formats": (
@@ -452,12 +443,9 @@ def test_other_descriptions(spleens: Path, tmp_path: Path) -> None:
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_offers_the_challenges_whose_rules_are_known() -> None:
-    assert tuple(Challenge) == CHALLENGES
-
-
 @pytest.mark.parametrize("name", CHALLENGES)
 def test_every_unconfirmed_rule_has_its_source(name: str) -> None:
+    assert name in tuple(Challenge)
     challenge = load_rules(name)
     assert {rule.name for rule in challenge.unconfirmed} >= {"dtype"}
     assert all(rule.source and hasattr(challenge.rules, rule.name) for rule in challenge.unconfirmed)
@@ -491,20 +479,14 @@ def test_own_rules(spleens: Path, tmp_path: Path) -> None:
     [
         ("amos", "{", "JSON|double quotes"),
         ("amos", '{"folders": "x"}', "folders"),
-        ("amos", '{"tasks": {}}', "tasks"),
         ("amos", '{"folder": "../x"}', r"folder '\.\./x'"),
-        ("amos", '{"folder": "{task}"}', "folder '{task}'"),
         ("amos", '{"file_name": "x.nii"}', r"file_name 'x\.nii'"),
         ("amos", '{"file_name": "{id}.nii.gz"}', "file_name .*'id'"),
-        ("amos", '{"file_name": "{.nii.gz"}', r"'{\.nii\.gz'"),
         ("amos", '{"case": "("}', r"case '\('"),
         ("amos", '{"labels": {"background": 0, "a": 1, "b": 1}}', "labels .*'b': 1"),
         ("amos", '{"labels": {"background": 0, "a": 256}}', "256.*uint8"),
-        ("amos", '{"counts": [0]}', "counts.0 0"),
         ("amos", '{"expected": {"case": ["a"]}}', r"expected .*'case'.*'number'"),
-        ("amos", '{"all_labels": 1}', "all_labels 1"),
         ("amos", '{"folder": 1, "dtype": "float64"}', "folder 1.*dtype 'float64'"),
-        ("msd", '{"tasks": {"Task09_Spleen": {"label": {}}}}', "Task09_Spleen.label"),
         ("msd", '{"tasks": {"Task11_New": {"case": "x"}}}', "Task11_New.labels"),
     ],
 )
@@ -590,3 +572,35 @@ def test_what_is_damaged_or_has_changed_is_not_kept(
     with pytest.raises(DataError, match=r"spleen_30\.nii\.gz"):
         package(found, out)
     assert not list(out.parent.iterdir())
+
+
+def test_real_label_maps(tmp_path: Path) -> None:
+    """True ACDC volumes posing as predictions; the ones at hand are training patients, which own rules allow."""
+    dataset = SHARED / "Dataset027_ACDC"
+    if not dataset.is_dir():
+        pytest.skip(f"no real volumes in {dataset}")
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
+    raw, predictions = tmp_path / "Dataset027_ACDC", tmp_path / "predictions"
+    raw.mkdir()
+    predictions.mkdir()
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).symlink_to(dataset / folder)
+    frames = {case: "ED" if case.endswith("_frame01") else "ES" for case in cases}  # true of these patients
+    (raw / "frames.json").write_text(json.dumps(frames))
+    for case in cases:
+        (predictions / f"{case}.nii.gz").symlink_to(dataset / "labelsTr" / f"{case}.nii.gz")
+    (predictions / "dataset.json").symlink_to(dataset / "dataset.json")
+
+    refused = submit("acdc", predictions, "--check", "--images", raw / "imagesTr")
+    assert refused.exit_code == 1
+    assert "patient001_frame01.nii.gz" in refused.stderr
+    rules, out = tmp_path / "rules.json", tmp_path / "acdc.zip"
+    rules.write_text('{"expected": null, "counts": [40]}')
+    result = submit("acdc", predictions, "--out", out, "--images", raw / "imagesTr", "--rules", rules)
+    assert result.exit_code == 0, result.output
+    members = unpack(out, tmp_path / "u")
+    assert len(members) == len(cases) == 40
+    for case in cases:
+        name = f"{case.split('_')[0]}_{frames[case]}.nii.gz"
+        assert np.array_equal(volume(tmp_path / "u" / name)[0], volume(dataset / "labelsTr" / f"{case}.nii.gz")[0])
+        same_place(tmp_path / "u" / name, dataset / "imagesTr" / f"{case}_0000.nii.gz")
