@@ -134,10 +134,11 @@ def _require(path: Path, origin: str, expected: str | None, by: str) -> str:
     received = _sha256(path)
     if expected in (None, received):
         return received
+    known = [f" (SAM's {b.name})" for b in BACKBONES.values() if b.checkpoint and b.checkpoint.sha256 == received]
     raise WeightsError(
-        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}; fetch the file again with: "
-        "masksam weights; or, for a fine-tuned checkpoint that you trust, set MASKSAM_WEIGHTS to it and "
-        "MASKSAM_WEIGHTS_SHA256 to the received value"
+        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}{''.join(known[:1])}; fetch the "
+        "file again with: masksam weights; or, for a fine-tuned checkpoint that you trust, set MASKSAM_WEIGHTS to it "
+        "and MASKSAM_WEIGHTS_SHA256 to the received value"
     )
 
 
