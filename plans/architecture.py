@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -52,7 +52,7 @@ class Profile:
     generator_widths: tuple[int, int, int]
     head_width: int
     max_tflop: float
-    upsampling: tuple[int, ...] = (4, 2)
+    upsampling: tuple[Literal[2, 4], ...] = (4, 2)
 
 
 SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4, 20x256x224 in batch 2, takes 198
@@ -114,7 +114,8 @@ def derive_config(
     queries = min(num_queries(classes, backbone), MAX_QUERIES)
     config = config_for(backbone, patch_size, queries, labels.has_regions)
     profile = profile_of(backbone)
-    for upsample in (*profile.upsampling, 1):
+    choices: tuple[Literal[1, 2, 4], ...] = (*profile.upsampling, 1)
+    for upsample in choices:
         if upsample > 1 and upsample * max(patch_size[-2:]) > MAX_IMAGE:
             continue
         for checkpointing in (False, True):

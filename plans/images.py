@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -137,7 +138,7 @@ def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
     with _open(path) as stream:
         form, _ = _form(stream.read(_HEAD)) or (nibabel.Nifti1Image, 0)
         stream.seek(0)
-        stored: Any = form.from_stream(stream).dataobj
+        stored: Any = form.from_stream(cast(IOBase, stream)).dataobj
         return np.asanyarray(stored) if np.issubdtype(stored.dtype, np.floating) else np.empty(0)
 
 

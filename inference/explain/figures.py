@@ -96,8 +96,8 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
     map_axes = axes[0, len(panels) :].tolist()
     for ax, (title, bits) in zip(map_axes, maps.items(), strict=True):
         ax.imshow(bits, cmap=_UNCERTAINTY_MAP, norm=bits_shown, aspect=images.aspect, interpolation="nearest")
-        for values in classes.foreground.values():
-            found = np.isin(images.result, values)
+        for labels in classes.foreground.values():
+            found = np.isin(images.result, labels)
             if found.any() and not found.all():
                 ax.contour(found.astype(float), levels=[0.5], colors="white", linewidths=0.7)
         ax.set_title(title, fontsize=10)

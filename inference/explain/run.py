@@ -211,7 +211,7 @@ def _explain_slice(
         disagreement=None if measured.disagreement is None else measured.disagreement[index],
         aspect=case.spacing[1] / case.spacing[2],
         window=(low, high),
-        directions=case.directions and case.directions[1:],
+        directions=None if case.directions is None else (case.directions[1], case.directions[2]),
     )
     table = query_table(queries, label, classes)
     overview = draw_overview(images, queries, classes)
