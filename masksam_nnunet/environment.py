@@ -79,11 +79,12 @@ def trainer_folder() -> Path:
     """
     # By its spec, not by import: the trainers import nnU-Net and torch, which takes seconds.
     spec = find_spec("masksam_nnunet.trainers")
-    for location in (spec and spec.submodule_search_locations) or ():
+    locations = list((spec and spec.submodule_search_locations) or ())
+    for location in locations:
         folder = Path(location).resolve() / "nnunet_ext"
         if (folder / "masksam_ext.py").is_file():
             return folder
-    raise RuntimeError("masksam-nnunet is incompletely installed: its trainers are missing; install it again")
+    raise RuntimeError(f"masksam-nnunet is incompletely installed: no nnunet_ext in {locations}; install it again")
 
 
 def ext_trainer_value(current: str | None) -> str:
