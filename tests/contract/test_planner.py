@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.config import ConfigError
+from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.planning import Planned, plan_dataset
@@ -40,6 +41,7 @@ def preprocessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The dataset's preprocessed folder, with a fingerprint and nothing else."""
     folders(tmp_path, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv(EXT_TRAINER, raising=False)  # a command of an earlier test in this process may have set it
     KIND.write(tmp_path / "nnUNet_raw")
     return KIND.write_fingerprint(tmp_path / "nnUNet_preprocessed")
 
