@@ -186,7 +186,7 @@ def test_pretrained_weights_of_another_config_are_refused(
     checkpoint = trained / "fold_0" / "checkpoint_final.pth"
     with workspace.plans(binary_dataset.name, patch_size=[16, 48, 48]):
         output = workspace.train(binary_dataset.id, 1, MASKSAM, "-pretrained_weights", checkpoint, fails=True)
-    assert "16x48x48" in output
+    assert "AssertionError" in output and "Epoch 0" not in output  # nnU-Net compares the shapes itself
 
 
 def test_pretrained_weights_with_another_number_of_classes(
