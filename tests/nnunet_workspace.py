@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from commands import prepared
 
 from masksam_nnunet.environment import trainer_folder
 
@@ -47,35 +46,27 @@ class Workspace:
             **self.extra,
         }
 
-    def run(self, *command: object, fails: bool = False, **env: str) -> str:
+    def run(self, *words: object, fails: bool = False, **env: str) -> str:
         """Run one of the environment's commands; its output. Asserts that it works, or that it fails."""
-        name, *arguments = map(str, command)
-        return self._run([str(Path(sys.executable).parent / name), *arguments], fails, env)
+        log = self.root / "log.txt"
+        log.unlink(missing_ok=True)
+        # 0 is right for training without workers, but makes planning fail.
+        workers = {"nnUNet_n_proc_DA": "0"} if "nnUNetv2_train" in words or words[:2] == ("masksam", "train") else {}
+        status = prepared().start(words, log, self.environment | workers | env).wait()
+        output = log.read_text()
+        assert (status != 0) == fails, f"{words} exited with {status}:\n{output[-6000:]}"
+        return output
 
     def run_all(self, *commands: Sequence[object], **env: str) -> str:
-        """Run several commands in one process, see :mod:`run_commands`; their output. Asserts that all work."""
-        listed = [[str(word) for word in command] for command in commands]
-        script = Path(__file__).parent / "run_commands.py"
-        return self._run([sys.executable, str(script), json.dumps(listed)], False, env)
-
-    def _run(self, command: list[str], fails: bool, env: dict[str, str]) -> str:
-        done = subprocess.run(
-            command,
-            env=self.environment | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        assert (done.returncode != 0) == fails, f"{command} exited with {done.returncode}:\n{done.stdout[-6000:]}"
-        return done.stdout
+        """Run several commands one after another; their output. Asserts that all work."""
+        return "".join(self.run(*words, **env) for words in commands)
 
     def train(
         self, dataset: object, fold: object, trainer: str, *options: object, fails: bool = False, **env: str
     ) -> str:
         return self.run(
             "nnUNetv2_train", dataset, "3d_fullres", fold, "-tr", trainer, "-device", "cpu", *options,
-            fails=fails, nnUNet_n_proc_DA="0", **env,
+            fails=fails, **env,
         )  # fmt: skip
 
     def model(self, dataset: str, trainer: str) -> Path:
