@@ -70,14 +70,6 @@ class Workspace:
         assert (done.returncode != 0) == fails, f"{command} exited with {done.returncode}:\n{done.stdout[-6000:]}"
         return done.stdout
 
-    def train(
-        self, dataset: object, fold: object, trainer: str, *options: object, fails: bool = False, **env: str
-    ) -> str:
-        return self.run(
-            "nnUNetv2_train", dataset, "3d_fullres", fold, "-tr", trainer, "-device", "cpu", *options,
-            fails=fails, nnUNet_n_proc_DA="0", **env,
-        )  # fmt: skip
-
     def model(self, dataset: str, trainer: str) -> Path:
         return self.results / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
 

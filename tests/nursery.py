@@ -12,20 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
-
-
-class Training:
-    """A training that runs."""
-
-    def __init__(self, nursery: Nursery, pid: int, log: Path) -> None:
-        self.pid, self.log = pid, log
-        self._nursery = nursery
-
-    def wait(self) -> int:
-        """Its exit status; minus the signal's number where one ended it."""
-        return int(self._nursery.answer())
 
 
 class Nursery:
@@ -40,24 +27,25 @@ class Nursery:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
 
-    def start(self, log: Path, environment: Mapping[str, str], **options: Any) -> Training:
-        """Start ``run_training`` with these options, on the CPU; its output goes to the end of ``log``."""
+    def start(self, log: Path, environment: Mapping[str, str], **options: Any) -> int:
+        """Start ``run_training`` with these options, on the CPU, its output at the end of ``log``; the process's id.
+
+        :meth:`answer` then waits for its exit status, which is minus the signal's number where one ended it.
+        """
         assert self._process.stdin is not None
         request = {"log": str(log), "environment": dict(environment), "options": options}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return Training(self, int(self.answer()), log)
+        return self.answer()
 
-    def answer(self) -> Any:
+    def answer(self) -> int:
         """The next line that the prepared process says."""
         assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        return int(json.loads(self._process.stdout.readline()))
 
 
 def main() -> None:
@@ -68,7 +56,7 @@ def main() -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     recursive_find_trainer_class_by_name("MaskSAMTrainer")  # imports all that nnU-Net would at each start
-    print(json.dumps("ready"), file=answers, flush=True)
+    print(0, file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
