@@ -23,6 +23,6 @@ def dataset(workspace: Workspace) -> Dataset:
         source = write_phantom_dataset(workspace.root / "phantoms", num_cases=CASES)
     target = workspace.raw / "Dataset004_Small"
     names = copy_small(source, target, CASES)
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     workspace.set_batch_size(target.name, 2)
     return Dataset(target.name, 4, 3, names)
