@@ -64,24 +64,19 @@ class _Json:
         Raises:
             ConfigError: an unknown or a missing key, or a value that is not allowed.
         """
-        _check_keys(cls, data)
         try:
-            return TypeAdapter(cls).validate_python(dict(data))
+            config = TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             raise _config_error(cls.__name__, error) from None
-
-
-def _check_keys(cls: Any, data: Any) -> None:
-    """Every option must be there: a default of this version need not be that of the version that wrote the file."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{cls.__name__} must be a JSON object, got {type(data).__name__}: {data!r}")
-    names = {field.name for field in dataclasses.fields(cls)}
-    unknown, missing = sorted(map(str, data.keys() - names)), sorted(names - data.keys())
-    if unknown or missing:
-        raise ConfigError(
-            f"{cls.__name__}: unknown keys {unknown}, missing keys {missing}. "
-            "The config was edited or written by another version of masksam-nnunet: plan again."
-        )
+        # Every option must be there: a default of this version need not be that of the version that wrote the file.
+        whole = config.to_json()
+        missing = [*(whole.keys() - data.keys()), *(whole.get("loss", {}).keys() - data.get("loss", {}).keys())]
+        if missing:
+            raise ConfigError(
+                f"{cls.__name__} lacks {', '.join(sorted(missing))}: the config was edited or written by another "
+                "version of masksam-nnunet: plan again."
+            )
+        return config
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -160,13 +155,6 @@ class MaskSAMConfig(_Json):
     def _is_integer(cls, value: Any) -> Any:
         if type(value) is not int:  # 1.0 and True equal 1
             raise ValueError("choose one of 1, 2, 4")
-        return value
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _is_whole(cls, value: Any) -> Any:
-        if not isinstance(value, LossConfig):
-            _check_keys(LossConfig, value)
         return value
 
     @property

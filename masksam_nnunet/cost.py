@@ -112,7 +112,6 @@ class _GivenTargets(MaskSAMCriterion):
     """The real loss with the largest number of targets in every slice: fake tensors hold no labels."""
 
     targets_per_slice: int
-    piece: int
 
     def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
         _, height, width = self.grid.patch
@@ -129,9 +128,6 @@ class _GivenTargets(MaskSAMCriterion):
         slices, number = targets.classes.shape
         column = torch.arange(number).repeat(slices)
         return Matches(torch.arange(slices).repeat_interleave(number), column, column)
-
-    def piece_size(self, device: torch.device) -> int:
-        return self.piece
 
 
 def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

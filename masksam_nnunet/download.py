@@ -6,14 +6,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import requests
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from .errors import MaskSAMError
 from .files import atomic_write
@@ -70,7 +69,7 @@ def fetch_verified(
     part = target.with_name(f"{file_name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
+        with FileLock(f"{target}.lock"):  # of a process that died, it is free
             if source is not None:
                 with atomic_write(target) as draft:
                     shutil.copyfile(source, draft)
@@ -93,21 +92,6 @@ def fetch_verified(
     return target
 
 
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of one cached file; the lock of a process that died is free."""
-    lock = FileLock(f"{target}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that is fetching {target.name}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _passes(target: Path, check: Callable[[Path, str], None]) -> bool:
     if not target.is_file():
         return False
@@ -120,25 +104,22 @@ def _passes(target: Path, check: Callable[[Path, str], None]) -> bool:
 
 def _download(url: str, part: Path, kind: type[MaskSAMError], progress: bool) -> None:
     """Fetch ``url`` into ``part``, continuing after the bytes that it already holds."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(part.stem, total=None)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return _attempt(url, part, bar, task)
-            except requests.RequestException as error:
-                status = 500 if error.response is None else error.response.status_code
-                refused = status < 500 and status not in (408, 425, 429)
-                if refused or isinstance(error, ValueError) or attempt == ATTEMPTS:  # ValueError: no address
-                    raise kind(
-                        f"cannot download {url}: {error}; the same command resumes it. Or name a mirror with --url, or "
-                        "a file that you have with --from"
-                    ) from error
-                bar.console.print(f"{error}; trying again", markup=False, highlight=False)
-                time.sleep(2**attempt)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _attempt(url, part, progress)
+        except requests.RequestException as error:
+            status = 500 if error.response is None else error.response.status_code
+            refused = status < 500 and status not in (408, 425, 429)
+            if refused or isinstance(error, ValueError) or attempt == ATTEMPTS:  # ValueError: no address
+                raise kind(
+                    f"cannot download {url}: {error}; the same command resumes it. Or name a mirror with --url, or a "
+                    "file that you have with --from"
+                ) from error
+            print(f"{error}; trying again", file=sys.stderr)
+            time.sleep(2**attempt)
 
 
-def _attempt(url: str, part: Path, bar: Progress, task: TaskID) -> None:
+def _attempt(url: str, part: Path, progress: bool) -> None:
     """One request, from the end of ``part`` to the end of the file."""
     held = part.stat().st_size if part.exists() else 0
     # Identity: a compressed answer has neither the file's length nor its offsets.
@@ -149,8 +130,11 @@ def _attempt(url: str, part: Path, bar: Progress, task: TaskID) -> None:
         response.raise_for_status()
         start = held if response.status_code == 206 else 0  # else the server sends all of it
         length = response.headers.get("Content-Length", "")
-        bar.update(task, total=start + int(length) if length.isdigit() else None, completed=start)
-        with part.open("ab" if start else "wb") as file:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with (
+            part.open("ab" if start else "wb") as file,
+            Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        ):
+            task = bar.add_task(part.stem, total=start + int(length or 0) or None, completed=start)
             for chunk in response.iter_content(CHUNK_BYTES):
-                file.write(chunk)
-                bar.advance(task, len(chunk))
+                bar.advance(task, file.write(chunk))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import ConfigError
+from .errors import ConfigError, UsageError
 
 EXT_TRAINER = "nnUNet_extTrainer"
 """nnU-Net's variable: folders, joined by ``os.pathsep``, that it scans for trainer classes."""
@@ -75,16 +75,15 @@ def trainer_folder() -> Path:
     """The one folder that nnU-Net is to scan, wherever the package is installed.
 
     Raises:
-        RuntimeError: the installation lacks the folder.
+        UsageError: the installation lacks the folder.
     """
     # By its spec, not by import: the trainers import nnU-Net and torch, which takes seconds.
     spec = find_spec("masksam_nnunet.trainers")
-    locations = list((spec and spec.submodule_search_locations) or ())
-    for location in locations:
-        folder = Path(location).resolve() / "nnunet_ext"
+    folders = [Path(location).resolve() / "nnunet_ext" for location in (spec and spec.submodule_search_locations) or ()]
+    for folder in folders:
         if (folder / "masksam_ext.py").is_file():
             return folder
-    raise RuntimeError(f"masksam-nnunet is incompletely installed: no nnunet_ext in {locations}; install it again")
+    raise UsageError(f"masksam-nnunet is incompletely installed: no masksam_ext.py in {folders}; install it again")
 
 
 def ext_trainer_value(current: str | None) -> str:

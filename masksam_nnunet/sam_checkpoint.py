@@ -1,13 +1,11 @@
-"""Read a checkpoint in SAM's own format, fit it to a network of another input size, and load it."""
+"""Read a checkpoint in SAM's own format, and fit it to a network of another input size."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,65 +14,12 @@ from torch import Tensor
 from .backbones import BACKBONES
 from .checkpoints import load_tensors
 from .errors import WeightsError
-from .sam_weights import verify
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 """SAM's three parts, the first component of each of its keys."""
 
 _NESTED = ("model", "state_dict")  # where training scripts put the parameters in a larger dict
 _REL_POS = re.compile(r"\.attn\.rel_pos_[hw]$")
-
-
-class Interpolated(NamedTuple):
-    """A position parameter that was resized: its key, its shape in the file, its shape in the network."""
-
-    name: str
-    source: tuple[int, ...]
-    target: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of every SAM parameter of a network."""
-
-    loaded: tuple[str, ...]
-    """Keys copied as they are."""
-    interpolated: tuple[Interpolated, ...]
-    """Position parameters resized to the network's token grid."""
-    new: tuple[str, ...] = ()
-    """Parameters that do not come from SAM."""
-    file: str = ""
-    sha256: str = ""
-
-    def lines(self) -> list[str]:
-        """The report for a log, one fact a line."""
-        return [
-            f"SAM weights from {self.file} (SHA-256 {self.sha256})",
-            f"  loaded unchanged: {_count_by_part(self.loaded)}",
-            f"  interpolated: {len(self.interpolated)} tensors",
-            *(f"    {name}: {'x'.join(map(str, a))} -> {'x'.join(map(str, b))}" for name, a, b in self.interpolated),
-            f"  new, not from SAM: {_count_by_part(self.new)}",
-        ]
-
-
-def load_sam(targets: Mapping[str, Tensor], backbone: str, path: Path, new: Sequence[str] = ()) -> LoadReport:
-    """Verify ``path``, read it, fit it and copy it into ``targets``: all of it, or nothing at all.
-
-    Args:
-        targets: a network's SAM parameters and buffers under SAM's own keys.
-        backbone: the name of a backbone with a released checkpoint.
-        path: the checkpoint.
-        new: names of the network's other parameters, for the report.
-
-    Raises:
-        WeightsError: the file is missing, damaged, untrusted or does not fit.
-    """
-    sha256 = verify(path, backbone)
-    state, report = remap_sam_state_dict(read_checkpoint(path), {key: value.shape for key, value in targets.items()})
-    with torch.no_grad():
-        for key, value in state.items():
-            targets[key].copy_(value)
-    return replace(report, new=tuple(new), file=str(path), sha256=sha256)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -101,9 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     raise WeightsError(f"{path} is not a checkpoint in SAM's format: {reason}; get one with: masksam weights vit_b")
 
 
-def remap_sam_state_dict(
-    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
-) -> tuple[dict[str, Tensor], LoadReport]:
+def remap_sam_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Fit SAM's parameters to a network whose token grid may differ. Nothing is changed in place.
 
     Position parameters of another size are interpolated in float32: ``image_encoder.pos_embed`` (1, g_h, g_w, E)
@@ -115,7 +58,7 @@ def remap_sam_state_dict(
         expected: the shapes of the network's SAM parameters under SAM's own keys.
 
     Returns:
-        Tensors under the keys of ``expected``, in its shapes, and the report.
+        Tensors under the keys of ``expected``, in its shapes.
 
     Raises:
         WeightsError: another backbone, or keys that are missing, unexpected or of another shape.
@@ -136,15 +79,7 @@ def remap_sam_state_dict(
         listed = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
         raise WeightsError(f"the checkpoint does not fit the network, nothing was loaded: {listed}")
 
-    result: dict[str, Tensor] = {}
-    interpolated: list[Interpolated] = []
-    for key, shape in expected.items():
-        result[key] = value = state[key]
-        if value.shape != shape:
-            result[key] = _resize_grid(value, shape) if value.ndim == 4 else _resize_relative(value, shape[0])
-            interpolated.append(Interpolated(key, tuple(value.shape), tuple(shape)))
-    loaded = tuple(key for key, shape in expected.items() if state[key].shape == shape)
-    return result, LoadReport(loaded, tuple(interpolated))
+    return {key: _resized(state[key], shape) for key, shape in expected.items()}
 
 
 def _fits(key: str, source: torch.Size, target: torch.Size) -> bool:
@@ -156,18 +91,18 @@ def _fits(key: str, source: torch.Size, target: torch.Size) -> bool:
     return bool(_REL_POS.search(key)) and len(source) == 2 and source[1] == target[1]
 
 
-def _resize_grid(value: Tensor, shape: torch.Size) -> Tensor:
-    """(1, g_h, g_w, E) to the grid of ``shape``."""
-    shrinks = shape[1] < value.shape[1] or shape[2] < value.shape[2]
-    grid = value.float().permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=tuple(shape[1:3]), mode="bicubic", align_corners=False, antialias=shrinks)
-    return grid.permute(0, 2, 3, 1).to(value.dtype).contiguous()
-
-
-def _resize_relative(value: Tensor, length: int) -> Tensor:
-    """(L, C) to (length, C)."""
-    resized = F.interpolate(value.float().t().unsqueeze(0), size=length, mode="linear")
-    return resized.squeeze(0).t().to(value.dtype).contiguous()
+def _resized(value: Tensor, shape: torch.Size) -> Tensor:
+    """Position parameters at the size of ``shape``; others as they are."""
+    if value.shape == shape:
+        return value
+    if value.ndim == 2:  # relative positions
+        resized = F.interpolate(value.float().t()[None], size=shape[0], mode="linear")[0].t()
+    else:
+        shrinks = shape[1] < value.shape[1] or shape[2] < value.shape[2]
+        grid = value.float().permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=tuple(shape[1:3]), mode="bicubic", align_corners=False, antialias=shrinks)
+        resized = grid.permute(0, 2, 3, 1)
+    return resized.to(value.dtype).contiguous()
 
 
 def _encoder(state: Mapping[str, torch.Size]) -> str:
@@ -176,12 +111,6 @@ def _encoder(state: Mapping[str, torch.Size]) -> str:
     blocks = len({key.split(".")[2] for key in state if key.startswith("image_encoder.blocks.")})
     names = [b.name for b in BACKBONES.values() if b.checkpoint and (b.width, b.depth) == (width, blocks)]
     return names[0] if names else f"an encoder of width {width} with {blocks} blocks"
-
-
-def _count_by_part(names: Iterable[str]) -> str:
-    counts = Counter(name.split(".")[0] for name in names)
-    parts = ", ".join(f"{part} {count}" for part, count in counts.items())
-    return f"{sum(counts.values())} tensors" + (f" ({parts})" if parts else "")
 
 
 def _some(keys: Iterable[object]) -> str:

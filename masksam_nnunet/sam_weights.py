@@ -23,7 +23,7 @@ from .errors import WeightsError
 def find(backbone: str) -> Path:
     """The checkpoint for ``backbone`` on this machine: the one that MASKSAM_WEIGHTS names, else the cached one.
 
-    It is not opened: ``load_sam`` verifies it.
+    It is not opened: ``MaskSAM.load_sam`` verifies it.
 
     Raises:
         WeightsError: there is none, or the variable names nothing.
@@ -66,29 +66,20 @@ def verify(path: Path, backbone: str) -> str:
         WeightsError: another hash, or the file cannot be read.
     """
     named = os.environ.get("MASKSAM_WEIGHTS_SHA256", "").strip().lower()
-    if named and named != "skip" and not re.fullmatch("[0-9a-f]{64}", named):
+    if named == "skip":
+        return _sha256(path)
+    if named and not re.fullmatch("[0-9a-f]{64}", named):
         raise WeightsError(f"MASKSAM_WEIGHTS_SHA256={named} is neither 64 hexadecimal digits nor 'skip'")
-    expected = None if named == "skip" else named or released(backbone).sha256
-    return _require(path, str(path), expected, "MASKSAM_WEIGHTS_SHA256" if named else f"the released {backbone}")
+    return _require(path, str(path), named or released(backbone).sha256)
 
 
-def fetch(
-    backbone: str,
-    *,
-    url: str | None = None,
-    source: Path | None = None,
-    force: bool = False,
-    progress: bool = True,
-) -> Path:
-    """Bring the released checkpoint of ``backbone`` into the cache, unless it is there and sound.
+def fetch(backbone: str, *, url: str | None = None, source: Path | None = None, force: bool = False) -> Path:
+    """Bring the released checkpoint of ``backbone`` into the cache, unless it is there and sound; its place.
 
     Args:
         backbone: the name of a backbone with a released checkpoint.
         url: another address than $MASKSAM_WEIGHTS_URL or Meta's; ending in "/", the folder that holds the file.
-        source, force, progress: as in ``fetch_verified``.
-
-    Returns:
-        The cached file.
+        source, force: as in ``fetch_verified``.
 
     Raises:
         WeightsError: unknown backbone, no connection, wrong hash, or the cache cannot be written.
@@ -97,10 +88,9 @@ def fetch(
     address = url or os.environ.get("MASKSAM_WEIGHTS_URL") or checkpoint.url
 
     def check(path: Path, origin: str) -> None:
-        _require(path, origin, checkpoint.sha256, f"the released {backbone}")
+        _require(path, origin, checkpoint.sha256)
 
-    options = {"force": force, "progress": progress}
-    return fetch_verified(checkpoint.file_name, address, check, WeightsError, source=source, **options)
+    return fetch_verified(checkpoint.file_name, address, check, WeightsError, source=source, force=force)
 
 
 def released(backbone: str) -> Checkpoint:
@@ -129,16 +119,16 @@ def _look_for(backbone: str) -> tuple[Path | None, str]:
     return next((file for file in places if file.is_file()), None), " and ".join(map(str, places))
 
 
-def _require(path: Path, origin: str, expected: str | None, by: str) -> str:
-    """The SHA-256 of ``path``, which must be ``expected``; anything if that is None."""
+def _require(path: Path, origin: str, expected: str) -> str:
+    """The SHA-256 of ``path``, which must be ``expected``."""
     received = _sha256(path)
-    if expected in (None, received):
+    if received == expected:
         return received
-    known = [f" (SAM's {b.name})" for b in BACKBONES.values() if b.checkpoint and b.checkpoint.sha256 == received]
+    names = {b.checkpoint.sha256: f" (SAM's {b.checkpoint.name})" for b in BACKBONES.values() if b.checkpoint}
     raise WeightsError(
-        f"wrong SHA-256 for {origin}: expected {expected} ({by}), received {received}{''.join(known[:1])}; fetch the "
-        "file again with: masksam weights; or, for a fine-tuned checkpoint that you trust, set MASKSAM_WEIGHTS to it "
-        "and MASKSAM_WEIGHTS_SHA256 to the received value"
+        f"wrong SHA-256 for {origin}: expected {expected}{names.get(expected, '')}, received {received}"
+        f"{names.get(received, '')}; fetch the file again with: masksam weights; or, for a fine-tuned checkpoint that "
+        "you trust, set MASKSAM_WEIGHTS to it and MASKSAM_WEIGHTS_SHA256 to the received value"
     )
 
 

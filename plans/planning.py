@@ -105,22 +105,23 @@ def plan_dataset(
 
 
 def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed")) -> str:
-    """The full name of a dataset given by number or name; ``variables`` must be set.
+    """The full name of a dataset given by number or name, in the folder that the first of ``variables`` names.
 
     Raises:
-        DataError: a variable is not set, or its folder holds no such dataset.
+        DataError: a variable is not set, or the folder holds no such dataset.
     """
     for variable in variables:
         if not os.environ.get(variable):
             raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
-    raw = Path(os.environ["nnUNet_raw"])
-    present = sorted(path.name for path in raw.glob("Dataset*") if path.is_dir())
+    folder = Path(os.environ[variables[0]])
+    present = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir())
     prefix = f"Dataset{int(dataset):03d}_" if dataset.isdecimal() else None
     found = [name for name in present if (name.startswith(prefix) if prefix else name == dataset)]
     if len(found) > 1:
         raise DataError(f"-d {dataset}: several datasets have this number: {', '.join(found)}; give the full name")
     if not found:
-        raise DataError(f"-d {dataset}: no such dataset in nnUNet_raw = {raw}: {', '.join(present) or 'it has none'}")
+        there = ", ".join(present) or "it has none"
+        raise DataError(f"-d {dataset}: no such dataset in {variables[0]} = {folder}: {there}")
     return found[0]
 
 

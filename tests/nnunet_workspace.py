@@ -61,14 +61,6 @@ class Workspace:
         """Run several commands one after another; their output. Asserts that all work."""
         return "".join(self.run(*words, **env) for words in commands)
 
-    def train(
-        self, dataset: object, fold: object, trainer: str, *options: object, fails: bool = False, **env: str
-    ) -> str:
-        return self.run(
-            "nnUNetv2_train", dataset, "3d_fullres", fold, "-tr", trainer, "-device", "cpu", *options,
-            fails=fails, **env,
-        )  # fmt: skip
-
     def model(self, dataset: str, trainer: str) -> Path:
         return self.results / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
 

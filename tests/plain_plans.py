@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import tiny_config
+
+from masksam_nnunet.plans.architecture import write_config
 
 DATASET = "Dataset042_Hand"
 SMALL_UNET: dict[str, Any] = {
@@ -59,6 +62,13 @@ def plain_plans(
         "foreground_intensity_properties_per_channel": {},
         "continue_training": False,
     }
+
+
+def tiny_plans(patch: tuple[int, ...] = (4, 32, 32), regions: bool = False, **more: Any) -> dict[str, Any]:
+    """Plain plans that name a tiny network, so that none has to be derived, which takes seconds."""
+    plans = plain_plans(patch, **more)
+    write_config(plans, "3d_fullres", tiny_config(patch_size=patch, regions=regions))
+    return plans
 
 
 def dataset_json(num_classes: int = 3, channels: int = 1, ignore: bool = False) -> dict[str, Any]:

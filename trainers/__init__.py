@@ -1,5 +1,7 @@
 """The trainers that nnU-Net finds by name; ``nnunet_ext`` is the folder that it scans."""
 
+# ruff: noqa: F401  __all__ takes them from here
+
 from .masksam import MaskSAMTrainer
 from .time_budget import MaskSAMTrainer_tiny_budget, nnUNetTrainer_budget
 from .variants import (
@@ -20,23 +22,4 @@ from .variants import (
     MaskSAMTrainer_vit_l,
 )
 
-__all__ = [
-    "MaskSAMTrainer",
-    "MaskSAMTrainer_1epoch",
-    "MaskSAMTrainer_5epochs",
-    "MaskSAMTrainer_50epochs",
-    "MaskSAMTrainer_100epochs",
-    "MaskSAMTrainer_250epochs",
-    "MaskSAMTrainer_500epochs",
-    "MaskSAMTrainer_acdc",
-    "MaskSAMTrainer_amos",
-    "MaskSAMTrainer_synapse",
-    "MaskSAMTrainer_tiny",
-    "MaskSAMTrainer_tiny_1epoch",
-    "MaskSAMTrainer_tiny_5epochs",
-    "MaskSAMTrainer_tiny_50epochs",
-    "MaskSAMTrainer_tiny_budget",
-    "MaskSAMTrainer_vit_h",
-    "MaskSAMTrainer_vit_l",
-    "nnUNetTrainer_budget",
-]
+__all__ = [name for name in globals() if "Trainer" in name]

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from masksam_nnunet.environment import MAX_SKIPPED
 
-MOST_SKIPPED, SKIPPED_SHARE, FEWEST_SKIPPED = 100, 0.5, 10
-"""Skipped steps that end a training: so many in a row; or this share of an epoch, if they are at least so many."""
 _KEPT = 3  # iterations whose details are kept: the host is at most two ahead of what it knows
 
 
@@ -46,8 +43,7 @@ def ready_to_skip(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-@dataclass(frozen=True)
-class Iteration:
+class Iteration(NamedTuple):
     """The details of an iteration; its tensors are on the device, except the batch's."""
 
     number: int
@@ -55,8 +51,10 @@ class Iteration:
     batch: Mapping[str, Any]
     loss: Tensor
     terms: Mapping[str, Tensor]
+    bad: Tensor
+    """1.0 where no step was made, else 0.0."""
     norms: Tensor
-    """(parts,)"""
+    """Of the gradient, (parts,)."""
 
 
 class FiniteGuard:
@@ -91,7 +89,7 @@ class FiniteGuard:
         device = self._counts.device
         gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in self.parts.items()}
         norms = torch.stack([nn.utils.get_total_norm(g).to(device) for g in gradients.values()])
-        total = _total(norms)
+        total = torch.linalg.vector_norm(norms)
         finite = total.isfinite()
         everything = [p for group in self.parts.values() for p in group]
         nn.utils.clip_grads_with_norm_(everything, largest, torch.where(finite, total, 0.0))
@@ -110,55 +108,40 @@ class FiniteGuard:
         finally:
             del fused.grad_scale, fused.found_inf
 
-    def note(self, bad: Tensor, iteration: Iteration) -> None:
+    def note(self, iteration: Iteration) -> None:
         """Count an iteration."""
         self._latest.append(iteration)
-        self._counts = torch.stack([(self._counts[0] + 1) * bad, self._counts[1] + bad])
+        self._counts = torch.stack([(self._counts[0] + 1) * iteration.bad, self._counts[1] + iteration.bad])
         self._on_host.copy_(self._counts, non_blocking=True)
 
     def new_reports(self) -> list[str]:
         """A description of each skipped iteration that became known since the last call."""
         in_a_row, skipped = (int(x) for x in self._on_host.tolist())
         new, self.in_a_row, self.skipped = skipped - self.skipped, in_a_row, skipped
-        return self._descriptions(after=self._reported) if new else []
+        found = [it for it in self._latest if it.number > self._reported and it.bad] if new else []
+        self._reported = found[-1].number if found else self._reported
+        return [self._describe(it) for it in found]
 
-    @property
-    def too_many(self) -> bool:
-        """Whether the limit is reached."""
-        return self.in_a_row >= self.limit
-
-    def diagnosis(self, how_often: str) -> str:
-        """Why the training cannot continue, with the details of the latest iterations; waits for the device."""
-        latest = "\n  ".join(self._descriptions()) or "the latest iterations were finite"
+    def diagnosis(self) -> str | None:
+        """Why the training cannot continue, with the details of the latest iterations; None if it can."""
+        if self.in_a_row < self.limit:
+            return None
+        latest = "\n  ".join(self._describe(it) for it in self._latest if it.bad)
         return (
-            f"the loss or its gradient was not finite {how_often}:\n  {latest}\nThese iterations made no step, and "
-            "earlier checkpoints are kept. If the input is not finite, correct those cases and preprocess again; else "
-            f"check their labels, or lower the learning rate (a trainer's initial_lr). {MAX_SKIPPED} sets how many in "
-            "a row are allowed"
+            f"the loss or its gradient was not finite in {self.in_a_row} iterations in a row:\n  {latest}\nThese made "
+            "no step, and earlier checkpoints are kept. If the input is not finite, correct those cases and preprocess "
+            "again; else check their labels, or lower the learning rate (a trainer's initial_lr). "
+            f"{MAX_SKIPPED} sets how many in a row are allowed"
         )
-
-    def _descriptions(self, after: int = -1) -> list[str]:
-        skipped = [it for it in self._latest if it.number > after and not _total(it.norms).isfinite()]
-        self._reported = max([self._reported, *(it.number for it in skipped)])
-        return [self._describe(it) for it in skipped]
 
     def _describe(self, it: Iteration) -> str:
-        terms = [f"{name} {value.item():.4g}" for name, value in it.terms.items() if not bool(value.isfinite())]
-        what = f"terms that are not finite: {', '.join(terms)}" if terms else "all its terms are finite"
+        terms = [f"{name} {value.item():.4g}" for name, value in it.terms.items() if not value.isfinite()]
         norms = ", ".join(f"{name} {norm:.4g}" for name, norm in zip(self.parts, it.norms.tolist(), strict=True))
+        data: Tensor = it.batch["data"]
+        cases = [str(key) for key in it.batch.get("keys", range(len(data)))]
+        inputs = [case for case, image in zip(cases, data, strict=True) if not image.isfinite().all()]
         return (
-            f"iteration {it.number}, learning rate {it.rate:.4g}: loss {it.loss.item():.4g} ({what}); norms of the "
-            f"gradient: {norms}; {_cases(it.batch)}"
+            f"iteration {it.number}, learning rate {it.rate:.4g}: loss {it.loss.item():.4g}, not finite are its terms "
+            f"{', '.join(terms) or '(none)'}; norms of the gradient: {norms}; cases: {', '.join(cases)}; not finite is "
+            f"the input of {', '.join(inputs) or 'none'}"
         )
-
-
-def _total(norms: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(norms)
-
-
-def _cases(batch: Mapping[str, Any]) -> str:
-    data: Tensor = batch["data"]
-    names = [str(key) for key in batch.get("keys", range(len(data)))]
-    bad = [name for name, image in zip(names, data, strict=True) if not bool(image.isfinite().all())]
-    inputs = f"the input holds values that are not finite in {', '.join(bad)}" if bad else "the input is finite"
-    return f"cases: {', '.join(names)}; {inputs}"

@@ -52,8 +52,8 @@ class LoaderWatch:
             batch: dict[str, Any] = next(self.loader)
             return batch
         self._wanted.put(True)
-        dead_since: float | None = None
-        while True:
+        dead_since = float("inf")
+        while time.monotonic() - dead_since < DEAD_SECONDS:
             with contextlib.suppress(Empty):
                 made = self._made.get(timeout=_POLL_SECONDS)
                 if isinstance(made, BaseException):
@@ -61,10 +61,9 @@ class LoaderWatch:
                 return dict(made)
             if self.give_up():
                 return None
-            if dead_since is None and not all(worker.is_alive() for worker in self._workers):
-                dead_since = time.monotonic()
-            if dead_since is not None and time.monotonic() - dead_since > DEAD_SECONDS:
-                raise TrainingError(self._why())
+            if not all(worker.is_alive() for worker in self._workers):
+                dead_since = min(dead_since, time.monotonic())
+        raise TrainingError(self._why())
 
     def end(self) -> None:
         """Kill the workers, and leave the loader as if it had never started: its own way to stop may wait for ever."""
@@ -84,27 +83,23 @@ class LoaderWatch:
                 self._made.put(error)
 
     def _why(self) -> str:
-        codes = [worker.exitcode for worker in self._workers]
-        ended = [code for code in codes if code]
-        if not ended:
+        codes = [worker.exitcode for worker in self._workers if worker.exitcode]
+        if not codes:
             return "a data loading worker failed; its error is printed above"
-        names = ", ".join(signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in ended)
+        names = ", ".join(signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in codes)
         return (
-            f"{len(ended)} of {len(codes)} data loading workers ended by {names} (SIGKILL usually means too little "
-            "memory). Give the job more memory, or set nnUNet_n_proc_DA to fewer workers"
+            f"{len(codes)} of {len(self._workers)} data loading workers ended by {names} (SIGKILL usually means too "
+            "little memory). Give the job more memory, or set nnUNet_n_proc_DA to fewer workers"
         )
 
 
 @contextlib.contextmanager
 def forks_end_with_parent() -> Iterator[None]:
-    """Processes forked meanwhile are killed when this one ends, however it ends.
+    """Processes that this one forks meanwhile are killed when it ends, however it ends; Linux only.
 
-    Linux only, and only from the main thread: the kernel watches the thread that forks.
+    The kernel watches the thread that forks, which therefore must last.
     """
     global _parent
-    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
     _parent = os.getpid()
     try:
         yield
@@ -115,7 +110,7 @@ def forks_end_with_parent() -> Iterator[None]:
 def _end_with_parent() -> None:
     global _parent
     parent, _parent = _parent, None
-    if parent is None:
+    if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended in between

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from masksam_nnunet.environment import (
     number_in,
     switched_on,
 )
-from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
@@ -35,19 +35,13 @@ from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.training_inputs import training_config
 from masksam_nnunet.sam_weights import find
 
-from .finite_guard import (
-    FEWEST_SKIPPED,
-    MOST_SKIPPED,
-    SKIPPED_SHARE,
-    FiniteGuard,
-    Iteration,
-    can_skip,
-    ready_to_skip,
-)
+from .finite_guard import FiniteGuard, Iteration, can_skip, ready_to_skip
 from .resumable import ResumableTrainer
 
 SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
 """Learning rate and warm-up iterations with a frozen SAM, and with the tiny encoder, which starts from random."""
+MOST_SKIPPED = 100
+"""Iterations in a row without a step that end a training."""
 SKIPPED = "skipped"
 """The name beside the loss terms of 1.0 for an iteration without a step, else 0.0."""
 
@@ -78,10 +72,8 @@ class MaskSAMTrainer(ResumableTrainer):
         self.config: MaskSAMConfig = training_config(
             plans, configuration, fold, dataset_json, type(self).__name__, self.backbone, self.preset
         )
-        most_skipped = number_in(MAX_SKIPPED) or MOST_SKIPPED  # an error here leaves no results folder
+        self.most_skipped = number_in(MAX_SKIPPED) or MOST_SKIPPED  # an error here leaves no results folder
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.most_skipped = most_skipped
-        self._guard: FiniteGuard | None = None
         self.set_recipe()
         self.enable_deep_supervision = False
         self.iteration = 0
@@ -192,7 +184,7 @@ class MaskSAMTrainer(ResumableTrainer):
         if not self.was_initialized:
             self.initialize()
         self._load_sam()
-        self.iteration = self.current_epoch * self.num_iterations_per_epoch + self.done_of_epoch
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch + len(self.outputs)
         super().on_train_start()
 
     def _load_sam(self) -> None:
@@ -202,38 +194,31 @@ class MaskSAMTrainer(ResumableTrainer):
             ConfigError: lean checkpoints are asked for, but SAM's part has random weights that no file could restore.
             WeightsError: SAM's file is missing, damaged, untrusted or does not fit.
         """
-        lean = switched_on(LEAN_CHECKPOINTS)
-        if not self.config.needs_sam:
-            if not self.masksam.sam_is_loaded:
-                self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
-            if lean:
-                self.print_to_log_file(f"{LEAN_CHECKPOINTS} has no effect: {self.config.backbone} holds no SAM.")
-            return
-        if not self.masksam.sam_is_loaded:
-            self._read_sam()
-        sha256 = self.masksam.sam_sha256()
-        if lean and sha256 is None:
-            raise ConfigError(
-                f"{LEAN_CHECKPOINTS} is set, but SAM's part holds random weights ({RANDOM_INIT}) that no file could "
-                f"restore: unset {LEAN_CHECKPOINTS}, or start with SAM's weights."
-            )
-        if lean:
-            self.print_to_log_file(
-                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and loading them needs SAM's "
-                f"{self.config.sam} file (SHA-256 {sha256}). masksam export makes a full model."
-            )
-
-    def _read_sam(self) -> None:
-        network = self.masksam
-        if switched_on(RANDOM_INIT):
+        network, sam = self.masksam, self.config.sam
+        if sam is None:
+            self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
+        elif not network.sam_is_loaded and switched_on(RANDOM_INIT):
             self.print_to_log_file(
                 f"WARNING: {RANDOM_INIT} is set. SAM's part of this network keeps RANDOM, frozen weights. This is for "
                 "tests only; the results say nothing about MaskSAM."
             )
+        elif not network.sam_is_loaded:
+            for line in network.load_sam(find(sam)):
+                self.print_to_log_file(line)
+        if not switched_on(LEAN_CHECKPOINTS):
             return
-        assert self.config.sam is not None
-        for line in network.load_sam(find(self.config.sam)).lines():
-            self.print_to_log_file(line)
+        if sam is None:
+            self.print_to_log_file(f"{LEAN_CHECKPOINTS} has no effect: {self.config.backbone} holds no SAM.")
+        elif network.sam_sha256() is None:
+            raise ConfigError(
+                f"{LEAN_CHECKPOINTS} is set, but SAM's part holds random weights ({RANDOM_INIT}) that no file could "
+                f"restore: unset {LEAN_CHECKPOINTS}, or start with SAM's weights."
+            )
+        else:
+            self.print_to_log_file(
+                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and loading them needs SAM's "
+                f"{sam} file (SHA-256 {network.sam_sha256()}). masksam export makes a full model."
+            )
 
     def network_weights(self) -> Mapping[str, Tensor]:
         """Without SAM's frozen weights where lean checkpoints are asked for."""
@@ -264,20 +249,18 @@ class MaskSAMTrainer(ResumableTrainer):
             self.guard.step(self.optimizer, bad)
         loss = loss.detach()
         rate = self.optimizer.param_groups[0]["lr"]
-        self.guard.note(bad, Iteration(self.iteration, rate, batch, loss, terms, norms))
+        self.guard.note(Iteration(self.iteration, rate, batch, loss, terms, bad, norms))
         self.iteration += 1
         return {"loss": loss, **terms, SKIPPED: bad}  # on the device: waiting for them would idle it
 
-    @property
+    @cached_property
     def guard(self) -> FiniteGuard:
         """The guard of this training's steps."""
-        if self._guard is None:
-            parts: dict[str, list[nn.Parameter]] = defaultdict(list)
-            for name, parameter in self.masksam.named_parameters():
-                if parameter.requires_grad:
-                    parts[name.split(".")[0]].append(parameter)
-            self._guard = FiniteGuard(parts, self.most_skipped)
-        return self._guard
+        parts: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.masksam.named_parameters():
+            if parameter.requires_grad:
+                parts[name.split(".")[0]].append(parameter)
+        return FiniteGuard(parts, self.most_skipped)
 
     def trouble(self) -> str | None:
         """Too many iterations in a row whose loss or gradient is not finite."""
@@ -285,19 +268,18 @@ class MaskSAMTrainer(ResumableTrainer):
         if self.guard.skipped <= self.guard.limit:  # the log need not hold every one of them
             for report in reports:
                 self.print_to_log_file(f"WARNING: no step, the loss or its gradient is not finite: {report}")
-        if not self.guard.too_many:
-            return None
-        return self.guard.diagnosis(f"in {self.guard.in_a_row} iterations in a row, in epoch {self.current_epoch}")
-
-    def restored(self, outputs: dict[str, Tensor]) -> dict[str, Any]:
-        return {name: value.to(self.device) for name, value in outputs.items()}
+        return self.guard.diagnosis()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        table = torch.stack([torch.stack(list(outputs.values())) for outputs in train_outputs]).cpu().numpy()
-        every = [dict(zip(train_outputs[0], values, strict=True)) for values in table]
+        rows = [torch.stack([torch.as_tensor(x, device=self.device) for x in o.values()]) for o in train_outputs]
+        every = [dict(zip(train_outputs[0], values, strict=True)) for values in torch.stack(rows).cpu().numpy()]
         # The same on all ranks, since they share the gradient.
         made = [outputs for outputs in every if not outputs[SKIPPED]]
-        self._report_skipped(len(every) - len(made), len(every))
+        if len(made) < len(every):
+            self.print_to_log_file(
+                f"{len(every) - len(made)} of {len(every)} iterations of this epoch made no step: their loss or "
+                "gradient is not finite"
+            )
         train_outputs = made or every
         super().on_train_epoch_end(train_outputs)
         means = {name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}
@@ -310,11 +292,3 @@ class MaskSAMTrainer(ResumableTrainer):
         for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only
             for name, value in means.items():
                 logger.log(f"train_losses/{name}", value, self.current_epoch)
-
-    def _report_skipped(self, skipped: int, iterations: int) -> None:
-        if skipped:
-            self.print_to_log_file(
-                f"{skipped} of {iterations} iterations of this epoch made no step: their loss or gradient is not finite"
-            )
-        if skipped >= FEWEST_SKIPPED and skipped > SKIPPED_SHARE * iterations:
-            raise TrainingError(self.guard.diagnosis(f"in {skipped} of {iterations} iterations of an epoch"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
@@ -20,14 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import write_json
-from masksam_nnunet.stop_signals import REQUEUE, StopSignals, leave_at_once
+from masksam_nnunet.stop_signals import REQUEUE, handling, leave_at_once
 
 from . import checkpoint_files as files
-from .checkpoint_files import SaveInterval
 from .loading import LoaderWatch, forks_end_with_parent
-from .training_stats import peak_memory_mib, training_stats
-
-Outputs = list[dict[str, Any]]
 
 _GO, _STOP, _BROKEN = 0, 1, 2
 _NEVER = 10**9
@@ -43,20 +42,27 @@ class ResumableTrainer(nnUNetTrainer):
     restore. Writes ``training_stats.json`` into the fold's folder at the end.
     """
 
-    save_default = SaveInterval(epochs=50, minutes=30)
+    save_default: files.Interval = (50, 30.0)
 
     def __init__(self, *arguments: Any) -> None:
-        interval = SaveInterval.chosen(self.save_default)
+        epochs, self.save_minutes = files.save_interval(self.save_default)
         super().__init__(*arguments)
-        self.save_every = interval.epochs or _NEVER
-        self.save_minutes = interval.minutes
-        self.stop = StopSignals()
-        self.logger.plot_progress_png = partial(self._plot, self.logger.plot_progress_png)
-        self._was_loaded = self._latest_is_whole = False
-        self._within: dict[str, Any] | None = None  # the part of an epoch that is saved, or was loaded
+        self.save_every = epochs or _NEVER
+        self.asked: signal.Signals | None = None
+        """The signal that asked this training to stop."""
+        self.outputs: list[dict[str, Any]] = []
+        """Of the current epoch's training iterations so far."""
+        self._epoch_seconds = 0.0  # of the current epoch, in the processes before this one
+        self._peak_before = 0.0  # MiB, of those processes
         self._saved_at = 0.0
-        self._peak_before = 0.0  # MiB, of the processes before this one
         self._agreeing: Any = None
+        plot = self.logger.plot_progress_png
+
+        def plot_if_possible(folder: str) -> None:
+            with self._allowed_to_fail("progress.png"):
+                plot(folder)
+
+        self.logger.plot_progress_png = plot_if_possible
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -67,23 +73,22 @@ class ResumableTrainer(nnUNetTrainer):
             SystemExit: with status 75, after a signal; the training is saved.
             TrainingError: the training cannot continue.
         """
-        with self.stop.handled():
-            self._resume_from_previous()
+        with handling(leave_at_once):
             with forks_end_with_parent():
                 self.on_train_start()
             if self.local_rank == 0:
-                files.remove_partial(self._folder)
+                files.remove_drafts(Path(self.output_folder))
             if self.is_ddp:
                 self._agreeing = dist.new_group(backend="gloo")  # between hosts: no device has to be waited for
             train, validation = (LoaderWatch(x, self._gives_up) for x in (self.dataloader_train, self.dataloader_val))
             try:
-                with self.stop.gentle():
+                with handling(self._ask):
                     self._saved_at = time.monotonic()
                     self.on_loop_start()
                     while self.training_goes_on():
                         self.run_epoch(train, validation)
                     self.on_train_end()
-                    if self.stop.asked is not None:
+                    if self.asked is not None:
                         self._leave("the training is done; its validation is not, and starts with --val or --c")
             finally:
                 train.end()
@@ -91,36 +96,29 @@ class ResumableTrainer(nnUNetTrainer):
 
     def run_epoch(self, train: LoaderWatch, validation: LoaderWatch) -> None:
         """One epoch, or the rest of the one that the checkpoint was saved in."""
-        outputs = self._outputs_so_far()
         self.on_epoch_start()
-        self._within = None
         self.on_train_epoch_start()
-        while self.epoch_goes_on(len(outputs)):
-            outputs.append(self.train_step(self._next_batch(train, outputs)))
-            self._save_or_stop(outputs)
-        self.on_train_epoch_end(outputs)
-        self._validate(validation, outputs)
-        self.on_epoch_end()
-
-    def _validate(self, loader: LoaderWatch, outputs: Outputs) -> None:
-        """nnU-Net's validation on patches, after the epoch's training with these ``outputs``."""
+        while self.epoch_goes_on(len(self.outputs)):
+            self.outputs.append(self.train_step(self._next_batch(train)))
+            self._save_or_stop()
+        self.on_train_epoch_end(self.outputs)
         with torch.no_grad():
             self.on_validation_epoch_start()
-            validated: Outputs = []
+            validated: list[dict[str, Any]] = []
             while self.validation_goes_on(len(validated)):
-                validated.append(self.validation_step(self._next_batch(loader, outputs)))
-                self._save_or_stop(outputs)
+                validated.append(self.validation_step(self._next_batch(validation)))
+                self._save_or_stop()
             self.on_validation_epoch_end(validated)
+        self.outputs = []
+        self.on_epoch_end()
 
-    def _next_batch(self, loader: LoaderWatch, outputs: Outputs) -> dict[str, Any]:
+    def _next_batch(self, loader: LoaderWatch) -> dict[str, Any]:
         try:
             batch = loader.next_batch()
         except TrainingError as error:
-            self._save_within(outputs, must=False)
+            self.save(self._latest, must=False)
             raise TrainingError(f"{error}. Continue from the saved checkpoint with --c") from error
-        if batch is None:
-            self._save_and_leave(outputs)
-        return batch
+        return self._save_and_leave() if batch is None else batch
 
     def on_loop_start(self) -> None:
         """Called before the first epoch of this process."""
@@ -142,61 +140,72 @@ class ResumableTrainer(nnUNetTrainer):
         return None
 
     def on_epoch_start(self) -> None:
-        if self._within is None:
-            super().on_epoch_start()
-        else:  # the time between the two parts of the epoch does not count
-            self.logger.log("epoch_start_timestamps", time.time() - self._within["seconds"], self.current_epoch)
+        # The time between two parts of an epoch does not count.
+        self.logger.log("epoch_start_timestamps", time.time() - self._epoch_seconds, self.current_epoch)
+        self._epoch_seconds = 0.0
 
     def on_train_end(self) -> None:
         if self.local_rank == 0:
             self.write_beside_checkpoints(TRAINING_STATS_FILE, self.training_stats())
         super().on_train_end()
-        if self.local_rank == 0:  # nnU-Net has removed the latest
-            (self._folder / files.PREVIOUS).unlink(missing_ok=True)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's own. A signal ends it at once with status 75: it always starts from its first case."""
-        with self.stop.handled():
+        with handling(leave_at_once):
             super().perform_actual_validation(save_probabilities)
 
-    @property
-    def _folder(self) -> Path:
-        return Path(self.output_folder)
-
-    def _plot(self, plot: Callable[[str], None], folder: str) -> None:
-        """nnU-Net's own; a full disk does not end the training."""
-        try:
-            plot(folder)
-        except OSError as error:
-            self.print_to_log_file(f"WARNING: progress.png could not be written: {error}")
-
     def training_stats(self) -> dict[str, Any]:
-        """The content of ``training_stats.json``."""
-        return training_stats(self, self.peak_memory_mib())
+        """The content of ``training_stats.json``: what the training took."""
+        log = self.logger.get_checkpoint()
+        epochs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+        parameters = list(self.network.parameters())
+        on_gpu = self.device.type == "cuda"
+        return {
+            "device": _device_name(self.device),
+            "peak_memory_mib": self._peak_memory_mib(),
+            "peak_memory_of": "GPU allocations" if on_gpu else "process, resident",
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "iterations": self.current_epoch * self.num_iterations_per_epoch,
+            "epochs": self.current_epoch,
+            "train_seconds": float(sum(end - start for start, end in epochs)),
+            "batch_size": self.configuration_manager.batch_size,
+            "patch_size": [int(size) for size in self.configuration_manager.patch_size],
+        }
 
-    def peak_memory_mib(self) -> float:
+    def _peak_memory_mib(self) -> float:
         """Highest memory so far, in the processes before a resumption too."""
-        return max(self._peak_before, peak_memory_mib(self.device))
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if on_gpu else _peak_resident_mib()
+        return max(self._peak_before, peak)
 
     def write_beside_checkpoints(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file into the fold's folder; a full disk does not end the training."""
+        with self._allowed_to_fail(name):
+            write_json(Path(self.output_folder, name), content)
+
+    @contextlib.contextmanager
+    def _allowed_to_fail(self, name: str) -> Iterator[None]:
         try:
-            write_json(self._folder / name, content)
+            yield
         except OSError as error:
             self.print_to_log_file(f"WARNING: {name} could not be written: {error}")
 
     # ---- ending early --------------------------------------------------------------------------------------------
 
-    def _save_or_stop(self, outputs: Outputs) -> None:
+    def _ask(self, received: signal.Signals) -> None:
+        self.asked = self.asked or received
+
+    def _save_or_stop(self) -> None:
         """After each iteration, save if it is time to, and end the training if it has to end."""
         trouble = self.trouble()
-        verdict = self._agreed(_BROKEN if trouble else _STOP if self.stop.asked is not None else _GO)
+        verdict = self._agreed(_BROKEN if trouble else _STOP if self.asked is not None else _GO)
         if verdict == _BROKEN:
             raise TrainingError(trouble or "another rank cannot continue; its log says why")
         if verdict == _STOP:
-            self._save_and_leave(outputs)
+            self._save_and_leave()
         if self.save_minutes is not None and time.monotonic() - self._saved_at > 60 * self.save_minutes:
-            self._save_within(outputs, must=False)
+            self.save(self._latest, must=False)
 
     def _agreed(self, verdict: int) -> int:
         """The gravest verdict of all ranks: they must leave after the same iteration, or one waits for the other."""
@@ -213,15 +222,15 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _gives_up(self) -> bool:
         """Whether to stop waiting for a batch; with several ranks, the others may be working on it already."""
-        return self.stop.asked is not None and not self.is_ddp
+        return self.asked is not None and not self.is_ddp
 
-    def _save_and_leave(self, outputs: Outputs) -> NoReturn:
-        self._save_within(outputs, must=True)
-        done = f"epoch {self.current_epoch}, {len(outputs)} iterations of it"
+    def _save_and_leave(self) -> NoReturn:
+        self.save(self._latest, must=True)
+        done = f"epoch {self.current_epoch}, {len(self.outputs)} iterations of it"
         self._leave(f"saved at {done}" if not self.disable_checkpointing else "nothing saved (--disable_checkpointing)")
 
     def _leave(self, what: str) -> NoReturn:
-        name = "another rank" if self.stop.asked is None else self.stop.asked.name
+        name = "another rank" if self.asked is None else self.asked.name
         self.print_to_log_file(f"Ended by {name}: {what}. Exit status {REQUEUE}: the same command with --c continues.")
         if self._agreeing is not None:
             with contextlib.suppress(RuntimeError):
@@ -231,75 +240,59 @@ class ResumableTrainer(nnUNetTrainer):
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
+    @property
+    def _latest(self) -> Path:
+        return Path(self.output_folder, files.LATEST)
+
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net, but a kill in the middle leaves the earlier file whole, and a full disk costs only this one.
 
         Raises:
             TrainingError: the final checkpoint cannot be written.
         """
-        self.save(Path(filename), must=Path(filename).name not in (files.LATEST, files.BEST))
+        self.save(Path(filename), must=Path(filename).name not in files.ORDER[1:])
 
     def save(self, file: Path, must: bool) -> None:
         """Save on rank 0. A failure is an error if ``must`` is true, else a warning."""
-        latest = file.name == files.LATEST
-        if latest:
+        if file.name == files.LATEST:
             self._saved_at = time.monotonic()
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        previous = file.with_name(files.PREVIOUS)
-        keep = latest and self._latest_is_whole
         try:
-            try:
-                files.write(self._content(), file, previous if keep else None)
-            except TrainingError:
-                if not (must and self._latest_is_whole and previous.is_file()):
-                    raise
-                previous.unlink()  # room for one more; the latest is whole
-                files.write(self._content(), file)
+            files.write(self._content(), file)
         except TrainingError as error:
             if must:
                 raise
             self.print_to_log_file(f"WARNING: {error}. The training continues.")
-            return
-        if latest:
-            if not self._was_loaded and not self._latest_is_whole:
-                previous.unlink(missing_ok=True)  # another training's
-            self._latest_is_whole = True
-
-    def _save_within(self, outputs: Outputs, must: bool) -> None:
-        """The latest checkpoint, within the current epoch."""
-        self._within = self._part(outputs) if outputs else None
-        self.current_epoch -= 1  # what is saved is one more than this
-        try:
-            self.save(self._folder / files.LATEST, must)
-        finally:
-            self.current_epoch += 1
-            self._within = None
-
-    def _part(self, outputs: Outputs) -> dict[str, Any]:
-        seconds = time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)
-        columns = {name: torch.stack([torch.as_tensor(o[name]) for o in outputs]).cpu() for name in outputs[0]}
-        return {"outputs": columns, "seconds": float(seconds)}
 
     def _content(self) -> dict[str, Any]:
         """nnU-Net's own, of the epochs that are done, and what is ours."""
-        done = self.current_epoch + 1
+        log = self.logger.get_checkpoint()
+        done = len(log["epoch_end_timestamps"])
         return {
             "network_weights": self.network_weights(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-            "logging": {name: values[:done] for name, values in self.logger.get_checkpoint().items()},
+            "logging": {name: values[:done] for name, values in log.items()},
             "_best_ema": self._best_ema,
             "current_epoch": done,
             "init_args": self.my_init_kwargs,
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            _WITHIN: self._within,
+            _WITHIN: self._within_epoch() if self.outputs else None,
             _OWN: self.own_state(),
         }
+
+    def _within_epoch(self) -> dict[str, Any]:
+        seconds = time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)
+        columns = {
+            name: torch.stack([torch.as_tensor(o[name], device=self.device) for o in self.outputs]).cpu()
+            for name in self.outputs[0]
+        }
+        return {"outputs": columns, "seconds": float(seconds)}
 
     @property
     def bare_network(self) -> nn.Module:
@@ -316,7 +309,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def own_state(self) -> dict[str, Any]:
         """What a class needs beyond nnU-Net's content to continue: tensors and plain values."""
-        return {"peak_memory_mib": self.peak_memory_mib()}
+        return {"peak_memory_mib": self._peak_memory_mib()}
 
     # ---- resuming ------------------------------------------------------------------------------------------------
 
@@ -329,30 +322,11 @@ class ResumableTrainer(nnUNetTrainer):
         """
         if not self.was_initialized:
             self.initialize()
-        resuming = self.logger.resume and not self._was_loaded  # --val and --val_best want their very file
-        self._was_loaded = True
-        if not isinstance(filename_or_checkpoint, str):
-            self._take_over(filename_or_checkpoint)
-            return
-        file = Path(filename_or_checkpoint)
-        if not resuming or file.name not in files.ORDER:
-            self._take_over(files.exactly(file))
-            return
-        found = files.newest_whole(file.parent)
-        for line in found.damaged:
-            self.print_to_log_file(line)
-        self._take_over(found.content)
-        self._latest_is_whole = found.file.name == files.LATEST
-        within = "" if self._within is None else f", and {self.done_of_epoch} iterations of the next"
-        self.print_to_log_file(f"Continuing from {found.file}: {self.current_epoch} epochs are done{within}.")
-
-    def _resume_from_previous(self) -> None:
-        """Used where ``--c`` found none of the names that nnU-Net knows, and would start from epoch 0."""
-        if self.logger.resume and not self._was_loaded and (self._folder / files.PREVIOUS).is_file():
-            self.load_checkpoint(str(self._folder / files.PREVIOUS))
-
-    def _take_over(self, content: Mapping[str, Any]) -> None:
-        self.bare_network.load_state_dict(_without_module(content["network_weights"]))
+        content = filename_or_checkpoint
+        if isinstance(content, str):
+            content = self._read(Path(content))
+        weights = {name.removeprefix("module."): value for name, value in content["network_weights"].items()}
+        self.bare_network.load_state_dict(weights)
         # A copy: an optimizer on the CPU would keep working on the memory-mapped file.
         self.optimizer.load_state_dict(copy.deepcopy(content["optimizer_state"]))
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
@@ -363,30 +337,41 @@ class ResumableTrainer(nnUNetTrainer):
         self._best_ema = content["_best_ema"]
         if "inference_allowed_mirroring_axes" in content:
             self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
-        self._within = content.get(_WITHIN)
+        within = content.get(_WITHIN) or {"outputs": {}, "seconds": 0.0}
+        self._epoch_seconds = within["seconds"]
+        rows = zip(*within["outputs"].values(), strict=True)
+        self.outputs = [dict(zip(within["outputs"], (x.numpy() for x in row), strict=True)) for row in rows]
         self.load_own_state(content.get(_OWN) or {})
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        resuming = self.logger.resume and self.current_epoch == 0  # --val and --val_best want their very file
+        choice = [file.with_name(name) for name in files.ORDER] if resuming else [file]
+        file, content = files.load_whole(choice, self.print_to_log_file)
+        within = content.get(_WITHIN)
+        part = f", and {len(within['outputs']['loss'])} iterations of the next" if within else ""
+        self.print_to_log_file(f"Loaded {file}: {content['current_epoch']} epochs are done{part}.")
+        return content
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`own_state`; ``state`` is empty for a checkpoint of nnU-Net's own trainer."""
         self._peak_before = float(state.get("peak_memory_mib", 0.0))
 
-    @property
-    def done_of_epoch(self) -> int:
-        """Iterations of the current epoch that the checkpoint holds, before the loop has started."""
-        return 0 if self._within is None else len(next(iter(self._within["outputs"].values())))
 
-    def _outputs_so_far(self) -> Outputs:
-        """The outputs of the current epoch's iterations before the checkpoint."""
-        if self._within is None:
-            return []
-        columns = self._within["outputs"]
-        return [self.restored({name: values[i] for name, values in columns.items()}) for i in range(self.done_of_epoch)]
-
-    def restored(self, outputs: dict[str, Tensor]) -> dict[str, Any]:
-        """Outputs of an iteration as ``train_step`` gives them."""
-        return {name: value.numpy() for name, value in outputs.items()}
+def _device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of CPU cores that this process may use."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores" if device.type == "cpu" else str(device)
 
 
-def _without_module(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as a bare network has them."""
-    return {name.removeprefix("module."): value for name, value in weights.items()}
+def _peak_resident_mib() -> float:
+    """This process's highest resident memory so far; where the system does not tell it, what it holds now."""
+    status = Path("/proc/self/status")
+    peaks = (
+        [x.split()[1] for x in status.read_text().splitlines() if x.startswith("VmHWM:")] if status.is_file() else []
+    )
+    if peaks:  # ru_maxrss would include the process that started this one
+        return int(peaks[0]) / 1024
+    memory = psutil.Process().memory_info()
+    return (memory.peak_wset if sys.platform == "win32" else memory.rss) / 2**20

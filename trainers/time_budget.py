@@ -14,7 +14,6 @@ import torch
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE
 
-from .checkpoint_files import SaveInterval
 from .loading import LoaderWatch
 from .resumable import ResumableTrainer
 from .variants import MaskSAMTrainer_tiny
@@ -47,7 +46,7 @@ class nnUNetTrainer_budget(ResumableTrainer):
     with the seconds and iterations that its checkpoint had used. Writing checkpoints does not count.
     """
 
-    save_default = SaveInterval(epochs=1)
+    save_default = (1, None)
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_json
-from masksam_nnunet.modeling.lean import is_lean
+from masksam_nnunet.modeling.network import LEAN
 from masksam_nnunet.plans.architecture import open_configuration
 
 from ..models import find_models, network_to_predict
@@ -210,7 +210,7 @@ def _full_checkpoints(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path
     network: nn.Module | None = None
     for file in files:
         checkpoint = load_checkpoint(file)
-        was_lean = is_lean(checkpoint["network_weights"])
+        was_lean = LEAN in checkpoint["network_weights"]
         if was_lean:
             if network is None:
                 plans, configuration = PlansManager(str(model / PLANS)), model.name.split("__")[2]

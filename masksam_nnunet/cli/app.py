@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -11,14 +12,14 @@ import typer
 
 from masksam_nnunet import __version__
 from masksam_nnunet.backbones import checkpoint_names, planned_backbones
-from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import MaskSAMError
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 
 from . import benchmark, data, explain, export, predict, submit, train
-from .common import SeveralValues, ext_trainer_or_fail, fail
+from .common import Commands, Dataset, SeveralValues
 
 app = typer.Typer(
     name="masksam",
+    cls=Commands,
     help="MaskSAM for nnU-Net: Segment Anything with mask classification, as an nnU-Net v2 trainer.",
     no_args_is_help=True,
     add_completion=False,
@@ -59,31 +60,26 @@ def env(
     shell: Annotated[Shell, typer.Option(help="The shell whose syntax to print.")] = Shell.sh,
 ) -> None:
     """Print the shell line that sets nnUNet_extTrainer. Use it as eval "$(masksam env)"."""
-    typer.echo(_assignment(shell, ext_trainer_or_fail()))
-
-
-def _assignment(shell: Shell, value: str) -> str:
-    """The line that exports ``value`` to the programs that ``shell`` starts."""
+    value = ext_trainer_value(os.environ.get(EXT_TRAINER))
     match shell:
         case Shell.sh:
-            return f"export {EXT_TRAINER}={shlex.quote(value)}"
+            line = f"export {EXT_TRAINER}={shlex.quote(value)}"
         case Shell.fish:
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            return f"set -gx {EXT_TRAINER} '{escaped}'"
+            line = f"set -gx {EXT_TRAINER} '{escaped}'"
         case Shell.powershell:
             doubled = value.replace("'", "''")
-            return f"$env:{EXT_TRAINER} = '{doubled}'"
+            line = f"$env:{EXT_TRAINER} = '{doubled}'"
+    typer.echo(line)
 
 
 @app.command()
 def weights(
-    backbone: Annotated[Backbone, typer.Argument(help="The SAM checkpoint to fetch.", show_default=False)],
+    backbone: Annotated[Backbone, typer.Argument(help="The SAM checkpoint to fetch.")],
     source: Annotated[
-        Path | None, typer.Option("--from", help="A file that you have, to be verified and copied.", show_default=False)
+        Path | None, typer.Option("--from", help="A file that you have, to be verified and copied.")
     ] = None,
-    url: Annotated[
-        str | None, typer.Option(help="A mirror: the file's address or, ending in /, its folder's.", show_default=False)
-    ] = None,
+    url: Annotated[str | None, typer.Option(help="A mirror: the file's address or, ending in /, its folder's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is in the cache.")] = False,
 ) -> None:
     """Fetch a SAM checkpoint, verify it, and print where it is. A broken download is resumed."""
@@ -91,37 +87,29 @@ def weights(
         raise typer.BadParameter("give either --from or --url, not both")
     from masksam_nnunet.sam_weights import fetch
 
-    try:
-        path = fetch(backbone.value, url=url, source=source, force=force)
-    except MaskSAMError as error:
-        fail(str(error))
-    typer.echo(path)
+    typer.echo(fetch(backbone.value, url=url, source=source, force=force))
 
 
 @app.command(cls=SeveralValues)
 def plan(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
+    dataset: Dataset,
     configurations: Annotated[
         list[str] | None,
         typer.Option(
             "-c",
             "--configuration",
             help="One or more to plan; by default all that nnU-Net has.",
-            show_default=False,
         ),
     ] = None,
     backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AUTO,
     gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Memory of the card to train on.")] = 24.0,
-    preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.", show_default=False)] = None,
+    preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.")] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
 ) -> None:
     """Plan MaskSAM for a dataset and a GPU's memory. This chooses backbone, patch, batch, upsampling and queries."""
     from masksam_nnunet.plans.planning import plan_dataset
 
-    try:
-        plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, preset and preset.value, plans_name)
-    except MaskSAMError as error:
-        fail(str(error))
+    plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, preset and preset.value, plans_name)
 
 
 for group in (train, predict, benchmark, data, explain, export, submit):

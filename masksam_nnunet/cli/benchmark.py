@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import MaskSAMError, UsageError
+from masksam_nnunet.errors import UsageError
 
-from .common import SeveralValues, ext_trainer_or_fail, fail
+from .common import Dataset, SeveralValues, announce_trainers
 
-
-class Executor(StrEnum):
-    """Where folds are trained."""
-
-    local = "local"
-    slurm = "slurm"
-
-
+Executor = StrEnum("Executor", ["local", "slurm"])
 AcceptUnfair = Annotated[
     bool, typer.Option("--accept-unfair", help="Report an unfair comparison too; the report opens with the reasons.")
 ]
@@ -36,27 +26,13 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
 
 
-@contextmanager
-def _errors_shown() -> Iterator[None]:
-    """Make MaskSAM's trainers known to nnU-Net; end with a message where something goes wrong."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
-    try:
-        yield
-    except MaskSAMError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished work is kept; the same command continues from there", err=True)
-        raise typer.Exit(130) from None
-
-
 def benchmark(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
+    dataset: Dataset,
     trainers: Annotated[
         list[str],
         typer.Option(
             "--trainers",
             help="Two or more: TRAINER, TRAINER@PLANS, or nnunet, resenc-m|l|xl, primus-s|b|m|l.",
-            show_default=False,
         ),
     ],
     plans: Annotated[
@@ -69,7 +45,7 @@ def benchmark(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="For each fold, with trainers whose names end in _budget.", show_default=False),
+        typer.Option(help="For each fold, with trainers whose names end in _budget."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -91,62 +67,60 @@ def benchmark(
     accept_unfair: AcceptUnfair = False,
     processes: Annotated[int, typer.Option("-np", "--processes", min=1, help="Workers that score and ensemble.")] = 2,
     executor: Annotated[Executor, typer.Option(help="This machine, or a cluster.")] = Executor.local,
-    partition: Annotated[str | None, typer.Option(help="SLURM's partition.", show_default=False)] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
     hours: Annotated[float, typer.Option(min=0.05, help="SLURM: time limit; a job that reaches it continues.")] = 24.0,
     gpus: Annotated[int | None, typer.Option(min=0, help="SLURM: for each job.", show_default="1, on cpu 0")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="SLURM: for each job.")] = 8,
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="SLURM: for each job.", show_default=False)] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="SLURM: for each job.")] = None,
     slurm: Annotated[
         list[str] | None,
-        typer.Option("--slurm", metavar="KEY[=VALUE]", help="More for sbatch: account=lab.", show_default=False),
+        typer.Option("--slurm", metavar="KEY[=VALUE]", help="More for sbatch: account=lab."),
     ] = None,
     wait: Annotated[bool, typer.Option(help="SLURM: stay until all jobs have ended.")] = False,
 ) -> None:
     """Compare methods on identical folds. Missing folds are trained first, with nnU-Net's own commands."""
-    with _errors_shown():
-        from masksam_nnunet.benchmarks import run
-        from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
-        from masksam_nnunet.benchmarks.jobs import device_kind
-        from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
-        from masksam_nnunet.inference.methods import parse_methods
+    announce_trainers()
+    from masksam_nnunet.benchmarks import run
+    from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
+    from masksam_nnunet.benchmarks.jobs import device_kind
+    from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
+    from masksam_nnunet.inference.methods import parse_methods
 
-        if executor is Executor.local and (slurm or partition or wait):
-            raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
-        chosen = devices or ["cuda"]
-        defined = Benchmark(
-            dataset=find_benchmark_dataset(dataset),
-            configuration=configuration,
-            methods=parse_methods(trainers, plans or (), configuration),
-            folds=tuple(folds or range(5)),
-            minutes=minutes,
-            device=device_kind(chosen),
-            ensembles=ensembles and len(trainers) > 1,
-            accept_unfair=accept_unfair,
-            processes=processes,
-            group=group,
-        )
-        page: Path | None
-        if executor is Executor.local:
-            page = run.run_benchmark(defined, out, chosen)
-        else:
-            wanted = gpus if gpus is not None else int(defined.device == "cuda")
-            settings = SlurmSettings(
-                partition, round(60 * hours), wanted, cpus, memory, parse_slurm_options(slurm or ())
-            )
-            page = run.submit_benchmark(defined, out, settings, wait)
-        if page is not None:
-            typer.echo(page)
+    if executor is Executor.local and (slurm or partition or wait):
+        raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
+    chosen = devices or ["cuda"]
+    defined = Benchmark(
+        dataset=find_benchmark_dataset(dataset),
+        configuration=configuration,
+        methods=parse_methods(trainers, plans or (), configuration),
+        folds=tuple(folds or range(5)),
+        minutes=minutes,
+        device=device_kind(chosen),
+        ensembles=ensembles and len(trainers) > 1,
+        accept_unfair=accept_unfair,
+        processes=processes,
+        group=group,
+    )
+    page: Path | None
+    if executor is Executor.local:
+        page = run.run_benchmark(defined, out, chosen)
+    else:
+        wanted = gpus if gpus is not None else int(defined.device == "cuda")
+        settings = SlurmSettings(partition, round(60 * hours), wanted, cpus, memory, parse_slurm_options(slurm or ()))
+        page = run.submit_benchmark(defined, out, settings, wait)
+    if page is not None:
+        typer.echo(page)
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The benchmark's.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The benchmark's.")],
     accept_unfair: AcceptUnfair = False,
 ) -> None:
     """Evaluate a benchmark again and write its report."""
-    with _errors_shown():
-        from masksam_nnunet.benchmarks import run
+    announce_trainers()
+    from masksam_nnunet.benchmarks import run
 
-        typer.echo(run.report(folder, accept_unfair=accept_unfair or None))
+    typer.echo(run.report(folder, accept_unfair=accept_unfair or None))
 
 
 def demo(
@@ -161,9 +135,9 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed for the phantoms; nnU-Net training is unseeded.")] = 0,
 ) -> None:
     """Compare a tiny MaskSAM with nnU-Net. Both train for the same minutes on the same fold; a report is written."""
-    with _errors_shown():
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net reads them when it is imported
-            os.environ[name] = str(out.absolute() / name)
-        from masksam_nnunet.benchmarks.demo import run_demo
+    announce_trainers()
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net reads them when it is imported
+        os.environ[name] = str(out.absolute() / name)
+    from masksam_nnunet.benchmarks.demo import run_demo
 
-        typer.echo(run_demo(out, data, minutes, batch_size, fold, seed))
+    typer.echo(run_demo(out, data, minutes, batch_size, fold, seed))

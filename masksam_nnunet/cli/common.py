@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.errors import MaskSAMError
 
 DEFAULT_TRAINER = "MaskSAMTrainer"
+
+Dataset = Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.")]
+NewDataset = Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.")]
+Trainer = Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")]
+Plans = Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")]
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are shown as a message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MaskSAMError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            typer.echo("interrupted: finished work is kept", err=True)
+            raise typer.Exit(130) from None
 
 
 def fail(message: str) -> NoReturn:
@@ -20,12 +38,9 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def ext_trainer_or_fail() -> str:
-    """The value of ``nnUNet_extTrainer`` that adds MaskSAM's trainers to those it names now."""
-    try:
-        return ext_trainer_value(os.environ.get(EXT_TRAINER))
-    except RuntimeError as error:
-        fail(str(error))
+def announce_trainers() -> None:
+    """Let nnU-Net find MaskSAM's trainers, in the processes that it starts too."""
+    os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
 
 
 def require_device(device: str) -> None:
@@ -39,32 +54,25 @@ def require_device(device: str) -> None:
 
 
 class SeveralValues(TyperCommand):
-    """Options that may be repeated also take several values at once, as nnU-Net's do: ``-f 0 1``."""
+    """Options that may be repeated also take several values at once, as nnU-Net's do: ``-f 0 1`` is ``-f 0 -f 1``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        return super().parse_args(ctx, repeat_options(args, repeatable, self.takes))
+        result: list[str] = []
+        option, taken = "", False
+        for word in args:
+            if word.startswith("-"):
+                option, taken = word, False
+            elif option in repeatable and taken:
+                if self.takes(option, word):
+                    result.append(option)
+                else:
+                    option = ""
+            else:
+                taken = True
+            result.append(word)
+        return super().parse_args(ctx, result)
 
     def takes(self, option: str, word: str) -> bool:
         """Whether ``word``, after a first value of ``option``, is one more."""
         return True
-
-
-def repeat_options(
-    arguments: list[str], repeatable: set[str], takes: Callable[[str, str], bool] = lambda option, word: True
-) -> list[str]:
-    """Write ``-f 0 1`` as ``-f 0 -f 1``, for the options in ``repeatable`` and the words that they take."""
-    result: list[str] = []
-    option, taken = "", False
-    for word in arguments:
-        if word.startswith("-"):
-            option, taken = word, False
-        elif option in repeatable and taken:
-            if takes(option, word):
-                result.append(option)
-            else:
-                option = ""
-        else:
-            taken = True
-        result.append(word)
-    return result

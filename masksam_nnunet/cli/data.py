@@ -9,36 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from masksam_nnunet.errors import MaskSAMError
+from .common import Dataset, NewDataset, fail
 
-from .common import fail
+Modality = StrEnum("Modality", ["ct", "all"])
+Organs = StrEnum("Organs", {"thirteen": "13", "eight": "8"})
+SynapseSplit = StrEnum("SynapseSplit", {"transunet": "18/12", "none": "none"})
 
-
-class Modality(StrEnum):
-    """Parts of AMOS."""
-
-    ct = "ct"
-    all = "all"
-
-
-class Organs(StrEnum):
-    """Label sets of Synapse."""
-
-    thirteen = "13"
-    eight = "8"
-
-
-class SynapseSplit(StrEnum):
-    """Which of the labelled Synapse cases are test cases."""
-
-    transunet = "18/12"
-    none = "none"
-
-
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the unpacked download.", show_default=False)]
-DatasetId = Annotated[
-    int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.", show_default=False)
-]
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the unpacked download.")]
 Partial = Annotated[bool, typer.Option("--partial", help="Accept a download with fewer cases than the official one.")]
 
 convert_app = typer.Typer(help="Convert a challenge's download to a raw dataset.", no_args_is_help=True)
@@ -54,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 @convert_app.command()
-def acdc(source: Source, dataset_id: DatasetId, partial: Partial = False) -> None:
+def acdc(source: Source, dataset_id: NewDataset, partial: Partial = False) -> None:
     """Convert ACDC; SOURCE holds training and testing. The split is by patient."""
     _convert("acdc", source, dataset_id, partial=partial)
 
@@ -62,7 +39,7 @@ def acdc(source: Source, dataset_id: DatasetId, partial: Partial = False) -> Non
 @convert_app.command()
 def synapse(
     source: Source,
-    dataset_id: DatasetId,
+    dataset_id: NewDataset,
     organs: Annotated[Organs, typer.Option(help="8 are TransUNet's; others become background.")] = Organs.thirteen,
     split: Annotated[
         SynapseSplit,
@@ -77,7 +54,7 @@ def synapse(
 @convert_app.command()
 def amos(
     source: Source,
-    dataset_id: DatasetId,
+    dataset_id: NewDataset,
     modality: Annotated[Modality, typer.Option(help="ct, or all for CT and MR.")] = Modality.ct,
 ) -> None:
     """Convert AMOS22 (the release after the challenge); SOURCE holds dataset.json."""
@@ -87,7 +64,7 @@ def amos(
 @convert_app.command()
 def msd(
     source: Source,
-    dataset_id: DatasetId,
+    dataset_id: NewDataset,
     processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 2,
 ) -> None:
     """Convert a task of the Medical Segmentation Decathlon; SOURCE is its folder TaskXX_Name."""
@@ -97,26 +74,21 @@ def msd(
 def _convert(kind: str, source: Path, dataset_id: int, **options: Any) -> None:
     from masksam_nnunet.plans.datasets import convert
 
-    try:
-        folder = convert(kind, source, dataset_id, **options)
-    except MaskSAMError as error:
-        fail(str(error))
+    folder = convert(kind, source, dataset_id, **options)
     _done(folder, dataset_id)
 
 
 @data_app.command()
 def hippocampus(
-    dataset_id: Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.")] = 4,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the dataset instead of nnUNet_raw.", show_default=False)
-    ] = None,
+    dataset_id: NewDataset = 4,
+    out: Annotated[Path | None, typer.Option(help="Folder for the dataset instead of nnUNet_raw.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Use this Task04_Hippocampus.tar instead of downloading it.", show_default=False),
+        typer.Option("--from", help="Use this Task04_Hippocampus.tar instead of downloading it."),
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Address of a mirror of the file or, ending in /, its folder.", show_default=False),
+        typer.Option(help="Address of a mirror of the file or, ending in /, its folder."),
     ] = None,
 ) -> None:
     """Download, verify and convert MSD Task04 Hippocampus (28 MB). A broken download is resumed."""
@@ -124,10 +96,7 @@ def hippocampus(
         raise typer.BadParameter("give either --from or --url, not both")
     from masksam_nnunet.plans.datasets.msd import get_hippocampus
 
-    try:
-        folder = get_hippocampus(dataset_id=dataset_id, out=out, url=url, source=source)
-    except MaskSAMError as error:
-        fail(str(error))
+    folder = get_hippocampus(dataset_id=dataset_id, out=out, url=url, source=source)
     _done(folder, dataset_id)
     typer.echo(f"for a first look: masksam demo --data {folder} --minutes 10", err=True)
 
@@ -143,15 +112,12 @@ def _done(folder: Path, dataset_id: int) -> None:
 
 
 def split(
-    dataset_id: Annotated[
-        int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the dataset.", show_default=False)
-    ],
+    dataset_id: Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the dataset.")],
     group: Annotated[
         str,
         typer.Option(
             metavar="REGEX",
             help="Finds the patient in a case's name: its group named patient, else all groups, else the match.",
-            show_default=False,
         ),
     ],
     folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
@@ -163,10 +129,7 @@ def split(
     """Write folds that keep each patient's cases together. For example --group '(patient[0-9]+)_'."""
     from masksam_nnunet.plans.splits import split_dataset
 
-    try:
-        report = split_dataset(dataset_id, group, folds=folds, seed=seed, force=force)
-    except MaskSAMError as error:
-        fail(str(error))
+    report = split_dataset(dataset_id, group, folds=folds, seed=seed, force=force)
     typer.echo(f"{report.path} {'written' if report.written else 'has this split already'}")
     typer.echo("fold  train patients (cases)  val patients (cases)")
     for number, fold in enumerate(report.folds):
@@ -179,20 +142,17 @@ def split(
 
 
 def check(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Number or name of the dataset.", show_default=False)],
+    dataset: Dataset,
 ) -> None:
     """List all defects of a raw dataset. Every file is read; the exit code is 1 if there are any."""
     from masksam_nnunet.plans.planning import find_dataset
     from masksam_nnunet.plans.raw_check import check_raw_dataset
 
-    try:
-        name = find_dataset(dataset, ("nnUNet_raw",))
-        preprocessed = os.environ.get("nnUNet_preprocessed")  # training uses its splits
-        result = check_raw_dataset(
-            Path(os.environ["nnUNet_raw"]) / name, Path(preprocessed) / name if preprocessed else None
-        )
-    except MaskSAMError as error:
-        fail(str(error))
+    name = find_dataset(dataset, ("nnUNet_raw",))
+    preprocessed = os.environ.get("nnUNet_preprocessed")  # training uses its splits
+    result = check_raw_dataset(
+        Path(os.environ["nnUNet_raw"]) / name, Path(preprocessed) / name if preprocessed else None
+    )
     for note in result.notes:
         typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)
     for defect in result.defects:

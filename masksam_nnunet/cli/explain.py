@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import MaskSAMError
-
-from .common import DEFAULT_TRAINER, SeveralValues, ext_trainer_or_fail, fail
+from .common import DEFAULT_TRAINER, Dataset, Plans, SeveralValues, Trainer, announce_trainers
 
 
 class _CaseAnywhere(SeveralValues):
@@ -31,16 +27,14 @@ def register(app: typer.Typer) -> None:
 
 
 def explain(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
-    configuration: Annotated[
-        str, typer.Option("-c", "--configuration", help="nnU-Net's configuration.", show_default=False)
-    ],
+    dataset: Dataset,
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="nnU-Net's configuration.")],
     case: Annotated[
         str | None,
-        typer.Argument(help="A case of the raw dataset; with --image any name.", show_default=False),
+        typer.Argument(help="A case of the raw dataset; with --image any name."),
     ] = None,
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")] = DEFAULT_TRAINER,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")] = "nnUNetPlans",
+    trainer: Trainer = DEFAULT_TRAINER,
+    plans: Plans = "nnUNetPlans",
     folds: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +49,7 @@ def explain(
     ] = "checkpoint_final.pth",
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", help="Files, one per channel, of an image outside the dataset.", show_default=False),
+        typer.Option("--image", help="Files, one per channel, of an image outside the dataset."),
     ] = None,
     label: Annotated[
         Path | None, typer.Option("--label", help="The label map to show.", show_default="the dataset's own")
@@ -66,7 +60,6 @@ def explain(
             "-prev_stage_predictions",
             "--prev-stage-predictions",
             help="For a cascade: folder with the first stage's predictions.",
-            show_default=False,
         ),
     ] = None,
     slices: Annotated[
@@ -83,26 +76,23 @@ def explain(
     ] = False,
 ) -> None:
     """Show how a trained MaskSAM segments a case. Writes its queries, its uncertainty, and overlays."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    announce_trainers()
     from masksam_nnunet.inference.explain.run import explain
     from masksam_nnunet.inference.methods import Method
 
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; only the page's path goes to a pipe
-            page = explain(
-                dataset,
-                Method(trainer, plans, configuration),
-                folds or ["0"],
-                checkpoint,
-                case,
-                images=image or [],
-                label=label,
-                previous=previous,
-                slices=slices or [],
-                out=out,
-                device=device,
-                mirroring=not no_mirroring,
-            )
-    except MaskSAMError as error:
-        fail(str(error))
+    with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; only the page's path goes to a pipe
+        page = explain(
+            dataset,
+            Method(trainer, plans, configuration),
+            folds or ["0"],
+            checkpoint,
+            case,
+            images=image or [],
+            label=label,
+            previous=previous,
+            slices=slices or [],
+            out=out,
+            device=device,
+            mirroring=not no_mirroring,
+        )
     typer.echo(page)

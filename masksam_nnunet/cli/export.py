@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,17 +10,9 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import MaskSAMError
+from .common import DEFAULT_TRAINER, Dataset, Plans, SeveralValues, Trainer, announce_trainers, fail
 
-from .common import SeveralValues, ext_trainer_or_fail, fail
-
-
-class Format(StrEnum):
-    """The formats of an exported model."""
-
-    nnunet = "nnunet"
-    safetensors = "safetensors"
+Format = StrEnum("Format", ["nnunet", "safetensors"])
 
 
 def register(app: typer.Typer) -> None:
@@ -31,17 +22,17 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.", show_default=False)],
+    dataset: Dataset,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="Zip file to write; a folder too with --format safetensors."),
     ],
     configurations: Annotated[
         list[str] | None,
-        typer.Option("-c", "--configuration", help="One or more; all that were trained if none.", show_default=False),
+        typer.Option("-c", "--configuration", help="One or more; all that were trained if none."),
     ] = None,
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")] = "MaskSAMTrainer",
-    plans: Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")] = "nnUNetPlans",
+    trainer: Trainer = DEFAULT_TRAINER,
+    plans: Plans = "nnUNetPlans",
     folds: Annotated[
         list[str] | None, typer.Option("-f", "--folds", help="One or more, or all.", show_default="0 1 2 3 4")
     ] = None,
@@ -58,18 +49,15 @@ def export(
     ] = False,
 ) -> None:
     """Export a trained model, for nnU-Net or without pickle. Lean checkpoints are completed."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    announce_trainers()
     chosen = folds or ("0", "1", "2", "3", "4")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; the path alone is for pipes
-            from masksam_nnunet.inference.export.write import export_model, export_portable
+    with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; the path alone is for pipes
+        from masksam_nnunet.inference.export.write import export_model, export_portable
 
-            if format_ is Format.safetensors:
-                done = export_portable(dataset, output, trainer, plans, configurations, chosen, force)
-            else:
-                done = export_model(dataset, output, trainer, plans, configurations, chosen)
-    except MaskSAMError as error:
-        fail(str(error))
+        if format_ is Format.safetensors:
+            done = export_portable(dataset, output, trainer, plans, configurations, chosen, force)
+        else:
+            done = export_model(dataset, output, trainer, plans, configurations, chosen)
     typer.echo(output)
     typer.echo(f"{done.checkpoints} checkpoints, of which {done.completed} were lean and were completed", err=True)
     if format_ is Format.nnunet:
@@ -97,23 +85,20 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="Replace an installed model, all folds of it.")] = False,
 ) -> None:
     """Check a portable model and install it for nnU-Net's commands. Nothing of it is unpickled."""
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    announce_trainers()
     if unpack is not None and force:
         raise typer.BadParameter("--unpack installs nothing: give it without --force")
     from masksam_nnunet.inference.export.install import import_model, unpack_model
 
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            if unpack is not None:
-                path = unpack_model(source, unpack)
-                options = f"--model {path}"
-            elif to is None:
-                fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
-            else:
-                path, model = import_model(source, to, force)
-                names = f"-d {model.dataset} -c {model.configuration} -tr {model.trainer} -p {model.plans}"
-                options = f"{names} -f {' '.join(model.folds)}"
-    except MaskSAMError as error:
-        fail(str(error))
+    with contextlib.redirect_stdout(sys.stderr):
+        if unpack is not None:
+            path = unpack_model(source, unpack)
+            options = f"--model {path}"
+        elif to is None:
+            fail("nnUNet_results is not set: export it, or name a folder to install into with --to")
+        else:
+            path, model = import_model(source, to, force)
+            names = f"-d {model.dataset} -c {model.configuration} -tr {model.trainer} -p {model.plans}"
+            options = f"{names} -f {' '.join(model.folds)}"
     typer.echo(path)
     typer.echo(f"predict with: masksam predict {options} -i IN -o OUT", err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import MaskSAMError, UsageError
+from masksam_nnunet.errors import UsageError
 
-from .common import DEFAULT_TRAINER, SeveralValues, ext_trainer_or_fail, fail, require_device
+from .common import DEFAULT_TRAINER, SeveralValues, announce_trainers, fail, require_device
 
 if TYPE_CHECKING:
     from masksam_nnunet.inference.models import Model
@@ -102,92 +100,62 @@ def predict(
 
     A case that cannot be predicted does not stop the others: the command ends with their list and exit code 1.
     """
-    os.environ[EXT_TRAINER] = ext_trainer_or_fail()
+    announce_trainers()
     require_device(device)
     import torch
 
+    from masksam_nnunet.inference.export.load import PortablePredictModel
+    from masksam_nnunet.inference.methods import Method
+    from masksam_nnunet.inference.models import TrainedModel, parse_folds, trained_models
+    from masksam_nnunet.inference.predict.ensemble import parse_members
+    from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
     from masksam_nnunet.inference.predict.predict_cases import PredictOptions
     from masksam_nnunet.inference.predict.run import predict as predict_folder
 
     if device is not Device.mps:  # as nnU-Net's command
         torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)
-    try:
-        if model is not None:
-            models, chosen = _portable_model(model, folds, postprocessing, (dataset, configuration, trainer, ensemble))
-        else:
-            models, chosen = _trained_models(
-                dataset, trainer, plans, configuration, folds or "01234", checkpoint, ensemble or (), postprocessing
-            )
-        options = PredictOptions(
-            device=device,
-            step_size=step_size,
-            mirroring=not disable_tta,
-            on_device=not not_on_device,
-            batch_size=batch_size,
-            verbose=verbose,
-            progress=not disable_progress_bar,
-            probabilities=save_probabilities,
-            resume=continue_prediction,
-            preprocessing_processes=npp,
-            export_processes=nps,
-            previous=previous,
-            parts=num_parts,
-            part=part_id,
-            postprocessing=chosen,
-        )
-        failed = predict_folder(models, images, output, options)
-    except MaskSAMError as error:
-        fail(str(error))
+    numbers = parse_folds(folds or "01234")
+    models: Sequence[Model]
+    if model is not None:
+        if dataset or configuration or trainer or ensemble:
+            raise UsageError(f"--model {model} names the model: leave -d, -c, -tr and --ensemble out")
+        models = [PortablePredictModel(model, numbers if folds else None)]
+    elif not dataset or not (configuration or ensemble):
+        raise UsageError(f"name the model with -d and -c, or with --model; {'-c' if dataset else '-d'} is missing")
+    elif ensemble and trainer:
+        raise UsageError(f"-tr {trainer}: --ensemble names the trainers; leave -tr out")
+    else:
+        alone = [Method(trainer or DEFAULT_TRAINER, plans, configuration or "")]
+        methods = parse_members(ensemble, plans, configuration or "") if ensemble else alone
+        models = trained_models(dataset, methods, numbers, checkpoint)
+    if postprocessing == "auto":
+        trained = [member.folder for member in models if isinstance(member, TrainedModel)]
+        if not trained:
+            raise UsageError("--postprocessing auto: a portable model holds none; name a postprocessing.pkl")
+        chosen: Postprocessing | None = find_postprocessing(trained, numbers)
+    else:
+        chosen = read_postprocessing(Path(postprocessing)) if postprocessing else None
+    options = PredictOptions(
+        device=device,
+        step_size=step_size,
+        mirroring=not disable_tta,
+        on_device=not not_on_device,
+        batch_size=batch_size,
+        verbose=verbose,
+        progress=not disable_progress_bar,
+        probabilities=save_probabilities,
+        resume=continue_prediction,
+        preprocessing_processes=npp,
+        export_processes=nps,
+        previous=previous,
+        parts=num_parts,
+        part=part_id,
+        postprocessing=chosen,
+    )
+    failed = predict_folder(models, images, output, options)
     if failed:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(failed.items()))
         fail(
             f"{len(failed)} of the cases could not be predicted:\n{lines}\n"
             f"The others are in {output}. Correct these and add --continue_prediction"
         )
-
-
-def _trained_models(
-    dataset: str | None,
-    trainer: str | None,
-    plans: str,
-    configuration: str | None,
-    folds: Sequence[str],
-    checkpoint: str,
-    ensemble: Sequence[str],
-    postprocessing: str | None,
-) -> tuple[Sequence[Model], Postprocessing | None]:
-    """Find what the options name in nnUNet_results."""
-    from masksam_nnunet.inference.methods import Method
-    from masksam_nnunet.inference.models import parse_folds, trained_models
-    from masksam_nnunet.inference.predict.ensemble import parse_members
-    from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
-
-    if not dataset or not (configuration or ensemble):
-        raise UsageError(f"name the model with -d and -c, or with --model; {'-c' if dataset else '-d'} is missing")
-    if ensemble and trainer:
-        raise UsageError(f"-tr {trainer}: --ensemble names the trainers; leave -tr out")
-    if ensemble:
-        methods = parse_members(ensemble, plans, configuration or "")
-    else:
-        methods = [Method(trainer or DEFAULT_TRAINER, plans, configuration or "")]
-    numbers = parse_folds(folds)
-    models = trained_models(dataset, methods, numbers, checkpoint)
-    if postprocessing == "auto":
-        return models, find_postprocessing([model.folder for model in models], numbers)
-    return models, read_postprocessing(Path(postprocessing)) if postprocessing else None
-
-
-def _portable_model(
-    folder: Path, folds: Sequence[str] | None, postprocessing: str | None, others: tuple[object, ...]
-) -> tuple[Sequence[Model], Postprocessing | None]:
-    """Find a portable model; ``others`` are the options that name models in another way."""
-    from masksam_nnunet.inference.export.load import PortablePredictModel
-    from masksam_nnunet.inference.models import parse_folds
-    from masksam_nnunet.inference.predict.postprocessing import read_postprocessing
-
-    if any(others):
-        raise UsageError(f"--model {folder} names the model: leave -d, -c, -tr and --ensemble out")
-    if postprocessing == "auto":
-        raise UsageError("--postprocessing auto: a portable model holds none; name a postprocessing.pkl")
-    models = [PortablePredictModel(folder, parse_folds(folds) if folds else None)]
-    return models, read_postprocessing(Path(postprocessing)) if postprocessing else None

@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet.errors import MaskSAMError
-
 from .common import fail
 
 Challenge = StrEnum("Challenge", ["acdc", "amos", "synapse", "msd"])
@@ -23,11 +21,9 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    challenge: Annotated[Challenge, typer.Argument(help="The challenge whose rules apply.", show_default=False)],
-    predictions: Annotated[
-        Path, typer.Argument(metavar="PREDICTIONS", help="The folder of nnU-Net's predictions.", show_default=False)
-    ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The zip to write.", show_default=False)] = None,
+    challenge: Annotated[Challenge, typer.Argument(help="The challenge whose rules apply.")],
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="The folder of nnU-Net's predictions.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The zip to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="List all defects and write nothing.")] = False,
     images: Annotated[
         Path | None,
@@ -37,9 +33,7 @@ def submit(
             show_default="imagesTs of -d",
         ),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("-d", "--dataset", help="A raw dataset, by number or name.", show_default=False)
-    ] = None,
+    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="A raw dataset, by number or name.")] = None,
     dataset_json: Annotated[
         Path | None,
         typer.Option(
@@ -48,7 +42,7 @@ def submit(
     ] = None,
     rules: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help='Your own rules, such as {"folder": "results"}.', show_default=False),
+        typer.Option(metavar="FILE.json", help='Your own rules, such as {"folder": "results"}.'),
     ] = None,
     task: Annotated[
         str | None,
@@ -65,32 +59,29 @@ def submit(
     from masksam_nnunet.inference.submission.archive import package, refusal, require_place
     from masksam_nnunet.inference.submission.inspection import inspect
 
-    try:
-        if out is not None:
-            require_place(out, predictions, force=force)
-        found = inspect(
-            challenge.value,
-            predictions,
-            images=images,
-            dataset=dataset,
-            dataset_json=dataset_json,
-            override=rules,
-            task=task,
-        )
-        warnings = [f"note: {note}" for note in found.notes]
-        for rule in found.unconfirmed:
-            value = textwrap.shorten(json.dumps(rule.value, ensure_ascii=False), 160, placeholder=" ...")
-            warnings.append(f"unconfirmed rule: {rule.name} = {value} ({rule.source})")
-        for warning in warnings:
-            typer.secho(warning, fg=typer.colors.YELLOW, err=True)
-        if found.unconfirmed:
-            typer.echo("compare unconfirmed rules with the challenge's page; --rules FILE.json sets others", err=True)
-        if out is not None:
-            package(found, out)
-        elif found.defects:
-            fail(refusal(found))
-    except MaskSAMError as error:
-        fail(str(error))
+    if out is not None:
+        require_place(out, predictions, force=force)
+    found = inspect(
+        challenge.value,
+        predictions,
+        images=images,
+        dataset=dataset,
+        dataset_json=dataset_json,
+        override=rules,
+        task=task,
+    )
+    warnings = [f"note: {note}" for note in found.notes]
+    for rule in found.unconfirmed:
+        value = textwrap.shorten(json.dumps(rule.value, ensure_ascii=False), 160, placeholder=" ...")
+        warnings.append(f"unconfirmed rule: {rule.name} = {value} ({rule.source})")
+    for warning in warnings:
+        typer.secho(warning, fg=typer.colors.YELLOW, err=True)
+    if found.unconfirmed:
+        typer.echo("compare unconfirmed rules with the challenge's page; --rules FILE.json sets others", err=True)
+    if out is not None:
+        package(found, out)
+    elif found.defects:
+        fail(refusal(found))
     if out is None:
         typer.echo(f"{found.title}: {len(found.files)} files, no defects")
     else:

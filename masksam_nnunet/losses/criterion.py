@@ -14,7 +14,7 @@ from ..modeling.compute import full_precision
 from ..modeling.geometry import generalised_iou, to_patch
 from ..modeling.network import MaskSAMOutput
 from ..semantic import semantic_log_probabilities
-from .masks import PairSums, draw, matched_mask_losses, pairwise_sums, piece_size, uncertain_points
+from .masks import CPU_PIECE, GPU_PIECE, PairSums, draw, matched_mask_losses, pairwise_sums, uncertain_points
 from .matching import Matches, match, pairwise_cost
 from .targets import Targets, make_targets
 
@@ -54,6 +54,8 @@ class MaskSAMCriterion(nn.Module):
         self.regions = regions
         self.ignore_label = ignore_label
         self.semantic_loss = semantic_loss
+        self.piece: int | None = None
+        """Elements of masks that are worked on at once; None: as the device suggests."""
 
     def forward(self, output: MaskSAMOutput, segmentation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and each of its terms before weighting, detached.
@@ -84,10 +86,6 @@ class MaskSAMCriterion(nn.Module):
         """The matched pairs, see :func:`match`."""
         return match(cost, targets, self.grid.patch[0], self.loss.matching)
 
-    def piece_size(self, device: torch.device) -> int:
-        """Elements of masks that are worked on at once."""
-        return piece_size(device)
-
     def _mask_classification(self, output: MaskSAMOutput, segmentation: Tensor) -> dict[str, Tensor]:
         targets = self.find_targets(segmentation)
         classes, boxes = (full_precision(x).flatten(0, 1) for x in (output.class_logits, output.aux_boxes))
@@ -99,7 +97,8 @@ class MaskSAMCriterion(nn.Module):
         truth = targets.masks.flatten(2)  # (S, T, V)
         valid = None if targets.valid is None else targets.valid.flatten(1)  # (S, V)
 
-        size, number, piece = masks.shape[-1], self.loss.num_points, self.piece_size(masks.device)
+        size, number = masks.shape[-1], self.loss.num_points
+        piece = self.piece or (CPU_PIECE if masks.device.type == "cpu" else GPU_PIECE)
         points = draw(len(classes), size, number, valid, masks.device) if size > number else None  # (S, P)
         sums = pairwise_sums([masks, aux_masks], truth, valid, points, piece)  # (S, N, T)
         matches = self.assign(pairwise_cost(classes, boxes, sums[0], sums[1], targets, self.loss), targets)

@@ -21,11 +21,6 @@ GPU_PIECE = 2**24
 """Enough to fill a GPU."""
 
 
-def piece_size(device: torch.device) -> int:
-    """Elements to work on at once."""
-    return CPU_PIECE if device.type == "cpu" else GPU_PIECE
-
-
 def draw(rows: int, size: int, number: int, known: Tensor | None, device: torch.device) -> Tensor:
     """``number`` voxels of ``size`` for each row, uniformly and with replacement: (rows, number).
 

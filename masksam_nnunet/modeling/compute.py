@@ -1,4 +1,4 @@
-"""How the network is computed: its number format, and what is recomputed in the backward pass instead of kept."""
+"""How the network is computed: its number format, and what is recomputed in the backward pass or never kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -47,3 +49,27 @@ def in_pieces(size: int | None, recompute: bool, function: Callable[[Tensor], Te
     if size is None or len(x) <= size:
         return function(x)
     return torch.cat([recomputed(recompute, function, piece) for piece in x.split(size)])
+
+
+def shrink(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel, k, as a linear map of patches: (M, C, h k, w k) to (M, h, w, C').
+
+    Autograd keeps a convolution's input even where its weight is frozen; a linear map's it does not.
+    """
+    k = convolution.kernel_size[0]
+    x = x.unflatten(-1, (-1, k)).unflatten(-3, (-1, k))  # (M, C, h, k, w, k)
+    patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (M, h, w, C k k)
+    return F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+
+
+def grow(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """A transposed convolution, likewise: (..., C) to (..., k, k, C'), the patch that every vector becomes."""
+    k = convolution.kernel_size[0]
+    weight = convolution.weight.permute(2, 3, 1, 0)  # (k, k, C', C)
+    bias = None if convolution.bias is None else convolution.bias.repeat(k * k)
+    return F.linear(x, weight.flatten(0, 2), bias).unflatten(-1, (k, k, -1))
+
+
+def norm(layer: LayerNorm2d, x: Tensor) -> Tensor:
+    """segment-anything's norm over channels, for (..., C); at least float32, as autocast has it on CUDA."""
+    return F.layer_norm(full_precision(x), layer.weight.shape, layer.weight, layer.bias, layer.eps)

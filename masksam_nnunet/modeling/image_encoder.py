@@ -13,8 +13,7 @@ from ..backbones import Backbone
 from ..config import Grid, MaskSAMConfig
 from .attention import self_attention
 from .blocks import DepthEmbedding
-from .compute import in_pieces, recomputed
-from .patchwise import norm, shrink
+from .compute import in_pieces, norm, recomputed, shrink
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # SAM's
 

@@ -11,7 +11,7 @@ from ..backbones import Backbone
 from .adapters import DConvAdapter, DMLPAdapter
 from .attention import decoder_attention, image_to_token, token_to_image
 from .blocks import Trainable
-from .patchwise import grow, norm
+from .compute import grow, norm
 
 
 class ClassToken(Trainable):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from ..config import Grid, MaskSAMConfig
 from ..errors import WeightsError
-from ..sam_checkpoint import PARTS, LoadReport, load_sam
+from ..sam_checkpoint import PARTS, read_checkpoint, remap_sam_state_dict
+from ..sam_weights import find_exact, verify
 from ..semantic import semantic_log_probabilities
 from .blocks import Trainable
 from .compute import autocast, recomputed
-from .lean import LEAN, SHA256, from_file, hash_in_hex, is_lean
 from .mask_decoder import AdaptedMaskDecoder
 from .mask_head import MaskHead
 from .prompt_encoder import AdaptedPromptEncoder
@@ -25,6 +26,10 @@ from .stem import InputStem
 
 ARCHITECTURE = "architecture"
 """The buffer that tells checkpoints of different configs apart: the config's line as text, (512,) of uint8."""
+SHA256 = "sam_file_sha256"
+"""The buffer (32,) of uint8 with the hash of SAM's file; zeros where SAM's weights do not come from a file."""
+LEAN = "sam_is_left_out"
+"""The key of a state dict without SAM's frozen weights, which ``load_state_dict`` takes from SAM's own file."""
 TOKENS_PER_CHUNK = 2**15
 """Of the image, over all masks decoded at once: 8 masks of a 64x64 grid."""
 
@@ -158,26 +163,36 @@ class MaskSAM(nn.Module):
         tensors = [*self.named_parameters(), *self.named_buffers()]
         return {name: x for name, x in tensors if name.split(".")[0] in PARTS and not name.startswith(new)}
 
-    def load_sam(self, path: Path) -> LoadReport:
-        """Load SAM's weights from its released checkpoint, or a fine-tuned one in its format.
+    def load_sam(self, path: Path) -> list[str]:
+        """Load SAM's weights from its released checkpoint, or a fine-tuned one in its format: all of it, or nothing.
+
+        Returns:
+            What became of SAM's and this network's parameters, for a log.
 
         Raises:
-            WeightsError: the file is missing, damaged, untrusted or does not fit; nothing is changed.
+            WeightsError: the file is missing, damaged, untrusted or does not fit.
         """
-        tensors = self.sam_tensors()
-        new = [name for name, _ in self.named_parameters() if name not in tensors]
-        report = load_sam(tensors, str(self.config.sam), path, new)
-        self.set_sam_sha256(report.sha256)
+        targets = self.sam_tensors()
+        sha256 = verify(path, str(self.config.sam))
+        file = read_checkpoint(path)
+        fitted = remap_sam_state_dict(file, {name: x.shape for name, x in targets.items()})
+        with torch.no_grad():
+            for name, value in fitted.items():
+                targets[name].copy_(value)
+        self.get_buffer(SHA256).copy_(torch.tensor(list(bytes.fromhex(sha256))))
         self.sam_is_loaded = True
-        return report
+        resized = [name for name, x in targets.items() if x.shape != file[name].shape]
+        new = [name for name, _ in self.named_parameters() if name not in targets]
+        return [
+            f"SAM weights from {path} (SHA-256 {sha256})",
+            f"  loaded unchanged: {_count_by_part(targets.keys() - resized)}",
+            f"  interpolated to this token grid: {_count_by_part(resized)}",
+            f"  new, not from SAM: {_count_by_part(new)}",
+        ]
 
     def sam_sha256(self) -> str | None:
         """The hash in hex of the file that the SAM parts come from; None where they come from none."""
-        return hash_in_hex(self.get_buffer(SHA256))
-
-    def set_sam_sha256(self, sha256: str) -> None:
-        """Remember that the SAM parts come from the file with this hash, given in hex."""
-        self.get_buffer(SHA256).copy_(torch.tensor(list(bytes.fromhex(sha256))))
+        return _hash_in_hex(self.get_buffer(SHA256))
 
     @contextlib.contextmanager
     def lean_state_dicts(self) -> Iterator[None]:
@@ -204,7 +219,6 @@ class MaskSAM(nn.Module):
 
 def count_parameters(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     """(part, parameters, trainable parameters) for each part of the network, and for the whole, which comes last."""
-
     for name, module in (*network.named_children(), ("total", network)):
         parameters = list(module.parameters())
         yield name, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
@@ -224,15 +238,29 @@ def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: 
             f"the checkpoint belongs to another network: it is for {theirs}; this one is for {ours}. Use the plans and "
             "configuration that it was trained with."
         )
-    if is_lean(state, prefix):
-        sha256 = hash_in_hex(state.get(prefix + SHA256))
+    if prefix + LEAN in state:
+        sam, sha256 = network.config.sam, _hash_in_hex(state.get(prefix + SHA256))
+        if sam is None or sha256 is None:
+            raise WeightsError(
+                "the checkpoint is damaged: it leaves out SAM's weights but names no file that holds them; copy it "
+                "again, or train this fold again"
+            )
         tensors = network.sam_tensors()
-        if sha256 is None or network.sam_sha256() != sha256:
-            tensors = from_file(network.config.sam, sha256, tensors)
+        if network.sam_sha256() != sha256:
+            file = read_checkpoint(find_exact(sam, sha256))
+            fitted = remap_sam_state_dict(file, {name: x.shape for name, x in tensors.items()})
+            tensors = {name: x.to(tensors[name].dtype) for name, x in fitted.items()}
         # A network's own tensors, copied onto themselves, cost nothing: so does a second fold.
         for name, tensor in tensors.items():
             state.setdefault(prefix + name, tensor)
         del state[prefix + LEAN]
+
+
+def _hash_in_hex(buffer: Tensor | None) -> str | None:
+    if buffer is None or buffer.is_meta:
+        return None
+    digest = bytes(buffer.flatten().to(torch.uint8).tolist())
+    return digest.hex() if any(digest) else None
 
 
 def _mark_loaded(network: nn.Module, _: object) -> None:
@@ -241,3 +269,8 @@ def _mark_loaded(network: nn.Module, _: object) -> None:
 
 def _as_bytes(architecture: str) -> Tensor:
     return torch.tensor(list(architecture.encode().ljust(512, b"\0")[:512]), dtype=torch.uint8)
+
+
+def _count_by_part(names: Iterable[str]) -> str:
+    counts = Counter(name.split(".")[0] for name in names)
+    return f"{counts.total()} tensors ({', '.join(f'{part} {count}' for part, count in sorted(counts.items()))})"

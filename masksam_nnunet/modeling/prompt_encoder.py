@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..config import Grid, MaskSAMConfig
 from .blocks import DepthEmbedding
+from .compute import norm, shrink
 from .geometry import scaled_boxes
-from .patchwise import norm, shrink
 
 
 class AdaptedPromptEncoder(PromptEncoder):

@@ -26,24 +26,20 @@ def test_vit_b_on_acdcs_plain_patch_gets_u_4() -> None:
     assert cost.peak_gib < MEMORY_GIB and cost.tflop < SAM_PROFILE.max_tflop
 
 
-def test_a_cube_of_128_gets_less() -> None:
-    config = derive_config(plain_plans((128, 128, 128)), "3d_fullres", dataset_json(3), "vit_b")
-    assert config.upsample < 4
-
-
-def test_many_classes_on_plain_plans_get_no_more_queries_than_the_most() -> None:
-    config = derive_config(plain_plans((4, 32, 32)), "3d_fullres", dataset_json(120), "tiny")
-    assert config.num_queries == 64
-
-
-def test_what_fits_nothing_still_gets_a_network() -> None:
-    config = derive_config(plain_plans((64, 512, 512), batch_size=8), "3d_fullres", dataset_json(16), "vit_h")
-    assert (config.upsample, config.checkpointing) == (1, True)
-
-
-def test_sams_input_stays_within_its_size() -> None:
-    config = derive_config(plain_plans((1, 320, 512), batch_size=1), "3d_fullres", dataset_json(2), "vit_b")
-    assert config.upsample == 2
+@pytest.mark.parametrize(
+    ("patch", "batch", "classes", "backbone", "expected"),
+    [
+        ((128, 128, 128), 2, 3, "vit_b", {"upsample": 2}),
+        ((4, 32, 32), 2, 120, "tiny", {"num_queries": 64}),
+        ((64, 512, 512), 8, 16, "vit_h", {"upsample": 1, "checkpointing": True}),  # what fits nothing gets a network
+        ((1, 320, 512), 1, 2, "vit_b", {"upsample": 2}),  # SAM's input stays within its size
+    ],
+)
+def test_other_patches(
+    patch: tuple[int, ...], batch: int, classes: int, backbone: str, expected: dict[str, object]
+) -> None:
+    config = derive_config(plain_plans(patch, batch_size=batch), "3d_fullres", dataset_json(classes), backbone)
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_regions_are_known_to_the_network() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from plain_plans import dataset_json, folders, plain_plans
+from plain_plans import dataset_json, folders, tiny_plans
 from torch.nn.parallel import DistributedDataParallel
 
 from masksam_nnunet.checkpoints import load_checkpoint
@@ -30,29 +30,11 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_trainer() -> MaskSAMTrainer_tiny:
     torch.manual_seed(1)
-    trainer = MaskSAMTrainer_tiny(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    trainer = MaskSAMTrainer_tiny(tiny_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     trainer.initialize()
     trainer.criterion.semantic_loss = None  # nnU-Net's own Dice is normalised per rank, by its design
     trainer.on_train_epoch_start()
     return trainer
-
-
-def rank_main(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    trainer = make_trainer()  # before the group exists: nnU-Net would ask for CUDA
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    trainer.is_ddp = True
-    trainer.network = DistributedDataParallel(trainer.network)
-    x, y = data()
-    outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
-    gradients = {n: p.grad for n, p in trainer.masksam.named_parameters() if p.grad is not None}
-    state = {n: p.detach() for n, p in trainer.masksam.named_parameters()}
-    torch.save((outputs, gradients, state), Path(folder) / f"{rank}.pt")
-    trainer.logger.loggers = []
-    trainer.on_train_epoch_end(outputs)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 class Loader:
@@ -70,41 +52,42 @@ class Loader:
         return {"data": x, "target": y}
 
 
-def leaving_rank(rank: int, port: int, folder: str) -> None:
+def rank_main(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    trainer = make_trainer()
+    trainer = make_trainer()  # before the group exists: nnU-Net would ask for CUDA
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     trainer.is_ddp, trainer.local_rank = True, rank
     trainer.network = DistributedDataParallel(trainer.network)
+    x, y = data()
+    outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
+    gradients = {n: p.grad for n, p in trainer.masksam.named_parameters() if p.grad is not None}
+    state = {n: p.detach().clone() for n, p in trainer.masksam.named_parameters()}
+    torch.save((gradients, state), Path(folder) / f"{rank}.pt")
+    trainer.logger.loggers = []
+    trainer.on_train_epoch_end(outputs)
+
+    trainer.iteration = 0
     trainer.dataloader_train = trainer.dataloader_val = Loader(rank, trainer)
     trainer.on_train_start = lambda: None
     trainer.run_training()
 
 
-def test_ranks_leave_together_when_one_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
     with pytest.raises(mp.ProcessExitedException) as left:
-        mp.spawn(leaving_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+        mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
     assert left.value.exit_code == 75
     (file,) = (tmp_path / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")
     outputs = load_checkpoint(file)["masksam_within_epoch"]["outputs"]
     assert outputs["skipped"].tolist() == [0, 0, 1, 0], "the other rank's NaN is rank 0's too"
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders(tmp_path, monkeypatch)
-    mp.spawn(rank_main, args=(free_port(), str(tmp_path)), nprocs=2)
-    (_, gradients, state), (_, _, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
+    (gradients, state), (_, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
     for name, value in state.items():
         assert torch.equal(value, other[name]), f"{name} differs between ranks"
-
     single = make_trainer()
     x, y = data()
     for _ in range(2):

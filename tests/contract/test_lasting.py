@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from plain_plans import dataset_json, folders, plain_plans
+from plain_plans import dataset_json, folders, tiny_plans
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.cli import app as cli
-from masksam_nnunet.environment import EXT_TRAINER
-from masksam_nnunet.errors import CheckpointError, TrainingError
-from masksam_nnunet.trainers import MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
-from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST, PREVIOUS
+from masksam_nnunet.errors import TrainingError
+from masksam_nnunet.trainers import MaskSAMTrainer_tiny
+from masksam_nnunet.trainers.checkpoint_files import ORDER
 from masksam_nnunet.trainers.resumable import ResumableTrainer
 
 CPU = torch.device("cpu")
+FINAL, LATEST, BEST = ORDER
 NAN = float("nan")
 
 
@@ -59,7 +56,7 @@ class Short(MaskSAMTrainer_tiny):
 
     def on_train_start(self) -> None:  # nnU-Net's own needs data
         self.dataloader_train = self.dataloader_val = Loader(self, self.poison)
-        self.iteration = self.current_epoch * self.num_iterations_per_epoch + self.done_of_epoch
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch + len(self.outputs)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         outputs = super().train_step(batch)
@@ -74,7 +71,7 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer(cls: type[ResumableTrainer] = Short, go_on: bool = False) -> Any:
-    made = cls(plain_plans() | {"continue_training": go_on}, "3d_fullres", 0, dataset_json(), CPU)
+    made = cls(tiny_plans() | {"continue_training": go_on}, "3d_fullres", 0, dataset_json(), CPU)
     maybe_load_checkpoint(made, go_on, False)
     if not made.was_initialized:
         made.initialize()
@@ -95,55 +92,55 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The final checkpoint of the short training."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The short training, done."""
     with pytest.MonkeyPatch.context() as patch:
         folders(tmp_path_factory.mktemp("undisturbed"), patch)
         made = trainer()
         made.run_training()
-        return load_checkpoint(Path(made.output_folder, FINAL))
+        return made
+
+
+def final_of(made: Any) -> Path:
+    return Path(made.output_folder, FINAL)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_content_is_nnunets_and_nnunet_reads_it(tmp_path: Path) -> None:
-    made = trainer()
-    made.on_epoch_start()
+def test_content_is_nnunets_and_nnunet_reads_it(undisturbed: Any, tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    made = undisturbed
+    made.current_epoch -= 1  # what nnU-Net saves is one more
     made.save_checkpoint(str(ours))
     nnUNetTrainer.save_checkpoint(made, str(theirs))
+    made.current_epoch += 1
     one, other = load_checkpoint(ours), load_checkpoint(theirs)
-    assert other.keys() <= one.keys() and {k for k in one if k not in other} == {"masksam_within_epoch", "masksam_own"}
+    assert one.keys() - other.keys() == {"masksam_within_epoch", "masksam_own"} and other.keys() <= one.keys()
     for name in other.keys() - {"network_weights"}:
         assert str(one[name]) == str(other[name]), name
-    assert_same(one["network_weights"], other["network_weights"])
     for file in (ours, theirs):
         for load in (ResumableTrainer.load_checkpoint, nnUNetTrainer.load_checkpoint):
             again = trainer()
             load(again, str(file))
-            assert again.current_epoch == 1
+            assert again.current_epoch == 2
             assert_same(weights(made), weights(again))
 
 
-def test_a_checkpoint_of_an_unfused_optimizer_goes_on_fused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_unfused_optimizer_goes_on_fused(undisturbed: Any) -> None:
     """As earlier versions saved it; only a fused one leaves a step out."""
-    made = trainer()
-    made.run_training()
-    checkpoint = torch.load(Path(made.output_folder, FINAL), weights_only=False)
+    checkpoint = torch.load(final_of(undisturbed), weights_only=False)
     for group in checkpoint["optimizer_state"]["param_groups"]:
         group.update(fused=None, foreach=None)
-    torch.save(checkpoint, tmp_path / "earlier.pth")
     again = trainer()
-    again.load_checkpoint(str(tmp_path / "earlier.pth"))
+    again.load_checkpoint(checkpoint)
     assert all(group["fused"] for group in again.optimizer.param_groups)
     before = weights(again)
-    batch = next(Loader(again, poison=(0,)))
-    again.train_step(batch)
+    again.train_step(next(Loader(again, poison=(again.iteration,))))
     assert_same(before, weights(again))
 
 
-def test_a_part_of_an_epoch_is_saved_and_gone_on_from(undisturbed: dict[str, Any]) -> None:
+def test_a_part_of_an_epoch_is_saved_and_gone_on_from(undisturbed: Any) -> None:
     for stop_after in (1, 4, 6):  # within, at the end before the validation, in the last epoch
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Short, "stop_after", stop_after)
@@ -155,20 +152,22 @@ def test_a_part_of_an_epoch_is_saved_and_gone_on_from(undisturbed: dict[str, Any
         assert saved["current_epoch"] == (stop_after - 1) // 4
         assert len(saved["masksam_within_epoch"]["outputs"]["loss"]) == (stop_after - 1) % 4 + 1
         assert {len(values) for values in saved["logging"].values()} == {saved["current_epoch"]}
-        assert "Ended by SIGUSR1: saved at epoch" in log(made)
+        assert "Ended by SIGUSR1" in log(made)
     made = trainer(go_on=True)
     assert "1 epochs are done, and 2 iterations of the next" in log(made)
     made.run_training()
-    final = load_checkpoint(Path(made.output_folder, FINAL))
-    assert_same(final["network_weights"], undisturbed["network_weights"])
+    final, expected = load_checkpoint(final_of(made)), load_checkpoint(final_of(undisturbed))
+    assert_same(final["network_weights"], expected["network_weights"])
     for name in ("train_losses", "val_losses", "ema_fg_dice", "lrs"):
-        np.testing.assert_allclose(final["logging"][name], undisturbed["logging"][name], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(final["logging"][name], expected["logging"][name], rtol=1e-6, err_msg=name)
     starts, ends = (final["logging"][f"epoch_{edge}_timestamps"] for edge in ("start", "end"))
     assert all(0 < end - start < 60 for start, end in zip(starts, ends, strict=True))
     assert {file.name for file in Path(made.output_folder).glob("checkpoint*")} == {FINAL, BEST}
 
 
 def test_minutes_and_epochs_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (trainer().save_every, trainer().save_minutes) == (50, 30)
+    monkeypatch.setenv("MASKSAM_SAVE_EVERY", "1epochs,2.5min")
     saved: list[tuple[str, int]] = []
     clock = [0.0]
     monkeypatch.setattr("masksam_nnunet.trainers.resumable.time.monotonic", lambda: clock[0])
@@ -184,51 +183,40 @@ def test_minutes_and_epochs_between_checkpoints(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Short, "train_step", slow_step)
     monkeypatch.setattr(Short, "save", note)
-    for text, expected in (("", []), ("1epochs", [4]), ("2.5min", [3, 6]), ("1epochs,2.5min", [3, 4, 7])):
-        monkeypatch.setenv("MASKSAM_SAVE_EVERY", text)
-        saved.clear()
-        made = trainer()
-        assert (made.save_every, made.save_minutes) == ((50, 30) if not text else (made.save_every, made.save_minutes))
-        made.run_training()
-        assert [iteration for name, iteration in saved if name == LATEST] == expected, text
-        assert (FINAL, 8) in saved
+    trainer().run_training()
+    assert [entry for entry in saved if entry[0] != BEST] == [(LATEST, 3), (LATEST, 4), (LATEST, 7), (FINAL, 8)]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(undisturbed: dict[str, Any]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASKSAM_SAVE_EVERY", "0.00001min")  # after each iteration
-        patch.setattr(Short, "stop_after", 3)
+def test_a_damaged_checkpoint_is_named_and_another_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Short, "stop_after", 5)
         made = trainer()
         with pytest.raises(SystemExit):
             made.run_training()
-    folder = Path(made.output_folder)
-    latest = folder / LATEST
-    assert load_checkpoint(folder / PREVIOUS)["masksam_within_epoch"]["outputs"]["loss"].shape == (2,)
+    latest, best = (Path(made.output_folder, name) for name in (LATEST, BEST))
     latest.write_bytes(latest.read_bytes()[:-1000])
-    (folder / f"{LATEST}.part").write_bytes(b"left by a kill")
     made = trainer(go_on=True)
-    assert f"{latest} is damaged" in log(made) and "0 epochs are done, and 2 iterations of the next" in log(made)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Short, "stop_after", 4)
-        with pytest.raises(SystemExit):
-            made.run_training()
-    assert not list(folder.glob("*.part"))
-    assert len(load_checkpoint(folder / PREVIOUS)["masksam_within_epoch"]["outputs"]["loss"]) == 2, (
-        "not the damaged one"
-    )
-    latest.unlink()  # and where nnU-Net would find nothing at all, and start anew
-    made = trainer(go_on=True)
-    assert made.current_epoch == 0
+    assert str(latest) in log(made) and made.current_epoch == 1 and not made.outputs, "the best goes on"
+    draft = latest.with_name(f".{LATEST}.123")
+    draft.write_bytes(b"left by a kill")
     made.run_training()
-    assert_same(load_checkpoint(folder / FINAL)["network_weights"], undisturbed["network_weights"])
-    (folder / FINAL).write_bytes(b"")
-    validated = Short(plain_plans(), "3d_fullres", 0, dataset_json(), CPU)
-    with pytest.raises(TrainingError, match="checkpoint_final"):
-        maybe_load_checkpoint(validated, False, True)
-    assert "checkpoint_final.pth is damaged" in log(trainer(go_on=True)), "the best one is whole"
-    (folder / BEST).write_bytes(b"")
-    with pytest.raises(TrainingError, match="checkpoint_best"):
+    assert not draft.exists()
+    final_of(made).write_bytes(b"")
+    with pytest.raises(TrainingError, match=FINAL):  # the very one that --val wants
+        maybe_load_checkpoint(Short(tiny_plans(), "3d_fullres", 0, dataset_json(), CPU), False, True)
+    best.write_bytes(b"")
+    with pytest.raises(TrainingError, match=f"{FINAL}.*{BEST}"):
         trainer(go_on=True)
+
+
+def test_a_signal_ends_a_validation_at_once(undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(received: signal.Signals) -> None:
+        raise SystemExit(received.name)
+
+    monkeypatch.setattr("masksam_nnunet.trainers.resumable.leave_at_once", leave)
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="SIGTERM"):
+        undisturbed.perform_actual_validation()
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------
@@ -251,7 +239,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(monkeypatch: pytest
 
     monkeypatch.setattr(made, "on_epoch_end", fill_the_disk)
     try:
-        with pytest.raises(TrainingError, match=rf"{folder / FINAL}.*{LATEST}"):
+        with pytest.raises(TrainingError, match=str(folder / FINAL)):
             made.run_training()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -265,61 +253,6 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(monkeypatch: pytest
     assert again.current_epoch == 1
     again.run_training()
     assert load_checkpoint(folder / FINAL)["current_epoch"] == 3
-
-
-def test_the_last_save_takes_the_room_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainer()
-    folder = Path(made.output_folder)
-    made.on_epoch_start()
-    for _ in range(2):
-        made.save_checkpoint(str(folder / LATEST))
-    write = torch.save
-
-    def room_for_two(content: object, file: str) -> None:
-        if (folder / PREVIOUS).exists():
-            raise OSError(28, "No space left on device")
-        write(content, file)
-
-    monkeypatch.setattr(torch, "save", room_for_two)
-    made.save(folder / LATEST, must=False)
-    assert (folder / PREVIOUS).exists() and "No space left on device" in log(made)
-    made.save_checkpoint(str(folder / FINAL))
-    assert {file.name for file in folder.glob("checkpoint*")} == {FINAL, LATEST}
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-class RankEnded(Exception):
-    """As PyTorch's ``ProcessExitedException``."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"process 0 terminated with exit code {exit_code}")
-        self.exit_code = exit_code
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [
-        (SystemExit(75), 75, ""),
-        (RankEnded(75), 75, ""),
-        (TrainingError("cannot write it"), 1, "error: cannot write it\n"),
-        (CheckpointError("refused it"), 1, "error: refused it\n"),
-    ],
-)
-def test_masksam_train_hands_on_how_it_ended(
-    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def end() -> None:
-        raise error
-
-    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", end)
-    monkeypatch.setattr("masksam_nnunet.cli.train.require_trainable", lambda asked: None)
-    monkeypatch.setattr(sys, "argv", ["masksam"])
-    monkeypatch.setenv(EXT_TRAINER, "")
-    options = ["-tr", "MaskSAMTrainer", "-device", "cpu"]
-    result = CliRunner().invoke(cli.app, ["train", "4", "3d_fullres", "0", *options])
-    assert (result.exit_code, result.stderr) == (status, said)
 
 
 # ---- losses that are not finite --------------------------------------------------------------------------------------
@@ -345,16 +278,10 @@ def test_a_loss_that_is_not_finite_makes_no_step(monkeypatch: pytest.MonkeyPatch
     counted = {int(state["step"]) for state in made.optimizer.state_dict()["state"].values()}
     assert counted == {6}, "Adam counts the steps that were made"
     assert np.isfinite(made.logger.get_value("train_losses", step=None)).all()
-    said = log(made)
-    assert said.count("1 of 4 iterations of this epoch made no step") == 2
-    assert said.count("WARNING: no step") == 2, "each is told of once"
-    for part in (
-        "iteration 5, learning rate 0.00",
-        "loss nan (terms that are not finite: class nan",
-        "image_encoder nan",
-    ):
-        assert part in said
-    assert "cases: case_a, case_b; the input holds values that are not finite in case_b" in said
+    said = [line.strip() for line in log(made).splitlines() if "WARNING: no step" in line]
+    assert len(said) == 2, "each is told of once"
+    assert all(part in said[1] for part in ("iteration 5", "class", "image_encoder nan", "case_a, case_b; "))
+    assert said[1].endswith("case_b")
 
 
 def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,17 +289,10 @@ def test_too_many_in_a_row_end_it_with_a_diagnosis(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MASKSAM_SAVE_EVERY", "1epochs")
     monkeypatch.setattr(Short, "poison", (1, 2, 4, 5, 6))
     made = trainer()
-    with pytest.raises(TrainingError, match=r"3 iterations in a row, in epoch 1.*\n.*iteration 4.*case_b"):
+    with pytest.raises(TrainingError, match=r"3 iterations in a row.*\n.*iteration 4.*case_b"):
         made.run_training()
     assert made.iteration == 7
     assert load_checkpoint(Path(made.output_folder, LATEST))["current_epoch"] == 1, "the last good one is kept"
-
-
-def test_a_large_share_of_an_epoch_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("masksam_nnunet.trainers.masksam.FEWEST_SKIPPED", 2)
-    monkeypatch.setattr(Short, "poison", (0, 1, 3))
-    with pytest.raises(TrainingError, match="3 of 4 iterations"):
-        trainer().run_training()
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step_either() -> None:
@@ -386,46 +306,6 @@ def test_a_gradient_that_is_not_finite_makes_no_step_either() -> None:
     assert outputs["loss"].isfinite() and outputs["skipped"] == 1
     assert_same(before, weights(made))
     made.trouble()
-    assert "all its terms are finite" in log(made)
     parts = log(made).split("norms of the gradient: ")[1].split(";")[0].split(", ")
     assert {part.split()[0] for part in parts if part.split()[1] in ("inf", "nan")} == {"mask_head"}
     assert made.train_step(next(Loader(made)))["skipped"] == 0
-
-
-# ---- time budgets ----------------------------------------------------------------------------------------------------
-
-
-def test_a_budget_goes_on_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 seconds in epochs of 6, each iteration 2 of them by this clock."""
-    monkeypatch.setenv("MASKSAM_BUDGET_MINUTES", "1")
-    clock = [0.0]
-    monkeypatch.setattr("masksam_nnunet.trainers.time_budget.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(MaskSAMTrainer_tiny_budget, "on_train_start", lambda self: None)
-    step = MaskSAMTrainer_tiny_budget.train_step
-    steps: list[tuple[int, int, float]] = []
-
-    def timed_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        outputs = step(self, batch)
-        clock[0] += 2
-        steps.append((self.current_epoch, self.iterations_done, self.elapsed))
-        if len(steps) == 5:
-            signal.raise_signal(signal.SIGUSR2)
-        return outputs
-
-    monkeypatch.setattr(MaskSAMTrainer_tiny_budget, "train_step", timed_step)
-
-    def make(go_on: bool) -> Any:
-        made = trainer(MaskSAMTrainer_tiny_budget, go_on)
-        made.dataloader_train = made.dataloader_val = Loader(made)
-        made.logger.plot_progress_png = lambda folder: None
-        return made
-
-    with pytest.raises(SystemExit) as left:
-        make(False).run_training()
-    assert left.value.code == 75 and steps[-1] == (1, 5, 10.0)
-    clock[0] = 10_000.0  # when the job is started again
-    made = make(True)
-    made.run_training()
-    assert steps == [(number // 3, number + 1, 2.0 * (number + 1)) for number in range(30)]
-    assert len(made.logger.get_value("train_losses", step=None)) == 10
-    assert made.iteration == made.iterations_done == 30, "of the warm-up too"

@@ -23,7 +23,7 @@ from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER, LEAN_CHECKPOINTS, RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import MaskSAMError, UsageError, WeightsError
 from masksam_nnunet.inference.export.write import CHECKPOINT, export_model
-from masksam_nnunet.modeling.lean import is_lean
+from masksam_nnunet.modeling.network import LEAN
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -85,11 +85,10 @@ def saved(made: MaskSAMTrainer) -> dict[str, Any]:
 def test_training_goes_on_from_lean_and_full_checkpoints_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     made = after_a_step()
     lean = saved(made)
-    assert is_lean(lean["network_weights"]) and "checkpoints leave out SAM's frozen weights" in log(made)
+    assert LEAN in lean["network_weights"] and "checkpoints leave out SAM's frozen weights" in log(made)
     trained = [p for p in made.network.parameters() if p.requires_grad]
     assert len(lean["optimizer_state"]["state"]) == sum(p.grad is not None for p in trained) <= len(trained)
     lean_size = Path(made.output_folder, CHECKPOINT).stat().st_size
-    assert not list(Path(made.output_folder).glob("*.part"))
     monkeypatch.setenv(LEAN_CHECKPOINTS, "0")
     continued = []
     for switch in ("1", "0"):  # the first goes on from the lean checkpoint and saves a full one
@@ -97,7 +96,7 @@ def test_training_goes_on_from_lean_and_full_checkpoints_alike(monkeypatch: pyte
         maybe_load_checkpoint(other, continue_training=True, validation_only=False)
         assert_same(state(made), state(other))
         other._load_sam()
-        assert not is_lean(saved(other)["network_weights"]), switch
+        assert LEAN not in saved(other)["network_weights"], switch
         step(other)
         continued.append(state(other))
     assert Path(made.output_folder, CHECKPOINT).stat().st_size > lean_size
@@ -106,24 +105,20 @@ def test_training_goes_on_from_lean_and_full_checkpoints_alike(monkeypatch: pyte
     other = trainer()
     maybe_load_checkpoint(other, continue_training=True, validation_only=False)
     other._load_sam()
-    assert is_lean(saved(other)["network_weights"])
+    assert LEAN in saved(other)["network_weights"]
 
 
-def test_validation_restores_and_says_what_it_lacks(sam_file: Path) -> None:
+def test_validation_restores_and_says_what_it_lacks(sam_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = after_a_step()
     saved(made)
     other = trainer()
     maybe_load_checkpoint(other, continue_training=False, validation_only=True)
     assert_same(state(made), state(other))
+    with pytest.raises(AssertionError, match="image_encoder"):  # nnU-Net says that pretrained weights must be full
+        load_pretrained_weights(trainer().network, str(Path(made.output_folder, CHECKPOINT)))
     sam_file.unlink()
     with pytest.raises(WeightsError, match=r"lean checkpoint.*masksam weights vit_b.*masksam export"):
         maybe_load_checkpoint(trainer(), continue_training=False, validation_only=True)
-
-
-def test_a_kill_while_a_lean_checkpoint_is_written_leaves_the_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = after_a_step()
-    saved(made)
-    before = Path(made.output_folder, CHECKPOINT).read_bytes()
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -131,31 +126,20 @@ def test_a_kill_while_a_lean_checkpoint_is_written_leaves_the_earlier_one(monkey
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         saved(made)
-    assert Path(made.output_folder, CHECKPOINT).read_bytes() == before
     assert made.masksam.sam_tensors().keys() <= made.network.state_dict().keys(), "lean for as long as it is saved only"
 
 
-def test_random_weights_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_lean(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(backbone="tiny")
+    made._load_sam()
+    assert "MASKSAM_LEAN_CHECKPOINTS has no effect" in log(made)
+    assert saved(made)["network_weights"].keys() == made.network.state_dict().keys()
     monkeypatch.setenv(RANDOM_INIT, "1")
     with pytest.raises(ConfigError, match=r"MASKSAM_LEAN_CHECKPOINTS is set.*MASKSAM_RANDOM_INIT"):
         trainer().on_train_start()
     monkeypatch.setenv(LEAN_CHECKPOINTS, "perhaps")
     with pytest.raises(ConfigError, match="MASKSAM_LEAN_CHECKPOINTS = 'perhaps'"):
         trainer().on_train_start()
-
-
-def test_the_tiny_network_has_nothing_to_leave_out() -> None:
-    made = trainer(backbone="tiny")
-    made._load_sam()
-    assert "MASKSAM_LEAN_CHECKPOINTS has no effect" in log(made)
-    assert saved(made)["network_weights"].keys() == made.network.state_dict().keys()
-
-
-def test_pretrained_weights_must_be_full_and_nnunet_says_so() -> None:
-    made = after_a_step()
-    saved(made)
-    with pytest.raises(AssertionError, match="image_encoder"):
-        load_pretrained_weights(trainer().network, str(Path(made.output_folder, CHECKPOINT)))
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -214,7 +198,7 @@ def test_an_exported_model_predicts_the_same_without_sam(
     assert (installed / "fold_1" / CHECKPOINT).read_bytes() == before[model / "fold_1" / CHECKPOINT]
     assert torch.equal(logits(installed, (0, 1)), expected)
     lean, full = (torch.load(root / "fold_0" / CHECKPOINT, weights_only=False) for root in (model, installed))
-    assert full.keys() == lean.keys() and not is_lean(full["network_weights"])
+    assert full.keys() == lean.keys() and LEAN not in full["network_weights"]
     assert str(full["optimizer_state"]) == str(lean["optimizer_state"])
     maybe_load_checkpoint(trainer(), continue_training=False, validation_only=False)
 

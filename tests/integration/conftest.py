@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import SimpleITK as sitk
 from nnunet_workspace import SHARED, Dataset, Workspace, copy_small
 
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
@@ -26,22 +23,6 @@ def dataset(workspace: Workspace) -> Dataset:
         source = write_phantom_dataset(workspace.root / "phantoms", num_cases=CASES)
     target = workspace.raw / "Dataset004_Small"
     names = copy_small(source, target, CASES)
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     workspace.set_batch_size(target.name, 2)
     return Dataset(target.name, 4, 3, names)
-
-
-@pytest.fixture(scope="session")
-def binary_dataset(workspace: Workspace, dataset: Dataset) -> Dataset:
-    """The same images with all organs merged: another number of classes."""
-    source, target = workspace.raw / dataset.name, workspace.raw / "Dataset005_Binary"
-    names = copy_small(source, target, CASES)
-    for file in (target / "labelsTr").iterdir():
-        image = sitk.ReadImage(str(file))
-        sitk.WriteImage(sitk.Cast(image > 0, sitk.sitkUInt8), str(file))
-    description = json.loads((target / "dataset.json").read_text())
-    description["labels"] = {"background": 0, "organ": 1}
-    (target / "dataset.json").write_text(json.dumps(description))
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 5, "-c", "3d_fullres", "-np", 2)
-    workspace.set_batch_size(target.name, 2)
-    return Dataset(target.name, 5, 2, names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from kinds_of_data import Kind, assert_like_the_input
@@ -18,7 +17,6 @@ KIND = Kind(
     labels={"background": 0, "first": 1, "second": 2},
     values=(1, 2),
 )
-DEVICE = ("-device", "cpu")
 LITTLE = ("-gpu_memory_target", "0.05")  # GB: nnU-Net then plans a patch so small that it wants a cascade
 RESENC = "nnUNetResEncUNetMPlans"
 
@@ -55,41 +53,44 @@ def test_masksam_plans_share_nnunets_data(planned: Workspace) -> None:
     assert ours["3d_cascade_fullres"] == theirs["3d_cascade_fullres"]
 
 
-@pytest.mark.parametrize("plans", ["nnUNetPlans", RESENC, "MaskSAMPlans"])
-def test_all_configurations(planned: Workspace, plans: str, tmp_path: Path) -> None:
-    d = str(KIND.id)
-    images = planned.raw / KIND.dataset / "imagesTr"
-    low, cascade = tmp_path / "low", tmp_path / "cascade"
-    model = ("-p", plans, "-tr", TRAINER, *DEVICE)
-    command = ("masksam", "predict", "--batch-size", 3) if plans == "MaskSAMPlans" else ("nnUNetv2_predict",)
-    predict = (*command, "-i", images, "-d", d, *model, "-npp", 1, "-nps", 1, "--disable_tta")
-    for configuration in ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"):
-        # nnU-Net plans batches for 2d that take a CPU minutes a step.
+def test_all_configurations(planned: Workspace) -> None:
+    """Each of nnU-Net's configurations on MaskSAM's plans, a cascade on nnU-Net's, and the others on ResEnc's."""
+    d, images = str(KIND.id), planned.raw / KIND.dataset / "imagesTr"
+    cascade = ["3d_lowres 0", "3d_lowres 1", "3d_cascade_fullres 0"]
+    wanted = {
+        "nnUNetPlans": cascade,
+        RESENC: ["2d 0", "3d_fullres 0"],
+        "MaskSAMPlans": ["2d 0", "3d_fullres 0", *cascade],
+    }
+    commands: list[list[object]] = []
+    for plans, folds in wanted.items():
         file = planned.preprocessed / KIND.dataset / f"{plans}.json"
         content = json.loads(file.read_text())
-        content["configurations"][configuration]["batch_size"] = 2
+        for configuration in content["configurations"].values():
+            configuration["batch_size"] = 2  # nnU-Net plans batches for 2d that take a CPU minutes a step
         file.write_text(json.dumps(content))
-    planned.run_all(
-        ["nnUNetv2_train", d, "2d", 0, *model],
-        ["nnUNetv2_train", d, "3d_fullres", 0, *model],
-        ["nnUNetv2_train", d, "3d_lowres", 0, *model],
-        ["nnUNetv2_train", d, "3d_lowres", 1, *model],
-        ["nnUNetv2_train", d, "3d_cascade_fullres", 0, *model],
-        [*predict, "-c", "3d_lowres", "-o", low, "-f", *((0, 1) if plans == "MaskSAMPlans" else (0,))],
-        [*predict, "-c", "3d_cascade_fullres", "-o", cascade, "-f", 0, "-prev_stage_predictions", low],
-        TEST_MIRRORING="0",
-    )
-    for folder in (low, cascade):
-        assert_like_the_input(images, folder, KIND)
-    for configuration in ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"):
-        fold = planned.results / KIND.dataset / f"{TRAINER}__{plans}__{configuration}" / "fold_0"
-        assert json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]
-    config = _config(planned, plans, "3d_cascade_fullres")
-    assert config["backbone"] == "tiny" and config["num_queries"] >= 3
-
-
-def _config(workspace: Workspace, plans: str, configuration: str) -> dict[str, object]:
-    folder = workspace.results / KIND.dataset / f"{TRAINER}__{plans}__{configuration}"
-    content = json.loads((folder / "plans.json").read_text())["configurations"]
-    architecture = content[configuration].get("architecture") or content["3d_fullres"]["architecture"]
-    return architecture["arch_kwargs"]["config"]  # type: ignore[no-any-return]
+        model = ("-p", plans, "-tr", TRAINER, "-device", "cpu")
+        commands += [["nnUNetv2_train", d, *fold.split(), *model] for fold in folds]
+        if cascade[0] not in folds:
+            continue
+        ours = plans == "MaskSAMPlans"
+        command = ("masksam", "predict", "--batch-size", 3) if ours else ("nnUNetv2_predict",)
+        predict = (*command, "-i", images, "-d", d, *model, "-npp", 1, "-nps", 1, "--disable_tta")
+        low, high = planned.root / plans / "low", planned.root / plans / "high"
+        commands += [
+            [*predict, "-c", "3d_lowres", "-o", low, "-f", *((0, 1) if ours else (0,))],
+            [*predict, "-c", "3d_cascade_fullres", "-o", high, "-f", 0, "-prev_stage_predictions", low],
+        ]
+    planned.run_all(*commands, TEST_MIRRORING="0")
+    for plans, folds in wanted.items():
+        for fold in folds:
+            configuration, number = fold.split()
+            model_folder = planned.results / KIND.dataset / f"{TRAINER}__{plans}__{configuration}"
+            summary = json.loads((model_folder / f"fold_{number}" / "validation" / "summary.json").read_text())
+            assert summary["metric_per_case"]
+            found = json.loads((model_folder / "plans.json").read_text())["configurations"]
+            architecture = found[configuration].get("architecture") or found["3d_fullres"]["architecture"]
+            assert architecture["arch_kwargs"]["config"]["backbone"] == "tiny"
+        if cascade[0] in folds:
+            for stage in ("low", "high"):
+                assert_like_the_input(images, planned.root / plans / stage, KIND)

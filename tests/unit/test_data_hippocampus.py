@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from challenge_replicas import build_msd, nnunet_folders, same_volume, tar_of
 from loopback import Server, serving
 from typer.testing import CliRunner, Result
 
 from masksam_nnunet import download
-from masksam_nnunet.cli import data as cli_datasets
+from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.datasets import msd
 from masksam_nnunet.plans.datasets.msd import get_hippocampus, unpack
@@ -149,8 +148,6 @@ def test_a_file_without_the_task(raw: Path, tmp_path: Path) -> None:
 
 
 def invoke(*arguments: str) -> Result:
-    app = typer.Typer()
-    cli_datasets.register(app)
     return CliRunner().invoke(app, ["data", "hippocampus", *arguments])
 
 

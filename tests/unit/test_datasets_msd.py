@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from challenge_replicas import build_msd, nnunet_folders, nnunet_reads, same_volume, volume, write_image
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet.cli import data as cli_datasets
+from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans import datasets
 from masksam_nnunet.plans.datasets import convert
@@ -99,8 +98,6 @@ def test_the_folder_is_named_as_the_task(raw: Path, tmp_path: Path) -> None:
 
 
 def invoke(*arguments: object) -> Result:
-    app = typer.Typer()
-    cli_datasets.register(app)
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.lean import LEAN, is_lean
+from masksam_nnunet.modeling.network import LEAN
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_a_lean_state_dict_leaves_out_what_is_frozen_and_nothing_else() -> None:
     left_out = full.keys() - lean.keys()
     assert left_out == network.sam_tensors().keys() and lean.keys() - full.keys() == {LEAN}
     assert {name for name, p in network.named_parameters() if not p.requires_grad} <= left_out
-    assert is_lean(lean) and not is_lean(full)
+    assert LEAN in lean and LEAN not in full
     assert_same(full, copy_of(network))
 
 
@@ -96,14 +96,6 @@ def test_what_comes_back_is_identical_interpolated_positions_included(
         assert torch.equal(network(x), other(x))
 
 
-def test_full_state_dicts_need_no_file_and_bring_the_hash(sam_file: Path) -> None:
-    network, other = trained(), fresh()
-    sam_file.unlink()
-    other.load_state_dict(network.state_dict())
-    assert_same(copy_of(network), copy_of(other))
-    assert other.sam_sha256() == network.sam_sha256()
-
-
 def test_a_network_that_holds_the_right_sam_reads_no_file(sam_file: Path) -> None:
     folds = [trained(), trained()]
     network = fresh()
@@ -112,6 +104,9 @@ def test_a_network_that_holds_the_right_sam_reads_no_file(sam_file: Path) -> Non
     for other in (network, deepcopy(network)):
         other.load_state_dict(lean_state(folds[1]))
         assert_same(copy_of(folds[1]), copy_of(other))
+    other = fresh()
+    other.load_state_dict(network.state_dict())  # a full one brings the hash
+    assert other.sam_sha256() == network.sam_sha256()
 
 
 def test_wrappers_change_nothing() -> None:
@@ -121,7 +116,7 @@ def test_wrappers_change_nothing() -> None:
             self.module = module
 
     source = trained()
-    for wrap in (Wrapper, torch.compile, lambda network: Wrapper(torch.compile(network))):
+    for wrap in (Wrapper, lambda network: Wrapper(torch.compile(network))):
         wrapped, target = wrap(source), wrap(fresh())
         with source.lean_state_dicts():
             lean = copy_of(wrapped)
@@ -156,36 +151,23 @@ def refused(network: MaskSAM, state: dict[str, Tensor]) -> str:
     return str(error.value)
 
 
-def test_a_missing_file_is_named(sam_file: Path) -> None:
+def test_another_or_no_file_is_named(sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = trained()
-    sam_file.unlink()
-    message = refused(fresh(), lean_state(source))
-    for said in ("vit_b", str(source.sam_sha256()), str(sam_file), "masksam weights vit_b"):
-        assert said in message, said
-
-
-@pytest.mark.parametrize("trusted", ["skip", "its own"])
-def test_another_file_is_refused_whatever_is_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: str
-) -> None:
-    source = trained()
+    wanted = str(source.sam_sha256())
     other = write_small_sam(tmp_path / "other.pth")
     monkeypatch.setenv("MASKSAM_WEIGHTS", str(other))
     monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
     found = weights.verify(other, "vit_b")
-    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", trusted.replace("its own", found))
-    message = refused(fresh(), lean_state(source))
-    for said in (str(source.sam_sha256()), str(other), found, "MASKSAM_WEIGHTS"):
-        assert said in message, said
-
-
-def test_a_fine_tuned_file_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASKSAM_WEIGHTS", str(write_small_sam(tmp_path / "tuned.pth")))
-    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
-    source = trained()
+    for trusted in ("skip", found):
+        monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", trusted)
+        message = refused(fresh(), lean_state(source))
+        assert all(said in message for said in (wanted, str(other), found)), message
+    tuned = trained()
     monkeypatch.delenv("MASKSAM_WEIGHTS")
+    assert "masksam weights" not in refused(fresh(), lean_state(tuned)), "a fine-tuned file cannot be fetched"
+    sam_file.unlink()
     message = refused(fresh(), lean_state(source))
-    assert "MASKSAM_WEIGHTS" in message and "masksam weights" not in message
+    assert all(said in message for said in (wanted, str(sam_file), "masksam weights vit_b")), message
 
 
 def test_loading_stays_strict(sam_file: Path) -> None:

@@ -63,16 +63,7 @@ def cost_by_loops(p: Predictions, t: Targets, s: int, n: int, k: int, loss: Loss
     return float(total + loss.box_giou * (1 - generalised_iou(p.boxes[s, n], t.boxes[s, k])))
 
 
-def test_costs_equal_a_loop_over_pairs() -> None:
-    predictions, targets = problem(queries=3)
-    loss = loss_config()
-    cost = all_costs(predictions, targets, loss)
-    for s, n, k in itertools.product(*map(range, cost.shape)):
-        if targets.present[s, k]:
-            assert float(cost[s, n, k]) == pytest.approx(cost_by_loops(predictions, targets, s, n, k, loss), abs=1e-5)
-
-
-@pytest.mark.parametrize("queries", [1, 2, 3, 5])
+@pytest.mark.parametrize("queries", [1, 3, 5])
 def test_the_assignment_is_the_best_of_all(queries: int) -> None:
     predictions, targets = problem(queries)
     loss = loss_config()
@@ -91,24 +82,6 @@ def test_the_assignment_is_the_best_of_all(queries: int) -> None:
         assert sum(cost_by_loops(predictions, targets, s, n, k, loss) for n, k in pairs) == pytest.approx(
             best, abs=1e-4
         )
-
-
-@pytest.mark.parametrize("matching", ["slice", "volume"])
-def test_permuting_queries_permutes_the_assignment(matching: str) -> None:
-    predictions, targets = problem(queries=5)
-    order = torch.randperm(5)
-    shuffled = Predictions(
-        predictions.class_logits[:, order],
-        predictions.masks[:, :, order],
-        predictions.aux_masks[:, :, order],
-        predictions.boxes[:, order],
-    )
-    loss = loss_config(matching=matching)
-
-    def triples(matches: Matches, names: torch.Tensor) -> set[tuple[int, int, int]]:
-        return set(zip(matches.slices.tolist(), names[matches.queries].tolist(), matches.targets.tolist(), strict=True))
-
-    assert triples(solve(predictions, targets, loss), torch.arange(5)) == triples(solve(shuffled, targets, loss), order)
 
 
 def test_in_a_volume_a_query_keeps_its_class_and_the_sum_is_least() -> None:
@@ -139,14 +112,10 @@ def test_in_a_volume_a_query_keeps_its_class_and_the_sum_is_least() -> None:
         assert total({c: next(iter(ns)) for c, ns in query_of.items()}) == pytest.approx(best, abs=1e-4)
 
 
-def test_nan_predictions_still_match() -> None:
+def test_no_target_no_match_and_nan_still_matches() -> None:
     predictions, targets = problem(queries=3)
     predictions.masks[0, 0, 1] = torch.nan
     assert len(solve(predictions, targets, loss_config()).slices) > 0
-
-
-def test_no_target_no_match() -> None:
-    predictions, _ = problem(queries=3)
     targets = make_targets(torch.full((2, 1, 2, 4, 5), 9), CLASSES, (4, 5), ignore_label=9)
     for matching in ("slice", "volume"):
         assert len(solve(predictions, targets, loss_config(matching=matching)).slices) == 0

@@ -26,11 +26,15 @@ def randomise(network: torch.nn.Module) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 3, 32, 48), (1, 1, 32, 48), (1, 1, 3, 32, 32), (1, 1, 4, 32, 48)])
-def test_another_input_is_refused(shape: tuple[int, ...]) -> None:
+def test_another_input_or_number_of_channels_is_refused() -> None:
     network = MaskSAM(tiny_config(), 1, 2)
-    with pytest.raises(ValueError, match="built for \\(batch, 1, 3, 32, 48\\)"):
-        network(torch.zeros(shape))
+    for shape in ((1, 2, 3, 32, 48), (1, 1, 32, 48), (1, 1, 3, 32, 32)):
+        with pytest.raises(ValueError, match=r"batch, 1, 3, 32, 48"):
+            network(torch.zeros(shape))
+    with pytest.raises(ValueError, match="num_classes = 0"):
+        MaskSAM(tiny_config(), 1, 0)
+    with pytest.raises(ValueError, match="image_channels = 3"):
+        MaskSAM(tiny_config(), 2, 2, image_channels=3)
 
 
 def test_only_image_channels_are_averaged() -> None:
@@ -38,13 +42,6 @@ def test_only_image_channels_are_averaged() -> None:
     x = image(network)
     images, _ = network.stem(x)
     torch.testing.assert_close(images, x[:, :2].mean(1)[:, :, None].expand_as(images))
-
-
-def test_wrong_channel_numbers_are_named() -> None:
-    with pytest.raises(ValueError, match="num_classes = 0"):
-        MaskSAM(tiny_config(), 1, 0)
-    with pytest.raises(ValueError, match="image_channels = 3"):
-        MaskSAM(tiny_config(), 2, 2, image_channels=3)
 
 
 def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:

@@ -12,32 +12,20 @@ from masksam_nnunet.plans.presets import PRESETS, load_preset
 
 
 @pytest.mark.parametrize(
-    ("name", "backbone", "queries", "patch", "upsample", "epochs", "optimizer", "mask_weight", "points", "dice"),
+    ("name", "expected"),
     [
-        ("acdc", "vit_b", 8, (4, 256, 256), 4, 500, "SGD", 1.5, 2 * 128**2, 93.39),
-        ("synapse", "vit_h", 24, (26, 256, 256), 4, 1000, "SGD", 1.5, 2 * 128**2, 87.23),
-        ("amos", "vit_h", 24, (9, 512, 512), 1, 1000, "AdamW", 1.2, 2 * 256**2, 90.52),
+        ("acdc", ("vit_b", 8, (4, 256, 256), 4, 2, 500, 93.39, "SGD", 1.5, 2 * 128**2)),
+        ("synapse", ("vit_h", 24, (26, 256, 256), 4, 2, 1000, 87.23, "SGD", 1.5, 2 * 128**2)),
+        ("amos", ("vit_h", 24, (9, 512, 512), 1, 2, 1000, 90.52, "AdamW", 1.2, 2 * 256**2)),
     ],
 )
-def test_values(
-    name: str,
-    backbone: str,
-    queries: int,
-    patch: tuple[int, ...],
-    upsample: int,
-    epochs: int,
-    optimizer: str,
-    mask_weight: float,
-    points: int,
-    dice: float,
-) -> None:
-    preset = load_preset(name)
-    assert (preset.backbone, preset.num_queries, preset.patch_size) == (backbone, queries, patch)
-    assert (preset.upsample, preset.batch_size, preset.epochs, preset.dice) == (upsample, 2, epochs, dice)
-    assert (preset.optimizer.name, preset.optimizer.learning_rate) == (optimizer, 1e-3)
-    assert (preset.optimizer.weight_decay, preset.optimizer.gradient_clip) == (3e-5, 12.0)
-    assert (preset.loss.mask_bce, preset.loss.mask_dice, preset.loss.num_points) == (mask_weight, mask_weight, points)
-    assert preset.loss.semantic == 0 and preset.notes
+def test_values(name: str, expected: tuple[object, ...]) -> None:
+    p = load_preset(name)
+    sizes = p.backbone, p.num_queries, p.patch_size, p.upsample, p.batch_size, p.epochs, p.dice
+    assert (*sizes, p.optimizer.name, p.loss.mask_bce, p.loss.num_points) == expected
+    assert p.loss.mask_dice == p.loss.mask_bce and p.loss.semantic == 0 and p.notes
+    rate = p.optimizer.learning_rate, p.optimizer.weight_decay, p.optimizer.gradient_clip
+    assert rate == (1e-3, 3e-5, 12.0)
 
 
 @pytest.mark.parametrize("name", PRESETS)

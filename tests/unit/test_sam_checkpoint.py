@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -48,16 +46,6 @@ def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-class Code:
-    """Unpickles by running a command."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch '{self.trace}'",)
-
-
 @pytest.mark.parametrize(("nested", "zipped"), [(None, True), ("model", False), ("state_dict", True)])
 def test_read_gives_the_tensors_wherever_they_stand(tmp_path: Path, nested: str | None, zipped: bool) -> None:
     state = sam_state()
@@ -68,21 +56,6 @@ def test_read_gives_the_tensors_wherever_they_stand(tmp_path: Path, nested: str 
     assert all(torch.equal(read[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path, form: str) -> None:
-    trace, path = tmp_path / "executed", tmp_path / "sam.pth"
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(Code(trace)))
-    else:
-        content = {**sam_state(), "image_encoder.extra": Code(trace)}
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(WeightsError, match=r"sam.pth"):
-        read_checkpoint(path)
-    assert not trace.exists()
-    pickle.loads(pickle.dumps(Code(trace)))
-    assert trace.exists(), "the code was harmless: the test shows nothing"
-
-
 def test_what_is_no_checkpoint_of_sam_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sam.pth"
     torch.save(sam_state(), path)
@@ -91,7 +64,8 @@ def test_what_is_no_checkpoint_of_sam_is_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(WeightsError, match=r"sam.pth"):
             read_checkpoint(path)
-    for content in ([1], {"image_encoder.a": 3}, {"conv.weight": torch.zeros(1)}):
+    code = {**sam_state(), "image_encoder.extra": os.getcwd}
+    for content in ([1], {"image_encoder.a": 3}, {"conv.weight": torch.zeros(1)}, code):
         torch.save(content, path)
         with pytest.raises(WeightsError, match=r"sam.pth"):
             read_checkpoint(path)
@@ -106,12 +80,10 @@ def test_what_is_no_checkpoint_of_sam_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grid", [(4, 4), (7, 3), (1, 1), (9, 20)])
 def test_every_grid_is_reached(grid: tuple[int, int]) -> None:
     source, target = sam_state(), sam_state(grid)
-    result, report = remap_sam_state_dict(source, shapes(target))
+    result = remap_sam_state_dict(source, shapes(target))
     assert shapes(result) == shapes(target)
-    resized = {key for key in target if target[key].shape != source[key].shape}
-    assert {entry.name for entry in report.interpolated} == resized
-    assert set(report.loaded) == target.keys() - resized
-    assert all(torch.equal(result[key], source[key]) for key in report.loaded)
+    same = {key for key in target if target[key].shape == source[key].shape}
+    assert all(torch.equal(result[key], source[key]) for key in same)
     assert all(torch.isfinite(value).all() and value.is_contiguous() for value in result.values())
 
 
@@ -119,7 +91,7 @@ def test_every_grid_is_reached(grid: tuple[int, int]) -> None:
 def test_relative_positions_agree_with_segment_anything(size: int) -> None:
     """segment-anything interpolates on the fly: given ours, it does not, and yields the same."""
     source = sam_state((6, 6))
-    ours = remap_sam_state_dict(source, shapes(sam_state((size, 5))))[0][REL_POS]
+    ours = remap_sam_state_dict(source, shapes(sam_state((size, 5))))[REL_POS]
     assert len(ours) == 2 * size - 1
     assert torch.equal(get_rel_pos(size, size, ours), get_rel_pos(size, size, source[REL_POS]))
 
@@ -129,11 +101,8 @@ def test_position_embedding_keeps_what_interpolation_must_keep() -> None:
 
     def resize(value: Tensor, grid: tuple[int, int]) -> Tensor:
         state = sam_state((value.shape[1], value.shape[2])) | {key: value}
-        return remap_sam_state_dict(state, shapes(sam_state(grid)))[0][key]
+        return remap_sam_state_dict(state, shapes(sam_state(grid)))[key]
 
-    constant = torch.randn(width).expand(1, 8, 8, width)
-    for grid in [(3, 3), (5, 20)]:
-        assert torch.allclose(resize(constant, grid), constant[:, :1, :1].expand(1, *grid, width), atol=1e-5)
     # A ramp stays a ramp, at pixel centres (align_corners=False), along the axis it is on.
     ramp = (torch.arange(16.0) + 0.5)[None, :, None, None].expand(1, 16, 16, width)
     inner = resize(ramp, (8, 4))[0, 2:-2, :, 0]
@@ -143,21 +112,15 @@ def test_position_embedding_keeps_what_interpolation_must_keep() -> None:
     assert resize(stripes, (5, 16)).abs()[:, 1:-1].max() < 0.2
 
 
-@pytest.mark.parametrize("part", ["image_encoder", "prompt_encoder", "mask_decoder"])
-def test_every_key_counts(part: str) -> None:
+def test_every_key_counts_and_only_grids_and_lengths_are_interpolated() -> None:
     state = sam_state()
     expected = shapes(state)
-    key = next(key for key in reversed(state) if key.startswith(part))
-    with pytest.raises(WeightsError, match=re.escape(key)):
-        remap_sam_state_dict({name: value for name, value in state.items() if name != key}, expected)
-    with pytest.raises(WeightsError, match=f"{part}.more"):
-        remap_sam_state_dict({**state, f"{part}.more": torch.zeros(1)}, expected)
-    with pytest.raises(WeightsError, match=re.escape(key)):
-        remap_sam_state_dict({**state, key: torch.zeros(2, 2, 2)}, expected)
-
-
-def test_only_grids_and_lengths_are_interpolated() -> None:
-    state = sam_state()
+    for part in ("image_encoder", "prompt_encoder", "mask_decoder"):
+        key = next(key for key in reversed(state) if key.startswith(part))
+        with pytest.raises(WeightsError, match=re.escape(key)):
+            remap_sam_state_dict({name: value for name, value in state.items() if name != key}, expected)
+        with pytest.raises(WeightsError, match=f"{part}.more"):
+            remap_sam_state_dict({**state, f"{part}.more": torch.zeros(1)}, expected)
     for key, shape in [
         ("image_encoder.pos_embed", (1, 4, 4, 8)),
         ("image_encoder.pos_embed", (2, 4, 4, SMALL_SAM.width)),
@@ -165,7 +128,7 @@ def test_only_grids_and_lengths_are_interpolated() -> None:
         ("image_encoder.blocks.1.norm1.weight", (9,)),
     ]:
         with pytest.raises(WeightsError, match=re.escape(key)):
-            remap_sam_state_dict({**state, key: torch.zeros(shape)}, shapes(state))
+            remap_sam_state_dict({**state, key: torch.zeros(shape)}, expected)
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -182,30 +145,29 @@ def test_load_fills_sams_part_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     path = save(tmp_path / "sam.pth", state, monkeypatch)
     made = network((6, 3))
     before = {name: p.detach().clone() for name, p in made.named_parameters()}
-    report = made.load_sam(path)
+    said = made.load_sam(path)
     loaded = made.sam_tensors()
-    wanted, _ = remap_sam_state_dict(state, shapes(loaded))
+    wanted = remap_sam_state_dict(state, shapes(loaded))
     assert all(torch.equal(loaded[key], wanted[key].float()) for key in wanted)
-    assert {name for name, p in made.named_parameters() if torch.equal(p, before[name])} == set(report.new)
-    assert all(made.get_parameter(name).requires_grad for name in report.new)
-    assert made.sam_is_loaded and made.sam_sha256() == report.sha256
-    assert len(report.loaded) + len(report.interpolated) == len(state)
-    assert f"image_encoder.pos_embed: 1x8x8x{SMALL_SAM.width} -> 1x6x3x{SMALL_SAM.width}" in "\n".join(report.lines())
+    new = [name for name, p in made.named_parameters() if torch.equal(p, before[name])]
+    assert all(made.get_parameter(name).requires_grad for name in new) and not set(new) & wanted.keys()
+    assert made.sam_is_loaded and made.sam_sha256() is not None
+    resized = sum(wanted[key].shape != state[key].shape for key in state)
+    counts = {"unchanged": len(state) - resized, "interpolated": resized, "new": len(new)}
+    for line, (word, count) in zip(said[1:], counts.items(), strict=True):
+        assert word in line and f" {count} tensors" in line
 
 
-@pytest.mark.parametrize("fault", ["missing", "hash", "another backbone"])
-def test_nothing_is_half_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_nothing_is_half_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network()
     before = {name: value.detach().clone() for name, value in made.sam_tensors().items()}
     state = sam_state()
-    if fault == "missing":
-        state.popitem()
-    if fault == "another backbone":
-        state = {key: value for key, value in state.items() if ".blocks.3." not in key}
-    path = save(tmp_path / "sam.pth", state, monkeypatch)
-    if fault == "hash":
-        path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(WeightsError):
+    smaller = {key: value for key, value in state.items() if ".blocks.3." not in key}
+    path = save(tmp_path / "sam.pth", smaller, monkeypatch)
+    with pytest.raises(WeightsError, match="vit_b"):  # another backbone
+        made.load_sam(path)
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="SHA-256"):
         made.load_sam(path)
     assert all(torch.equal(value, before[name]) for name, value in made.sam_tensors().items())
     assert not made.sam_is_loaded and made.sam_sha256() is None

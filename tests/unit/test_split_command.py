@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 from challenge_replicas import nnunet_folders
 from typer.testing import CliRunner, Result
 
-from masksam_nnunet.cli import data as cli_datasets
+from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.splits import (
     group_by_patient,
@@ -49,8 +48,6 @@ def split_file(raw: Path) -> Path:
 
 
 def invoke(*arguments: str) -> Result:
-    app = typer.Typer()
-    cli_datasets.register(app)
     return CliRunner().invoke(app, ["split", *arguments])
 
 

@@ -109,26 +109,34 @@ def test_training_without_a_gpu_stops_at_once(monkeypatch: pytest.MonkeyPatch, d
     assert "-device cuda" in refused(RIGHT, device)
 
 
-def test_errors_of_the_package_come_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise WeightsError("no SAM checkpoint")
+class RankEnded(Exception):
+    """As PyTorch's ``ProcessExitedException``."""
 
-    monkeypatch.setattr(nnunet, "run_training", fail)
-    assert refused(RIGHT) == "error: no SAM checkpoint"
+    exit_code = 75
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(SystemExit(75), 75), (RankEnded(), 75), (WeightsError("no SAM checkpoint"), 1)]
+)
+def test_how_a_training_ended_is_handed_on(error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(nnunet, "run_training", end)
+    result = train(RIGHT)
+    assert result.exit_code == status and isinstance(result.exception, SystemExit)
+    assert result.stderr.endswith("error: no SAM checkpoint\n") == (status == 1)
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("77 3d_fullres 0", ["77", NAME, "nnUNetv2_plan_and_preprocess"]),
+        ("77 3d_fullres 0", ["77", NAME]),
         ("Asked 3d_fullres 0", ["Asked", NAME]),
         ("52 3d_lowres 0", ["3d_lowres", "3d_fullres"]),
         (f"{RIGHT} -p MaskSAMPlans", ["MaskSAMPlans.json", "masksam plan -d 52"]),
         (f"{RIGHT} -tr MaskSAMTrainr", ["-tr MaskSAMTrainr"]),
-        ("52 3d_fullres first", ["fold first"]),
         (f"{RIGHT} -pretrained_weights none.pth", ["-pretrained_weights none.pth"]),
-        (f"{RIGHT} --c --val", ["--c", "--val"]),
-        (f"{RIGHT} --val", ["--val", "checkpoint_final.pth"]),
     ],
 )
 def test_requests_that_are_refused(words: str, named: list[str]) -> None:
