@@ -16,8 +16,7 @@ from masksam_nnunet.inference.report.figures import colour_of, style_of
 from masksam_nnunet.inference.report.html import environment, plain
 
 from . import tables
-from .pictures import draw_cases
-from .plots import draw_boxes, draw_curves, draw_differences
+from .plots import draw_boxes, draw_cases, draw_curves, draw_differences
 from .results import METRICS, BenchmarkResults
 from .tables import Bold, Table
 

@@ -10,7 +10,6 @@ import pandas as pd
 
 from masksam_nnunet.inference.report.html import UNDEFINED, number
 
-from .pictures import case_means
 from .results import MEAN, METRICS, BenchmarkResults, Kind
 from .statistics import averaged
 
@@ -123,8 +122,12 @@ def test_set(results: BenchmarkResults) -> Table:
 
 def of_case(results: BenchmarkResults, case: str) -> Table:
     """The means over classes of one case, a line for each row of the results."""
-    columns = [case_means(results, name).loc[case].map(number(metric.digits)) for name, metric in METRICS.items()]
-    lines = [[row.name, *(column[row.name] for column in columns)] for row in results.rows]
+    found = averaged(results.scores[results.scores["case"] == case])
+    values = found[found["class"] == MEAN].pivot(index="method", columns="metric", values="value")
+    lines = [
+        [row.name, *(number(metric.digits)(values.loc[row.name, name]) for name, metric in METRICS.items())]
+        for row in results.rows
+    ]
     return Table(["Mean over classes", *_HEADS], {"": lines})
 
 
