@@ -22,7 +22,7 @@ from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
 
-from .folds import FoldRecord, training_logs
+from .folds import FoldRecord, read_logs
 from .results import Finding, FoldCompute, row_names
 
 TIME_TOLERANCE = 1.1
@@ -143,7 +143,7 @@ def check_splits(
 
 def _check_times(budgets: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
     """Trainings by the clock must have taken the same time."""
-    seconds = {f"{name}, fold {one.fold}": one.seconds for name, folds in budgets.items() for one in folds}
+    seconds = {f"{name}, fold {one.fold}": one.seconds or 0.0 for name, folds in budgets.items() for one in folds}
     if not seconds or max(seconds.values()) <= TIME_TOLERANCE * min(seconds.values()):
         return []
     told = "; ".join(f"{name}: {value:.0f} s" for name, value in seconds.items())
@@ -190,10 +190,7 @@ def _check_start(name: str, configuration: ConfigurationManager, folds: Mapping[
         return None
     if not config.needs_sam:
         return Finding(False, f"{name} has {config.backbone}, which is not SAM: it says nothing about SAM.")
-    logs = {
-        fold: "".join(file.read_text(encoding="utf-8", errors="replace") for file in training_logs(folder))
-        for fold, folder in folds.items()
-    }
+    logs = {fold: "".join(read_logs(folder)) for fold, folder in folds.items()}
     if random := [fold for fold, log in logs.items() if f"{RANDOM_INIT} is set" in log]:
         return Finding(True, f"SAM's part held random, frozen weights ({RANDOM_INIT}) in {'; '.join(random)}.")
     if unknown := [fold for fold, log in logs.items() if not log]:

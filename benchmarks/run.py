@@ -137,11 +137,11 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
 def _print_means(out: Path, console: Console) -> None:
     """Print each row's means over classes and cases."""
     means = pd.read_csv(out / "aggregates.csv")
-    wanted = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
-    means = wanted.pivot(index="method", columns="metric", values="mean")
-    heads = (escape(METRICS[metric].heading) for metric in means.columns)  # rich would take "[mm]" for markup
-    table = Table(Column("mean over cases", overflow="fold"), *heads)
-    for name, values in means.iterrows():
+    means = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
+    table = Table(Column("mean over cases", overflow="fold"))
+    for metric in METRICS.values():
+        table.add_column(escape(metric.heading))  # rich would take "[mm]" for markup
+    for name, values in means.pivot(index="method", columns="metric", values="mean")[list(METRICS)].iterrows():
         table.add_row(escape(str(name)), *map(number(3), values))
     console.print(table)
 
