@@ -43,16 +43,13 @@ def check_fairness(
     preprocessed: Path,
     patients: Mapping[str, str] | None = None,
 ) -> tuple[Finding, ...]:
-    """Check that methods were trained and validated on the same terms.
+    """Check that methods were trained and validated on the same terms; severe findings come first.
 
     Args:
         methods: of one configuration, at least one.
         compute: what each fold took, by the method's name in tables; all folds are trained and validated.
         results, preprocessed: the dataset's folders in nnUNet_results and nnUNet_preprocessed.
         patients: patient by case; None to read them from the case names.
-
-    Returns:
-        What bears on fairness, severe findings first.
 
     Raises:
         MaskSAMError: the folds make no cross-validation; a file is not readable.
@@ -62,7 +59,7 @@ def check_fairness(
     cases = cases_in(preprocessed / "gt_segmentations", ending)
     splits = read_splits(preprocessed / "splits_final.json", cases)
     folds = [one.fold for one in next(iter(compute.values()))]
-    findings = check_splits(splits, folds, cases, preprocessed.name, patients)
+    findings: list[Finding | None] = [*check_splits(splits, folds, cases, preprocessed.name, patients)]
     names = row_names(methods)
     trained = {
         f"{names[method]}, fold {fold}": results / method.key / f"fold_{fold}" for method in methods for fold in folds
@@ -72,7 +69,10 @@ def check_fairness(
             findings.append(Finding(True, f"{name}, has predictions of other cases: {_listed(others)}."))
     findings += _check_times({names[method]: compute[names[method]] for method in methods if has_budget(method)})
     findings += _check_inputs(trained, preprocessed)
-    configurations = {names[method]: _configuration(method, results) for method in methods}
+    configurations = {
+        names[method]: PlansManager(_read(results / method.key / "plans.json")).get_configuration(method.configuration)
+        for method in methods
+    }
     findings += _check_data(configurations)
     for method in methods:
         name, own = names[method], _read(results / method.key / "dataset.json")
@@ -100,11 +100,8 @@ def check_splits(
 ) -> list[Finding]:
     """Check that the folds to be compared make a cross-validation.
 
-    Args:
-        splits: the content of splits_final.json.
-        folds: to be compared.
-        cases: all training cases of the dataset.
-        patients: patient by case; None to read them from the case names.
+    ``splits`` is the content of splits_final.json, ``cases`` are all training cases. Patients by case, or None to read
+    them from the case names.
 
     Raises:
         UsageError: a fold is not in splits_final.json, or is named twice.
@@ -196,14 +193,6 @@ def _check_start(name: str, configuration: ConfigurationManager, folds: Mapping[
     if unknown := [fold for fold, log in logs.items() if not log]:
         return Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")
     return Finding(False, f"{name} starts from SAM's {config.sam} weights, which were trained on other images.")
-
-
-def _configuration(method: Method, results: Path) -> ConfigurationManager:
-    file = results / method.key / "plans.json"
-    try:
-        return PlansManager(_read(file)).get_configuration(method.configuration)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise DataError(f"{file} has no usable configuration {method.configuration!r} ({error}); restore it") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

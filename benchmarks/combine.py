@@ -1,5 +1,5 @@
 """Predictions of all folds together by nnU-Net's own functions: folds merged, pairs ensembled, the best chosen, all
-post-processed, our Dice checked against nnU-Net's, and the raw dataset's own test cases predicted."""
+post-processed, and the raw dataset's own test cases predicted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ensemble_name
@@ -120,54 +118,10 @@ def kept_components(folder: Path, classes: Classes) -> list[str]:
     names.setdefault(frozenset().union(*names), "the whole foreground")
     found = []
     for one in read_json(folder / "postprocessing.json")["postprocessing_kwargs"]:
-        labels = frozenset(_labels(one["labels_or_regions"]))
+        given = one["labels_or_regions"]
+        labels = frozenset(given if isinstance(given, list) else [given])
         found.append(names.get(labels, f"the labels {', '.join(map(str, sorted(labels)))}"))
     return list(dict.fromkeys(found)) or ["nothing helped"]
-
-
-def _labels(label: int | Sequence[int]) -> tuple[int, ...]:
-    """A label or a region, as dataset.json and nnU-Net's summary write it."""
-    return tuple(label) if isinstance(label, Sequence) else (int(label),)
-
-
-def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json: Mapping[str, Any]) -> None:
-    """Check that our Dice is nnU-Net's to 1e-6, for each case and class; NaN equals NaN.
-
-    Args:
-        scores: of the folder that ``summary_json`` describes, as :func:`~.scoring.score_folder` returns them.
-        summary_json: nnU-Net's.
-        dataset_json: names the classes that nnU-Net numbers.
-
-    Raises:
-        DataError: the file is not readable, is about other cases or classes, or a value differs.
-    """
-    names = {values: name for name, values in Classes.from_dataset_json(dataset_json).foreground.items()}
-    remedy = "restore the files of that folder, or score it again with nnUNetv2_evaluate_folder"
-    try:
-        theirs = {
-            (Path(one["prediction_file"]).name.removesuffix(dataset_json["file_ending"]), names[_labels(key)]): of[
-                "Dice"
-            ]
-            for one in load_summary_json(str(summary_json))["metric_per_case"]
-            for key, of in one["metrics"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{summary_json} is missing or not nnU-Net's summary of this dataset ({error!r}); {remedy}"
-        ) from error
-    ours = dict(scores[scores["metric"] == "dice"].set_index(["case", "class"])["value"])
-    if others := sorted(map(", ".join, ours.keys() ^ theirs.keys())):
-        raise DataError(
-            f"{summary_json} and the scored files differ in cases or classes: {'; '.join(others[:5])}; {remedy}"
-        )
-    differing = [
-        f"{', '.join(key)}: {value:.6f} here, {theirs[key]:.6f} there"
-        for key, value in ours.items()
-        if not np.isclose(value, theirs[key], rtol=0, atol=1e-6, equal_nan=True)
-    ]
-    if differing:
-        listed = "; ".join(differing[:5])
-        raise DataError(f"Dice differs from nnU-Net's in {len(differing)} values of {summary_json}: {listed}; {remedy}")
 
 
 def score_test_set(
@@ -175,14 +129,8 @@ def score_test_set(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Predict labelled test cases with all folds by nnUNetv2_predict, ensemble pairs by nnUNetv2_ensemble, and score.
 
-    What has been predicted from the same checkpoints and images is not predicted again.
-
-    Args:
-        benchmark: its methods are trained in all its folds.
-        raw: the raw dataset's folder.
-        dataset_json: its description.
-        out: folder for predictions and logs.
-        tolerance_mm: of the surface Dice.
+    What has been predicted from the same checkpoints and images is not predicted again. All folds are trained; ``raw`` is
+    the raw dataset's folder, ``out`` one for predictions and logs, and the tolerance is that of the surface Dice.
 
     Returns:
         A table with the columns :data:`TEST_COLUMNS`, and the commands that made the predictions; both empty without

@@ -29,32 +29,21 @@ _PRIMUS_TOKEN = 8
 
 
 class Benchmark(BaseModel):
-    """What a benchmark's folder is about, kept in its ``benchmark.json``.
-
-    Attributes:
-        methods: to compare, all of this configuration.
-        minutes: for time-budget trainers, else None.
-        device: ``cpu``, ``cuda`` or ``mps``.
-        ensembles: whether pairs of methods are ensembled; validation then saves probabilities.
-        accept_unfair: report an unfair comparison too.
-        processes: workers that score and ensemble.
-        notes: what a reader must know about this run; they open its report.
-        group: regular expression that finds the patient in a case's name, as ``masksam split --group``.
-    """
+    """What a benchmark's folder is about, kept in its ``benchmark.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     configuration: str
-    methods: tuple[Method, ...]
+    methods: tuple[Method, ...]  # to compare, all of this configuration
     folds: tuple[int, ...]
-    minutes: float | None = None
-    device: str = "cuda"
-    ensembles: bool = True
-    accept_unfair: bool = False
-    processes: int = 2
-    notes: tuple[str, ...] = ()
-    group: str | None = None
+    minutes: float | None = None  # for time-budget trainers, else None
+    device: str = "cuda"  # cpu, cuda or mps
+    ensembles: bool = True  # of all pairs; validation then saves probabilities
+    accept_unfair: bool = False  # report an unfair comparison too
+    processes: int = 2  # workers that score and ensemble
+    notes: tuple[str, ...] = ()  # what a reader must know about this run; they open its report
+    group: str | None = None  # regular expression that finds the patient in a case's name, as masksam split --group
 
     @classmethod
     def read(cls, out: Path) -> Benchmark:

@@ -40,7 +40,7 @@ def run_demo(
     seed: int = 0,
     console: Console | None = None,
 ) -> Path:
-    """Plan, preprocess, train both methods, compare them, and print what can be done next.
+    """Plan, preprocess, train both methods, compare them, and print what can be done next; the path of report.html.
 
     The same call continues an interrupted demo. nnU-Net's three variables must name folders in ``out`` of the same
     names; nnU-Net reads them when it is imported.
@@ -48,14 +48,10 @@ def run_demo(
     Args:
         out: folder for nnU-Net's three folders and the report; new, empty, or of a demo with the same settings.
         data: an nnU-Net raw dataset; None for phantoms.
-        minutes: training time of each method.
-        batch_size: of both methods.
+        minutes, batch_size: of both methods.
         fold: one of nnU-Net's five.
         seed: seeds the phantoms; nnU-Net's training is unseeded.
         console: for progress.
-
-    Returns:
-        The path of report.html; report.json lies beside it.
 
     Raises:
         MaskSAMError: an argument is not allowed, the dataset cannot be used, or a training fails.

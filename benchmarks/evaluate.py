@@ -23,7 +23,7 @@ from masksam_nnunet.inference.versions import git_hash, versions
 
 from . import statistics
 from .checks import check_fairness, refuse_unfair
-from .combine import check_against_nnunet, combine, score_test_set
+from .combine import combine, score_test_set
 from .definition import Benchmark
 from .folds import FINAL, read_fold_compute
 from .plots import choose_cases
@@ -38,7 +38,7 @@ def evaluate(
     patients: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Evaluate trained and validated folds and write their report.
+    """Evaluate trained and validated folds and write their report; the path of report.html.
 
     Args:
         benchmark: what is compared; one fold is enough. Ensembles need the probabilities of validation (``--npz``).
@@ -46,9 +46,6 @@ def evaluate(
         commands: what was run to train; those of the evaluation are added.
         patients: patient by case; by default as the case names show.
         console: shows progress.
-
-    Returns:
-        report.html.
 
     Raises:
         DataError: the comparison is not fair, or files are missing, damaged or do not fit.
@@ -78,9 +75,9 @@ def evaluate(
         tables = []
         for row in rows:
             with console.status(f"scoring {row.name}"):
-                of_row = (row.predictions, truths, dataset_json, sorted(fold_of), tolerance, benchmark.processes)
-                found = scoring.score_folder(*of_row)
-                check_against_nnunet(found, row.predictions / "summary.json", dataset_json)
+                found = scoring.score_folder(
+                    row.predictions, truths, dataset_json, sorted(fold_of), tolerance, benchmark.processes
+                )
                 tables.append(found.assign(method=row.name, kind=row.kind))
     except MaskSAMError:
         mark.unlink(missing_ok=True)  # the next run lets nnU-Net combine and score the folds again

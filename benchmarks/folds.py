@@ -36,10 +36,8 @@ _TRAINED, _VALIDATED = "Training done.", "Validation complete"
 def locked(folder: Path, busy: str, wait: float = 1.0) -> Iterator[None]:
     """Lock a folder, on all machines that share it, until this process leaves the context or ends.
 
-    Args:
-        folder: created if missing. NFS needs version 4, Lustre the mount option ``flock``.
-        busy: what a process that holds the lock is doing, for the message.
-        wait: seconds to wait for the lock.
+    The folder is created if missing. NFS needs version 4, Lustre the mount option ``flock``. ``busy`` says what a
+    process that holds the lock is doing; ``wait`` is in seconds.
 
     Raises:
         TrainingError: another process holds the lock, or the folder cannot be written.
@@ -79,13 +77,9 @@ class FoldState(NamedTuple):
 
 
 def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) -> FoldState:
-    """How far a fold has come, judged by its folder alone.
+    """How far a fold has come, judged by its folder alone, which need not exist.
 
-    Args:
-        folder: of the fold; need not exist.
-        cases: the fold's validation cases.
-        file_ending: of predictions, such as ``.nii.gz``.
-        npz: whether probabilities are needed too.
+    ``cases`` are its validation cases, with predictions of ``file_ending``; ``npz``: probabilities are needed too.
     """
     found = [name for name in (FINAL, LATEST, BEST) if (folder / name).is_file()]  # in the order of nnU-Net's --c
     if not found:

@@ -44,21 +44,15 @@ _PARTS: Mapping[Stage, tuple[Literal["train", "continue", "validate"], tuple[str
 
 @dataclass(frozen=True)
 class FoldJob:
-    """One fold of one method, to be trained and validated.
-
-    Attributes:
-        environment: variables of nnU-Net and MaskSAM, its three folders among them.
-        minutes: of a time-budget trainer, else None.
-        npz: whether validation saves probabilities.
-    """
+    """One fold of one method, to be trained and validated."""
 
     dataset: str
     method: Method
     fold: int
     device: str
-    environment: Mapping[str, str]
-    minutes: float | None = None
-    npz: bool = False
+    environment: Mapping[str, str]  # variables of nnU-Net and MaskSAM, nnU-Net's three folders among them
+    minutes: float | None = None  # of a time-budget trainer
+    npz: bool = False  # whether validation saves probabilities
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from masksam_nnunet.errors import MaskSAMError, in_short
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
-from masksam_nnunet.inference.report.figures import LINE_STYLES, CaseImages, draw_case, png, wrapped
+from masksam_nnunet.inference.report.figures import CaseImages, draw_case, png, wrapped
 from masksam_nnunet.inference.report.html import Picture, number
 
 from .results import MEAN, METRICS, BenchmarkResults, Row
@@ -34,15 +34,10 @@ _LOSSES_IN_FIGURE = 3
 _PROGRESS = {"hours": "hours of training", "epoch": "epochs"}
 
 
-def looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and line style of each row; with post-processing it looks as without."""
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """The colour of each row; with post-processing it looks as without."""
     members = list(dict.fromkeys(row.members for row in rows))
-    places = {row.name: members.index(row.members) for row in rows}
-    count = len(METHOD_COLOURS)
-    return {
-        name: (METHOD_COLOURS[place % count], LINE_STYLES[place // count % len(LINE_STYLES)])
-        for name, place in places.items()
-    }
+    return {row.name: METHOD_COLOURS[members.index(row.members) % len(METHOD_COLOURS)] for row in rows}
 
 
 # ---- scores of cases -------------------------------------------------------------------------------------------------
@@ -69,7 +64,7 @@ def _boxes(results: BenchmarkResults, panels: Mapping[str, tuple[str, pd.DataFra
     lines = math.ceil(len(panels) / columns)
     figure, axes = _panels(lines, columns, lines * (0.42 * len(names) + 0.75), sharey=True)
     shared = {"x": "value", "y": "method", "order": names, "hue": "method", "hue_order": names, "legend": False}
-    shared |= {"palette": {name: colour for name, (colour, _) in looks(results.rows).items()}}
+    shared |= {"palette": _colours(results.rows)}
     shape = {"fill": False, "width": 0.62, "linewidth": 1.1, "showfliers": False, "showmeans": True}
     mean = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": "black"}
     for ax, (title, (metric, table)) in zip(axes.flat, panels.items(), strict=False):
@@ -145,11 +140,11 @@ def draw_curves(results: BenchmarkResults) -> list[Picture]:
     curves = {name: _curves(folds) for name, folds in results.histories.items()}
     if not curves:
         return []
-    style, names = looks(results.rows), list(curves)
+    colours, names = _colours(results.rows), list(curves)
     figure, axes = _panels(1, 2, 3.6, sharey=True)
     for ax, x in zip(axes.flat, _PROGRESS, strict=True):
         for name, table in curves.items():
-            _curve(ax, table, x, "pseudo_dice", *style[name], wrapped(name, 44, 2))
+            _curve(ax, table, x, "pseudo_dice", colours[name], "solid", wrapped(name, 44, 2))
         ax.set(title="Pseudo-Dice on validation patches", ylim=(0, 1))
     axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
     about = f"nnU-Net's estimate on random validation patches, once an epoch. {lines}"
@@ -160,7 +155,7 @@ def draw_curves(results: BenchmarkResults) -> list[Picture]:
         figure, axes = _panels(len(part), 2, 2.8 * len(part), sharey="row")
         for name, panes in zip(part, axes, strict=True):
             for ax, x in zip(panes, _PROGRESS, strict=True):
-                _curve(ax, curves[name], x, "train_loss", style[name][0], "solid", "training")
+                _curve(ax, curves[name], x, "train_loss", colours[name], "solid", "training")
                 _curve(ax, curves[name], x, "val_loss", "black", "dashed", "validation")
                 ax.set_title(f"Losses of {wrapped(name, 60, 1)}")
             panes[1].legend(frameon=False, fontsize=8)

@@ -29,14 +29,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#])")
 
 
 def write_report(results: BenchmarkResults, out: Path) -> Path:
-    """Write the page and its companions into ``out``, each file whole or not at all.
-
-    Args:
-        results: of an evaluation.
-        out: the benchmark's folder; created if missing.
-
-    Returns:
-        The path of report.html.
+    """Write the page and its companions into the folder ``out``, each file whole or not at all; the path of the page.
 
     Raises:
         UsageError: the folder cannot be written.

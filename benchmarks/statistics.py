@@ -102,13 +102,8 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
 def averaged(scores: pd.DataFrame) -> pd.DataFrame:
     """The values that are averaged and compared: those of :data:`METRICS`, and within each case their :data:`MEAN`.
 
-    Volume errors are absolute: too much in one case must not make up for too little in another.
-
-    Args:
-        scores: the long table of scores, or part of it; its columns other than ``class`` and ``value`` are kept.
-
-    Returns:
-        A table with the same columns, the means over classes first.
+    Volume errors are absolute: too much in one case must not make up for too little in another. The table has the
+    columns of ``scores``, the long table or part of it, and the means over classes first.
     """
     chosen = scores[scores["metric"].isin(METRICS)]
     absolute = chosen["metric"] == "volume_error_ml"
@@ -119,11 +114,8 @@ def averaged(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
-    """Mean, its 95 % interval and median of every method, metric and class, and of the mean over classes.
-
-    Args:
-        scores: the long table of scores.
-        resamples, seed: of the bootstrap.
+    """Mean, its 95 % interval and median of every method, metric and class in the long table of scores, and of the mean
+    over classes. The same seed gives the same intervals.
 
     Returns:
         Columns ``method, kind, metric, class, mean, low, high, median, cases``; ``cases`` counts those with a value.

@@ -101,19 +101,14 @@ def measure_point(sizes: dict[str, int], device: torch.device) -> dict[str, floa
 
 def run_growth(axis: str, values: tuple[int, ...], device: str) -> list[dict[str, Any]]:
     """As the other results, for all points of an axis; the reference is the smallest of them."""
-    shapes, base = "tiny, patch 8x128x128, eight mirrors", {}
-    if axis in AXES:
-        base = BASE
-        shapes = ", ".join(
-            ["ViT-B, u = 4, batch 2", *(f"{name} {value}" for name, value in BASE.items() if name != axis)]
-        )
+    base = BASE if axis in AXES else {}
+    others = ", ".join(f"{name} {value}" for name, value in base.items() if name != axis)
+    shapes = f"ViT-B, u = 4, batch 2, {others}" if base else "tiny, patch 8x128x128, eight mirrors"
     words = [__file__, "--device", device, "--growth"]
     found = {value: in_a_process(*words, json.dumps(base | {axis: value}), **GIVE_BACK) for value in values}
-    more = {"device": device_name(device), "shapes": shapes, "repeats": 2}
+    first, more = values[0], {"device": device_name(device), "shapes": shapes, "repeats": 2}
     return [
-        result(
-            f"growth with {axis}, {what}", str(value), str(values[0]), one[unit], found[values[0]][unit], unit, **more
-        )
+        result(f"growth with {axis}, {what}", str(value), str(first), one[unit], found[first][unit], unit, **more)
         for unit, what in (("s", "time"), ("MiB", "peak memory"))
         for value, one in found.items()
     ]

@@ -122,11 +122,7 @@ def blobs(batch: int, slices: int, side: int, classes: int) -> Tensor:
 
 
 def _loss(
-    make: Callable[[LossConfig, Grid, int], Callable[[MaskSAMOutput, Tensor], tuple[Tensor, object]]],
-    slices: int,
-    queries: int,
-    classes: int,
-    side: int,
+    make: type[MaskSAMCriterion] | type[PlainCriterion], slices: int, queries: int, classes: int, side: int
 ) -> Builder:
     def build(device: torch.device) -> Step:
         torch.manual_seed(0)
@@ -202,52 +198,39 @@ def _large(checkpointing: bool) -> Builder:
     return lambda device: training(config, blobs(2, 9, 512, 16), 16, with_optimizer=True)(device)
 
 
+def _pair(make: Callable[..., Builder], *sizes: int, reference: str = "plain") -> dict[str, Builder]:
+    """Our form and the plain one; ``make`` takes whether it is plain, then sizes."""
+    return {"ours": make(False, *sizes), reference: make(True, *sizes)}
+
+
 def cases() -> list[Case]:
+    one, windows = (
+        _pair(_attention, 1, 64, reference="materialised"),
+        _pair(_attention, 50, 14, reference="materialised"),
+    )
+    loss = {"ours": MaskSAMCriterion, "slice by slice": PlainCriterion}
+    step = {"ours": (False, False), "checkpointing": (False, True), "plain": (True, False)}
+    large = "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW"
     return [
-        Case(
-            "attention, global block",
-            "1 image, 64x64 tokens, 12 heads of 64",
-            {"ours": _attention(False, 1, 64), "materialised": _attention(True, 1, 64)},
-        ),
-        Case(
-            "attention, windows",
-            "2 images of 25 windows, 14x14 tokens, 12 heads of 64",
-            {"ours": _attention(False, 50, 14), "materialised": _attention(True, 50, 14)},
-        ),
-        Case(
-            "image encoder with adapters",
-            "ViT-B, 2 slices of 512x512",
-            {"ours": _encoder(False, 2, 128), "plain": _encoder(True, 2, 128)},
-            repeats=3,
-        ),
-        Case(
-            "prompt generator and decoder",
-            "2 slices of 1024x1024, N = 8",
-            {"ours": _decoder(False, 2, 256, 8), "plain": _decoder(True, 2, 256, 8)},
-            repeats=3,
-        ),
+        Case("attention, global block", "1 image, 64x64 tokens, 12 heads of 64", one),
+        Case("attention, windows", "2 images of 25 windows, 14x14 tokens, 12 heads of 64", windows),
+        Case("image encoder with adapters", "ViT-B, 2 slices of 512x512", _pair(_encoder, 2, 128), 3),
+        Case("prompt generator and decoder", "2 slices of 1024x1024, N = 8", _pair(_decoder, 2, 256, 8), 3),
         Case(
             "targets, matching and loss",
             "128 slices of 128x128, N = 24, K = 16",
-            {
-                "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
-                "slice by slice": _loss(PlainCriterion, 128, 24, 16, 128),
-            },
+            {name: _loss(criterion, 128, 24, 16, 128) for name, criterion in loss.items()},
         ),
         Case(
             "training step of the network",
             "ViT-B, 2 slices of 1024x1024, N = 8",
-            {
-                "ours": _step(False, False, *STEP),
-                "checkpointing": _step(False, True, *STEP),
-                "plain": _step(True, False, *STEP),
-            },
+            {name: _step(*forms, *STEP) for name, forms in step.items()},
             repeats=3,
             warm_up=False,
         ),
         Case(
             "training step of ViT-H",
-            "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW",
+            large,
             {"checkpointing": _large(True), "without checkpointing": _large(False)},
             gpu_only=True,
         ),

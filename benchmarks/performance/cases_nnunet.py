@@ -242,50 +242,19 @@ def _export(lean: bool) -> Builder:
 
 def cases() -> list[Case]:
     patch, volume = ("x".join(map(str, size)) for size in (PATCH, VOLUME))
+    step, window = f"patch {patch}, batch 2; network and loss", f"volume {volume}, patch {patch}, eight mirrors"
+    one = f"ViT-B, u = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}"
+    tiny_step, ours = _masksam_step("tiny", 1), prediction(tiny, True)
+    unets = {"tiny": tiny_step, "vit_b, u = 1": _masksam_step("vit_b", 1), "nnU-Net": _unet_step(False)}
+    same = {"ours": ours, "nnUNetv2_predict, same network": prediction(tiny, False)}
+    stock = {"tiny, masksam predict": ours, "nnU-Net, nnUNetv2_predict": prediction(_stock, False)}
+    folds = {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)}
+    exports = {"masksam export, lean": _export(True), "nnU-Net's export, full": _export(False)}
     return [
-        Case(
-            "training step beside nnU-Net",
-            f"patch {patch}, batch 2; network and loss",
-            {
-                "tiny": _masksam_step("tiny", 1),
-                "vit_b, u = 1": _masksam_step("vit_b", 1),
-                "nnU-Net": _unet_step(False),
-            },
-            repeats=3,
-        ),
-        Case(
-            "training step beside ResEnc-L",
-            f"patch {patch}, batch 2; network and loss",
-            {"tiny": _masksam_step("tiny", 1), "ResEnc-L": _unet_step(True)},
-            repeats=3,
-        ),
-        Case(
-            "sliding-window case, masksam predict",
-            f"tiny, volume {volume}, patch {patch}, eight mirrors",
-            {"ours": prediction(tiny, True), "nnUNetv2_predict, same network": prediction(tiny, False)},
-            repeats=3,
-        ),
-        Case(
-            "sliding-window case beside nnU-Net",
-            f"volume {volume}, patch {patch}, eight mirrors",
-            {
-                "tiny, masksam predict": prediction(tiny, True),
-                "nnU-Net, nnUNetv2_predict": prediction(_stock, False),
-            },
-            repeats=3,
-        ),
-        Case(
-            "five folds, masksam predict",
-            f"ViT-B, u = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}",
-            {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)},
-            repeats=1,
-            warm_up=False,
-        ),
-        Case(
-            "export",
-            "ViT-B, one fold",
-            {"masksam export, lean": _export(True), "nnU-Net's export, full": _export(False)},
-            repeats=2,
-            warm_up=False,
-        ),
+        Case("training step beside nnU-Net", step, unets, 3),
+        Case("training step beside ResEnc-L", step, {"tiny": tiny_step, "ResEnc-L": _unet_step(True)}, 3),
+        Case("sliding-window case, masksam predict", f"tiny, {window}", same, 3),
+        Case("sliding-window case beside nnU-Net", window, stock, 3),
+        Case("five folds, masksam predict", one, folds, 1, warm_up=False),
+        Case("export", "ViT-B, one fold", exports, 2, warm_up=False),
     ]
