@@ -129,8 +129,8 @@ def score_test_set(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Predict labelled test cases with all folds by nnUNetv2_predict, ensemble pairs by nnUNetv2_ensemble, and score.
 
-    What has been predicted from the same checkpoints and images is not predicted again. All folds are trained; ``raw`` is
-    the raw dataset's folder, ``out`` one for predictions and logs, and the tolerance is that of the surface Dice.
+    What has been predicted from the same checkpoints and images is not predicted again. All folds are trained; ``raw``
+    is the raw dataset's folder, ``out`` one for predictions and logs, and the tolerance is that of the surface Dice.
 
     Returns:
         A table with the columns :data:`TEST_COLUMNS`, and the commands that made the predictions; both empty without
