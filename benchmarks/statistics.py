@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from masksam_nnunet.plans.splits import group_by_patient
 
@@ -90,10 +89,8 @@ def signed_rank_test(differences: ArrayLike) -> tuple[float, float]:
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
     """Holm's correction of the p-values that are not NaN."""
-    defined = p.dropna()
-    return pd.Series(multipletests(defined, method="holm")[1] if len(defined) else [], defined.index, float).reindex(
-        p.index
-    )
+    ordered = p.dropna().sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -67,37 +67,31 @@ def any_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("any_trainer")
-@pytest.mark.parametrize(
-    ("trainers", "plans", "expected"),
-    [
-        (["A"], [], [("A", "nnUNetPlans")]),
-        (["A", "B"], ["P"], [("A", "P"), ("B", "P")]),
-        (["A", "B"], ["P", "Q"], [("A", "P"), ("B", "Q")]),
-        (["A@Q", "B"], ["P"], [("A", "Q"), ("B", "P")]),
-        (["nnunet", "resenc-l"], [], [("nnUNetTrainer", "nnUNetPlans"), ("nnUNetTrainer", "nnUNetResEncUNetLPlans")]),
-        (["primus-m@P"], [], [("nnUNet_Primus_M_Trainer", "P")]),
-    ],
-)
-def test_trainers_and_plans_make_methods(
-    trainers: list[str], plans: list[str], expected: list[tuple[str, str]]
-) -> None:
-    assert parse_methods(trainers, plans, "2d") == tuple(Method(t, p, "2d") for t, p in expected)
+def test_trainers_and_plans_make_methods() -> None:
+    for trainers, plans, expected in (
+        ("A", "", "A@nnUNetPlans"),
+        ("A B", "P", "A@P B@P"),
+        ("A B", "P Q", "A@P B@Q"),
+        ("A@Q B", "P", "A@Q B@P"),
+        ("nnunet resenc-l", "", "nnUNetTrainer@nnUNetPlans nnUNetTrainer@nnUNetResEncUNetLPlans"),
+        ("primus-m@P", "", "nnUNet_Primus_M_Trainer@P"),
+    ):
+        methods = tuple(Method(*one.split("@"), "2d") for one in expected.split())
+        assert parse_methods(trainers.split(), plans.split(), "2d") == methods
 
 
 @pytest.mark.usefixtures("any_trainer")
-@pytest.mark.parametrize(
-    ("trainers", "plans", "named"),
-    [
+def test_wrong_trainers_and_plans() -> None:
+    wrong = [
         ([], [], "--trainers"),
         (["A", "B", "C"], ["P", "Q"], "--plans"),
         (["nnunet", "nnUNetTrainer"], [], "nnUNetTrainer"),
         (["A@Q", "B"], ["P", "P"], "A@Q"),
         (["A@"], [], "TRAINER@PLANS"),
-    ],
-)
-def test_wrong_trainers_and_plans(trainers: list[str], plans: list[str], named: str) -> None:
-    with pytest.raises(MaskSAMError, match=named):
-        parse_methods(trainers, plans, "2d")
+    ]
+    for trainers, plans, named in wrong:
+        with pytest.raises(MaskSAMError, match=named):
+            parse_methods(trainers, plans, "2d")
 
 
 def test_every_baseline_is_found_and_an_unknown_trainer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +124,7 @@ def test_a_definition_comes_back_as_it_was_written_for_one_dataset_and_configura
 def test_a_definition_as_a_command() -> None:
     expected = (
         "masksam benchmark -d Dataset004_Small -c 3d_fullres --trainers nnUNetTrainer@nnUNetPlans "
-        "nnUNetTrainer_budget@nnUNetPlans --folds 0 1 --minutes 2.5 --devices cpu"
+        "nnUNetTrainer_budget@nnUNetPlans --folds 0 1 --devices cpu --minutes 2.5"
     )
     one = benchmark(STOCK, BUDGET, folds=(0, 1), minutes=2.5, accept_unfair=True)
     assert one.command_line == expected + " --accept-unfair"
@@ -217,7 +211,7 @@ def test_options_that_do_not_fit(changes: dict[str, object], named: str) -> None
 
 def test_notes_and_patches(preprocessed: Path) -> None:
     (note,) = benchmark(STOCK, BUDGET, minutes=3.0).check()
-    assert STOCK.key in note and BUDGET.key not in note
+    assert STOCK.trainer in note and BUDGET.trainer not in note
     file = preprocessed / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["patch_size"] = [12, 32, 32]
