@@ -137,19 +137,16 @@ def splits(*folds: tuple[str, str]) -> list[dict[str, list[str]]]:
 SOUND = splits(("a b", "c"), ("a c", "b"), ("b c", "a"))
 
 
-@pytest.mark.parametrize(
-    ("given", "folds", "named"),
-    [
+def test_splits_that_cannot_be_compared() -> None:
+    for given, folds, named in (
         (SOUND, (3,), "--folds 3"),
         (SOUND, (0, 0), "--folds 0, 0"),
         (SOUND, (), "--folds"),
         (splits(("a", "")), (0,), "--folds 0"),
         (splits(("a", "b"), ("a", "b")), (0, 1), "b"),
-    ],
-)
-def test_splits_that_cannot_be_compared(given: Any, folds: tuple[int, ...], named: str) -> None:
-    with pytest.raises(MaskSAMError, match=named):
-        check_splits(given, folds, ["a", "b", "c"], DATASET)
+    ):
+        with pytest.raises(MaskSAMError, match=named):
+            check_splits(given, folds, ["a", "b", "c"], DATASET)
 
 
 def test_splits_that_are_no_fair_cross_validation() -> None:
@@ -269,18 +266,7 @@ def write(file: Path, labels: Any = LABELS, spacing: tuple[float, ...] = (1.0, 1
     sitk.WriteImage(image, str(file))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "named"),
-    [
-        (lambda file: write(file, spacing=(1.0, 1.0, 3.0)), "spacing"),
-        (lambda file: write(file, 2 * LABELS), "2"),
-        (lambda file: file.write_bytes(file.read_bytes()[:60]), "c"),
-        (Path.unlink, "c"),
-    ],
-)
-def test_a_faulty_prediction_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object], named: str
-) -> None:
+def test_a_faulty_prediction_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     cases = {0: ("a", "b"), 1: ("c",)}
@@ -294,29 +280,31 @@ def test_a_faulty_prediction_is_named(
                 write(folder / f"{case}.nii.gz")
     require_sound(benchmark, cases)
     file = benchmark.results / OTHER.key / "fold_1" / "validation" / "c.nii.gz"
-    spoil(file)
-    with pytest.raises(DataError) as caught:
-        require_sound(benchmark, cases)
-    assert named in str(caught.value) and f"remove {file}" in str(caught.value)
+    spoilt: tuple[tuple[Callable[[], object], str], ...] = (
+        (lambda: write(file, spacing=(1.0, 1.0, 3.0)), "spacing"),
+        (lambda: write(file, 2 * LABELS), "2"),
+        (lambda: file.write_bytes(file.read_bytes()[:60]), "c"),
+        (file.unlink, "c"),
+    )
+    for spoil, named in spoilt:
+        spoil()
+        with pytest.raises(DataError) as caught:
+            require_sound(benchmark, cases)
+        assert named in str(caught.value) and f"remove {file}" in str(caught.value)
 
 
 # ---- what nnU-Net's post-processing keeps ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("labels", "kept", "expected"),
-    [
-        ({"background": 0, "a": 1, "b": 2}, [[1, 2], 1, 2], ["the whole foreground", "a", "b"]),
-        ({"background": 0, "whole": [1, 2], "core": 2}, [[1, 2], [2]], ["whole", "core"]),
-        ({"background": 0, "a": 1, "b": 2, "c": 3}, [[2, 3]], ["the labels 2, 3"]),
-        ({"background": 0, "a": 1}, [], ["nothing helped"]),
-    ],
-)
-def test_what_post_processing_keeps_is_named(
-    tmp_path: Path, labels: dict[str, Any], kept: list[Any], expected: list[str]
-) -> None:
-    chosen = [{"labels_or_regions": one} for one in kept]
-    write_json(tmp_path / "postprocessing.json", {"postprocessing_kwargs": chosen})
-    order = {"regions_class_order": [1, 2]} if "whole" in labels else {}
-    classes = Classes.from_dataset_json({**DESCRIPTION, **order, "labels": labels})
-    assert kept_components(tmp_path, classes) == expected
+def test_what_post_processing_keeps_is_named(tmp_path: Path) -> None:
+    plain, regions = {"background": 0, "a": 1, "b": 2, "c": 3}, {"background": 0, "whole": [1, 2], "core": 2}
+    for labels, kept, expected in (
+        (plain, [[1, 2, 3], 1, 2, 2, [2, 3]], ["the whole foreground", "a", "b", "the labels 2, 3"]),
+        (regions, [[1, 2], [2]], ["whole", "core"]),
+        (plain, [], ["nothing helped"]),
+    ):
+        chosen = [{"labels_or_regions": one} for one in kept]
+        write_json(tmp_path / "postprocessing.json", {"postprocessing_kwargs": chosen})
+        order = {"regions_class_order": [1, 2]} if labels is regions else {}
+        classes = Classes.from_dataset_json({**DESCRIPTION, **order, "labels": labels})
+        assert kept_components(tmp_path, classes) == expected

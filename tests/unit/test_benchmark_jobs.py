@@ -142,10 +142,7 @@ def test_a_command_and_its_workers_end_when_their_parent_is_killed(folder: Path)
     wait_for(lambda: ended(folder))
 
 
-def test_jobs_run_one_at_a_time_on_each_device_and_one_that_fails_stops_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_jobs_run_one_at_a_time_on_each_device_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     jobs = simple_jobs(tmp_path, "A", "B", "C", failing="B")
     seen: list[Mapping[str, str]] = []
     errors = run_local(jobs, ["cpu"], seen.append)
@@ -203,15 +200,15 @@ def test_a_fold_that_fails_names_its_command_and_a_full_disk(tmp_path: Path, mon
         job.run()
 
 
-@pytest.mark.parametrize(
-    ("device", "visible", "expected"),
-    [("cpu", "3,5", None), ("1", "3,5", "5"), ("cuda", "GPU-a, GPU-b", "GPU-a"), ("1", "", "1")],
-)
-def test_gpus_count_among_those_that_are_visible(
-    monkeypatch: pytest.MonkeyPatch, device: str, visible: str, expected: str | None
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_of(device) == expected
+def test_gpus_count_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, visible, expected in (
+        ("cpu", "3,5", None),
+        ("1", "3,5", "5"),
+        ("cuda", "GPU-a, b", "GPU-a"),
+        ("1", "", "1"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_of(device) == expected
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
