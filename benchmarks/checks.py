@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from masksam_nnunet.environment import RANDOM_INIT
-from masksam_nnunet.errors import CheckpointError, DataError, MaskSAMError, TrainingError, UsageError
+from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.methods import Method, has_budget
-from masksam_nnunet.inference.scoring import cases_in, read_pair
+from masksam_nnunet.inference.scoring import cases_in
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
 
-from .folds import FoldRecord, Stage, fold_state, read_fold_compute, training_logs
-from .results import Finding, row_names
+from .folds import FoldRecord, read_logs
+from .results import Finding, FoldCompute, row_names
 
 TIME_TOLERANCE = 1.1
 """Allowed ratio of the longest time budget to the shortest."""
@@ -37,60 +36,52 @@ _DATA = (
 _TRAINING = ("patch_size", "batch_size", "batch_dice")
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """One trained fold of one method; the name is for messages."""
-
-    method: Method
-    number: int
-    name: str
-    folder: Path
-
-
 def check_fairness(
     methods: Sequence[Method],
-    folds: Sequence[int],
+    compute: Mapping[str, Sequence[FoldCompute]],
     results: Path,
     preprocessed: Path,
     patients: Mapping[str, str] | None = None,
 ) -> tuple[Finding, ...]:
-    """Check that methods were trained and validated on the same terms.
+    """Check that methods were trained and validated on the same terms; severe findings come first.
 
     Args:
         methods: of one configuration, at least one.
-        folds: to be compared.
+        compute: what each fold took, by the method's name in tables; all folds are trained and validated.
         results, preprocessed: the dataset's folders in nnUNet_results and nnUNet_preprocessed.
         patients: patient by case; None to read them from the case names.
 
-    Returns:
-        What bears on fairness, severe findings first.
-
     Raises:
-        MaskSAMError: folds are missing, overlap, or are not trained and validated; a file is not readable.
+        MaskSAMError: the folds make no cross-validation; a file is not readable.
     """
     description = _read(preprocessed / "dataset.json")
     ending = str(description["file_ending"])
     cases = cases_in(preprocessed / "gt_segmentations", ending)
     splits = read_splits(preprocessed / "splits_final.json", cases)
-    findings = check_splits(splits, folds, cases, preprocessed.name, patients)
+    folds = [one.fold for one in next(iter(compute.values()))]
+    findings: list[Finding | None] = [*check_splits(splits, folds, cases, preprocessed.name, patients)]
     names = row_names(methods)
-    trained = [
-        _Fold(method, fold, f"{names[method]}, fold {fold}", results / method.key / f"fold_{fold}")
-        for method in methods
-        for fold in folds
-    ]
-    findings += _check_folds(trained, splits, ending)
+    trained = {
+        f"{names[method]}, fold {fold}": results / method.key / f"fold_{fold}" for method in methods for fold in folds
+    }
+    for (name, folder), fold in zip(trained.items(), folds * len(methods), strict=True):
+        if others := set(cases_in(folder / "validation", ending)) - set(splits[fold]["val"]):
+            findings.append(Finding(True, f"{name}, has predictions of other cases: {_listed(others)}."))
+    findings += _check_times({names[method]: compute[names[method]] for method in methods if has_budget(method)})
     findings += _check_inputs(trained, preprocessed)
-    configurations = {names[method]: _configuration(method, results) for method in methods}
+    configurations = {
+        names[method]: PlansManager(_read(results / method.key / "plans.json")).get_configuration(method.configuration)
+        for method in methods
+    }
     findings += _check_data(configurations)
     for method in methods:
-        own = _read(results / method.key / "dataset.json")
+        name, own = names[method], _read(results / method.key / "dataset.json")
         if different := [key for key in _DESCRIPTION if own.get(key) != description.get(key)]:
             values = "; ".join(f"{key}: {own.get(key)} there, {description.get(key)} here" for key in different)
-            findings.append(Finding(True, f"{names[method]} was trained with another dataset.json: {values}."))
-        own_folds = [fold for fold in trained if fold.method == method]
-        findings += _check_start(names[method], configurations[names[method]], own_folds)
-    return tuple(sorted(findings, key=lambda finding: not finding.severe))
+            findings.append(Finding(True, f"{name} was trained with another dataset.json: {values}."))
+        own_folds = {f"{name}, fold {fold}": trained[f"{name}, fold {fold}"] for fold in folds}
+        findings.append(_check_start(name, configurations[name], own_folds))
+    return tuple(sorted(filter(None, findings), key=lambda finding: not finding.severe))
 
 
 def refuse_unfair(reasons: Sequence[str], accept_unfair: bool, what: str) -> None:
@@ -109,11 +100,8 @@ def check_splits(
 ) -> list[Finding]:
     """Check that the folds to be compared make a cross-validation.
 
-    Args:
-        splits: the content of splits_final.json.
-        folds: to be compared.
-        cases: all training cases of the dataset.
-        patients: patient by case; None to read them from the case names.
+    ``splits`` is the content of splits_final.json, ``cases`` are all training cases. Patients by case, or None to read
+    them from the case names.
 
     Raises:
         UsageError: a fold is not in splits_final.json, or is named twice.
@@ -150,75 +138,27 @@ def check_splits(
     return findings
 
 
-def faulty_prediction(
-    methods: Sequence[Method],
-    cases: Mapping[int, Sequence[str]],
-    results: Path,
-    truths: Path,
-    dataset_json: Mapping[str, Any],
-) -> str | None:
-    """The first validated label map that is damaged or not on its truth's grid, with the remedy; None: all are sound.
-
-    It reads all of them, to explain an error of nnU-Net's functions, which name no file. ``cases`` are the validation
-    cases by fold, ``results`` and ``truths`` the dataset's folders of models and of reference label maps.
-    """
-    for method in methods:
-        for fold, names in cases.items():
-            validation = results / method.key / f"fold_{fold}" / "validation"
-            for case in names:
-                try:
-                    read_pair(validation, truths, dataset_json, case)
-                except MaskSAMError as error:
-                    file = validation / (case + dataset_json["file_ending"])
-                    return f"{error}. If the truth is right, remove {file} and run masksam benchmark again"
-    return None
+def _check_times(budgets: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
+    """Trainings by the clock must have taken the same time."""
+    seconds = {f"{name}, fold {one.fold}": one.seconds or 0.0 for name, folds in budgets.items() for one in folds}
+    if not seconds or max(seconds.values()) <= TIME_TOLERANCE * min(seconds.values()):
+        return []
+    told = "; ".join(f"{name}: {value:.0f} s" for name, value in seconds.items())
+    return [Finding(True, f"Time budgets differ by more than {TIME_TOLERANCE - 1:.0%}: {told}.")]
 
 
-def _check_folds(trained: Sequence[_Fold], splits: Sequence[Mapping[str, Sequence[str]]], ending: str) -> list[Finding]:
-    """Folds must be trained and validated, on the cases of the split, with complete checkpoints, for the same time."""
-    findings, refused = [], []
-    seconds: dict[str, float] = {}
-    for fold in trained:
-        wanted = splits[fold.number]["val"]
-        state = fold_state(fold.folder, wanted, ending, npz=False)
-        if state.stage not in (Stage.DONE, Stage.DAMAGED):
-            refused.append(f"{fold.name} is {state.stage.value}: {state.reason} in {fold.folder}")
-            continue
-        if others := set(cases_in(fold.folder / "validation", ending)) - set(wanted):
-            findings.append(Finding(True, f"{fold.name}, has predictions of other cases: {_listed(others)}."))
-        try:
-            if state.stage is Stage.DAMAGED:
-                raise CheckpointError(state.reason)
-            compute = read_fold_compute(fold.folder)
-        except CheckpointError as error:
-            findings.append(Finding(True, f"The checkpoint of {fold.name}, is damaged: {error}."))
-        else:
-            if has_budget(fold.method) and compute.seconds is not None:
-                seconds[fold.name] = compute.seconds
-    if refused:
-        raise TrainingError("\n- ".join(["these folds cannot be compared; run masksam benchmark again:", *refused]))
-    if seconds and max(seconds.values()) > TIME_TOLERANCE * min(seconds.values()):
-        told = "; ".join(f"{name}: {value:.0f} s" for name, value in seconds.items())
-        findings.append(Finding(True, f"Time budgets differ by more than {TIME_TOLERANCE - 1:.0%}: {told}."))
-    return findings
-
-
-def _check_inputs(trained: Sequence[_Fold], preprocessed: Path) -> list[Finding]:
+def _check_inputs(trained: Mapping[str, Path], preprocessed: Path) -> list[Finding]:
     """Splits, dataset.json and plans must be those that all folds were trained with."""
+    records = {name: FoldRecord.read(folder) for name, folder in trained.items()}
     changed: dict[str, list[str]] = {}
-    elsewhere = []
-    for fold in trained:
-        record = FoldRecord.read(fold.folder)
-        if record is None or record.inputs is None:
-            elsewhere.append(fold.name)
-            continue
-        for name in record.changed_inputs(preprocessed):
-            changed.setdefault(name, []).append(fold.name)
+    for name, record in records.items():
+        for file in record.changed_inputs(preprocessed) if record else ():
+            changed.setdefault(file, []).append(name)
     findings = [
         Finding(True, f"{name} in nnUNet_preprocessed has changed since these folds were trained: {'; '.join(folds)}.")
         for name, folds in changed.items()
     ]
-    if elsewhere:
+    if elsewhere := [name for name, record in records.items() if record is None or record.inputs is None]:
         findings.append(Finding(False, f"Trained elsewhere, with unknown splits and plans: {'; '.join(elsewhere)}."))
     return findings
 
@@ -226,48 +166,33 @@ def _check_inputs(trained: Sequence[_Fold], preprocessed: Path) -> list[Finding]
 def _check_data(configurations: Mapping[str, ConfigurationManager]) -> list[Finding]:
     """The models' own plans, side by side."""
     settings = {name: one.configuration for name, one in configurations.items()}
-    compared = {key: {who: own.get(key) for who, own in settings.items()} for key in (*_DATA, *_TRAINING)}
     differences = {
-        key: values
-        for key, values in compared.items()
-        if len({json.dumps(value, sort_keys=True, default=str) for value in values.values()}) > 1
+        key: "; ".join(f"{who}: {own.get(key)}" for who, own in settings.items())
+        for key in (*_DATA, *_TRAINING)
+        if len({json.dumps(own.get(key), sort_keys=True, default=str) for own in settings.values()}) > 1
     }
-    findings = [
-        Finding(False, f"The methods differ in {key}: " + "; ".join(f"{who}: {v}" for who, v in values.items()) + ".")
-        for key, values in differences.items()
-    ]
+    findings = [Finding(False, f"The methods differ in {key}: {values}.") for key, values in differences.items()]
     folders = {str(own.get("data_identifier")) for own in settings.values()}
     if len(folders) == 1:
-        disagree = any(key in _DATA for key in differences)
+        disagree = not differences.keys().isdisjoint(_DATA)
         text = "but their plans disagree on it" if disagree else "and their plans agree on it"
         findings.append(Finding(disagree, f"All methods name the preprocessed data {folders.pop()}, {text}."))
     return findings
 
 
-def _check_start(name: str, configuration: ConfigurationManager, folds: Sequence[_Fold]) -> list[Finding]:
-    """What MaskSAM's encoder starts from."""
+def _check_start(name: str, configuration: ConfigurationManager, folds: Mapping[str, Path]) -> Finding | None:
+    """What MaskSAM's encoder starts from; ``folds`` are the method's folders by name."""
     config = read_config(configuration)
     if config is None:
-        return []
+        return None
     if not config.needs_sam:
-        return [Finding(False, f"{name} has {config.backbone}, which is not SAM: it says nothing about SAM.")]
-    logs = {
-        fold.name: "".join(file.read_text(encoding="utf-8", errors="replace") for file in training_logs(fold.folder))
-        for fold in folds
-    }
+        return Finding(False, f"{name} has {config.backbone}, which is not SAM: it says nothing about SAM.")
+    logs = {fold: "".join(read_logs(folder)) for fold, folder in folds.items()}
     if random := [fold for fold, log in logs.items() if f"{RANDOM_INIT} is set" in log]:
-        return [Finding(True, f"SAM's part held random, frozen weights ({RANDOM_INIT}) in {'; '.join(random)}.")]
+        return Finding(True, f"SAM's part held random, frozen weights ({RANDOM_INIT}) in {'; '.join(random)}.")
     if unknown := [fold for fold, log in logs.items() if not log]:
-        return [Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")]
-    return [Finding(False, f"{name} starts from SAM's {config.sam} weights, which were trained on other images.")]
-
-
-def _configuration(method: Method, results: Path) -> ConfigurationManager:
-    file = results / method.key / "plans.json"
-    try:
-        return PlansManager(_read(file)).get_configuration(method.configuration)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise DataError(f"{file} has no usable configuration {method.configuration!r} ({error}); restore it") from error
+        return Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")
+    return Finding(False, f"{name} starts from SAM's {config.sam} weights, which were trained on other images.")
 
 
 def _read(file: Path) -> dict[str, Any]:

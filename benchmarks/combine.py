@@ -1,122 +1,96 @@
-"""Cross-validation put together by nnU-Net's own functions: folds merged, pairs ensembled, the best one chosen, all
-post-processed, and our Dice checked against nnU-Net's."""
+"""Predictions of all folds together by nnU-Net's own functions: folds merged, pairs ensembled, the best chosen, all
+post-processed, and the raw dataset's own test cases predicted."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
+import os
+import shlex
 import shutil
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ensemble_name
 
-from masksam_nnunet.errors import DataError
+from masksam_nnunet.errors import DataError, MaskSAMError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.label_maps import Classes
+from masksam_nnunet.inference.scoring import cases_in, score_folder
 
 from .definition import Benchmark
-from .results import Method
+from .nnunet import run_nnunet
+from .results import Row, row_names
 
-_FAILURES = (
-    *(RuntimeError, AssertionError, LookupError, OSError, ValueError, EOFError),
-    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),  # a probability file that was cut short
-)
+TEST_COLUMNS = ("method", "case", "class", "metric", "value")
 
 
-@dataclass(frozen=True)
-class Combined:
-    """Predictions for all validation cases of all folds, by one method or an ensemble of two."""
-
-    members: tuple[Method, ...]
-    folder: Path  # one label map for each case, nnU-Net's summary.json, and the folder of the post-processed ones
-    best: bool = False  # whether nnU-Net's find_best_configuration chose it
-
-    @property
-    def postprocessed(self) -> Path:
-        """nnU-Net's folder of the post-processed label maps."""
-        return self.folder / "postprocessed"
-
-    def postprocessing(self, classes: Classes) -> list[str]:
-        """The classes of which nnU-Net keeps the largest component only, in its order; none where that did not help."""
-        kept = read_json(self.folder / "postprocessing.json")["postprocessing_kwargs"]
-        return list(dict.fromkeys(_named(one["labels_or_regions"], classes) for one in kept))
-
-
-def _named(labels: int | Sequence[int], classes: Classes) -> str:
-    """The class or region of these labels; nnU-Net also tries all of them as one."""
-    wanted = set(_labels(labels))
-    for name, values in classes.foreground.items():
-        if wanted == set(values):
-            return name
-    if wanted == {value for values in classes.foreground.values() for value in values}:
-        return "the whole foreground"
-    return f"the labels {', '.join(map(str, sorted(wanted)))}"
-
-
-def _labels(label: int | Sequence[int]) -> tuple[int, ...]:
-    """A label or a region, as dataset.json and nnU-Net's summary write it."""
-    return tuple(label) if isinstance(label, Sequence) else (int(label),)
-
-
-def combine(benchmark: Benchmark, log: Path, stamp_file: Path) -> list[Combined]:
+def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tuple[list[Row], str, str | None]:
     """Combine the folds of each method, and of all pairs if wanted, each with nnU-Net's post-processing.
 
     Args:
         benchmark: all folds are trained and validated, with probabilities (``--npz``) if methods are ensembled.
+        classes: of the dataset.
         log: file for what nnU-Net prints.
-        stamp_file: remembers what was combined; the work is repeated only if a prediction or a truth has changed.
+        mark: remembers what was combined; the work is repeated only if a prediction or a truth has changed.
+
+    Returns:
+        The rows of the tables, what post-processing does, and the name of the row that nnU-Net chose, if it chose one.
 
     Raises:
         DataError: nnU-Net's functions fail.
     """
-    results, folds = benchmark.results, tuple(benchmark.folds)
+    results, folds, names = benchmark.results, tuple(benchmark.folds), row_names(benchmark.methods)
     truths = benchmark.preprocessed / "gt_segmentations"
-    models = {method: results / method.key for method in benchmark.methods}
     merged = f"crossval_results_folds_{folds_tuple_to_string(folds)}"
-    combined = [Combined((method,), model / merged) for method, model in models.items()]
-    for a, b in combinations(models, 2) if benchmark.ensembles else ():
-        name = get_ensemble_name(str(models[a]), str(models[b]), folds)
-        combined.append(Combined((a, b), results / "ensembles" / name))
+    rows = [Row(name, "method", (method,), results / method.key / merged) for method, name in names.items()]
+    for a, b in combinations(names, 2) if benchmark.ensembles else ():
+        folder = results / "ensembles" / get_ensemble_name(str(results / a.key), str(results / b.key), folds)
+        rows.append(Row(f"{names[a]} + {names[b]}", "ensemble", (a, b), folder))
+    if any(not (row.predictions / "postprocessing.json").is_file() for row in rows):
+        mark.unlink(missing_ok=True)
 
-    folders = [truths, *(model / f"fold_{fold}" / "validation" for model in models.values() for fold in folds)]
-    stamp = stamp_of([file for folder in folders for file in sorted(folder.iterdir())], benchmark.ensembles)
-    remembered = read_stamped(stamp_file, stamp)
-    if remembered is None or any(not (part.folder / "postprocessing.json").is_file() for part in combined):
-        stamp_file.unlink(missing_ok=True)
+    def work() -> str | None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
             try:
-                remembered = {"stamp": stamp, "best": _run_nnunet(benchmark, combined, truths)}
-            except _FAILURES as error:
+                return _run_nnunet(benchmark, [row.predictions for row in rows], truths)
+            except Exception as error:  # of many kinds, also for a file that was cut short
                 raise DataError(
                     f"nnU-Net could not put the cross-validation together: {type(error).__name__}: {error}; see {log}. "
                     "Remove a damaged file of a fold's validation, and run masksam benchmark again to validate that "
                     "fold; trained folds are kept"
                 ) from error
-        write_json(stamp_file, remembered)
-    return [replace(part, best=str(part.folder) == remembered["best"]) for part in combined]
+
+    folders = [truths, *(results / method.key / f"fold_{fold}" / "validation" for method in names for fold in folds)]
+    chosen = _once(mark, [file for folder in folders for file in sorted(folder.iterdir())], benchmark.ensembles, work)
+    best = next((row.name for row in rows if str(row.predictions) == chosen), None)
+    kept = "; ".join(f"{row.name}: {', then '.join(kept_components(row.predictions, classes))}" for row in rows)
+    rows += [
+        Row(f"{row.name}, post-processed", "postprocessed", row.members, row.predictions / "postprocessed")
+        for row in rows
+    ]
+    text = (
+        "Comparisons are made without post-processing. The post-processed rows have nnU-Net's: largest components, "
+        "kept where that raises the mean Dice of these same cases, so that they are optimistic. Only the largest "
+        f"component is kept of: {kept}."
+    )
+    return rows, text, best
 
 
-def _run_nnunet(benchmark: Benchmark, combined: Sequence[Combined], truths: Path) -> str | None:
+def _run_nnunet(benchmark: Benchmark, folders: Sequence[Path], truths: Path) -> str | None:
     """Fill the folders; return the one that nnU-Net chooses.
 
     It chooses none where a class is in no case: its mean Dice is then NaN, and find_best_configuration fails after it
     has scored everything.
     """
-    for part in combined:
-        shutil.rmtree(part.folder, ignore_errors=True)  # nnU-Net leaves an ensemble's old files there
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # nnU-Net leaves an ensemble's old files there
     models = [{"plans": m.plans, "configuration": m.configuration, "trainer": m.trainer} for m in benchmark.methods]
     processes, best = benchmark.processes, None
     try:
@@ -130,73 +104,98 @@ def _run_nnunet(benchmark: Benchmark, combined: Sequence[Combined], truths: Path
         )
         best = str(Path(found["best_model_or_ensemble"]["postprocessing_file"]).parent)
     except IndexError:
-        if any(not (part.folder / "summary.json").is_file() for part in combined):
+        if any(not (folder / "summary.json").is_file() for folder in folders):
             raise
-    for folder in (part.folder for part in combined if str(part.folder) != best):  # that one is post-processed
+    for folder in (folder for folder in folders if str(folder) != best):  # that one is post-processed
         plans, description = str(folder / "plans.json"), str(folder / "dataset.json")
         determine_postprocessing(str(folder), str(truths), plans, description, processes, keep_postprocessed_files=True)
     return best
 
 
-def stamp_of(files: Sequence[Path], *settings: object) -> str:
-    """A text that changes with any of these files, by size and time of change, and with the settings."""
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return hashlib.sha256(repr((settings, states)).encode()).hexdigest()
+def kept_components(folder: Path, classes: Classes) -> list[str]:
+    """The classes of which nnU-Net keeps the largest component only, in its order; it also tries all of them as one."""
+    names = {frozenset(values): name for name, values in classes.foreground.items()}
+    names.setdefault(frozenset().union(*names), "the whole foreground")
+    found = []
+    for one in read_json(folder / "postprocessing.json")["postprocessing_kwargs"]:
+        given = one["labels_or_regions"]
+        labels = frozenset(given if isinstance(given, list) else [given])
+        found.append(names.get(labels, f"the labels {', '.join(map(str, sorted(labels)))}"))
+    return list(dict.fromkeys(found)) or ["nothing helped"]
 
 
-def read_stamped(file: Path, stamp: str) -> dict[str, Any] | None:
-    """The content of a JSON file; None where it is missing, damaged or has another ``stamp``."""
-    try:
-        content = read_json(file)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and content.get("stamp") == stamp else None
+def score_test_set(
+    benchmark: Benchmark, raw: Path, dataset_json: Mapping[str, Any], out: Path, tolerance_mm: float
+) -> tuple[pd.DataFrame, list[str]]:
+    """Predict labelled test cases with all folds by nnUNetv2_predict, ensemble pairs by nnUNetv2_ensemble, and score.
 
+    What has been predicted from the same checkpoints and images is not predicted again. All folds are trained; ``raw``
+    is the raw dataset's folder, ``out`` one for predictions and logs, and the tolerance is that of the surface Dice.
 
-def check_against_nnunet(scores: pd.DataFrame, summary_json: Path, dataset_json: Mapping[str, Any]) -> None:
-    """Check that our Dice is nnU-Net's to 1e-6, for each case and class and for the means; NaN equals NaN.
-
-    Args:
-        scores: of the folder that ``summary_json`` describes, as :func:`~.scoring.score_folder` returns them.
-        summary_json: nnU-Net's.
-        dataset_json: names the classes that nnU-Net numbers.
+    Returns:
+        A table with the columns :data:`TEST_COLUMNS`, and the commands that made the predictions; both empty without
+        labelled test cases.
 
     Raises:
-        DataError: the file is not readable, is about other cases or classes, or a value differs.
+        DataError: images are missing, or a command fails.
     """
-    names = {values: name for name, values in Classes.from_dataset_json(dataset_json).foreground.items()}
     ending = str(dataset_json["file_ending"])
-    try:
-        summary = load_summary_json(str(summary_json))
-        metrics = {
-            Path(e["prediction_file"]).name.removesuffix(ending): e["metrics"] for e in summary["metric_per_case"]
-        }
-        metrics["mean over cases"] = summary["mean"]
-        theirs = {
-            (case, names[_labels(key)]): of["Dice"] for case, found in metrics.items() for key, of in found.items()
-        }
-        theirs["mean over cases", "all classes"] = summary["foreground_mean"]["Dice"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    cases = cases_in(raw / "labelsTs", ending)
+    if not cases:
+        return pd.DataFrame(columns=list(TEST_COLUMNS)), []
+    if missing := [case for case in cases if not (raw / "imagesTs" / f"{case}_0000{ending}").is_file()]:
         raise DataError(
-            f"{summary_json} is missing or not nnU-Net's summary of this dataset ({error!r}); score the folder again "
-            "with nnUNetv2_evaluate_folder"
-        ) from error
-    dice = scores[scores["metric"] == "dice"].set_index(["case", "class"])["value"]
-    means = dice.groupby("class").mean()
-    ours = {**dice, **{("mean over cases", name): value for name, value in means.items()}}
-    ours["mean over cases", "all classes"] = means.mean(skipna=False)
-    if others := sorted(f"{case}, {name}" for case, name in ours.keys() ^ theirs.keys()):
-        raise DataError(
-            f"{summary_json} and the scored files differ in cases or classes: {'; '.join(others[:5])}; remove files of "
-            "other cases from that folder, and score it again with nnUNetv2_evaluate_folder"
+            f"{raw / 'labelsTs'} has labels of {len(missing)} cases without an image in imagesTs "
+            f"({', '.join(missing[:3])}); add the images or remove the labels"
         )
-    differing = [
-        f"{case}, {name}: {value:.6f} here, {theirs[case, name]:.6f} there"
-        for (case, name), value in ours.items()
-        if not np.isclose(value, theirs[case, name], rtol=0, atol=1e-6, equal_nan=True)
-    ]
-    if differing:
-        raise DataError(
-            f"Dice differs from nnU-Net's in {len(differing)} values of {summary_json}: {'; '.join(differing[:5])}; "
-            "restore the files that have changed since, or score them again with nnUNetv2_evaluate_folder"
-        )
+    folds, names = benchmark.folds, row_names(benchmark.methods)
+    commands, tables = [], []
+
+    def predict(name: str, command: str, arguments: Sequence[Any], sources: Sequence[Path], folder: Path) -> None:
+        words = [str(argument) for argument in arguments]
+
+        def work() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            run_nnunet(command, words, os.environ, folder.with_name(f"{folder.name}.log"))
+
+        commands.append(shlex.join([command, *words]))
+        try:
+            _once(folder.with_name(f"{folder.name}.json"), sources, commands[-1], work)
+        except (MaskSAMError, OSError) as error:
+            raise DataError(
+                f"the test set could not be predicted: {error}\nRun masksam report again, or move labelsTs out of "
+                "the raw dataset, which then has no test set. Trained folds are kept"
+            ) from error
+        scores = score_folder(folder, raw / "labelsTs", dataset_json, cases, tolerance_mm, benchmark.processes)
+        tables.append(scores.assign(method=f"{name}, {len(folds)} folds"))
+
+    for method, name in names.items():
+        arguments = ["-i", raw / "imagesTs", "-o", out / method.key, "-d", raw.name, "-c", method.configuration]
+        arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", benchmark.device]
+        arguments += ["--save_probabilities"] if benchmark.ensembles else []
+        sources = [benchmark.results / method.key / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+        sources += sorted((raw / "imagesTs").iterdir())
+        predict(name, "nnUNetv2_predict", arguments, sources, out / method.key)
+    for a, b in combinations(names, 2) if benchmark.ensembles else ():
+        folder = out / f"ensemble___{a.key}___{b.key}"
+        sources = [file for method in (a, b) for file in sorted((out / method.key).glob("*.npz"))]
+        arguments = ["-i", out / a.key, out / b.key, "-o", folder, "-np", benchmark.processes]
+        predict(f"{names[a]} + {names[b]}", "nnUNetv2_ensemble", arguments, sources, folder)
+    return pd.concat(tables, ignore_index=True)[list(TEST_COLUMNS)], commands
+
+
+def _once(mark: Path, sources: Sequence[Path], settings: object, work: Callable[[], Any]) -> Any:
+    """The result of ``work``, which is done unless ``mark`` holds it for the same settings and sources.
+
+    Sources are compared by size and time of change.
+    """
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources if file.is_file()]
+    stamp = hashlib.sha256(repr((settings, states)).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        known = read_json(mark)
+        if known["stamp"] == stamp:
+            return known["result"]
+    mark.unlink(missing_ok=True)
+    result = work()
+    write_json(mark, {"stamp": stamp, "result": result})
+    return result

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import BaseModel, ConfigDict
 
@@ -18,7 +17,7 @@ from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method, has_budget
 from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
 from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
-from masksam_nnunet.plans.splits import NUM_FOLDS, SEED, group_by_regex, read_splits, split_warning
+from masksam_nnunet.plans.splits import NUM_FOLDS, group_by_regex, patient_folds, read_splits, split_warning
 from masksam_nnunet.plans.training_inputs import require_cases, require_configuration
 
 from .checks import check_splits, refuse_unfair
@@ -30,32 +29,21 @@ _PRIMUS_TOKEN = 8
 
 
 class Benchmark(BaseModel):
-    """What a benchmark's folder is about, kept in its ``benchmark.json``.
-
-    Attributes:
-        methods: to compare, all of this configuration.
-        minutes: for time-budget trainers, else None.
-        device: ``cpu``, ``cuda`` or ``mps``.
-        ensembles: whether pairs of methods are ensembled; validation then saves probabilities.
-        accept_unfair: report an unfair comparison too.
-        processes: workers that score and ensemble.
-        notes: what a reader must know about this run; they open its report.
-        group: regular expression that finds the patient in a case's name, as ``masksam split --group``.
-    """
+    """What a benchmark's folder is about, kept in its ``benchmark.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     configuration: str
-    methods: tuple[Method, ...]
+    methods: tuple[Method, ...]  # to compare, all of this configuration
     folds: tuple[int, ...]
-    minutes: float | None = None
-    device: str = "cuda"
-    ensembles: bool = True
-    accept_unfair: bool = False
-    processes: int = 2
-    notes: tuple[str, ...] = ()
-    group: str | None = None
+    minutes: float | None = None  # for time-budget trainers, else None
+    device: str = "cuda"  # cpu, cuda or mps
+    ensembles: bool = True  # of all pairs; validation then saves probabilities
+    accept_unfair: bool = False  # report an unfair comparison too
+    processes: int = 2  # workers that score and ensemble
+    notes: tuple[str, ...] = ()  # what a reader must know about this run; they open its report
+    group: str | None = None  # regular expression that finds the patient in a case's name, as masksam split --group
 
     @classmethod
     def read(cls, out: Path) -> Benchmark:
@@ -93,9 +81,8 @@ class Benchmark(BaseModel):
         """The command that makes it on one machine; folder and workers, which change no result, are left out."""
         words = ["masksam", "benchmark", "-d", self.dataset, "-c", self.configuration]
         words += ["--trainers", *(f"{method.trainer}@{method.plans}" for method in self.methods)]
-        words += ["--folds", *map(str, self.folds)]
+        words += ["--folds", *map(str, self.folds), "--devices", self.device]
         words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
-        words += ["--devices", self.device]
         words += [] if self.ensembles or len(self.methods) < 2 else ["--no-ensembles"]
         words += [] if self.group is None else ["--group", self.group]
         words += ["--accept-unfair"] if self.accept_unfair else []
@@ -117,12 +104,13 @@ class Benchmark(BaseModel):
     def jobs(self) -> tuple[FoldJob, ...]:
         """One job for each method and fold, fold by fold."""
         environment, npz = self.environment(), self.ensembles and len(self.methods) > 1
-
-        def job(method: Method, fold: int) -> FoldJob:
-            minutes = self.minutes if has_budget(method) else None
-            return FoldJob(self.dataset, method, fold, self.device, environment, minutes, npz)
-
-        return tuple(job(method, fold) for fold in self.folds for method in self.methods)
+        return tuple(
+            FoldJob(
+                self.dataset, method, fold, self.device, environment, self.minutes if has_budget(method) else None, npz
+            )
+            for fold in self.folds
+            for method in self.methods
+        )
 
     def check(self) -> list[str]:
         """Check all that can be checked before training, and write nnU-Net's default split where there is none.
@@ -134,7 +122,12 @@ class Benchmark(BaseModel):
             MaskSAMError: what is missing or wrong, and the remedy.
         """
         name = find_benchmark_dataset(self.dataset)
-        self._check_options()
+        own_schedule = [method.trainer for method in self.methods if not has_budget(method)]
+        if (self.minutes is None) != (len(own_schedule) == len(self.methods)):
+            given = "is not given" if self.minutes is None else f"{self.minutes:g}"
+            raise UsageError(f"--minutes {given}: trainers whose names end in _budget need it, and only they")
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise UsageError(f"--minutes {self.minutes:g}: give a positive number")
         cases = sorted(read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1).images)
         for method in self.methods:
             self._check_method(method, cases)
@@ -150,19 +143,9 @@ class Benchmark(BaseModel):
         for job in self.jobs():
             if any(job.folder.glob("checkpoint_*.pth")):
                 job.require_unchanged()
-        own_schedule = [method.key for method in self.methods if not has_budget(method)]
         if self.minutes is not None and own_schedule:
             notes.append(f"--minutes {self.minutes:g} does not limit {', '.join(own_schedule)}: their time may differ")
         return notes
-
-    def _check_options(self) -> None:
-        budget = [method.trainer for method in self.methods if has_budget(method)]
-        if self.minutes is None and budget:
-            raise UsageError(f"{', '.join(budget)} train by the clock: give the time for each fold, --minutes 30")
-        if self.minutes is not None and not budget:
-            raise UsageError(f"--minutes {self.minutes:g} is for trainers ending in _budget; leave it out")
-        if self.minutes is not None and not 0 < self.minutes < 1e6:
-            raise UsageError(f"--minutes {self.minutes:g}: give a positive number")
 
     def _check_method(self, method: Method, cases: Sequence[str]) -> None:
         number = number_of(self.dataset)
@@ -178,9 +161,6 @@ class Benchmark(BaseModel):
         require_cases(self.preprocessed, method.plans, method.configuration, data, number, method.trainer, cases)
 
     def _write_default_split(self, file: Path, cases: Sequence[str]) -> None:
-        if not set(self.folds) <= set(range(NUM_FOLDS)):
-            given = " ".join(map(str, self.folds))
-            raise UsageError(f"--folds {given}: nnU-Net's default split has folds 0 to {NUM_FOLDS - 1}")
         number = number_of(self.dataset)
         remedy = split_warning(cases, None, number)
         if self.group is not None:
@@ -193,9 +173,7 @@ class Benchmark(BaseModel):
         there = sorted(preprocessed_cases(self.preprocessed / identifier))
         if len(there) < NUM_FOLDS:
             raise DataError(f"{self.dataset} has {len(there)} cases, five folds need five; write {file} yourself")
-        folds = generate_crossval_split(there, seed=SEED, n_splits=NUM_FOLDS)
-        # nnU-Net returns numpy's strings.
-        write_json(file, [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in folds])
+        write_json(file, patient_folds({case: [case] for case in there}))
 
 
 def find_benchmark_dataset(dataset: str) -> str:

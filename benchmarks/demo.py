@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from masksam_nnunet.errors import DataError, UsageError
+from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
 from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
-from masksam_nnunet.plans.splits import NUM_FOLDS, group_by_patient, patient_folds
+from masksam_nnunet.plans.splits import group_by_patient, patient_folds
 from masksam_nnunet.plans.training_inputs import DEFAULT_PLANS
 
 from .definition import FOLDERS, Benchmark
@@ -31,23 +31,6 @@ TRAINERS = ("nnUNetTrainer_budget", "MaskSAMTrainer_tiny_budget")
 _FULL = "3d_fullres"
 
 
-class DemoSettings(BaseModel):
-    """What a demo's result depends on.
-
-    The fields are :func:`run_demo`'s arguments; ``prepared`` says whether the data are planned and preprocessed.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    data: str | None = None
-    minutes: float = Field(3.0, gt=0, lt=1e6, allow_inf_nan=False)
-    batch_size: int = Field(2, ge=1)
-    fold: int = Field(0, ge=0, lt=NUM_FOLDS)  # nnU-Net would draw a random split for others
-    seed: int = Field(0, ge=0)
-    device: str = "cpu"
-    prepared: bool = False
-
-
 def run_demo(
     out: Path,
     data: Path | None = None,
@@ -57,7 +40,7 @@ def run_demo(
     seed: int = 0,
     console: Console | None = None,
 ) -> Path:
-    """Plan, preprocess, train both methods, compare them, and print what can be done next.
+    """Plan, preprocess, train both methods, compare them, and print what can be done next; the path of report.html.
 
     The same call continues an interrupted demo. nnU-Net's three variables must name folders in ``out`` of the same
     names; nnU-Net reads them when it is imported.
@@ -65,14 +48,10 @@ def run_demo(
     Args:
         out: folder for nnU-Net's three folders and the report; new, empty, or of a demo with the same settings.
         data: an nnU-Net raw dataset; None for phantoms.
-        minutes: training time of each method.
-        batch_size: of both methods.
+        minutes, batch_size: of both methods.
         fold: one of nnU-Net's five.
         seed: seeds the phantoms; nnU-Net's training is unseeded.
         console: for progress.
-
-    Returns:
-        The path of report.html; report.json lies beside it.
 
     Raises:
         MaskSAMError: an argument is not allowed, the dataset cannot be used, or a training fails.
@@ -81,17 +60,24 @@ def run_demo(
     given = None if data is None else read_raw_dataset(data)  # before anything is written
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = None if given is None else str(given.folder.resolve())
-    values = {"data": source, "minutes": minutes, "batch_size": batch_size, "fold": fold, "seed": seed}
-    try:
-        settings = DemoSettings.model_validate(values | {"device": device})
-    except ValidationError as error:
-        wrong = (f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" for e in error.errors())
-        raise UsageError("; ".join(wrong)) from error
+    settings = {"data": source, "minutes": minutes, "batch_size": batch_size, "fold": fold, "seed": seed}
     out = out.absolute()
-    settings = _open(out, settings)
+    prepared = _open(out, settings | {"device": device})
     with locked(out, "running this demo"), termination_as_exit():
-        dataset = _place(given, out, settings)
-        configuration = _prepare(dataset, out, settings, console)
+        raw = out / "nnUNet_raw"
+        if given is not None:
+            dataset = place_raw_dataset(given, raw)
+        else:
+            if not prepared:
+                shutil.rmtree(raw / DATASET_NAME, ignore_errors=True)  # half written, if there
+                write_phantom_dataset(raw, seed=seed)
+            dataset = read_raw_dataset(raw / DATASET_NAME)
+        if not prepared:
+            _prepare(dataset, out, batch_size, console)
+            _write(out, settings | {"device": device, "prepared": True})
+    configuration = _configuration(_preprocessed(out, dataset))
+    if configuration != _FULL:
+        console.print(f"note: nnU-Net planned no {_FULL} for this dataset; {configuration} is used", highlight=False)
     benchmark = Benchmark(
         dataset=dataset.name,
         configuration=configuration,
@@ -100,7 +86,7 @@ def run_demo(
         minutes=minutes,
         device=device,
         ensembles=False,
-        notes=_notes(settings),
+        notes=_notes(minutes, phantoms=data is None),
         accept_unfair=True,  # on a slow machine a minute is a few iterations: the report opens with that
     )
     page = run_benchmark(benchmark, out, [device], console=console)
@@ -111,16 +97,16 @@ def run_demo(
     return page
 
 
-def _notes(settings: DemoSettings) -> tuple[str, ...]:
+def _notes(minutes: float, phantoms: bool) -> tuple[str, ...]:
     """What the report must not be taken for."""
-    phantoms = "The images are phantoms: they show that everything works, not how well it works on patients."
+    made_up = "The images are phantoms: they show that everything works, not how well it works on patients."
     return (
-        f"Two networks were trained from random weights for {settings.minutes:g} minutes each. The schedules of both "
+        f"Two networks were trained from random weights for {minutes:g} minutes each. The schedules of both "
         "learning rates end with that time.",
         "This is no claim about converged results: nnU-Net's usual schedule is 1000 epochs of 250 iterations. What "
         "trains faster per minute on this device leads early.",
         "It is one fold and one run of each method, on few cases: a difference of a few hundredths can be chance.",
-        *([phantoms] if settings.data is None else []),
+        *([made_up] if phantoms else []),
     )
 
 
@@ -139,75 +125,56 @@ def next_commands(
     ]
 
 
-def _open(out: Path, settings: DemoSettings) -> DemoSettings:
-    """Create the demo's folder, or continue the demo that it holds."""
+def _open(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Create the demo's folder, or continue the demo that it holds; whether its data are preprocessed."""
     file = out / SETTINGS_FILE
     if file.is_file():
         try:
-            before = DemoSettings.model_validate_json(file.read_bytes())
-        except (OSError, ValueError) as error:
+            before = dict(read_json(file))
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{file} is damaged ({error}); give --out another folder") from error
-        then, now = before.model_dump(exclude={"prepared"}), settings.model_dump(exclude={"prepared"})
-        if differing := [f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]]:
+        if differing := [f"{key} was {before.get(key)}, is {v}" for key, v in settings.items() if before.get(key) != v]:
             raise UsageError(f"--out {out} holds another demo: {'; '.join(differing)}; give another folder")
-        return before
+        return bool(before.get("prepared"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} exists and is no demo's folder; give a new or empty folder")
-    _save(out, settings)
-    return settings
+    _write(out, settings)
+    return False
 
 
-def _save(out: Path, settings: DemoSettings) -> None:
+def _write(out: Path, settings: Mapping[str, Any]) -> None:
     try:
-        write_json(out / SETTINGS_FILE, settings.model_dump())
-    except OSError as error:
+        write_json(out / SETTINGS_FILE, settings)
+    except (OSError, ValueError) as error:
         raise UsageError(f"--out {out} cannot be written: {error}; make room or give another folder") from error
 
 
-def _place(given: RawDataset | None, out: Path, settings: DemoSettings) -> RawDataset:
-    raw = out / "nnUNet_raw"
-    if given is not None:
-        return place_raw_dataset(given, raw)
-    if not settings.prepared:
-        shutil.rmtree(raw / DATASET_NAME, ignore_errors=True)  # half written, if there
-        write_phantom_dataset(raw, seed=settings.seed)
-    return read_raw_dataset(raw / DATASET_NAME)
-
-
-def _prepare(dataset: RawDataset, out: Path, settings: DemoSettings, console: Console) -> str:
-    """Plan, preprocess, set batch size and folds, once; returns the configuration."""
-    folder = out / "nnUNet_preprocessed" / dataset.name
-    plans_file = folder / f"{DEFAULT_PLANS}.json"
+def _prepare(dataset: RawDataset, out: Path, batch_size: int, console: Console) -> None:
+    """Plan, preprocess, set batch size and folds."""
+    console.print(f"Planning and preprocessing {dataset.name} (nnUNetv2_plan_and_preprocess)", highlight=False)
+    require_sound_dataset(dataset.folder)
+    # Right for training without worker processes, a value of 0 makes planning fail.
+    environment = {key: value for key, value in os.environ.items() if key != "nnUNet_n_proc_DA"}
+    workers = str(min(2, os.cpu_count() or 1))  # the demo's datasets are small
+    arguments = ["-d", dataset.number, "-c", _FULL, "-npfp", workers, "-np", workers, "--verify_dataset_integrity"]
+    run_nnunet("nnUNetv2_plan_and_preprocess", arguments, environment, out / "logs" / "plan_and_preprocess.log")
+    folder = _preprocessed(out, dataset)
+    configuration = _configuration(folder)
+    if configuration != _FULL:  # nnU-Net has preprocessed nothing yet
+        arguments = ["-d", dataset.number, "-c", configuration, "-np", workers]
+        run_nnunet("nnUNetv2_preprocess", arguments, environment, out / "logs" / "preprocess.log")
+    plans = read_json(folder / f"{DEFAULT_PLANS}.json")
+    plans["configurations"][configuration]["batch_size"] = batch_size
+    write_json(folder / f"{DEFAULT_PLANS}.json", plans)
     groups = group_by_patient(dataset.images)
-    if not settings.prepared:
-        console.print(f"Planning and preprocessing {dataset.name} (nnUNetv2_plan_and_preprocess)", highlight=False)
-        require_sound_dataset(dataset.folder)
-        # Right for training without worker processes, a value of 0 makes planning fail.
-        environment = {key: value for key, value in os.environ.items() if key != "nnUNet_n_proc_DA"}
-        workers = str(min(2, os.cpu_count() or 1))  # the demo's datasets are small
-        arguments = ["-d", dataset.number, "-c", _FULL, "-npfp", workers, "-np", workers]
-        arguments.append("--verify_dataset_integrity")
-        run_nnunet("nnUNetv2_plan_and_preprocess", arguments, environment, out / "logs" / "plan_and_preprocess.log")
-        plans = read_json(plans_file)
-        configuration = _configuration(plans_file)
-        if configuration != _FULL:  # nnU-Net has preprocessed nothing yet
-            arguments = ["-d", dataset.number, "-c", configuration, "-np", workers]
-            run_nnunet("nnUNetv2_preprocess", arguments, environment, out / "logs" / "preprocess.log")
-        plans["configurations"][configuration]["batch_size"] = settings.batch_size
-        write_json(plans_file, plans)
-        if groups is not None:
-            try:
-                write_json(folder / "splits_final.json", patient_folds(groups))
-            except ValueError as error:
-                raise DataError(f"--data: {error}") from error
-        _save(out, settings.model_copy(update={"prepared": True}))
-    configuration = _configuration(plans_file)
     if groups is not None:
+        write_json(folder / "splits_final.json", patient_folds(groups))
         console.print(f"note: the folds are drawn by patient ({len(groups)} patients)", highlight=False)
-    if configuration != _FULL:
-        console.print(f"note: nnU-Net planned no {_FULL} for this dataset; {configuration} is used", highlight=False)
-    return configuration
 
 
-def _configuration(plans_file: Path) -> str:
-    return _FULL if _FULL in read_json(plans_file)["configurations"] else "2d"
+def _preprocessed(out: Path, dataset: RawDataset) -> Path:
+    return out / "nnUNet_preprocessed" / dataset.name
+
+
+def _configuration(preprocessed: Path) -> str:
+    return _FULL if _FULL in read_json(preprocessed / f"{DEFAULT_PLANS}.json")["configurations"] else "2d"

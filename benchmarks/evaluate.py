@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -23,14 +22,13 @@ from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.inference.versions import git_hash, versions
 
 from . import statistics
-from .checks import check_fairness, faulty_prediction, refuse_unfair
-from .combine import Combined, check_against_nnunet, combine
+from .checks import check_fairness, refuse_unfair
+from .combine import combine, score_test_set
 from .definition import Benchmark
-from .folds import read_fold_compute
-from .pictures import choose_cases
+from .folds import FINAL, read_fold_compute
+from .plots import choose_cases
 from .report import write_report
-from .results import COLUMNS, BenchmarkResults, Kind, Method, Row, is_masksam, joint_name, row_names
-from .test_set import score_test_set
+from .results import COLUMNS, BenchmarkResults, is_masksam, row_names
 
 
 def evaluate(
@@ -40,7 +38,7 @@ def evaluate(
     patients: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Evaluate trained and validated folds and write their report.
+    """Evaluate trained and validated folds and write their report; the path of report.html.
 
     Args:
         benchmark: what is compared; one fold is enough. Ensembles need the probabilities of validation (``--npz``).
@@ -49,46 +47,43 @@ def evaluate(
         patients: patient by case; by default as the case names show.
         console: shows progress.
 
-    Returns:
-        report.html.
-
     Raises:
         DataError: the comparison is not fair, or files are missing, damaged or do not fit.
     """
     console = console or Console()
-    methods, folds, processes = benchmark.methods, benchmark.folds, benchmark.processes
-    preprocessed, results = benchmark.preprocessed, benchmark.results
+    methods, folds, results = benchmark.methods, benchmark.folds, benchmark.results
     raw = Path(os.environ["nnUNet_raw"]) / benchmark.dataset
-    dataset_json = read_json(preprocessed / "dataset.json")
+    dataset_json = read_json(benchmark.preprocessed / "dataset.json")
     classes = Classes.from_dataset_json(dataset_json)
-    truths, stamp_file = preprocessed / "gt_segmentations", out / "combined.json"
-    splits = read_json(preprocessed / "splits_final.json")
+    truths, mark = benchmark.preprocessed / "gt_segmentations", out / "combined.json"
+    splits = read_json(benchmark.preprocessed / "splits_final.json")
     cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
-    names = sorted(name for fold in cases.values() for name in fold)
-    patient = statistics.patient_of(names, patients)
+    fold_of = {case: fold for fold, names in cases.items() for case in names}
 
     with console.status("checking that the comparison is fair"):
-        findings = check_fairness(methods, folds, results, preprocessed, patients)
+        folders = {name: [results / m.key / f"fold_{f}" for f in folds] for m, name in row_names(methods).items()}
+        compute = {name: tuple(map(read_fold_compute, found)) for name, found in folders.items()}
+        findings = check_fairness(methods, compute, results, benchmark.preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
     refuse_unfair(severe, benchmark.accept_unfair, "this comparison is not fair")
+    patient = statistics.patient_of(sorted(fold_of), patients)
 
-    with _naming_faults(partial(faulty_prediction, methods, cases, results, truths, dataset_json)):
+    try:
         with console.status("combining folds with nnU-Net's find_best_configuration and post-processing"):
-            combined = combine(benchmark, out / "logs" / "evaluation.log", stamp_file)
-        rows, postprocessing, best = _rows(combined, row_names(methods), classes)
-        tolerance = scoring.default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in names)
+            rows, postprocessing, best = combine(benchmark, classes, out / "logs" / "evaluation.log", mark)
+        tolerance = scoring.default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in fold_of)
         tables = []
         for row in rows:
             with console.status(f"scoring {row.name}"):
-                found = scoring.score_folder(row.predictions, truths, dataset_json, names, tolerance, processes)
-                try:
-                    check_against_nnunet(found, row.predictions / "summary.json", dataset_json)
-                except DataError:
-                    stamp_file.unlink(missing_ok=True)  # the next run lets nnU-Net combine and score the folds again
-                    raise
+                found = scoring.score_folder(
+                    row.predictions, truths, dataset_json, sorted(fold_of), tolerance, benchmark.processes
+                )
                 tables.append(found.assign(method=row.name, kind=row.kind))
+    except MaskSAMError:
+        mark.unlink(missing_ok=True)  # the next run lets nnU-Net combine and score the folds again
+        require_sound(benchmark, cases)
+        raise
     scores = pd.concat(tables, ignore_index=True)
-    fold_of = {case: fold for fold, names in cases.items() for case in names}
     scores = scores.assign(fold=scores["case"].map(fold_of), patient=scores["case"].map(patient))[list(COLUMNS)]
 
     with console.status("predicting and scoring the test set"):
@@ -96,8 +91,7 @@ def evaluate(
     with console.status("computing statistics"):
         means = statistics.summarise(scores)
         comparisons = statistics.compare(scores, statistics.default_pairs(rows))
-    trained = {row.name: results / row.members[0].key for row in rows if row.kind == "method"}
-    found = BenchmarkResults(
+    complete = BenchmarkResults(
         dataset=benchmark.dataset,
         dataset_json=dataset_json,
         configuration=benchmark.configuration,
@@ -108,10 +102,10 @@ def evaluate(
         means=means,
         comparisons=comparisons,
         test_set=test_set,
-        compute={name: tuple(read_fold_compute(model / f"fold_{f}") for f in folds) for name, model in trained.items()},
+        compute=compute,
         histories={
-            name: {f: History.read(model / f"fold_{f}" / "checkpoint_final.pth") for f in folds}
-            for name, model in trained.items()
+            name: {fold: History.read(folder / FINAL) for fold, folder in zip(folds, found, strict=True)}
+            for name, found in folders.items()
         },
         findings=tuple(findings),
         best=best,
@@ -128,40 +122,29 @@ def evaluate(
         notes=benchmark.notes,
     )
     with console.status("drawing and writing the report"):
-        return write_report(replace(found, inside=_inside(found, results, preprocessed, classes)), out)
+        inside = _inside(complete, results, benchmark.preprocessed, classes)
+        return write_report(replace(complete, inside=inside), out)
 
 
-@contextmanager
-def _naming_faults(find: Callable[[], str | None]) -> Iterator[None]:
-    """Let an error name the damaged file of a fold, if there is one: nnU-Net combines copies of such files."""
-    try:
-        yield
-    except MaskSAMError as error:
-        fault = find()
-        if fault is None:
-            raise
-        raise DataError(fault) from error
+def require_sound(benchmark: Benchmark, cases: Mapping[int, Sequence[str]]) -> None:
+    """Raise a DataError for the first validated label map that is damaged or not on its truth's grid.
 
-
-def _rows(
-    combined: Sequence[Combined], names: Mapping[Method, str], classes: Classes
-) -> tuple[list[Row], str, str | None]:
-    """The rows of the tables, the policy of post-processing, and the name of the row that nnU-Net chose."""
-    rows, chosen, best = [], [], None
-    for part in combined:
-        name = joint_name([names[member] for member in part.members])
-        kind: Kind = "method" if len(part.members) == 1 else "ensemble"
-        rows.append(Row(name, kind, part.members, part.folder))
-        rows.append(Row(f"{name}, post-processed", "postprocessed", part.members, part.postprocessed))
-        chosen.append(f"{name}: {', then '.join(part.postprocessing(classes)) or 'nothing helped'}")
-        best = name if part.best else best
-    rows.sort(key=lambda row: ("method", "ensemble", "postprocessed").index(row.kind))
-    text = (
-        "Comparisons are made without post-processing. The post-processed rows have nnU-Net's: largest components, "
-        "kept where that raises the mean Dice of these same cases, so that they are optimistic. Only the largest "
-        f"component is kept of: {'; '.join(chosen)}."
+    It reads the label maps of all ``cases``, which are given by fold, to explain an error of nnU-Net's functions: they
+    combine copies, and name no file.
+    """
+    truths, dataset_json = (
+        benchmark.preprocessed / "gt_segmentations",
+        read_json(benchmark.preprocessed / "dataset.json"),
     )
-    return rows, text, best
+    for method, (fold, names) in product(benchmark.methods, cases.items()):
+        validation = benchmark.results / method.key / f"fold_{fold}" / "validation"
+        for case in names:
+            try:
+                scoring.read_pair(validation, truths, dataset_json, case)
+            except MaskSAMError as error:
+                file = validation / (case + dataset_json["file_ending"])
+                remedy = f"If the truth is right, remove {file} and run masksam benchmark again"
+                raise DataError(f"{error}. {remedy}") from error
 
 
 def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes: Classes) -> tuple[Picture, ...]:

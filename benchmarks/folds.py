@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import socket
 import zipfile
@@ -37,10 +36,8 @@ _TRAINED, _VALIDATED = "Training done.", "Validation complete"
 def locked(folder: Path, busy: str, wait: float = 1.0) -> Iterator[None]:
     """Lock a folder, on all machines that share it, until this process leaves the context or ends.
 
-    Args:
-        folder: created if missing. NFS needs version 4, Lustre the mount option ``flock``.
-        busy: what a process that holds the lock is doing, for the message.
-        wait: seconds to wait for the lock.
+    The folder is created if missing. NFS needs version 4, Lustre the mount option ``flock``. ``busy`` says what a
+    process that holds the lock is doing; ``wait`` is in seconds.
 
     Raises:
         TrainingError: another process holds the lock, or the folder cannot be written.
@@ -80,13 +77,9 @@ class FoldState(NamedTuple):
 
 
 def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) -> FoldState:
-    """How far a fold has come, judged by its folder alone.
+    """How far a fold has come, judged by its folder alone, which need not exist.
 
-    Args:
-        folder: of the fold; need not exist.
-        cases: the fold's validation cases.
-        file_ending: of predictions, such as ``.nii.gz``.
-        npz: whether probabilities are needed too.
+    ``cases`` are its validation cases, with predictions of ``file_ending``; ``npz``: probabilities are needed too.
     """
     found = [name for name in (FINAL, LATEST, BEST) if (folder / name).is_file()]  # in the order of nnU-Net's --c
     if not found:
@@ -108,49 +101,42 @@ def fold_state(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) 
 
 def _not_validated(folder: Path, cases: Sequence[str], file_ending: str, npz: bool) -> str | None:
     """What is missing from a validation; None if it is complete and newer than the training."""
-    validation = folder / "validation"
+    summary = folder / "validation" / "summary.json"
     for ending in (file_ending, ".npz", ".pkl") if npz else (file_ending,):
-        missing = [case for case in cases if not _is_whole(validation / f"{case}{ending}")]
-        if missing:
+        files = [summary.with_name(f"{case}{ending}") for case in cases]
+        # A killed process leaves files cut short. A label map cut short is noticed when it is scored.
+        whole = zipfile.is_zipfile if ending == ".npz" else Path.is_file
+        if missing := [file.name for file in files if not whole(file)]:
             return f"{len(missing)} of {len(cases)} validation cases have no whole {ending} file, such as {missing[0]}"
     try:
-        entries = read_json(validation / "summary.json")["metric_per_case"]
-        scored = {Path(entry["prediction_file"]).name for entry in entries}
+        scored = {Path(entry["prediction_file"]).name for entry in read_json(summary)["metric_per_case"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{validation / 'summary.json'} is missing or damaged"
+        return f"{summary} is missing or damaged"
     if unscored := [case for case in cases if f"{case}{file_ending}" not in scored]:
-        return f"{validation / 'summary.json'} has no scores of {len(unscored)} of {len(cases)} cases"
+        return f"{summary} has no scores of {len(unscored)} of {len(cases)} cases"
     # nnU-Net's logs tell whether the validation belongs to the latest training. Files' times, which copies change,
     # count only where there are no logs.
     line = re.compile(rf"^[\d\-]+ [\d:.]+: ({re.escape(_TRAINED)}|{re.escape(_VALIDATED)})\s*$", re.MULTILINE)
-    logs = (log.read_text(encoding="utf-8", errors="replace") for log in training_logs(folder))
-    ends = [end for text in logs for end in line.findall(text)]
+    ends = line.findall("\n".join(read_logs(folder)))
     if _TRAINED in ends:
         return None if ends[-1] == _VALIDATED else "nnU-Net's log has no complete validation after the training"
-    older = (validation / "summary.json").stat().st_mtime_ns < (folder / FINAL).stat().st_mtime_ns
+    older = summary.stat().st_mtime_ns < (folder / FINAL).stat().st_mtime_ns
     return f"its predictions are older than {FINAL}" if older else None
 
 
-def training_logs(folder: Path) -> list[Path]:
+def read_logs(folder: Path) -> list[str]:
     """nnU-Net's logs of a fold, one for each start, the earliest first."""
     # Month and day have no leading zeros: alphabetical order would be wrong.
-    return sorted(folder.glob("training_log_*.txt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file is there and ends as its kind must. A label map cut short is noticed when it is scored."""
-    if not file.is_file() or not file.stat().st_size:
-        return False
-    if file.suffix == ".npz":
-        return zipfile.is_zipfile(file)
-    if file.suffix == ".pkl":
-        with file.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            return stream.read() == pickle.STOP
-    return True
+    files = sorted(folder.glob("training_log_*.txt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 
 # ---- the record of its trainings -------------------------------------------------------------------------------------
+
+
+def now() -> str:
+    """The time, for records."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Part(BaseModel):
@@ -158,8 +144,8 @@ class Part(BaseModel):
 
     kind: Literal["train", "continue", "validate"]
     command: str
-    start: str  # ISO time
     variables: dict[str, str]  # of nnU-Net, MaskSAM and CUDA, without folders
+    start: str = Field(default_factory=now)
     host: str = Field(default_factory=socket.gethostname)
     git_hash: str | None = Field(default_factory=git_hash)
     versions: dict[str, str] = Field(default_factory=versions)
@@ -198,11 +184,6 @@ class FoldRecord(BaseModel):
         except OSError as error:
             raise TrainingError(f"cannot write {folder / RECORD_FILE}: {error}; make room and run again") from error
 
-    def training(self) -> list[Part]:
-        """The parts that led to the final checkpoint: from the last start on, without validations."""
-        begun = [index for index, part in enumerate(self.parts) if part.kind == "train"]
-        return [part for part in self.parts[begun[-1] if begun else 0 :] if part.kind != "validate"]
-
     def changed_inputs(self, preprocessed: Path) -> list[str]:
         """The names of those inputs that differ now from the start of the training."""
         now = input_hashes(preprocessed, self.plans)
@@ -218,17 +199,6 @@ def input_hashes(preprocessed: Path, plans: str) -> dict[str, str]:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); restore it") from error
 
 
-def training_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change a training; paths are the user's own business."""
-    prefixes = ("nnUNet_", "MASKSAM_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-    return {key: value for key, value in sorted(environment.items()) if key.startswith(prefixes) and "/" not in value}
-
-
-def now() -> str:
-    """The time, for records."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 # ---- what its training took ------------------------------------------------------------------------------------------
 
 
@@ -239,32 +209,30 @@ def read_fold_compute(folder: Path) -> FoldCompute:
     nnU-Net's debug.json.
 
     Raises:
-        TrainingError: the fold is not trained, or its record is not readable.
-        CheckpointError: its checkpoint is not readable.
+        TrainingError: the fold's record is not readable.
+        CheckpointError: its checkpoint is missing or not readable.
     """
-    checkpoint = folder / FINAL
-    if not checkpoint.is_file():
-        raise TrainingError(f"{folder} has no {FINAL}: this fold is not trained")
-    content = read_log(checkpoint)
-    seconds = content.epoch_seconds
+    content = read_log(folder / FINAL)
     record = FoldRecord.read(folder)
-    parts = [] if record is None else record.training()
+    parts = [] if record is None else [part for part in record.parts if part.kind != "validate"]
+    begun = max((index for index, part in enumerate(parts) if part.kind == "train"), default=0)
+    parts = parts[begun:]  # those that led to the final checkpoint
     stats, debug = (_read_if_there(folder / name) for name in (TRAINING_STATS_FILE, "debug.json"))
     sampled = [part.peak_memory_mib for part in parts if part.peak_memory_mib is not None]
-    per_epoch = debug.get("num_iterations_per_epoch")
-    by_clock = [part.train_seconds for part in parts if part.train_seconds is not None]
+    per_epoch, epochs = debug.get("num_iterations_per_epoch"), len(content.epoch_seconds)
     devices = dict.fromkeys(part.device for part in parts if part.device)
+    by_clock = [part.train_seconds for part in parts if part.train_seconds is not None]
     return FoldCompute(
         fold=int(folder.name.removeprefix("fold_")),
-        seconds=stats.get("train_seconds", sum(seconds)),
+        seconds=stats.get("train_seconds", sum(content.epoch_seconds)),
         peak_memory_mib=stats.get("peak_memory_mib", max(sampled, default=None)),
         peak_memory_of=stats.get("peak_memory_of", "all processes, resident" if sampled else "not recorded"),
         device=" and ".join(devices) or str(debug.get("gpu_name") or stats.get("device", "not recorded")),
-        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * len(seconds)),
-        epochs=len(seconds),
+        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * epochs),
+        epochs=epochs,
         parameters=stats.get("parameters", content.parameters),
         trainable_parameters=stats.get("trainable_parameters"),
-        checkpoint_bytes=checkpoint.stat().st_size,
+        checkpoint_bytes=(folder / FINAL).stat().st_size,
         resumed=sum(part.kind == "continue" for part in parts),
         git_hash=_changes(part.git_hash for part in parts) or None,
         wall_seconds=sum(by_clock) if parts and len(by_clock) == len(parts) else None,
@@ -284,12 +252,11 @@ def device_name(folder: Path, device: str) -> str:
 
 def _read_if_there(file: Path) -> Mapping[str, Any]:
     try:
-        content: Mapping[str, Any] = read_json(file)
-    except (OSError, ValueError):
+        return dict(read_json(file))
+    except (OSError, ValueError, TypeError):
         return {}
-    return content
 
 
 def _changes(values: Iterable[str | None]) -> str:
     """The known values in their order, ``then`` between those that differ."""
-    return " then ".join(value for value, _ in groupby(value for value in values if value is not None))
+    return " then ".join(value for value, _ in groupby(filter(None, values)))

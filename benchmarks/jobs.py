@@ -24,19 +24,7 @@ from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.methods import Method
 
-from .folds import (
-    FINAL,
-    FoldRecord,
-    FoldState,
-    Part,
-    Stage,
-    device_name,
-    fold_state,
-    input_hashes,
-    locked,
-    now,
-    training_variables,
-)
+from .folds import FINAL, FoldRecord, FoldState, Part, Stage, device_name, fold_state, input_hashes, locked, now
 from .nnunet import SAVE_SECONDS, failed, run_to_end, termination_as_exit
 
 COMMAND = "nnUNetv2_train"
@@ -44,6 +32,7 @@ Status = Literal["waiting", "running", "done", "failed"]
 Watch = Callable[[Mapping[str, Status]], None]
 """Is called about twice a second with the status of each job, by name."""
 
+_VARIABLES = ("nnUNet_", "MASKSAM_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")  # what may change a training
 _LOOK_SECONDS = 0.5
 _LITTLE_ROOM = 2**30  # free bytes: with less, a failure is likely to be for lack of room
 _PARTS: Mapping[Stage, tuple[Literal["train", "continue", "validate"], tuple[str, ...]]] = {
@@ -55,21 +44,15 @@ _PARTS: Mapping[Stage, tuple[Literal["train", "continue", "validate"], tuple[str
 
 @dataclass(frozen=True)
 class FoldJob:
-    """One fold of one method, to be trained and validated.
-
-    Attributes:
-        environment: variables of nnU-Net and MaskSAM, its three folders among them.
-        minutes: of a time-budget trainer, else None.
-        npz: whether validation saves probabilities.
-    """
+    """One fold of one method, to be trained and validated."""
 
     dataset: str
     method: Method
     fold: int
     device: str
-    environment: Mapping[str, str]
-    minutes: float | None = None
-    npz: bool = False
+    environment: Mapping[str, str]  # variables of nnU-Net and MaskSAM, nnU-Net's three folders among them
+    minutes: float | None = None  # of a time-budget trainer
+    npz: bool = False  # whether validation saves probabilities
 
     @property
     def name(self) -> str:
@@ -89,8 +72,7 @@ class FoldJob:
     @property
     def cases(self) -> list[str]:
         """The fold's validation cases."""
-        cases: list[str] = read_json(self._preprocessed / "splits_final.json")[self.fold]["val"]
-        return cases
+        return list(read_json(self._preprocessed / "splits_final.json")[self.fold]["val"])
 
     @property
     def _preprocessed(self) -> Path:
@@ -141,8 +123,20 @@ class FoldJob:
         arguments += ["-device", self.device, *options, *(["--npz"] if self.npz else [])]
         line = shlex.join([COMMAND, *arguments])
         environment = self._whole_environment(gpu)
-        record = self._record(stage)
-        part = Part(kind=kind, command=line, start=now(), variables=training_variables(environment))
+        if stage is not Stage.MISSING:
+            self.require_unchanged()
+        record = FoldRecord.read(self.folder)
+        if record is None or stage is Stage.MISSING:
+            record = FoldRecord(
+                trainer=method.trainer,
+                plans=method.plans,
+                configuration=method.configuration,
+                minutes=self.minutes,
+                inputs=input_hashes(self._preprocessed, method.plans) if stage is Stage.MISSING else None,
+                parts=[] if record is None else record.parts,
+            )
+        chosen = {k: v for k, v in sorted(environment.items()) if k.startswith(_VARIABLES) and "/" not in v}  # no paths
+        part = Part(kind=kind, command=line, variables=chosen)
         record.parts.append(part)
         record.write(self.folder)
         began = time.monotonic()
@@ -162,22 +156,6 @@ class FoldJob:
             free = shutil.disk_usage(self.folder).free  # the log, on the same disk, may not say that it is full
             room = f"\nOnly {free / 2**20:.0f} MiB are free in {self.folder}: make room" if free < _LITTLE_ROOM else ""
             raise TrainingError(f"{self.name}: {failed(line, part.exit_status, self.log)}{room}")
-
-    def _record(self, stage: Stage) -> FoldRecord:
-        """The fold's record, checked against what is there now."""
-        record, method = FoldRecord.read(self.folder), self.method
-        if stage is not Stage.MISSING and record is not None:
-            self.require_unchanged()
-            return record
-        inputs = input_hashes(self._preprocessed, method.plans) if stage is Stage.MISSING else None
-        return FoldRecord(
-            trainer=method.trainer,
-            plans=method.plans,
-            configuration=method.configuration,
-            minutes=self.minutes,
-            inputs=inputs,
-            parts=[] if record is None else record.parts,
-        )
 
     def _whole_environment(self, gpu: str | None) -> dict[str, str]:
         environment = os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"}
@@ -212,11 +190,11 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
             status[job.name] = "running"
             try:
                 job.run(gpu, stop)
-            except (MaskSAMError, OSError) as error:
-                errors[job.name] = f"{error}\n(log: {job.log})"
-            except Exception:
-                errors[job.name] = traceback.format_exc()
-            status[job.name] = "failed" if job.name in errors else "done"
+                status[job.name] = "done"
+            except Exception as error:
+                expected = isinstance(error, (MaskSAMError, OSError))
+                errors[job.name] = f"{error}\n(log: {job.log})" if expected else traceback.format_exc()
+                status[job.name] = "failed"
 
     # As daemons they keep nobody waiting who interrupts a second time.
     threads = [threading.Thread(target=work, args=(gpu_of(device),), daemon=True) for device in devices]
@@ -242,12 +220,11 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
 
 def device_kind(devices: Sequence[str]) -> str:
     """nnU-Net's name for ``--devices``: ``cpu``, ``cuda`` or ``mps``. A UsageError if unknown, repeated or mixed."""
-    given = f"--devices {' '.join(devices)}".strip()
     kinds = {"cuda" if device.isdecimal() else device for device in devices}
-    if not kinds or kinds - {"cpu", "cuda", "mps"}:
-        raise UsageError(f"{given}: give cpu, mps, cuda or numbers of GPUs, such as --devices 0 1")
-    if len(kinds) > 1 or len(set(devices)) < len(devices) or ("cuda" in devices and len(devices) > 1):
-        raise UsageError(f"{given}: give one kind of device, each once; several GPUs by their numbers")
+    named_twice = len(set(devices)) < len(devices) or ("cuda" in devices and len(devices) > 1)
+    if len(kinds) != 1 or kinds - {"cpu", "cuda", "mps"} or named_twice:
+        given = f"--devices {' '.join(devices)}".strip()
+        raise UsageError(f"{given}: give cpu, mps, cuda, or different numbers of GPUs, such as --devices 0 1")
     return kinds.pop()
 
 
@@ -274,9 +251,7 @@ def gpu_of(device: str) -> str | None:
 
 def _resident_mib(process: int) -> float:
     """Resident memory of a process and its children, in MiB; memory that they share counts once for each."""
-    total = 0
     with contextlib.suppress(psutil.Error):  # one has just ended
         parent = psutil.Process(process)
-        for member in [parent, *parent.children(recursive=True)]:
-            total += member.memory_info().rss
-    return total / 2**20
+        return sum(one.memory_info().rss for one in [parent, *parent.children(recursive=True)]) / 2**20
+    return 0.0

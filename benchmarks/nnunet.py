@@ -50,8 +50,7 @@ def run_to_end(
     An exception in this thread, such as KeyboardInterrupt, ends the command too: it has :data:`SAVE_SECONDS` to save.
 
     Args:
-        command: such as ``nnUNetv2_train``.
-        arguments: what follows it on the command line.
+        command, arguments: such as ``nnUNetv2_train``, and what follows it on the command line.
         environment: the whole environment of the command.
         log: its output is appended.
         stop: ends the command when it is set.

@@ -1,4 +1,4 @@
-"""Plots of the long table of scores and of the trainings, each with its caption."""
+"""Pictures of the report, each with its caption: plots of scores and trainings, and the worst, median and best case."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from masksam_nnunet.errors import MaskSAMError, in_short
 from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.report.figures import LINE_STYLES, png, wrapped
-from masksam_nnunet.inference.report.html import Picture
+from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
+from masksam_nnunet.inference.report.figures import CaseImages, draw_case, png, wrapped
+from masksam_nnunet.inference.report.html import Picture, number
 
 from .results import MEAN, METRICS, BenchmarkResults, Row
-from .statistics import averaged
+from .statistics import averaged, differences
 
 METHOD_COLOURS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, with a grey for the baseline, which comes first."""
@@ -32,15 +34,10 @@ _LOSSES_IN_FIGURE = 3
 _PROGRESS = {"hours": "hours of training", "epoch": "epochs"}
 
 
-def looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and line style of each row; with post-processing it looks as without."""
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """The colour of each row; with post-processing it looks as without."""
     members = list(dict.fromkeys(row.members for row in rows))
-    places = {row.name: members.index(row.members) for row in rows}
-    count = len(METHOD_COLOURS)
-    return {
-        name: (METHOD_COLOURS[place % count], LINE_STYLES[place // count % len(LINE_STYLES)])
-        for name, place in places.items()
-    }
+    return {row.name: METHOD_COLOURS[members.index(row.members) % len(METHOD_COLOURS)] for row in rows}
 
 
 # ---- scores of cases -------------------------------------------------------------------------------------------------
@@ -67,39 +64,31 @@ def _boxes(results: BenchmarkResults, panels: Mapping[str, tuple[str, pd.DataFra
     lines = math.ceil(len(panels) / columns)
     figure, axes = _panels(lines, columns, lines * (0.42 * len(names) + 0.75), sharey=True)
     shared = {"x": "value", "y": "method", "order": names, "hue": "method", "hue_order": names, "legend": False}
-    shared |= {"palette": {name: colour for name, (colour, _) in looks(results.rows).items()}}
+    shared |= {"palette": _colours(results.rows)}
     shape = {"fill": False, "width": 0.62, "linewidth": 1.1, "showfliers": False, "showmeans": True}
     mean = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": "black"}
     for ax, (title, (metric, table)) in zip(axes.flat, panels.items(), strict=False):
-        defined = table.groupby("method")["value"].count()
-        if defined.any():  # seaborn draws no empty boxes
-            sns.stripplot(table, **shared, ax=ax, size=2.2, alpha=0.45, jitter=0.2)
-            with warnings.catch_warnings():  # seaborn passes an argument that matplotlib deprecates
-                warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
-                sns.boxplot(table, **shared, ax=ax, **shape, meanprops=mean)
-        ax.set(title=title, xlabel="", ylabel="")
-        _scale(ax, metric, table["value"].dropna())
-        for place, name in enumerate(names):
-            if not defined[name]:
-                where = ax.get_yaxis_transform()
-                ax.text(0.5, place, "undefined in all cases", transform=where, fontsize=7, ha="center", va="center")
+        ax.set(title=title)
+        values = table["value"].dropna()
+        if values.empty:  # seaborn draws no empty boxes
+            ax.text(0.5, 0.5, "undefined in all cases", transform=ax.transAxes, fontsize=7, ha="center", va="center")
+            continue
+        sns.stripplot(table, **shared, ax=ax, size=2.2, alpha=0.45, jitter=0.2)
+        with warnings.catch_warnings():  # seaborn passes an argument that matplotlib deprecates
+            warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
+            sns.boxplot(table, **shared, ax=ax, **shape, meanprops=mean)
+        ax.set(xlabel="", ylabel="")
+        if METRICS[metric].larger_is_better:  # shares end at 1, lengths and volumes start at 0
+            ax.set_xlim(max(math.floor(values.min() * 10 - 1e-9) / 10, 0.0) - 0.02, 1.01)
+            continue
+        if values.max() > 30 * values.median() > 0:
+            ax.set_xscale("symlog", linthresh=float(values.median()))
+            ax.set_xlabel("logarithmic above the median")
+        ax.set_xlim(left=0)
     axes[0, 0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     return _tidy_png(figure)
-
-
-def _scale(ax: Axes, metric: str, values: pd.Series[float]) -> None:
-    """Shares end at 1; lengths and volumes start at 0, on a symmetric logarithm where they spread over decades."""
-    if values.empty:
-        return
-    if METRICS[metric].larger_is_better:
-        ax.set_xlim(max(math.floor(values.min() * 10 - 1e-9) / 10, 0.0) - 0.02, 1.01)
-        return
-    if values.max() > 30 * values.median() > 0:
-        ax.set_xscale("symlog", linthresh=float(values.median()))
-        ax.set_xlabel("logarithmic above the median")
-    ax.set_xlim(left=0)
 
 
 def draw_differences(results: BenchmarkResults) -> list[Picture]:
@@ -122,7 +111,7 @@ def _differences(results: BenchmarkResults, a: str, b: str) -> bytes:
     figure, axes = _panels(1, len(METRICS), 2.7)
     for ax, (name, metric) in zip(axes.flat, METRICS.items(), strict=True):
         ax.set(title=metric.heading, xticks=[])
-        found = differences_of(results.scores, name, a, b).sort_values().to_numpy()
+        found = differences(results.scores, name, a, b)[MEAN].dropna().sort_values().to_numpy()
         if not len(found):
             ax.text(0.5, 0.5, "no case where both are defined", transform=ax.transAxes, fontsize=8, ha="center")
             ax.set_yticks([])
@@ -142,14 +131,6 @@ def _differences(results: BenchmarkResults, a: str, b: str) -> bytes:
     return _tidy_png(figure)
 
 
-def differences_of(scores: pd.DataFrame, metric: str, a: str, b: str) -> pd.Series[float]:
-    """a - b of each case, averaged over the classes that both have, as the comparisons take it."""
-    values = averaged(scores)
-    chosen = values[(values["metric"] == metric) & (values["class"] != MEAN)]
-    table = chosen.pivot(index=["case", "class"], columns="method", values="value")
-    return (table[a] - table[b]).groupby("case").mean().dropna()
-
-
 # ---- learning curves -------------------------------------------------------------------------------------------------
 
 
@@ -159,11 +140,11 @@ def draw_curves(results: BenchmarkResults) -> list[Picture]:
     curves = {name: _curves(folds) for name, folds in results.histories.items()}
     if not curves:
         return []
-    style, names = looks(results.rows), list(curves)
+    colours, names = _colours(results.rows), list(curves)
     figure, axes = _panels(1, 2, 3.6, sharey=True)
     for ax, x in zip(axes.flat, _PROGRESS, strict=True):
         for name, table in curves.items():
-            _curve(ax, table, x, "pseudo_dice", *style[name], wrapped(name, 44, 2))
+            _curve(ax, table, x, "pseudo_dice", colours[name], "solid", wrapped(name, 44, 2))
         ax.set(title="Pseudo-Dice on validation patches", ylim=(0, 1))
     axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
     about = f"nnU-Net's estimate on random validation patches, once an epoch. {lines}"
@@ -174,7 +155,7 @@ def draw_curves(results: BenchmarkResults) -> list[Picture]:
         figure, axes = _panels(len(part), 2, 2.8 * len(part), sharey="row")
         for name, panes in zip(part, axes, strict=True):
             for ax, x in zip(panes, _PROGRESS, strict=True):
-                _curve(ax, curves[name], x, "train_loss", style[name][0], "solid", "training")
+                _curve(ax, curves[name], x, "train_loss", colours[name], "solid", "training")
                 _curve(ax, curves[name], x, "val_loss", "black", "dashed", "validation")
                 ax.set_title(f"Losses of {wrapped(name, 60, 1)}")
             panes[1].legend(frameon=False, fontsize=8)
@@ -197,6 +178,62 @@ def _curve(ax: Axes, table: pd.DataFrame, x: str, y: str, colour: str, line: str
     by_epoch = defined.groupby("epoch")
     mean = by_epoch[["hours", y]].mean()[by_epoch.size() == table["fold"].nunique()].reset_index()
     ax.plot(mean[x], mean[y], color=colour, ls=line, lw=2.2, label=label, marker="o" if len(mean) == 1 else None)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+def choose_cases(results: BenchmarkResults) -> dict[str, str]:
+    """Worst, median and best case by the mean Dice of the focus, each with this word; fewer where there are fewer."""
+    dice = _mean_dice(results)[results.focus.name].sort_values(kind="stable")
+    ordered = list(dice.dropna().index) or list(dice.index)
+    if len(ordered) == 1:
+        return {ordered[0]: "Only case"}
+    chosen = {ordered[0]: "Worst case", ordered[len(ordered) // 2]: "Median case"} if len(ordered) > 2 else {}
+    return chosen | {ordered[0]: "Worst case", ordered[-1]: "Best case"}
+
+
+def draw_cases(results: BenchmarkResults) -> list[Picture]:
+    """A picture of each of :func:`choose_cases`. Where files are missing it has no PNG, and its caption says why."""
+    dice, text = _mean_dice(results), number(METRICS["dice"].digits)
+    pictures = []
+    for case, place in choose_cases(results).items():
+        name = results.focus.name
+        (fold,) = (fold for fold, names in results.cases.items() if case in names)
+        caption = f"{place} by the mean Dice of {name} ({text(dice.loc[case, name])}), validated in fold {fold}"
+        notes = {row.name: f"Dice {text(dice.loc[case, row.name])}" for row in results.rows}
+        try:
+            picture = draw_case(_read(results, case, notes), Classes.from_dataset_json(results.dataset_json))
+        # A picture must not cost the report of days of training.
+        except (MaskSAMError, OSError, RuntimeError, ValueError) as error:
+            pictures.append(Picture(case, f"{caption}. It could not be drawn: {in_short(error)}", b""))
+            continue
+        caption += ". All columns share one grey window; cropped to what truth or any prediction labels."
+        pictures.append(Picture(case, caption, picture))
+    return pictures
+
+
+def _mean_dice(results: BenchmarkResults) -> pd.DataFrame:
+    """The mean Dice over classes: a line for each case, a column for each row."""
+    dice = results.scores[results.scores["metric"] == "dice"]
+    return dice.pivot_table(index="case", columns="method", values="value", dropna=False)
+
+
+def _read(results: BenchmarkResults, case: str, notes: Mapping[str, str]) -> CaseImages:
+    description: dict[str, Any] = dict(results.dataset_json)
+    file = results.images / f"{case}_0000{description['file_ending']}"
+    if case in (listed := description.get("dataset", {})):  # where nnU-Net looks first
+        file = results.images.parent / str(listed[case]["images"][0])
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    image, _ = read_volume([file], description)
+    truth = read_label_map(results.truths, case, description)
+    rows = [row for row in results.rows if row.kind != "postprocessed"]
+    predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in rows}
+    for name, labels in {"truth": truth.labels, **predictions}.items():
+        if labels.shape != image[0].shape:
+            raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")
+    return CaseImages(image[0], truth.spacing, truth.labels, predictions, results.focus.name, notes)
 
 
 # ---- parts of all plots ----------------------------------------------------------------------------------------------

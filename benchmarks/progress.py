@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -18,8 +18,6 @@ from .jobs import FoldJob, Status
 
 TRAINING_SHARE = 0.95
 """Of a fold's bar; the rest is validation."""
-PLAIN_SECONDS = 60.0
-"""How often a line is printed for each fold that trains where there is no terminal."""
 _TAIL_BYTES = 20_000
 
 
@@ -28,34 +26,21 @@ def fold_progress(job: FoldJob) -> tuple[float, str]:
     if (job.folder / FINAL).is_file():
         endings = (".json", ".npz", ".pkl")
         predicted = sum(1 for path in (job.folder / "validation").glob("*") if path.suffix not in endings)
-        try:
-            number = len(job.cases)
-        except (OSError, ValueError, LookupError, TypeError):  # damaged meanwhile; the job itself will say so
-            return TRAINING_SHARE, f"validation, {predicted} cases"
-        share = min(1.0, predicted / max(1, number))
-        return TRAINING_SHARE + (1 - TRAINING_SHARE) * share, f"validation, {predicted} of {number} cases"
-    try:  # a time-budget trainer
+        with suppress(OSError, ValueError, LookupError, TypeError):  # damaged meanwhile; the job itself will say so
+            share, number = predicted / len(job.cases), len(job.cases)
+            return TRAINING_SHARE + (1 - TRAINING_SHARE) * share, f"validation, {predicted} of {number} cases"
+        return TRAINING_SHARE, f"validation, {predicted} cases"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a time-budget trainer
         state = read_json(job.folder / BUDGET_PROGRESS_FILE)
         return TRAINING_SHARE * min(1.0, float(state["fraction"])), f"{state['iterations']} iterations"
-    except (OSError, ValueError, KeyError, TypeError):
-        epoch = _latest_epoch(job)
-    if epoch is None:
-        return 0.0, "starting"
-    try:  # nnU-Net writes its trainer's attributes there, as text
-        planned = int(read_json(job.folder / "debug.json")["num_epochs"])
-        return TRAINING_SHARE * min(1.0, epoch / planned), f"epoch {epoch + 1} of {planned}"
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return 0.0, f"epoch {epoch + 1}"
-
-
-def _latest_epoch(job: FoldJob) -> int | None:
-    try:
+    epoch = 0
+    with suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError, IndexError):
         with job.log.open("rb") as stream:
             stream.seek(max(0, job.log.stat().st_size - _TAIL_BYTES))
-            found = re.findall(rb"\bEpoch (\d+)\b", stream.read())
-    except OSError:
-        return None
-    return int(found[-1]) if found else None
+            epoch = int(re.findall(rb"\bEpoch (\d+)\b", stream.read())[-1]) + 1
+        planned = int(read_json(job.folder / "debug.json")["num_epochs"])  # nnU-Net's trainer's attributes, as text
+        return TRAINING_SHARE * min(1.0, (epoch - 1) / planned), f"epoch {epoch} of {planned}"
+    return 0.0, f"epoch {epoch}" if epoch else "starting"
 
 
 class Progress(RichProgress):
@@ -74,7 +59,6 @@ class Progress(RichProgress):
         )
         self._jobs = {job.name: job for job in jobs}
         self._before: Mapping[str, Status] = {}
-        self._last_lines = time.monotonic()
         self._bars: dict[str, TaskID] = {}
         self._total = self.add_task("all folds", total=max(1, len(jobs)), detail="")
 
@@ -85,7 +69,7 @@ class Progress(RichProgress):
         for name, status in statuses.items():
             if status != self._before.get(name, "waiting"):
                 count = f" ({ended} of {len(self._jobs)} folds have ended)" if status in ("done", "failed") else ""
-                self._print(f"{name}: {status}{count}")
+                self.console.print(f"{name}: {status}{count}", markup=False, highlight=False, soft_wrap=True)
         for name in self._bars.keys() - running.keys():
             self.remove_task(self._bars.pop(name))
         for name, (fraction, text) in running.items():
@@ -94,11 +78,4 @@ class Progress(RichProgress):
             self.update(self._bars[name], completed=fraction, detail=text)
         done = ended + sum(fraction for fraction, _ in running.values())
         self.update(self._total, completed=done, detail=f"{ended} of {len(self._jobs)} folds")
-        if self.disable and time.monotonic() - self._last_lines > PLAIN_SECONDS:
-            self._last_lines = time.monotonic()
-            for name, (fraction, text) in running.items():
-                self._print(f"{name}: {fraction:.0%}, {text}")
         self._before = dict(statuses)
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

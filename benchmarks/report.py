@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import write_json, write_text_atomically
@@ -16,8 +17,7 @@ from masksam_nnunet.inference.report.figures import colour_of, style_of
 from masksam_nnunet.inference.report.html import environment, plain
 
 from . import tables
-from .pictures import draw_cases
-from .plots import draw_boxes, draw_curves, draw_differences
+from .plots import draw_boxes, draw_cases, draw_curves, draw_differences
 from .results import METRICS, BenchmarkResults
 from .tables import Bold, Table
 
@@ -29,14 +29,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#])")
 
 
 def write_report(results: BenchmarkResults, out: Path) -> Path:
-    """Write the page and its companions into ``out``, each file whole or not at all.
-
-    Args:
-        results: of an evaluation.
-        out: the benchmark's folder; created if missing.
-
-    Returns:
-        The path of report.html.
+    """Write the page and its companions into the folder ``out``, each file whole or not at all; the path of the page.
 
     Raises:
         UsageError: the folder cannot be written.
@@ -97,39 +90,10 @@ def render(results: BenchmarkResults) -> str:
 
 def to_markdown(results: BenchmarkResults) -> str:
     """The supplement: scores, scores by class, comparisons, test set, and what they mean."""
-    cases = sum(len(names) for names in results.cases.values())
-    severe = [f"> **Not a fair comparison.** {escape(f.text)}" for f in results.findings if f.severe]
-    statements = [f"- {escape(text)}" for text in (*results.notes, *(f.text for f in results.findings if not f.severe))]
-    parts = [
-        f"# Benchmark on {escape(results.dataset)}",
-        f"{escape(results.configuration)}, {len(results.cases)} folds, {cases} cases. Means over cases with bootstrap "
-        f"95 % confidence intervals in brackets, surface Dice at {results.tolerance_mm:g} mm; n is given where a score "
-        "is undefined in some cases. Bold: significantly better than the second best of its group; nothing bold: the "
-        "data do not tell the two apart, or they were not compared.",
-        "\n>\n".join(severe),
-        "\n".join(statements),
-        "## Means over classes",
-        _table(tables.overall(results)),
-    ]
-    for metric, style in METRICS.items():
-        parts += [f"## {escape(style.heading)} by class[^{metric}]", _table(tables.by_class(results, metric))]
-    parts += ["## Paired comparisons", _COMPARED, "### Mean over classes", _table(tables.compared_overall(results))]
-    for metric, style in METRICS.items():
-        parts += [f"### {escape(style.heading)} by class", _table(tables.compared_by_class(results, metric))]
-    if len(results.test_set):
-        parts += ["## Test set", _table(tables.test_set(results))]
-    parts += ["## Software", _table(tables.software(results))]
-    parts += [escape(text) for name, text in results.policies.items() if name not in METRICS]
-    parts += [f"[^{metric}]: {escape(results.policies[metric])}" for metric in METRICS]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-_COMPARED = (
-    "Differences A − B over the n cases where both are defined: mean with its 95 % interval, and median; Wilcoxon's "
-    "signed-rank test, two-sided, p corrected by Holm over classes; effect: matched-pairs rank-biserial correlation. "
-    "Only A, only B: cases left out because the score is defined for one only; in the mean over classes, cases "
-    "of which a class is left out, though others may count. Better: at p (Holm) < 0.05."
-)
+    made = environment()
+    made.filters |= {"md": lambda text: Markup(escape(text)), "md_table": lambda table: Markup(_table(table))}
+    text = made.get_template("supplement.md.j2").render(results=results, metrics=METRICS, tables=tables)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def escape(text: str) -> str:

@@ -140,8 +140,3 @@ def row_names(methods: Sequence[Method]) -> dict[Method, str]:
         else f"{method.trainer} ({method.plans})"
         for method in methods
     }
-
-
-def joint_name(names: Sequence[str]) -> str:
-    """The name of an ensemble."""
-    return " + ".join(names)

@@ -29,16 +29,13 @@ from .slurm import Slurm, SlurmSettings
 def run_benchmark(
     benchmark: Benchmark, out: Path | None, devices: Sequence[str], console: Console | None = None
 ) -> Path:
-    """Train any missing folds on this machine, evaluate, and write the report.
+    """Train any missing folds on this machine, evaluate, and write the report; the path of report.html.
 
     Args:
         benchmark: what to compare.
         out: the benchmark's folder; None is a folder beside the trained models.
         devices: as ``--devices``.
         console: for progress.
-
-    Returns:
-        report.html.
 
     Raises:
         MaskSAMError: bad input, before anything is trained.
@@ -57,16 +54,9 @@ def run_benchmark(
 def submit_benchmark(
     benchmark: Benchmark, out: Path | None, settings: SlurmSettings, wait: bool, console: Console | None = None
 ) -> Path | None:
-    """Submit any missing folds, and the evaluation after them, to SLURM.
+    """Submit any missing folds, and the evaluation after them, to SLURM; arguments and errors as run_benchmark's.
 
-    Arguments and errors are those of :func:`run_benchmark`, and:
-
-    Args:
-        settings: what each job asks for.
-        wait: whether to stay until all jobs have ended.
-
-    Returns:
-        report.html; None without ``wait``.
+    With ``wait`` it stays until all jobs have ended, and returns report.html.
     """
     console = console or Console()
     out = out or _default_folder(benchmark)
@@ -137,11 +127,11 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
 def _print_means(out: Path, console: Console) -> None:
     """Print each row's means over classes and cases."""
     means = pd.read_csv(out / "aggregates.csv")
-    wanted = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
-    means = wanted.pivot(index="method", columns="metric", values="mean")
-    heads = (escape(METRICS[metric].heading) for metric in means.columns)  # rich would take "[mm]" for markup
-    table = Table(Column("mean over cases", overflow="fold"), *heads)
-    for name, values in means.iterrows():
+    means = means[(means["class"] == MEAN) & (means["kind"] != "postprocessed")]
+    table = Table(Column("mean over cases", overflow="fold"))
+    for metric in METRICS.values():
+        table.add_column(escape(metric.heading))  # rich would take "[mm]" for markup
+    for name, values in means.pivot(index="method", columns="metric", values="mean")[list(METRICS)].iterrows():
         table.add_row(escape(str(name)), *map(number(3), values))
     console.print(table)
 

@@ -153,7 +153,7 @@ class Slurm:
         Returns:
             The errors of jobs that failed, by fold; that of the evaluation as ``evaluation``.
         """
-        numbers = {**submission.folds, **({"evaluation": submission.evaluation} if submission.evaluation else {})}
+        numbers = {**submission.folds, "evaluation": str(submission.evaluation)}
         status: dict[str, Status] = dict.fromkeys(numbers, "waiting")
         errors: dict[str, str] = {}
         gone: dict[str, float] = {}
@@ -187,22 +187,19 @@ class Slurm:
 
     def _executor(self, name: str, dependency: str | None = None) -> SlurmExecutor:
         wanted = self.settings
-        optional = {
-            "partition": wanted.partition,
-            "gpus_per_node": wanted.gpus or None,
-            "mem": wanted.memory_gb and f"{int(wanted.memory_gb * 1024)}M",
-            "dependency": dependency,
-        }
         try:
             executor = SlurmExecutor(self.folder / "slurm" / "%j", max_num_timeout=REQUEUES)
-            executor.update_parameters(
+            executor.update_parameters(  # submitit leaves out what is None
                 job_name=name,
                 time=wanted.minutes,
                 cpus_per_task=wanted.cpus,
                 srun_args=[f"--cpus-per-task={wanted.cpus}"],  # since SLURM 22.05 not taken over from sbatch
                 # Pre-emption needs "requeue" where it is not the cluster's default.
                 additional_parameters={**wanted.options, "requeue": True},
-                **{key: value for key, value in optional.items() if value is not None},
+                partition=wanted.partition,
+                gpus_per_node=wanted.gpus or None,
+                mem=wanted.memory_gb and f"{int(wanted.memory_gb * 1024)}M",
+                dependency=dependency,
             )
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"--executor slurm: {error} Without sbatch and srun use --executor local") from error

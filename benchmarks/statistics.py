@@ -13,11 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
-from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.splits import group_by_patient
 
 from .results import MEAN, METRICS, Row
@@ -47,15 +45,9 @@ class Interval(NamedTuple):
 
 
 def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """The mean over cases with its bias-corrected and accelerated (BCa) bootstrap interval, drawing whole patients.
+    """The mean of ``values`` (N,), without NaN, with its BCa bootstrap interval, drawing whole ``patients`` (N,).
 
     The interval is NaN with fewer than two patients, or the same mean in all of them.
-
-    Args:
-        values: (N,) without NaN.
-        patients: (N,) patient of each case.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
     """
     by_patient = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(patients))
     sums, counts = by_patient.sum().to_numpy(), by_patient.size().to_numpy(dtype=float)
@@ -80,34 +72,25 @@ def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESA
 
 
 def signed_rank_test(differences: ArrayLike) -> tuple[float, float]:
-    """Wilcoxon's signed-rank test of independent paired differences (N,).
-
-    Differences of zero are dropped (``zero_method="wilcox"``). The test is exact up to 50 values, takes all
-    permutations of signs up to 13 values with ties, and is else the normal approximation with correction for ties
-    (``method="auto"``).
+    """Wilcoxon's signed-rank test of independent paired differences (N,), as scipy chooses between exact and normal.
 
     Returns:
         The two-sided p and the matched-pairs rank-biserial correlation: the sum of the ranks of positive differences
-        minus that of negative ones, over both. 1 and 0 if all differences are zero; NaN if there are none.
+        minus that of negative ones, over both. Zeros are dropped; 1 and 0 if all are zero, NaN if there are none.
     """
     rounded = np.round(np.asarray(differences, dtype=float), _DIGITS)
-    if not rounded.size:
-        return math.nan, math.nan
     changed = rounded[rounded != 0]
     if not changed.size:
-        return 1.0, 0.0
+        return (1.0, 0.0) if rounded.size else (math.nan, math.nan)
     ranks = stats.rankdata(np.abs(changed))
     effect = float(np.sum(np.sign(changed) * ranks) / np.sum(ranks))
-    return float(stats.wilcoxon(changed, zero_method="wilcox", method="auto").pvalue), effect
+    return float(stats.wilcoxon(changed).pvalue), effect
 
 
-def holm(p: ArrayLike) -> NDArray[np.float64]:
+def holm(p: pd.Series[float]) -> pd.Series[float]:
     """Holm's correction of the p-values that are not NaN."""
-    corrected = np.array(p, dtype=float)
-    defined = ~np.isnan(corrected)
-    if defined.any():
-        corrected[defined] = multipletests(corrected[defined], method="holm")[1]
-    return corrected
+    ordered = p.dropna().sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -116,13 +99,8 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 def averaged(scores: pd.DataFrame) -> pd.DataFrame:
     """The values that are averaged and compared: those of :data:`METRICS`, and within each case their :data:`MEAN`.
 
-    Volume errors are absolute: too much in one case must not make up for too little in another.
-
-    Args:
-        scores: the long table of scores, or part of it; its columns other than ``class`` and ``value`` are kept.
-
-    Returns:
-        A table with the same columns, the means over classes first.
+    Volume errors are absolute: too much in one case must not make up for too little in another. The table has the
+    columns of ``scores``, the long table or part of it, and the means over classes first.
     """
     chosen = scores[scores["metric"].isin(METRICS)]
     absolute = chosen["metric"] == "volume_error_ml"
@@ -133,12 +111,8 @@ def averaged(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
-    """Mean, its 95 % interval and median of every method, metric and class, and of the mean over classes.
-
-    Args:
-        scores: the long table of scores.
-        resamples: number of bootstrap samples.
-        seed: the same one gives the same intervals.
+    """Mean, its 95 % interval and median of every method, metric and class in the long table of scores, and of the mean
+    over classes. The same seed gives the same intervals.
 
     Returns:
         Columns ``method, kind, metric, class, mean, low, high, median, cases``; ``cases`` counts those with a value.
@@ -160,8 +134,7 @@ def compare(
     Args:
         scores: the long table of scores.
         pairs: names (a, b) of methods.
-        resamples: number of bootstrap samples.
-        seed: the same one gives the same intervals.
+        resamples, seed: of the bootstrap.
 
     Returns:
         A line for each pair, metric and class, the mean over classes first: ``metric, class, a, b, cases`` (with the
@@ -177,12 +150,10 @@ def compare(
 
 def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, seed: int) -> pd.DataFrame:
     one, other = (_by_class(scores, metric, name) for name in (a, b))
-    differences, in_a, in_b = one - other, one.notna() & other.isna(), one.isna() & other.notna()
-    differences.insert(0, MEAN, differences.mean(axis=1))
-    in_a.insert(0, MEAN, in_a.any(axis=1))
-    in_b.insert(0, MEAN, in_b.any(axis=1))
+    in_a, in_b = one.notna() & other.isna(), one.isna() & other.notna()
+    in_a[MEAN], in_b[MEAN] = in_a.any(axis=1), in_b.any(axis=1)
     lines = []
-    for name, column in differences.items():
+    for name, column in differences(scores, metric, a, b).items():
         found = column.dropna()
         mean = bootstrap_mean(found, found.index.get_level_values("patient"), resamples, seed)
         p, effect = signed_rank_test(found.groupby("patient").mean())
@@ -196,8 +167,17 @@ def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, 
     return table
 
 
+def differences(scores: pd.DataFrame, metric: str, a: str, b: str) -> pd.DataFrame:
+    """One metric of ``a`` minus that of ``b``: a line for each (patient, case), a column for their mean and each class.
+
+    The mean, called :data:`MEAN`, is over the classes that both have.
+    """
+    found = _by_class(scores, metric, a) - _by_class(scores, metric, b)
+    found.insert(0, MEAN, found.mean(axis=1))
+    return found
+
+
 def _by_class(scores: pd.DataFrame, metric: str, method: str) -> pd.DataFrame:
-    """One metric of one method: a line for each (patient, case), a column for each class."""
     chosen = scores[(scores["metric"] == metric) & (scores["method"] == method)]
     table = chosen.pivot(index=["patient", "case"], columns="class", values="value")[list(chosen["class"].unique())]
     return table.abs() if metric == "volume_error_ml" else table
@@ -214,26 +194,15 @@ def default_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def patient_of(cases: Sequence[str], given: Mapping[str, str] | None) -> dict[str, str]:
-    """The patient of each case: as given, or as the case names show, or each case one of its own.
-
-    Raises:
-        DataError: the given patients lack a case.
-    """
-    if given is None:
-        groups = group_by_patient(cases) or {case: [case] for case in cases}
-        return {case: patient for patient, members in groups.items() for case in members}
-    if missing := [case for case in cases if case not in given]:
-        raise DataError(f"the grouping names no patient of {', '.join(missing)}; name the patient of every case")
-    return {case: given[case] for case in cases}
+    """The patient of each case: as given for all of them, or as the case names show, or each case one of its own."""
+    if given is not None:
+        return {case: given[case] for case in cases}
+    groups = group_by_patient(cases) or {case: [case] for case in cases}
+    return {case: patient for patient, members in groups.items() for case in members}
 
 
 def policies(patients: Mapping[str, str], given: bool) -> dict[str, str]:
-    """What the statistics mean, for a report.
-
-    Args:
-        patients: patient by case.
-        given: whether they were given, rather than read from the case names.
-    """
+    """What the statistics mean, for a report; patients by case, and whether they were given or read from the names."""
     cases, number = len(patients), len(set(patients.values()))
     clusters = f"Each of the {cases} cases counts as a patient of its own, since the case names show no others."
     if number < cases:

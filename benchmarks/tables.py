@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ import pandas as pd
 
 from masksam_nnunet.inference.report.html import UNDEFINED, number
 
-from .pictures import case_means
 from .results import MEAN, METRICS, BenchmarkResults, Kind
 from .statistics import averaged
 
@@ -30,26 +30,17 @@ class Bold(str):
 
 
 class Table(NamedTuple):
-    """Cells of text; the first of each line names it. A cell's lines of text after its first are notes.
+    """Cells of text; the first of each line names it. A cell's lines of text after its first are notes."""
 
-    Attributes:
-        heads: of the columns.
-        groups: lines of cells by the group's title, which may be empty.
-        wordy: numbers of the columns that hold words.
-    """
-
-    heads: Sequence[str]
-    groups: Mapping[str, Sequence[Sequence[str]]]
-    wordy: Sequence[int] = ()
+    heads: Sequence[str]  # of the columns
+    groups: Mapping[str, Sequence[Sequence[str]]]  # lines of cells by the group's title, which may be empty
+    wordy: Sequence[int] = ()  # numbers of the columns that hold words
 
 
 def estimate(line: Mapping[str, Any], name: str, signed: bool = False) -> str:
-    """``0.891`` and below it ``[0.880, 0.902]``, with a dash for what is undefined.
+    """``0.891`` and below it ``[0.880, 0.902]``: the column ``name`` of a line of statistics, and its interval.
 
-    Args:
-        line: of a table of statistics, with the columns ``metric, low, high`` and ``name``.
-        name: column of the estimate.
-        signed: whether to show a plus.
+    What is undefined is a dash; a ``signed`` number may show a plus.
     """
     text = number(METRICS[line["metric"]].digits, signed)
     if math.isnan(line[name]):
@@ -92,12 +83,8 @@ def _means(results: BenchmarkResults) -> dict[tuple[str, str, str], str]:
 
 
 def best_of(means: pd.DataFrame, comparisons: pd.DataFrame) -> str | None:
-    """The method with the best mean, if it is significantly better than the second; None where a mean is undefined.
-
-    Args:
-        means: lines of one metric and class.
-        comparisons: of all metrics and classes.
-    """
+    """The method with the best of ``means``, which are of one metric and class, if it is significantly better than the
+    second; None where a mean is undefined. Comparisons are of all metrics and classes."""
     if len(means) < 2 or means["mean"].isna().any():
         return None
     metric, class_name = means["metric"].iloc[0], means["class"].iloc[0]
@@ -113,18 +100,22 @@ def test_set(results: BenchmarkResults) -> Table:
     columns = [*((metric, MEAN) for metric in METRICS), *(("dice", name) for name in results.classes)]
     lines = []
     for name, found in averaged(results.test_set).groupby("method", sort=False):
-        by_column, all_cases = found.groupby(["metric", "class"])["value"], found["case"].nunique()
-        means, counts = by_column.mean(), by_column.count()
-        texts = [number(METRICS[key[0]].digits)(means[key]) for key in columns]
-        notes = [f"\nn = {counts[key]}" if 0 < counts[key] < all_cases else "" for key in columns]
-        lines.append([str(name), str(all_cases), *map("".join, zip(texts, notes, strict=True))])
+        values = found.pivot(index="case", columns=["metric", "class"], values="value")[columns]
+        lines.append([str(name), str(len(values))])
+        for (metric, _), column in values.items():
+            note = f"\nn = {column.count()}" if 0 < column.count() < len(column) else ""
+            lines[-1].append(number(METRICS[metric].digits)(column.mean()) + note)
     return Table(["", "Cases", *_HEADS, *(f"Dice, {name}" for name in results.classes)], {"": lines})
 
 
 def of_case(results: BenchmarkResults, case: str) -> Table:
     """The means over classes of one case, a line for each row of the results."""
-    columns = [case_means(results, name).loc[case].map(number(metric.digits)) for name, metric in METRICS.items()]
-    lines = [[row.name, *(column[row.name] for column in columns)] for row in results.rows]
+    found = averaged(results.scores[results.scores["case"] == case])
+    values = found[found["class"] == MEAN].pivot(index="method", columns="metric", values="value")
+    lines = [
+        [row.name, *(number(metric.digits)(values.loc[row.name, name]) for name, metric in METRICS.items())]
+        for row in results.rows
+    ]
     return Table(["Mean over classes", *_HEADS], {"": lines})
 
 
@@ -133,28 +124,28 @@ def of_case(results: BenchmarkResults, case: str) -> Table:
 
 def compared_overall(results: BenchmarkResults) -> Table:
     """Comparisons of the mean over classes: a group for each pair, a line for each metric."""
-    found = results.comparisons
-    return _compared("Metric", found[found["class"] == MEAN])
+    found = results.comparisons[results.comparisons["class"] == MEAN]
+    return _compared("Metric", found, [METRICS[metric].heading for metric in found["metric"]])
 
 
 def compared_by_class(results: BenchmarkResults, metric: str) -> Table:
     """Comparisons of one metric: a group for each pair, a line for each class."""
     found = results.comparisons
-    return _compared("Class", found[(found["metric"] == metric) & (found["class"] != MEAN)])
+    found = found[(found["metric"] == metric) & (found["class"] != MEAN)]
+    return _compared("Class", found, found["class"])
 
 
-def _compared(first: str, comparisons: pd.DataFrame) -> Table:
+def _compared(head: str, comparisons: pd.DataFrame, names: Iterable[str]) -> Table:
     groups: dict[str, list[list[str]]] = {}
-    for line in comparisons.to_dict("records"):
-        metric = METRICS[line["metric"]]
+    for name, line in zip(names, comparisons.to_dict("records"), strict=True):
         better = {line["a"]: Bold("A"), line["b"]: Bold("B")}.get(line["better"], UNDEFINED)
-        cells = [metric.heading if first == "Metric" else line["class"], estimate(line, "difference", signed=True)]
-        cells += [number(metric.digits, signed=True)(line["median_difference"])]
+        cells = [name, estimate(line, "difference", signed=True)]
+        cells += [number(METRICS[line["metric"]].digits, signed=True)(line["median_difference"])]
         cells += [p_value(line["p"]), p_value(line["p_holm"]), number(2, signed=True)(line["effect"])]
         cells += [str(line[key]) for key in ("cases", "only_a", "only_b")]
         groups.setdefault(f"A: {line['a']}, B: {line['b']}", []).append([*cells, better])
     heads = ["Mean A − B [95 % CI]", "Median A − B", "p", "p (Holm)", "Effect", "n", "Only A", "Only B", "Better"]
-    return Table([first, *heads], groups)
+    return Table([head, *heads], groups)
 
 
 def p_value(p: float) -> str:
@@ -172,21 +163,21 @@ def hours(seconds: float) -> str:
 
 def all_hours(results: BenchmarkResults) -> str:
     """Training hours of all methods together."""
-    return _total([fold.seconds for folds in results.compute.values() for fold in folds], hours, "sum")
+    return _total([fold.seconds for folds in results.compute.values() for fold in folds], hours)
 
 
-_COMPUTE: Mapping[str, tuple[str, Callable[[Any], str], str]] = {  # head: field of FoldCompute, its text, the total
-    "Hours": ("seconds", hours, "sum"),
-    "Hours with breaks": ("wall_seconds", hours, "sum"),
-    "Device": ("device", str, "kinds"),
-    "Peak memory [MiB]": ("peak_memory_mib", number(0), "max."),
-    "Memory of": ("peak_memory_of", str, "kinds"),
-    "Parameters": ("parameters", number(0), "none"),
-    "Trainable": ("trainable_parameters", number(0), "none"),
-    "Checkpoint [MB]": ("checkpoint_bytes", lambda size: number(1)(size / 1e6), "sum"),
-    "Iterations": ("iterations", number(0), "sum"),
-    "Epochs": ("epochs", number(0), "sum"),
-    "Resumed": ("resumed", number(0), "sum"),
+_COMPUTE: Mapping[str, tuple[str, Callable[[Any], str]]] = {  # head: field of FoldCompute, and its text
+    "Hours": ("seconds", hours),
+    "Hours with breaks": ("wall_seconds", hours),
+    "Device": ("device", str),
+    "Peak memory [MiB]": ("peak_memory_mib", number(0)),
+    "Memory of": ("peak_memory_of", str),
+    "Parameters": ("parameters", number(0)),
+    "Trainable": ("trainable_parameters", number(0)),
+    "Checkpoint [MB]": ("checkpoint_bytes", lambda size: number(1)(size / 1e6)),
+    "Iterations": ("iterations", number(0)),
+    "Epochs": ("epochs", number(0)),
+    "Resumed": ("resumed", number(0)),
 }
 
 
@@ -195,26 +186,25 @@ def compute(results: BenchmarkResults) -> Table:
     groups = {}
     for name, folds in results.compute.items():
         columns = [[str(fold.fold) for fold in folds] + ["all"]]
-        for field, text, how in _COMPUTE.values():
+        for field, text in _COMPUTE.values():
             values = [getattr(fold, field) for fold in folds]
+            total = "" if field in ("parameters", "trainable_parameters") else _total(values, text)
+            if field == "peak_memory_mib" and total != NOT_RECORDED:
+                total = f"max. {text(max(value for value in values if value is not None))}"
             cells = [NOT_RECORDED if value in (None, "") else text(value) for value in values]
-            columns.append([*cells, Bold(_total(values, text, how))])
+            columns.append([*cells, Bold(total)])
         groups[name] = list(zip(*columns, strict=True))
-    wordy = [place for place, (_, text, _) in enumerate(_COMPUTE.values(), 1) if text is str]
+    wordy = [place for place, (_, text) in enumerate(_COMPUTE.values(), 1) if text is str]
     return Table(["Fold", *_COMPUTE], groups, wordy)
 
 
-def _total(values: Sequence[Any], text: Callable[[Any], str], how: str) -> str:
-    """The total of what was recorded; sums show ``(recorded/all)`` where that is not all."""
+def _total(values: Sequence[Any], text: Callable[[Any], str]) -> str:
+    """The sum of what was recorded, with ``(recorded/all)`` where that is not all; words each once."""
     known = [value for value in values if value not in (None, "")]
-    if how == "none":
-        return ""
     if not known:
         return NOT_RECORDED
-    if how == "kinds":
-        return _kinds(map(text, known))
-    if how == "max.":
-        return f"max. {text(max(known))}"
+    if text is str:
+        return _kinds(known)
     return text(math.fsum(known)) + ("" if len(known) == len(values) else f" ({len(known)}/{len(values)})")
 
 
@@ -236,7 +226,4 @@ def _kinds(values: Iterable[str | None]) -> str:
 
 def _short(git_hash: str | None) -> str:
     """The first characters of each commit, with what stands after it."""
-    if git_hash is None:
-        return NOT_RECORDED
-    parts = (commit.partition("+") for commit in git_hash.split(" then "))
-    return " then ".join(f"{commit[:8]} {plus}{rest}".rstrip() for commit, plus, rest in parts)
+    return NOT_RECORDED if git_hash is None else re.sub(r"([0-9a-f]{8})[0-9a-f]*(?=\+| |$)", r"\1", git_hash)

@@ -7,10 +7,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = (
-    *("masksam-nnunet", "nnunetv2", "torch", "monai", "numpy", "SimpleITK"),
-    *("nibabel", "scipy", "statsmodels", "pandas"),
-)
+PACKAGES = ("masksam-nnunet", "nnunetv2", "torch", "monai", "numpy", "SimpleITK", "nibabel", "scipy", "pandas")
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from masksam_nnunet.benchmarks.statistics import policies as statistics_policies
 from masksam_nnunet.inference.history import History
 from masksam_nnunet.inference.scoring import policies as score_policies
 
-FOLDS, CASES = 5, 20
+FOLDS, CASES = 5, 9
 """Folds, and cases in each."""
 SHAPE = (12, 40, 48)
 SCORES = ("dice", "hd95_mm", "surface_dice", "truth_ml", "predicted_ml", "volume_error_ml")
@@ -47,7 +48,7 @@ def made_up_results(
     classes: Sequence[str],
     absent: Sequence[str] = (),
     row_count: int = 3,
-    resamples: int = 99,
+    resamples: int = 49,
     folds: int = FOLDS,
     cases: int = CASES,
 ) -> BenchmarkResults:
@@ -56,14 +57,8 @@ def made_up_results(
     With five folds the worst case of the first MaskSAM has a ``<script>`` in its name and no prediction of the first
     class. With one fold it is what a demo finds.
 
-    Args:
-        root: where images and label maps of the cases are written.
-        classes: names of the foreground classes.
-        absent: those of them that are in no truth and no prediction.
-        row_count: 2, 3 or 6.
-        resamples: of the bootstrap.
-        folds: of the cross-validation.
-        cases: in each fold.
+    ``root`` is where images and label maps are written, ``absent`` are classes in no truth and no prediction,
+    ``row_count`` is 2, 3 or 6, ``cases`` the number in each fold.
     """
     generator = np.random.default_rng(7)
     names = [f"case {index:03d}" for index in range(folds * cases)]
@@ -165,20 +160,14 @@ def _compute(index: int, folds: int) -> tuple[FoldCompute, ...]:
 
 
 def _histories(index: int, folds: int) -> dict[int, History]:
-    generator = np.random.default_rng(index)
     found = {}
     for fold in range(folds):
         epochs = np.arange(1, 20 + fold)
-        noise = generator.normal(0, 0.02, (3, len(epochs)))
-        dice = (0.9 - 0.05 * index) * (1 - np.exp(-epochs / 5)) + noise[0]
+        dice = (0.9 - 0.05 * index) * (1 - np.exp(-epochs / 5)) + 0.01 * fold
         dice[0] = math.nan  # nothing labelled in the first patches
-        loss = (1 + 3 * index) * np.exp(-epochs / 8) - 0.8
-        found[fold] = History(
-            tuple(float(t) for t in epochs * (180.0 + 20 * index)),
-            tuple((loss + noise[1]).tolist()),
-            tuple((loss + 0.1 + noise[2]).tolist()),
-            tuple(dice.tolist()),
-        )
+        loss = (1 + 3 * index) * np.exp(-epochs / 8) - 0.8 + 0.02 * fold
+        curves = (epochs * (180.0 + 20 * index), loss, loss + 0.1, dice)
+        found[fold] = History(*(tuple(curve.tolist()) for curve in curves))
     return found
 
 
@@ -195,19 +184,13 @@ def _write_images(root: Path, names: Sequence[str], values: int, predictions: Se
         inside = ((z - centre[0]) / 5) ** 2 + ((y - centre[1]) / radius) ** 2 + ((x - centre[2]) / radius) ** 2 < 1
         truth[inside] = value
     image = (60 * (truth > 0) + 4 * truth + generator.normal(100, 12, SHAPE)).astype(np.float32)
-    for folder in (root / "imagesTr", root / "labelsTr", *predictions):
-        folder.mkdir(parents=True, exist_ok=True)
-    shifted = {
-        folder: np.roll(truth, (index % 3, -(index % 2)), axis=(1, 2)) for index, folder in enumerate(predictions)
-    }
-    for name in names:
-        _write(root / "imagesTr" / f"{name}_0000.nii.gz", image)
-        _write(root / "labelsTr" / f"{name}.nii.gz", truth)
-        for folder, labels in shifted.items():
-            _write(folder / f"{name}.nii.gz", labels)
-
-
-def _write(path: Path, array: NDArray[Any]) -> None:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing((1.0, 1.0, 2.5))
-    sitk.WriteImage(image, str(path))
+    made = {"imagesTr": image, "labelsTr": truth}
+    made |= {folder.name: np.roll(truth, (i % 3, -(i % 2)), axis=(1, 2)) for i, folder in enumerate(predictions)}
+    for folder, array in made.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        first, *others = (root / folder / f"{name}{'_0000' * (folder == 'imagesTr')}.nii.gz" for name in names)
+        written = sitk.GetImageFromArray(array)
+        written.SetSpacing((1.0, 1.0, 2.5))
+        sitk.WriteImage(written, str(first))
+        for other in others:
+            os.link(first, other)

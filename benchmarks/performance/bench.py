@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import growth
 import torch
-from cases import cases, step_flops
-from measure import Case, matmul_rate, peak_mib, result, seconds
+from cases import blobs, cases, step_flops, training
+from measure import GIVE_BACK, Builder, Case, Step, in_a_process, matmul_rate, peak_mib, result, seconds, timed
 from performance_page import write_page
+
+from masksam_nnunet.config import MaskSAMConfig
 
 SHARE = "training step of the network, share of the machine's rate"
 RESULTS = Path(__file__).with_name("results.json")
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+BASE = {"slices": 2, "side": 64, "queries": 8, "classes": 4}
+AXES = {"slices": (1, 2, 4, 8), "side": (64, 96, 128, 160), "queries": (4, 8, 16, 32), "classes": (2, 8, 32)}
+WINDOWS = (1, 2, 4, 8)
 
 
 def all_cases(with_nnunet: bool) -> list[Case]:
@@ -32,26 +33,17 @@ def all_cases(with_nnunet: bool) -> list[Case]:
         return cases()
     import cases_nnunet
 
-    return [*cases(), *cases_nnunet.cases()]
-
-
-def in_a_process(*words: str, environment: dict[str, str] | None = None) -> Any:
-    """What this script prints as its last line, run with these words."""
-    command = [sys.executable, __file__, *words]
-    done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return [*cases(), *(replace(case, needs_nnunet=True) for case in cases_nnunet.cases())]
 
 
 def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any]]:
     """Rows of results: time and memory of every variant beside the reference."""
     number = repeats or case.repeats
     flags = ["--device", device, "--case", case.name, *([] if case.needs_nnunet else ["--without-nnunet"])]
-    measured = {"s": in_a_process(*flags, "--repeats", str(number))}
+    measured = {"s": in_a_process(__file__, *flags, "--repeats", str(number))}
     if case.memory:
-        found = {name: in_a_process(*flags, "--variant", name, environment=GIVE_BACK) for name in case.variants}
-        measured["MiB"] = found
+        words = [__file__, *flags, "--variant"]
+        measured["MiB"] = {name: in_a_process(*words, name, **GIVE_BACK) for name in case.variants}
     rows = []
     for unit, values in measured.items():
         name, times = (f"{case.name}, time", number) if unit == "s" else (f"{case.name}, peak memory", 1)
@@ -78,6 +70,50 @@ def shares_of_peak(measured: list[dict[str, Any]], device: str) -> list[dict[str
     return rows
 
 
+# ---- growth: of a training step with slices, in-plane size, queries and classes; of a prediction with windows --------
+
+
+def _training_step(slices: int, side: int, queries: int, classes: int) -> Builder:
+    config = MaskSAMConfig("vit_b", (slices, side, side), 4, queries)
+    return training(config, blobs(2, slices, side, classes), classes)
+
+
+def _windows(windows: int) -> Builder:
+    """``masksam predict`` on a volume of so many windows, which overlap by half a patch."""
+    from cases_nnunet import PATCH, prediction, tiny
+
+    depth, *plane = PATCH
+    return prediction(tiny, True, (depth + (windows - 1) * depth // 2, *plane))
+
+
+def measure_point(sizes: dict[str, int], device: torch.device) -> dict[str, float]:
+    """Seconds and peak MiB: the better of two, after a first one."""
+    took: list[float] = []
+    build = _windows(**sizes) if "windows" in sizes else _training_step(**sizes)
+
+    def recorded(device: torch.device) -> Step:
+        step = build(device)
+        return lambda: took.append(timed(step, device))
+
+    mib = peak_mib(recorded, device, steps=3)
+    return {"s": min(took[1:]), "MiB": mib}
+
+
+def run_growth(axis: str, values: tuple[int, ...], device: str) -> list[dict[str, Any]]:
+    """As the other results, for all points of an axis; the reference is the smallest of them."""
+    base = BASE if axis in AXES else {}
+    others = ", ".join(f"{name} {value}" for name, value in base.items() if name != axis)
+    shapes = f"ViT-B, u = 4, batch 2, {others}" if base else "tiny, patch 8x128x128, eight mirrors"
+    words = [__file__, "--device", device, "--growth"]
+    found = {value: in_a_process(*words, json.dumps(base | {axis: value}), **GIVE_BACK) for value in values}
+    first, more = values[0], {"device": device_name(device), "shapes": shapes, "repeats": 2}
+    return [
+        result(f"growth with {axis}, {what}", str(value), str(first), one[unit], found[first][unit], unit, **more)
+        for unit, what in (("s", "time"), ("MiB", "peak memory"))
+        for value, one in found.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.growth:
-        print(json.dumps(growth.measure(json.loads(arguments.growth), device)))
+        print(json.dumps(measure_point(json.loads(arguments.growth), device)))
         return
     if arguments.case:
         (case,) = (case for case in all_cases(not arguments.without_nnunet) if case.name == arguments.case)
@@ -106,14 +142,9 @@ def main() -> None:
             if arguments.only in case.name and not (case.gpu_only and arguments.device == "cpu"):
                 rows = run_case(case, arguments.device, arguments.repeats)
                 save(rows + shares_of_peak(rows, arguments.device))
-        found: dict[str, dict[int, dict[str, float]]] = {}
-        for point in growth.points(not arguments.without_nnunet):
-            axis = point["axis"]
+        for axis, values in (AXES | ({} if arguments.without_nnunet else {"windows": WINDOWS})).items():
             if arguments.only in f"growth with {axis}":
-                words = ["--device", arguments.device, "--without-nnunet", "--growth", json.dumps(point)]
-                measured = in_a_process(*words, environment=GIVE_BACK)
-                found.setdefault(axis, {})[point[axis]] = measured
-                save(growth.rows(found[axis], axis, device_name(arguments.device)))
+                save(run_growth(axis, values, arguments.device))
     write_page(json.loads(RESULTS.read_text()))
 
 

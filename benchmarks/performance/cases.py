@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from measure import Builder, Case, Step
@@ -23,72 +23,90 @@ STEP = (2, 256, 8)
 """Slices, side and queries of the training step of the network."""
 
 
-def _attention(plain: bool, images: int, grid: int) -> Builder:
+def vit_b(slices: int, side: int, queries: int = 8, checkpointing: bool = False) -> MaskSAM:
+    """ViT-B on patches of side x side, enlarged four times."""
+    patch = (slices, side, side)
+    config = MaskSAMConfig("vit_b", patch, 4, queries, checkpointing=checkpointing, loss=WITHOUT_SEMANTIC)
+    return MaskSAM(config, 1, 4).train()
+
+
+def _mean_squares(outputs: Iterable[Tensor]) -> Tensor:
+    return torch.stack([out.float().square().mean() for out in outputs]).sum()
+
+
+def _forward_and_back(make: Callable[[torch.device], Callable[[], Iterable[Tensor]]]) -> Builder:
+    """Steps that compute outputs as ``make`` tells, in the precision that networks run in, then gradients."""
+
     def build(device: torch.device) -> Step:
+        forward = make(device)
+
+        def step() -> None:
+            with autocast(device):
+                outputs = forward()
+            _mean_squares(outputs).backward()
+
+        return step
+
+    return build
+
+
+def _attention(plain: bool, images: int, grid: int) -> Builder:
+    def make(device: torch.device) -> Callable[[], Iterable[Tensor]]:
         layer = Attention(768, num_heads=12, use_rel_pos=True, input_size=(grid, grid)).requires_grad_(False).to(device)
         nn.init.normal_(layer.rel_pos_h, std=0.1)
         nn.init.normal_(layer.rel_pos_w, std=0.1)
         x = torch.randn(images, grid, grid, 768, device=device, requires_grad=True)
+        return lambda: [layer(x) if plain else self_attention(layer, x)]
 
-        def step() -> None:
-            with autocast(device):
-                out = layer(x) if plain else self_attention(layer, x)
-            out.float().sum().backward()
-
-        return step
-
-    return build
-
-
-def vit_b(slices: int, side: int, queries: int = 8, checkpointing: bool = False) -> MaskSAM:
-    """ViT-B on patches of side x side, enlarged four times."""
-    config = MaskSAMConfig(
-        "vit_b", (slices, side, side), 4, queries, checkpointing=checkpointing, loss=WITHOUT_SEMANTIC
-    )
-    return MaskSAM(config, 1, 4).train()
-
-
-def _mean_squares(outputs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    return torch.stack([out.float().square().mean() for out in outputs]).sum()
+    return _forward_and_back(make)
 
 
 def _encoder(plain: bool, slices: int, side: int) -> Builder:
-    def build(device: torch.device) -> Step:
+    def make(device: torch.device) -> Callable[[], Iterable[Tensor]]:
         encoder = vit_b(slices, side).image_encoder.to(device)
         images = torch.randn(1, slices, 3, 4 * side, 4 * side, device=device, requires_grad=True)
 
-        def step() -> None:
-            with autocast(device):
-                levels, neck = plain_encoder(encoder, images) if plain else encoder(images)
-            _mean_squares([*levels, neck]).backward()
+        def forward() -> list[Tensor]:
+            levels, neck = plain_encoder(encoder, images) if plain else encoder(images)
+            return [*levels, neck]
 
-        return step
+        return forward
 
-    return build
+    return _forward_and_back(make)
 
 
 def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
-    def build(device: torch.device) -> Step:
+    def make(device: torch.device) -> Callable[[], Iterable[Tensor]]:
         network = vit_b(slices, side, queries).to(device)
         tokens = side // 4
         levels = [torch.randn(1, slices, tokens, tokens, 768, device=device, requires_grad=True) for _ in range(4)]
         neck = torch.randn(1, slices, 256, tokens, tokens, device=device, requires_grad=True)
         encoder, decoder = network.prompt_encoder, network.mask_decoder
 
-        def step() -> None:
-            with autocast(device):
-                prompts = network.prompt_generator(levels, neck)
-                pe = encoder.dense_pe()
-                if plain:
-                    sparse, dense = plain_prompt_encoder(encoder, prompts)
-                    masks, classes = plain_decoder(decoder, neck, pe, sparse, dense, prompts.class_tokens)
-                else:
-                    masks, classes = network.decode(neck, prompts)
-            _mean_squares([masks, classes]).backward()
+        def forward() -> tuple[Tensor, ...]:
+            prompts = network.prompt_generator(levels, neck)
+            if not plain:
+                return network.decode(neck, prompts)
+            sparse, dense = plain_prompt_encoder(encoder, prompts)
+            return plain_decoder(decoder, neck, encoder.dense_pe(), sparse, dense, prompts.class_tokens)
 
-        return step
+        return forward
 
-    return build
+    return _forward_and_back(make)
+
+
+def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int) -> Builder:
+    def make(device: torch.device) -> Callable[[], Iterable[Tensor]]:
+        network = vit_b(slices, side, queries, checkpointing).to(device)
+        x = torch.randn(1, 1, slices, side, side, device=device)
+
+        def forward() -> MaskSAMOutput:
+            network.zero_grad(set_to_none=True)
+            return plain_parts(network, x) if plain else network(x)
+
+        return forward
+
+    return _forward_and_back(make)
 
 
 def blobs(batch: int, slices: int, side: int, classes: int) -> Tensor:
@@ -104,11 +122,7 @@ def blobs(batch: int, slices: int, side: int, classes: int) -> Tensor:
 
 
 def _loss(
-    make: Callable[[LossConfig, Grid, int], Callable[[MaskSAMOutput, Tensor], tuple[Tensor, object]]],
-    slices: int,
-    queries: int,
-    classes: int,
-    side: int,
+    make: type[MaskSAMCriterion] | type[PlainCriterion], slices: int, queries: int, classes: int, side: int
 ) -> Builder:
     def build(device: torch.device) -> Step:
         torch.manual_seed(0)
@@ -133,22 +147,6 @@ def _loss(
     return build
 
 
-def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int) -> Builder:
-    def build(device: torch.device) -> Step:
-        network = vit_b(slices, side, queries, checkpointing).to(device)
-        x = torch.randn(1, 1, slices, side, side, device=device)
-
-        def step() -> None:
-            network.zero_grad(set_to_none=True)
-            with autocast(device):
-                output = plain_parts(network, x) if plain else network(x)
-            _mean_squares(output).backward()
-
-        return step
-
-    return build
-
-
 def nll(log_p: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.nll_loss(log_p, labels[:, 0].long())
 
@@ -165,15 +163,20 @@ def step_flops(device: torch.device) -> int:
 
 
 def training(
-    config: MaskSAMConfig, truth: Tensor, classes: int, semantic: SemanticLoss = nll, with_optimizer: bool = False
+    config: MaskSAMConfig,
+    truth: Tensor,
+    classes: int,
+    semantic: SemanticLoss = nll,
+    with_optimizer: bool = False,
+    channels: int = 1,
 ) -> Builder:
     """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
 
     def build(device: torch.device) -> Step:
-        network = MaskSAM(config, 1, classes).to(device).train()
+        network = MaskSAM(config, channels, classes).to(device).train()
         judge = MaskSAMCriterion(config.loss, network.grid, classes, semantic_loss=semantic)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
-        x, labels = torch.randn(truth.shape, device=device), truth.to(device)
+        x, labels = torch.randn(len(truth), channels, *config.patch_size, device=device), truth.to(device)
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
@@ -195,52 +198,39 @@ def _large(checkpointing: bool) -> Builder:
     return lambda device: training(config, blobs(2, 9, 512, 16), 16, with_optimizer=True)(device)
 
 
+def _pair(make: Callable[..., Builder], *sizes: int, reference: str = "plain") -> dict[str, Builder]:
+    """Our form and the plain one; ``make`` takes whether it is plain, then sizes."""
+    return {"ours": make(False, *sizes), reference: make(True, *sizes)}
+
+
 def cases() -> list[Case]:
+    one, windows = (
+        _pair(_attention, 1, 64, reference="materialised"),
+        _pair(_attention, 50, 14, reference="materialised"),
+    )
+    loss = {"ours": MaskSAMCriterion, "slice by slice": PlainCriterion}
+    step = {"ours": (False, False), "checkpointing": (False, True), "plain": (True, False)}
+    large = "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW"
     return [
-        Case(
-            "attention, global block",
-            "1 image, 64x64 tokens, 12 heads of 64",
-            {"ours": _attention(False, 1, 64), "materialised": _attention(True, 1, 64)},
-        ),
-        Case(
-            "attention, windows",
-            "2 images of 25 windows, 14x14 tokens, 12 heads of 64",
-            {"ours": _attention(False, 50, 14), "materialised": _attention(True, 50, 14)},
-        ),
-        Case(
-            "image encoder with adapters",
-            "ViT-B, 2 slices of 512x512",
-            {"ours": _encoder(False, 2, 128), "plain": _encoder(True, 2, 128)},
-            repeats=3,
-        ),
-        Case(
-            "prompt generator and decoder",
-            "2 slices of 1024x1024, N = 8",
-            {"ours": _decoder(False, 2, 256, 8), "plain": _decoder(True, 2, 256, 8)},
-            repeats=3,
-        ),
+        Case("attention, global block", "1 image, 64x64 tokens, 12 heads of 64", one),
+        Case("attention, windows", "2 images of 25 windows, 14x14 tokens, 12 heads of 64", windows),
+        Case("image encoder with adapters", "ViT-B, 2 slices of 512x512", _pair(_encoder, 2, 128), 3),
+        Case("prompt generator and decoder", "2 slices of 1024x1024, N = 8", _pair(_decoder, 2, 256, 8), 3),
         Case(
             "targets, matching and loss",
             "128 slices of 128x128, N = 24, K = 16",
-            {
-                "ours": _loss(MaskSAMCriterion, 128, 24, 16, 128),
-                "slice by slice": _loss(PlainCriterion, 128, 24, 16, 128),
-            },
+            {name: _loss(criterion, 128, 24, 16, 128) for name, criterion in loss.items()},
         ),
         Case(
             "training step of the network",
             "ViT-B, 2 slices of 1024x1024, N = 8",
-            {
-                "ours": _step(False, False, *STEP),
-                "checkpointing": _step(False, True, *STEP),
-                "plain": _step(True, False, *STEP),
-            },
+            {name: _step(*forms, *STEP) for name, forms in step.items()},
             repeats=3,
             warm_up=False,
         ),
         Case(
             "training step of ViT-H",
-            "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW",
+            large,
             {"checkpointing": _large(True), "without checkpointing": _large(False)},
             gpu_only=True,
         ),

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from cases import training
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from measure import Builder, Case, Step
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from segment_anything import sam_model_registry
 from torch import nn
@@ -32,36 +32,30 @@ from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
 
 PATCH, VOLUME, CLASSES = (8, 128, 128), (8, 192, 192), 4
 FOLDS_PATCH = (4, 64, 64)
-UNETS = "dynamic_network_architectures.architectures.unet"
 
 
-def _unet(residual: bool, patch: tuple[int, ...] = PATCH) -> nn.Module:
-    """nnU-Net's own network for a patch: PlainConvUNet, or ResEnc-L's ResidualEncoderUNet."""
-    _, strides, kernels, _, _ = get_pool_and_conv_props((5.0, 1.0, 1.0), patch, 4, 999999)
+def _unet(residual: bool) -> nn.Module:
+    """nnU-Net's own network for the patch: PlainConvUNet, or ResEnc-L's ResidualEncoderUNet."""
+    _, strides, kernels, _, _ = get_pool_and_conv_props((5.0, 1.0, 1.0), PATCH, 4, 999999)
     stages = len(strides)
-    features = [min(32 * 2**stage, 320) for stage in range(stages)]
-    kwargs: dict[str, Any] = {
-        "n_stages": stages,
-        "features_per_stage": features,
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": kernels,
-        "strides": strides,
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-        "n_conv_per_stage_decoder": [1 if residual else 2] * (stages - 1),
-    }
-    if residual:
-        kwargs["n_blocks_per_stage"] = (1, 3, 4, 6, 6, 6, 6)[:stages]
-    else:
-        kwargs["n_conv_per_stage"] = [2] * stages
-    name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
-    needs_import = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    return get_network_from_plans(f"{UNETS}.{name}", kwargs, needs_import, 1, CLASSES, deep_supervision=True)
+    blocks = (1, 3, 4, 6, 6, 6, 6)[:stages] if residual else [2] * stages
+    return (ResidualEncoderUNet if residual else PlainConvUNet)(
+        1,
+        stages,
+        [min(32 * 2**stage, 320) for stage in range(stages)],
+        nn.Conv3d,
+        kernels,
+        strides,
+        blocks,
+        CLASSES,
+        [1 if residual else 2] * (stages - 1),
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+    )
 
 
 def _loss() -> nn.Module:
@@ -105,7 +99,7 @@ def _plans(config: MaskSAMConfig | None) -> dict[str, Any]:
         "spacing": [5.0, 1.0, 1.0],
         "normalization_schemes": ["ZScoreNormalization"],
         "architecture": {
-            "network_class_name": f"{UNETS}.PlainConvUNet",
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
             "arch_kwargs": {"strides": [[1, 1, 1], [1, 2, 2]]},
             "_kw_requires_import": [],
         },
@@ -248,56 +242,19 @@ def _export(lean: bool) -> Builder:
 
 def cases() -> list[Case]:
     patch, volume = ("x".join(map(str, size)) for size in (PATCH, VOLUME))
+    step, window = f"patch {patch}, batch 2; network and loss", f"volume {volume}, patch {patch}, eight mirrors"
+    one = f"ViT-B, u = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}"
+    tiny_step, ours = _masksam_step("tiny", 1), prediction(tiny, True)
+    unets = {"tiny": tiny_step, "vit_b, u = 1": _masksam_step("vit_b", 1), "nnU-Net": _unet_step(False)}
+    same = {"ours": ours, "nnUNetv2_predict, same network": prediction(tiny, False)}
+    stock = {"tiny, masksam predict": ours, "nnU-Net, nnUNetv2_predict": prediction(_stock, False)}
+    folds = {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)}
+    exports = {"masksam export, lean": _export(True), "nnU-Net's export, full": _export(False)}
     return [
-        Case(
-            "training step beside nnU-Net",
-            f"patch {patch}, batch 2; network and loss",
-            {
-                "tiny": _masksam_step("tiny", 1),
-                "vit_b, u = 1": _masksam_step("vit_b", 1),
-                "nnU-Net": _unet_step(False),
-            },
-            repeats=3,
-            needs_nnunet=True,
-        ),
-        Case(
-            "training step beside ResEnc-L",
-            f"patch {patch}, batch 2; network and loss",
-            {"tiny": _masksam_step("tiny", 1), "ResEnc-L": _unet_step(True)},
-            repeats=3,
-            needs_nnunet=True,
-        ),
-        Case(
-            "sliding-window case, masksam predict",
-            f"tiny, volume {volume}, patch {patch}, eight mirrors",
-            {"ours": prediction(tiny, True), "nnUNetv2_predict, same network": prediction(tiny, False)},
-            repeats=3,
-            needs_nnunet=True,
-        ),
-        Case(
-            "sliding-window case beside nnU-Net",
-            f"volume {volume}, patch {patch}, eight mirrors",
-            {
-                "tiny, masksam predict": prediction(tiny, True),
-                "nnU-Net, nnUNetv2_predict": prediction(_stock, False),
-            },
-            repeats=3,
-            needs_nnunet=True,
-        ),
-        Case(
-            "five folds, masksam predict",
-            f"ViT-B, u = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}",
-            {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)},
-            repeats=1,
-            warm_up=False,
-            needs_nnunet=True,
-        ),
-        Case(
-            "export",
-            "ViT-B, one fold",
-            {"masksam export, lean": _export(True), "nnU-Net's export, full": _export(False)},
-            repeats=2,
-            warm_up=False,
-            needs_nnunet=True,
-        ),
+        Case("training step beside nnU-Net", step, unets, 3),
+        Case("training step beside ResEnc-L", step, {"tiny": tiny_step, "ResEnc-L": _unet_step(True)}, 3),
+        Case("sliding-window case, masksam predict", f"tiny, {window}", same, 3),
+        Case("sliding-window case beside nnU-Net", window, stock, 3),
+        Case("five folds, masksam predict", one, folds, 1, warm_up=False),
+        Case("export", "ViT-B, one fold", exports, 2, warm_up=False),
     ]

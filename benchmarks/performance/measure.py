@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +19,8 @@ import torch
 
 Step = Callable[[], object]
 Builder = Callable[[torch.device], Step]
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Makes glibc give memory back at once, so that a resident peak is that of what is alive."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,16 @@ def result(
     """A row of results.json."""
     figures = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ours / reference, 3)}
     return {"name": name, "variant": variant, "against": against, **figures, "unit": unit, **more}
+
+
+def in_a_process(script: str, *words: str, **environment: str) -> Any:
+    """What a script prints as its last line, as JSON, run with these words."""
+    done = subprocess.run(
+        [sys.executable, script, *words], env=os.environ | environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
@@ -71,8 +87,7 @@ def _wait(device: torch.device) -> None:
 def peak_mib(build: Builder, device: torch.device, steps: int = 1) -> float:
     """Peak memory from before the variant is built, weights included; a process of its own is best.
 
-    On a CPU the process's resident peak, for which glibc should give memory back at once
-    (``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` of 65536); on a GPU what was allocated.
+    On a CPU the process's resident peak, on a GPU what was allocated.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,34 +1,34 @@
 """The planner's memory estimate against what training steps really take, for a dozen plans.
 
-    python benchmarks/performance/memory_estimate.py [--device cuda] [--out benchmarks/performance/memory_estimate.json]
+    python benchmarks/performance/memory_estimate.py [--device cuda] [--out FILE.json] [--checkpoints]
 
-On a GPU: bfloat16 steps, ``torch.cuda.max_memory_allocated`` after a warm-up step. On a CPU: float32 steps, growth of
-the process's resident peak since before the network was built (each plan in a process of its own, glibc told to give
-memory back at once); the estimate is then made for float32 too. Neither is compared with the other.
+On a GPU: bfloat16 steps and allocated memory. On a CPU: float32 steps, and growth of the process's resident peak since
+before the network was built; the estimate is then made for float32 too. Neither is compared with the other.
+
+``--checkpoints`` prints only how large a fold's checkpoint is, full and lean, with AdamW's two moments, for each SAM
+(4×256×256, u = 4, N = 8, C = 1, K = 4). A file has 0.2 % more: the names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import nn
+from cases import training
+from measure import GIVE_BACK, in_a_process, peak_mib
+from torch import Tensor
 
+from masksam_nnunet.backbones import checkpoint_names
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import dice_and_cross_entropy, training_cost
-from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.compute import autocast
 
-# backbone, patch, u, N, checkpointing, batch, C, K: as large as a CPU runs in a minute or two.
+NAMES = ("backbone", "patch", "upsample", "queries", "checkpointing", "batch", "channels", "classes")
+# Of NAMES: as large as a CPU runs in a minute or two.
 CPU_PLANS = [
     ("vit_b", (4, 64, 64), 4, 8, False, 2, 1, 4),
     ("vit_b", (4, 64, 64), 4, 8, True, 2, 1, 4),
@@ -65,65 +65,54 @@ def build(plan: list[Any]) -> tuple[MaskSAMConfig, int, int, int]:
     return MaskSAMConfig(backbone, tuple(patch), upsample, queries, checkpointing=checkpointing), *sizes
 
 
-def measure(plan: list[Any], device: torch.device) -> int:
-    """Bytes that training steps of this plan take at most."""
+def measure(plan: list[Any], device: torch.device) -> float:
+    """MiB that training steps of this plan take at most, with every class in every slice: as many targets as can be."""
     config, batch, channels, classes = build(plan)
-    before = psutil.Process().memory_info().rss
-    network = MaskSAM(config, channels, classes).train().to(device)
-    criterion = MaskSAMCriterion(config.loss, network.grid, classes, semantic_loss=dice_and_cross_entropy)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    x = torch.randn(batch, channels, *config.patch_size, device=device)
-    # Every class in every slice, as many targets as there can be.
-    labels = torch.arange(config.patch_size[-2], device=device) * classes // config.patch_size[-2]
-    target = labels[:, None].expand(batch, 1, *config.patch_size).contiguous().to(torch.int16)
-    for step in range(2):
-        if device.type == "cuda" and step == 1:
-            torch.cuda.reset_peak_memory_stats()
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(device):
-            output = network(x)
-        loss, _ = criterion(output, target)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 12.0)
-        optimizer.step()
-        del output, loss
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    side = config.patch_size[-2]
+    labels = (torch.arange(side) * classes // side)[:, None].expand(batch, 1, *config.patch_size)
+    truth = labels.contiguous().to(torch.int16)
+    return peak_mib(training(config, truth, classes, dice_and_cross_entropy, True, channels), device, steps=2)
 
 
 def row(plan: list[Any], device: str) -> dict[str, Any]:
     """Estimate and measurement of one plan, the latter in a process of its own."""
     config, batch, channels, classes = build(plan)
     precision = "bfloat16" if device == "cuda" else "float32"
-    estimate = training_cost(config, channels, classes, batch, precision=precision)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--device", device, "--one", json.dumps(plan)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    measured = int(done.stdout.split()[-1])
-    names = ("backbone", "patch", "upsample", "queries", "checkpointing", "batch", "channels", "classes")
-    return dict(zip(names, plan, strict=True)) | {
-        "estimated_gib": round(estimate.peak_gib, 3),
-        "measured_gib": round(measured / 2**30, 3),
-        "ratio": round(estimate.peak_bytes / measured, 3),
-    }
+    estimate = training_cost(config, channels, classes, batch, precision=precision).peak_gib
+    measured = in_a_process(__file__, "--device", device, "--one", json.dumps(plan), **GIVE_BACK) / 1024
+    figures = {"estimated_gib": estimate, "measured_gib": measured, "ratio": estimate / measured}
+    return dict(zip(NAMES, plan, strict=True)) | {name: round(value, 3) for name, value in figures.items()}
+
+
+def print_checkpoint_sizes() -> None:
+    for backbone in checkpoint_names():
+        with torch.device("meta"):
+            network = MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8), 1, 4)
+        moments = 2 * _bytes(p for p in network.parameters() if p.requires_grad)
+        full = _bytes([*network.parameters(), *network.buffers()]) + moments
+        lean = full - _bytes(x for x in network.sam_tensors().values() if not x.requires_grad)
+        print(f"{backbone}: a fold {full / 1e6:,.0f} MB full, {lean / 1e6:,.0f} MB lean ({lean / full:.0%})")
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--checkpoints", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.checkpoints:
+        print_checkpoint_sizes()
+        return
     if arguments.one:
         print(measure(json.loads(arguments.one), torch.device(arguments.device)))
         return
-    plans = CPU_PLANS if arguments.device == "cpu" else GPU_PLANS
     rows = []
-    for plan in plans:
+    for plan in CPU_PLANS if arguments.device == "cpu" else GPU_PLANS:
         rows.append(row(list(plan), arguments.device))
         print(" ".join(f"{value!s:>10}" for value in rows[-1].values()), flush=True)
     name = "cpu, float32, resident" if arguments.device == "cpu" else torch.cuda.get_device_name()

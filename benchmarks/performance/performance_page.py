@@ -23,10 +23,8 @@ AXES = {
 
 def write_page(rows: list[dict[str, Any]]) -> None:
     """Put tables and plots between the marks of the page."""
-    DOCS.mkdir(exist_ok=True)
     page = DOCS / "performance.md"
-    text = page.read_text() if page.is_file() else f"# Performance\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
+    before, rest = page.read_text().split(BEGIN)
     after = rest.split(END)[1]
     parts = []
     for device in dict.fromkeys(row["device"] for row in rows):

@@ -122,12 +122,7 @@ def plain_decoder(
 
 
 def _two_way(
-    layer: AdaptedTwoWayBlock,
-    queries: Tensor,
-    keys: Tensor,
-    query_pe: Tensor,
-    key_pe: Tensor,
-    grid: tuple[int, int],
+    layer: AdaptedTwoWayBlock, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     q = queries if layer.skip_first_layer_pe else queries + query_pe
     out = _attend(layer.self_attn, q, q, queries)
@@ -203,14 +198,7 @@ class PlainCriterion:
 
     @torch.no_grad()
     def _match(
-        self,
-        logits: Tensor,
-        masks: Tensor,
-        aux: Tensor,
-        found: Tensor,
-        labels: Tensor,
-        truth: Tensor,
-        boxes: Tensor,
+        self, logits: Tensor, masks: Tensor, aux: Tensor, found: Tensor, labels: Tensor, truth: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor]:
         weights = self.loss
         cost = -weights.class_weight * logits.softmax(-1)[:, labels]  # (N, T)

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -94,33 +95,40 @@ def test_a_failing_command_raises_with_the_end_of_its_log(folder: Path) -> None:
         run_nnunet("nnUNetv2_dance", [], {}, log)
 
 
+def interrupts(folder: Path, number: signal.Signals) -> Callable[[int], None]:
+    """Sends this process a signal once the command runs, which must be out of reach of a terminal's Ctrl-C."""
+
+    def interrupt(process: int) -> None:
+        if (folder / "ids").exists():
+            assert os.getsid(int((folder / "ids").read_text().split()[0])) != os.getsid(0)
+            signal.raise_signal(number)
+
+    return interrupt
+
+
+@contextmanager
+def default_interrupt() -> Iterator[None]:
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_an_interrupted_command_saves_and_ends_with_its_workers(
     folder: Path, number: signal.Signals, error: type[BaseException]
 ) -> None:
-    def interrupt(process: int) -> None:
-        if (folder / "ids").exists():
-            signal.raise_signal(number)
-
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
-    try:
-        with pytest.raises(error), termination_as_exit():
-            run_to_end("test_train", ["saves"], os.environ, folder / "log", look=interrupt)
-    finally:
-        signal.signal(signal.SIGINT, inherited)
+    with default_interrupt(), pytest.raises(error), termination_as_exit():
+        run_to_end("test_train", ["saves"], os.environ, folder / "log", look=interrupts(folder, number))
     assert (folder / "saved").exists()
     wait_for(lambda: ended(folder))
 
 
 def test_a_command_that_does_not_save_in_time_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nnunet, "SAVE_SECONDS", 0.0)
-
-    def interrupt(process: int) -> None:
-        if (folder / "ids").exists():
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_to_end("test_train", ["waits"], os.environ, folder / "log", look=interrupt)
+    with default_interrupt(), pytest.raises(KeyboardInterrupt):
+        run_to_end("test_train", ["waits"], os.environ, folder / "log", look=interrupts(folder, signal.SIGINT))
     wait_for(lambda: ended(folder))
 
 
@@ -134,10 +142,7 @@ def test_a_command_and_its_workers_end_when_their_parent_is_killed(folder: Path)
     wait_for(lambda: ended(folder))
 
 
-def test_jobs_run_one_at_a_time_on_each_device_and_one_that_fails_stops_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_jobs_run_one_at_a_time_on_each_device_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     jobs = simple_jobs(tmp_path, "A", "B", "C", failing="B")
     seen: list[Mapping[str, str]] = []
     errors = run_local(jobs, ["cpu"], seen.append)
@@ -151,31 +156,22 @@ def test_jobs_run_one_at_a_time_on_each_device_and_one_that_fails_stops_no_other
     assert {gpu for _, _, gpu in told} == {"0", "1"} and float(told[1][0]) < float(told[0][1])
 
 
-LONG_FOLD = """
-import os, pathlib, sys
-from masksam_nnunet.benchmarks import jobs
-from masksam_nnunet.inference.methods import Method
-jobs.COMMAND = "test_train"
-folder = sys.argv[1]
-environment = {"nnUNet_results": folder, "nnUNet_preprocessed": folder}
-job = jobs.FoldJob("saves", Method("T", "P", "2d"), 0, "cpu", environment)
-jobs.run_local([job], ["cpu"])
-"""
-
-
-def test_a_terminals_interrupt_lets_a_fold_save(folder: Path) -> None:
-    """Ctrl-C reaches every process of the terminal's group."""
+def test_a_terminals_interrupt_lets_a_fold_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fold_inputs(folder / "saves")
-    # As in a terminal, however pytest was started: in a script's background SIGINT is ignored.
-    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    owner = subprocess.Popen([sys.executable, "-c", heeds + LONG_FOLD, str(folder)], start_new_session=True)
-    wait_for((folder / "ids").exists)
-    time.sleep(1)  # its owner looks twice a second
-    os.killpg(owner.pid, signal.SIGINT)
-    assert owner.wait(timeout=60) != 0
+    monkeypatch.setattr(jobs_module, "COMMAND", "test_train")
+    environment = {"nnUNet_results": str(folder), "nnUNet_preprocessed": str(folder)}
+    job = FoldJob("saves", Method("T", "P", "2d"), 0, "cpu", environment)
+    interrupted, began = interrupts(folder, signal.SIGINT), time.monotonic()
+
+    def watch(statuses: Mapping[str, str]) -> None:
+        if time.monotonic() - began > 3:  # its owner looks twice a second
+            interrupted(0)
+
+    with default_interrupt(), pytest.raises(KeyboardInterrupt):
+        run_local([job], ["cpu"], watch)
     assert (folder / "saved").exists()
     wait_for(lambda: ended(folder))
-    record = FoldRecord.read(folder / "saves" / "T__P__2d" / "fold_0")
+    record = FoldRecord.read(job.folder)
     assert record is not None
     (part,) = record.parts
     assert (part.kind, part.exit_status) == ("train", 75) and "CPU cores" in str(part.device)
@@ -189,33 +185,30 @@ def fold_inputs(preprocessed: Path) -> None:
     (preprocessed / "P.json").write_text("{}")
 
 
-@pytest.mark.parametrize("free", [3 * 2**20, 2**40])
-def test_a_fold_that_fails_names_its_command_and_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
-) -> None:
+def test_a_fold_that_fails_names_its_command_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"nnUNet_results": str(tmp_path), "nnUNet_preprocessed": str(tmp_path)}
     job = FoldJob("D", Method("T", "P", "2d"), 0, "cpu", environment, npz=True)
     fold_inputs(tmp_path / "D")
-    usage = jobs_module.shutil.disk_usage(tmp_path)._replace(free=free)
+    usage = jobs_module.shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
     monkeypatch.setattr(jobs_module.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(jobs_module, "run_to_end", lambda *arguments: 1)
     with pytest.raises(TrainingError) as caught:
         job.run()
     assert "nnUNetv2_train D 2d 0 -tr T -p P -device cpu --npz" in str(caught.value)
-    assert (f"3 MiB are free in {job.folder}" in str(caught.value)) is (free < 2**30)
+    assert f"3 MiB are free in {job.folder}" in str(caught.value)
     with jobs_module.locked(job.folder, ""), pytest.raises(TrainingError, match="another process"):
         job.run()
 
 
-@pytest.mark.parametrize(
-    ("device", "visible", "expected"),
-    [("cpu", "3,5", None), ("1", "3,5", "5"), ("cuda", "GPU-a, GPU-b", "GPU-a"), ("1", "", "1")],
-)
-def test_gpus_count_among_those_that_are_visible(
-    monkeypatch: pytest.MonkeyPatch, device: str, visible: str, expected: str | None
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_of(device) == expected
+def test_gpus_count_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, visible, expected in (
+        ("cpu", "3,5", None),
+        ("1", "3,5", "5"),
+        ("cuda", "GPU-a, b", "GPU-a"),
+        ("1", "", "1"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_of(device) == expected
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

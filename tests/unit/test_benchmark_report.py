@@ -14,10 +14,10 @@ import pytest
 from made_up_benchmark import CASES, FOLDS, WORST, made_up_results
 from markdown_it import MarkdownIt
 
+from masksam_nnunet.benchmarks import report as report_module
 from masksam_nnunet.benchmarks import tables
-from masksam_nnunet.benchmarks.pictures import choose_cases
-from masksam_nnunet.benchmarks.plots import differences_of
-from masksam_nnunet.benchmarks.report import escape, to_json, to_markdown, write_report
+from masksam_nnunet.benchmarks.plots import choose_cases
+from masksam_nnunet.benchmarks.report import escape, render, to_json, to_markdown, write_report
 from masksam_nnunet.benchmarks.results import MEAN, METRICS, BenchmarkResults, Finding
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.inference.report.html import Picture
@@ -68,19 +68,24 @@ def test_files_are_whole_and_json_is_strict(out: Path, results: BenchmarkResults
     scores = pd.DataFrame(**content["scores"])
     assert list(scores["value"]) == pytest.approx(list(results.scores["value"]), nan_ok=True)
     assert content["histories"]["nnUNetTrainer"]["0"]["pseudo_dice"][0] is None
-    for name, table in {
-        "scores": results.scores,
-        "aggregates": results.means,
-        "comparisons": results.comparisons,
-    }.items():
+    tables_of = {"scores": results.scores, "aggregates": results.means, "comparisons": results.comparisons}
+    for name, table in tables_of.items():
         pd.testing.assert_frame_equal(pd.read_csv(out / f"{name}.csv"), table)
 
 
-def test_severe_findings_open_the_page(html: str, results: BenchmarkResults, tmp_path: Path) -> None:
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take seconds."""
+    for name in ("draw_boxes", "draw_differences", "draw_curves"):
+        monkeypatch.setattr(report_module, name, lambda results: [])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_severe_findings_open_the_page(html: str, results: BenchmarkResults) -> None:
     severe, statement = results.findings
     assert html.index('class="alarm"') < html.index(severe.text) < html.index(statement.text) < html.index("<table")
     fair = replace(results, findings=(Finding(False, "All is alike."),), notes=("A note on <patients>.",))
-    page = write_report(fair, tmp_path).read_text(encoding="utf-8")
+    page = render(fair)
     assert 'class="alarm"' not in page and "All is alike." in page and "A note on &lt;patients&gt;." in page
 
 
@@ -96,17 +101,10 @@ def test_the_table_shows_means_and_intervals(html: str, results: BenchmarkResult
 
 def test_best_is_bold_only_if_significant() -> None:
     means = pd.DataFrame({"method": ["x", "y"], "metric": "dice", "class": MEAN, "mean": [0.8, 0.9]})
-
-    def best(better: str | None) -> str | None:
-        return tables.best_of(
-            means, pd.DataFrame([{"metric": "dice", "class": MEAN, "a": "x", "b": "y", "better": better}])
-        )
-
-    assert best("y") == "y"
-    assert best(None) is None
-    assert best("x") is None  # its mean is lower all the same
-    means.loc[0, "mean"] = math.nan
-    assert best("y") is None
+    for better, expected in (("y", "y"), (None, None), ("x", None)):  # the mean of x is lower all the same
+        compared = pd.DataFrame([{"metric": "dice", "class": MEAN, "a": "x", "b": "y", "better": better}])
+        assert tables.best_of(means, compared) == expected
+        assert tables.best_of(means.assign(mean=[math.nan, 0.9]), compared) is None
 
 
 def test_undefined_is_a_dash(html: str, results: BenchmarkResults) -> None:
@@ -139,22 +137,31 @@ def test_all_sections_are_there(html: str, results: BenchmarkResults) -> None:
     assert "2.8.0; 2.8.1" in html  # versions that differ between folds
 
 
-def test_a_demo_of_one_fold(tmp_path: Path) -> None:
-    results = made_up_results(tmp_path / "data", ("a", "b"), row_count=2, folds=1, cases=2)
-    inside = Picture("case 001", "A caption.", b"\x89PNG made up")
-    html = write_report(replace(results, inside=(inside,)), tmp_path / "out").read_text(encoding="utf-8")
-    assert 'id="inside"' in html and inside.source in html and 'id="test-set"' not in html
-    assert choose_cases(results) == {"case 001": "Worst case", "case 000": "Best case"}
-    assert not any("nan" in cell.lower().split() for table in table_texts(html) for row in table for cell in row)
+def test_a_demo_of_one_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = made_up_results(tmp_path / "one", ("a",), row_count=2, folds=1, cases=1)
-    html = write_report(one, tmp_path / "out").read_text(encoding="utf-8")
+    html = render(one)
     assert "[–]" in html and choose_cases(one) == {"case 000": "Only case"}
+    assert 'id="inside"' not in html and 'id="test-set"' not in html
+    assert not any("nan" in cell.lower().split() for table in table_texts(html) for row in table for cell in row)
+    for name in ("draw_boxes", "draw_differences", "draw_curves", "draw_cases"):
+        monkeypatch.setattr(report_module, name, lambda results: [])
+    inside = Picture("case 001", "A caption.", b"\x89PNG made up")
+    two = replace(made_up_results(tmp_path / "two", ("a", "b"), row_count=2, folds=1, cases=2), inside=(inside,))
+    html = render(two)
+    assert 'id="inside"' in html and inside.source in html
+    assert choose_cases(two) == {"case 001": "Worst case", "case 000": "Best case"}
 
 
-def test_a_missing_image_costs_no_report(tmp_path: Path, results: BenchmarkResults) -> None:
-    page = write_report(replace(results, images=tmp_path / "away"), tmp_path)
-    html = page.read_text(encoding="utf-8")
-    assert html.count("FileNotFoundError") == 3 * 1 and html.count("<img ") == 6
+@pytest.mark.usefixtures("undrawn")
+def test_a_missing_image_costs_no_report_and_a_folder_must_be_writable(
+    tmp_path: Path, results: BenchmarkResults
+) -> None:
+    spoilt = replace(results, images=tmp_path / "away")
+    html = render(spoilt)
+    assert html.count("FileNotFoundError") == 3 and "<img " not in html
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file"):
+        write_report(spoilt, tmp_path / "file")
 
 
 def test_markdown_has_the_right_cells(out: Path, results: BenchmarkResults) -> None:
@@ -197,29 +204,7 @@ def test_compute_says_what_was_not_recorded(results: BenchmarkResults) -> None:
     assert second[-1][1] == "4.00 (4/5)" and tables.all_hours(results) == "9.00 (9/10)"
     commits = replace(results.compute[name][0], git_hash=f"{'a' * 40}+changes then {'b' * 40}")
     changed = tables.software(replace(results, compute={name: (commits,)}))
-    assert ["commit", "aaaaaaaa +changes then bbbbbbbb", "01234567"] in changed.groups[""]
-
-
-def test_plotted_differences_are_those_of_the_comparisons(results: BenchmarkResults) -> None:
-    a, b = results.rows[1].name, results.rows[0].name
-    for metric in METRICS:
-        found = results.comparisons
-        line = found[
-            (found["metric"] == metric) & (found["class"] == MEAN) & (found["a"] == a) & (found["b"] == b)
-        ].iloc[0]
-        differences = differences_of(results.scores, metric, a, b)
-        assert len(differences) == line["cases"] and differences.mean() == pytest.approx(line["difference"])
-
-
-def test_focus_is_the_first_masksam(results: BenchmarkResults) -> None:
-    assert results.focus is results.rows[1]
-    assert replace(results, rows=results.rows[:1]).focus is results.rows[0]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path, results: BenchmarkResults) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="file"):
-        write_report(results, tmp_path / "file")
+    assert ["commit", "aaaaaaaa+changes then bbbbbbbb", "01234567"] in changed.groups[""]
 
 
 def test_p_values() -> None:

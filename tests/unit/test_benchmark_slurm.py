@@ -114,6 +114,10 @@ def test_a_preempted_fold_is_requeued_as_it_is(tmp_path: Path) -> None:
     assert isinstance(delayed, DelayedSubmission) and delayed.function is fold
 
 
-def test_an_evaluation_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"benchmark\.json"):
-        Evaluation(tmp_path, {})()
+def test_an_evaluation_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "no $*, $MORE" >&2; exit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(slurm_module.sys, "executable", str(python))
+    with pytest.raises(TrainingError, match=f"no .* report {tmp_path}, set"):
+        Evaluation(tmp_path, {"MORE": "set"})()
