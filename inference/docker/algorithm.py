@@ -6,7 +6,6 @@ All in this process: nnU-Net's workers need more shared memory than containers h
 from __future__ import annotations
 
 import gc
-import re
 import shutil
 import sys
 import tempfile
@@ -24,8 +23,9 @@ from masksam_nnunet.errors import CaseError, ModelError, UsageError, in_short
 from masksam_nnunet.files import read_json
 
 from ..cases import channel_names, preprocess_case
-from ..export.description import is_portable, read_description
-from ..export.load import load_portable
+from ..export.description import is_portable
+from ..export.load import PortableModel
+from ..models import parse_folds
 from ..predictor import MaskSAMPredictor
 from .images import read_header, stage, write_label_map
 from .interface import ContainerOptions, Job, OutputError, find_jobs
@@ -36,7 +36,6 @@ def run(
     output: Path,
     models: Sequence[Path],
     scratch: Path,
-    *,
     options: Mapping[str, Any] | None = None,
     device: str = "auto",
     checkpoint: str = "checkpoint_final.pth",
@@ -158,24 +157,19 @@ def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], 
     Raises:
         ModelError: a file is missing, damaged or of another model; checkpoints are lean; or it is a cascade.
     """
+    used = parse_folds(folds)
     try:
         if is_portable(folder):
-            load_portable(predictor, folder, folds or None)
-            used = list(folds or read_description(folder).folds)
-        else:
-            found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
-            there = [fold for fold in found if re.fullmatch(r"\d+|all", fold)]
-            if missing := sorted(set(folds) - set(there)) or ([] if there else ["any"]):
-                has = ", ".join(there) or "none"
-                raise ModelError(f"{folder} has no {checkpoint} of fold {', '.join(missing)}, but of {has} (--folds)")
-            # nnU-Net too prefers numbers to "all".
-            used = list(folds) or [fold for fold in there if fold != "all"] or there
-            numbers = tuple(int(fold) if fold.isdecimal() else fold for fold in used)
-            predictor.initialize_from_trained_model_folder(str(folder), numbers, checkpoint)
+            model = PortableModel(folder, used or None)
+            model.load(predictor)
+            used = list(model.folds)
+        else:  # nnU-Net too prefers numbers to "all"
+            used = used or predictor.auto_detect_available_folds(str(folder), checkpoint) or ["all"]
+            predictor.initialize_from_trained_model_folder(str(folder), tuple(used), checkpoint)
     except ModelError:
         raise
     except Exception as error:  # of any trainer, damaged files, and lean checkpoints without SAM's file
         raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): complete it with masksam export") from error
     if stage := predictor.configuration_manager.previous_stage_name:
         raise ModelError(f"{folder} is a cascade, which needs predictions of {stage}: take another configuration")
-    return used
+    return [str(fold) for fold in used]

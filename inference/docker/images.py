@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import SimpleITK as sitk
 
 from masksam_nnunet.errors import CaseError, DataError, in_short
-from masksam_nnunet.files import atomic_write
 from masksam_nnunet.plans.images import check_whole
 
 from ..cases import Case
@@ -46,9 +45,8 @@ def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) ->
     for channel, file in enumerate(files):
         end = ending(file)
         known = end in reader.supported_file_endings
-        # Compressing a volume takes longer than writing it.
-        new_end = end if known else file_ending.removesuffix(".gz")
-        place = folder / f"case_{channel:04d}{new_end}"
+        # Not .gz: compressing a volume takes longer than writing it.
+        place = folder / f"case_{channel:04d}{end if known else file_ending.removesuffix('.gz')}"
         try:
             if end.lower() == ".mha":
                 check_meta_image(file)
@@ -103,15 +101,15 @@ def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader)
         raise CaseError(f"the prediction has {result.GetSize()} voxels, the image {header.GetSize()}: report this")
     for key in ("Spacing", "Origin", "Direction"):
         getattr(result, f"Set{key}")(getattr(header, f"Get{key}")())
-    written = predicted.with_name(f"written{ending(target)}")  # ITK takes the format from the ending
     try:
-        sitk.WriteImage(result, str(written), True)
-        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(written))), labels):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(result, str(target), True)
+        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(target))), labels):
             raise RuntimeError("the written file holds other labels")
-        with atomic_write(target) as draft:
-            shutil.copyfile(written, draft)
     except (OSError, RuntimeError) as error:
-        raise OutputError(f"cannot write {target} ({in_short(error)}): make room there and in --scratch") from error
+        with suppress(OSError):
+            target.unlink()
+        raise OutputError(f"cannot write {target} ({in_short(error)}): make room there") from error
     return dict(zip(map(int, values), map(int, counts), strict=True))
 
 

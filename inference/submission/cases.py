@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from masksam_nnunet.plans.datasets.conversion import nifti_names
 from .rules import ENDING, Rules
 
 _FRAMES = "frames.json"
-_IMAGE_ENDINGS = (ENDING, ".nii", ".mha", ".mhd", ".nrrd", ".hdr", ".img", ".tif", ".tiff", ".png")
 _PROBABILITIES = (".npz", ".npy", ".pkl")
 _OF_NNUNET = (
     *("dataset.json", "plans.json", "predict_from_raw_data_args.json", "summary.json"),
@@ -27,34 +26,21 @@ def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[
     """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are ignored.
 
     Returns:
-        The file of each case, even where its extension is wrong; files that do not belong there and cases with
-        several files; the number of files of probabilities.
+        The file of each case; files that do not belong there; the number of files of probabilities.
     """
     cases: dict[str, Path] = {}
     defects: list[str] = []
     probabilities = 0
-    images: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        name = path.name
-        if name.startswith(".") or name in _OF_NNUNET:
+        case = path.name.removesuffix(ENDING)
+        if path.name.startswith(".") or path.name in _OF_NNUNET:
             continue
-        ending = next((end for end in _IMAGE_ENDINGS if name.lower().endswith(end)), None)
-        if ending and not path.is_dir():
-            images.setdefault(name[: -len(ending)], []).append(name)
-        elif path.suffix in _PROBABILITIES:
+        if path.suffix in _PROBABILITIES:
             probabilities += 1
+        elif case != path.name and rules.match(case) is not None:
+            cases[case] = path
         else:
-            defects.append(f"{name}: does not belong in a folder of predictions")
-    for case, names in images.items():
-        known = rules.match(case) is not None
-        if known:
-            cases[case] = folder / (case + ENDING if case + ENDING in names else names[0])
-        if len(names) > 1:
-            defects.append(f"{case}: there are several files, {' and '.join(names)}; remove all but one")
-        elif not names[0].endswith(ENDING):
-            defects.append(f"{names[0]}: predictions must end in {ENDING}")
-        elif not known:
-            defects.append(f"{names[0]}: cases are named like {rules.case.pattern}{ENDING}")
+            defects.append(f"{path.name}: does not belong here; predictions are named {rules.case.pattern}{ENDING}")
     return cases, defects, probabilities
 
 
@@ -114,23 +100,18 @@ def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
     return phases
 
 
-def file_names(
-    cases: Mapping[str, Path], rules: Rules, phases: Mapping[str, str] | None
-) -> tuple[dict[str, str], list[str]]:
+def file_names(cases: Iterable[str], rules: Rules, phases: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The challenge's file name of each case, and why some have none or share one."""
     names: dict[str, str] = {}
     defects: list[str] = []
-    cases_of: dict[str, list[str]] = {}
     for case in cases:
-        fields = {**(rules.match(case) or {}), "case": case, "task": rules.task}
-        if rules.needs_phase:
-            if phases is None or phases.get(case) not in ("ED", "ES"):
-                defects.append(f"{case}: neither {_FRAMES} nor Info.cfg says whether this frame is ED or ES")
-                continue
-            fields["phase"] = phases[case]
-        names[case] = rules.file_name.format(**fields)
-        cases_of.setdefault(names[case], []).append(case)
-    defects += [f"{' and '.join(same)} would both be {name}" for name, same in cases_of.items() if len(same) > 1]
+        if rules.needs_phase and phases.get(case) not in ("ED", "ES"):
+            defects.append(f"{case}: neither {_FRAMES} nor Info.cfg says whether this frame is ED or ES")
+            continue
+        fields = {**(rules.match(case) or {}), "case": case, "task": rules.task, "phase": phases.get(case)}
+        name = rules.file_name.format(**fields)
+        defects += [f"{other} and {case} would both be {name}" for other, used in names.items() if used == name]
+        names[case] = name
     return names, defects
 
 
@@ -175,34 +156,25 @@ def match_labels(model: Mapping[str, int], rules: Rules) -> tuple[dict[int, int]
         a partner; a note on labels of the challenge that stay empty.
     """
     labels = rules.labels
-    known = {_plain(name): name for name in labels}
-    for name, others in rules.also_called.items():
-        if name in labels:
-            for other in others:
-                known.setdefault(_plain(other), name)
-    values: dict[int, int] = {}
-    matched: dict[str, list[str]] = {}
-    defects: list[str] = []
-    for name, value in model.items():
-        target = known.get(_plain(name))
-        if target is None:
-            defects.append(
-                f"label {name!r} ({value}) in dataset.json is none of the challenge's ({', '.join(labels)}); if it is "
-                'one by another name, give --rules with {"also_called": {CHALLENGE\'S NAME: [NAME, ...]}}'
-            )
-        else:
-            values[value] = labels[target]
-            matched.setdefault(target, []).append(name)
-    for target, names in matched.items():
-        if len(names) > 1:
-            defects.append(f"labels {names} in dataset.json are all {target!r} of the challenge")
-    missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in matched)
-    notes: list[str] = []
+    known = {_plain(other): name for name in labels for other in rules.also_called.get(name, ())}
+    known |= {_plain(name): name for name in labels}
+    targets = {name: known.get(_plain(name)) for name in model}
+    defects = [
+        f"label {name!r} ({model[name]}) in dataset.json is none of the challenge's ({', '.join(labels)}); if it is "
+        'one by another name, give --rules with {"also_called": {CHALLENGE\'S NAME: [NAME, ...]}}'
+        for name, target in targets.items()
+        if target is None
+    ]
+    values = {model[name]: labels[target] for name, target in targets.items() if target is not None}
+    for label in labels:
+        if len(names := [name for name, target in targets.items() if target == label]) > 1:
+            defects.append(f"labels {names} in dataset.json are all {label!r} of the challenge")
+    missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in targets.values())
     if missing and rules.all_labels:
         defects.append(f"dataset.json has no labels {missing} of the challenge; use a model that was trained on them")
-    elif missing:
-        notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
-    return values, defects, notes
+        missing = ""
+    notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
+    return values, defects, notes if missing else []
 
 
 def _plain(name: str) -> str:

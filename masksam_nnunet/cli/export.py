@@ -75,8 +75,6 @@ def export(
     if format_ is Format.nnunet:
         typer.echo(f"install it with: nnUNetv2_install_pretrained_model_from_zip {output}", err=True)
         return
-    size, shared = done.total_bytes / 1e6, done.shared_bytes / 1e6
-    typer.echo(f"{size:.1f} MB, of which {shared:.1f} MB are shared by all folds", err=True)
     if output.suffix != ".zip":
         typer.echo(f"predict with: masksam predict --model {output} -i IN -o OUT", err=True)
     typer.echo(f"install it with: masksam import {output}", err=True)

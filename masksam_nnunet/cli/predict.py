@@ -181,7 +181,7 @@ def _portable_model(
     folder: Path, folds: Sequence[str] | None, postprocessing: str | None, others: tuple[object, ...]
 ) -> tuple[Sequence[Model], Postprocessing | None]:
     """Find a portable model; ``others`` are the options that name models in another way."""
-    from masksam_nnunet.inference.export.load import PortablePredictModel
+    from masksam_nnunet.inference.export.load import PortableModel
     from masksam_nnunet.inference.models import parse_folds
     from masksam_nnunet.inference.predict.postprocessing import read_postprocessing
 
@@ -189,5 +189,5 @@ def _portable_model(
         raise UsageError(f"--model {folder} names the model: leave -d, -c, -tr and --ensemble out")
     if postprocessing == "auto":
         raise UsageError("--postprocessing auto: a portable model holds none; name a postprocessing.pkl")
-    models = [PortablePredictModel(folder, parse_folds(folds) if folds else None)]
+    models = [PortableModel(folder, parse_folds(folds) if folds else None)]
     return models, read_postprocessing(Path(postprocessing)) if postprocessing else None
