@@ -58,7 +58,7 @@ def test_variables_are_those_of_the_code() -> None:
     files = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh"))
     code = "\n".join(path.read_text(encoding="utf-8") for path in files if "performance" not in path.parts)
     variable = re.compile(r"\bMASKSAM_[A-Z0-9_]+\b")
-    options = {name for option in typer.main.get_command(container).params if (name := option.envvar)}
+    options = {f"MASKSAM_{option.name.upper()}" for option in typer.main.get_command(container).params}
     assert set(variable.findall("\n".join(PAGES.values()))) == set(variable.findall(code)) | options
 
 

@@ -68,7 +68,7 @@ def test_packages_are_hashed_and_only_tools_are_taken_out() -> None:
 
 def test_entry_point_and_variables_are_the_commands() -> None:
     assert arguments("ENTRYPOINT") == ['["python", "-m", "masksam_nnunet.inference.docker"]']
-    known = {param.envvar for param in typer.main.get_command(app).params if param.envvar}
+    known = {f"MASKSAM_{option.name.upper()}" for option in typer.main.get_command(app).params}
     assert set(re.findall(r"MASKSAM_\w+", DOCKERFILE)) <= known
     assert any(text.endswith(f" {IN_IMAGE}/") for text in arguments("COPY"))
 

@@ -120,10 +120,7 @@ def test_container_json_and_what_overrides_it(tmp_path: Path) -> None:
     assert read == ContainerOptions(channels=["t2", "adc"], output="b", folds=["0"], mirroring=False)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["[]", "{", '{"output": "../x"}', '{"channel": 1}', '{"step_size": 0}'],
-)
+@pytest.mark.parametrize("text", ["[1]", "{", '{"output": "../x"}', '{"channel": 1}'])
 def test_a_wrong_container_json(text: str, tmp_path: Path) -> None:
     (tmp_path / "container.json").write_text(text)
     with pytest.raises(UsageError, match=r"container\.json"):
@@ -140,13 +137,11 @@ def test_damaged_meta_images_are_found(tmp_path: Path) -> None:
     whole = file.read_bytes()
     data = whole.index(b"LOCAL\n") + len(b"LOCAL\n")
     other = tmp_path / "b.mha"
-    for place in range(data, len(whole), max(1, (len(whole) - data) // 40)):
-        other.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with pytest.raises(DataError):
-            check_meta_image(other)
-        other.write_bytes(whole[:place])
-        with pytest.raises(DataError):
-            check_meta_image(other)
+    for place in range(data, len(whole), (len(whole) - data) // 8):
+        for damaged in (whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :], whole[:place]):
+            other.write_bytes(damaged)
+            with pytest.raises(DataError):
+                check_meta_image(other)
     for content in (b"", b"no image at all", whole.replace(b"LOCAL", b"x.raw")):
         other.write_bytes(content)
         with pytest.raises(DataError):
