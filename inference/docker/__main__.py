@@ -61,14 +61,13 @@ def main(
 
     Exit codes: 0 done, 1 cases failed, 2 options, 3 input, 4 model, 5 output.
     """
-    given = {
+    options = {
         "channels": channels.replace(",", " ").split() or None,
         "output": output_slug or None,
         "folds": folds.replace(",", " ").split() or None,
         "mirroring": mirroring,
         "step_size": step_size,
     }
-    options = {name: value for name, value in given.items() if value is not None}
     models = (model,) if model else (MOUNTED, IN_IMAGE)
     try:
         with scratch_folder(scratch) as folder:

@@ -41,13 +41,10 @@ def run(
     checkpoint: str = "checkpoint_final.pth",
     batch_size: int | None = None,
 ) -> int:
-    """Predict all cases of the input folder; one that fails does not stop the others.
+    """Predict all cases of the input folder; return 0, or 1 if cases failed, which are listed on stderr.
 
     The arguments are those of the command in ``__main__``; ``models`` are the places to look for a model, ``scratch``
-    is empty, and ``options`` override those in the model's container.json.
-
-    Returns:
-        0, or 1 if cases failed, which are listed on stderr.
+    is empty, and ``options`` that are not None override those in the model's container.json.
 
     Raises:
         MaskSAMError: UsageError for options, DataError for the input as a whole, ModelError, or OutputError.
@@ -118,13 +115,7 @@ def _predict(job: Job, folder: Path, predictor: MaskSAMPredictor) -> dict[int, i
     file_ending = dataset_json["file_ending"]
     header = read_header(job.channels[0])
     case = stage(job.channels, folder, file_ending, plans.image_reader_writer_class())
-    try:
-        data, properties = preprocess_case(case, None, plans, configuration, dataset_json, False)
-    except CaseError as error:
-        text = str(error)
-        for staged, file in zip(case.files, job.channels, strict=True):  # the user knows the given files only
-            text = text.replace(str(staged), str(file)).replace(staged.name, str(file))
-        raise CaseError(text) from error
+    data, properties = preprocess_case(case, None, plans, configuration, dataset_json, False)
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
     del data
     labels = folder / "labels"
@@ -149,10 +140,7 @@ def find_model(places: Sequence[Path]) -> Path:
 
 
 def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], checkpoint: str) -> list[str]:
-    """Load ``folds``, or all that exist if none is named, from the files ``checkpoint`` or a portable model.
-
-    Returns:
-        The folds.
+    """Load ``folds``, or all that exist if none is named, of a portable model or from ``checkpoint``; return them.
 
     Raises:
         ModelError: a file is missing, damaged or of another model; checkpoints are lean; or it is a cascade.

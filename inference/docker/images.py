@@ -34,31 +34,28 @@ def read_header(file: Path) -> sitk.ImageFileReader:
 
 
 def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) -> Case:
-    """Name the files of all channels in ``folder`` as nnU-Net does, in a format that its ``reader`` reads.
+    """The files of all channels as they are, or as copies in ``folder`` where nnU-Net's ``reader`` lacks their format.
 
-    They are links, or copies in the format ``file_ending`` of the model's dataset.
+    Copies have the format ``file_ending`` of the model's dataset.
 
     Raises:
         CaseError: a file is damaged, or cannot be turned into the model's format.
     """
     staged = []
     for channel, file in enumerate(files):
-        end = ending(file)
-        known = end in reader.supported_file_endings
         # Not .gz: compressing a volume takes longer than writing it.
-        place = folder / f"case_{channel:04d}{end if known else file_ending.removesuffix('.gz')}"
+        copy = folder / f"{channel}{file_ending.removesuffix('.gz')}"
+        known = ending(file) in reader.supported_file_endings
         try:
-            if end.lower() == ".mha":
+            if ending(file).lower() == ".mha":
                 check_meta_image(file)
-            if known:
-                place.symlink_to(file.resolve())
-            else:
+            if not known:
                 check_whole(file)
-                sitk.WriteImage(sitk.ReadImage(str(file)), str(place), False)
+                sitk.WriteImage(sitk.ReadImage(str(file)), str(copy), False)
         except (DataError, RuntimeError, ValueError, OSError) as error:
             raise _unreadable(file, error) from error
-        staged.append(place)
-    return Case("case", tuple(staged))
+        staged.append(file if known else copy)
+    return Case("case", tuple(staged), numbered=False)
 
 
 def check_meta_image(file: Path) -> None:
@@ -87,8 +84,7 @@ def check_meta_image(file: Path) -> None:
 def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader) -> dict[int, int]:
     """Write a label map as uint8, or uint16 for labels above 255, with the geometry in the image's ``header``.
 
-    Returns:
-        The number of voxels of each label.
+    Return the number of voxels of each label.
 
     Raises:
         CaseError: the prediction is of another size than the image.

@@ -56,7 +56,8 @@ class ContainerOptions(BaseModel):
         file = model / "container.json"
         try:
             content = read_json(file) if file.is_file() else {}
-            return cls.model_validate({**content, **(given or {})})
+            own = {name: value for name, value in (given or {}).items() if value is not None}
+            return cls.model_validate({**content, **own})
         except ValidationError as error:
             raise UsageError(f"an option, or {file}: {fault(error)}") from error
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -67,11 +68,6 @@ class _Socket(BaseModel):
     slug: str
     relative_path: str
     super_kind: str | None = None
-
-    @property
-    def is_image(self) -> bool:
-        kind = self.super_kind
-        return kind.lower() == "image" if kind else self.relative_path.startswith("images/")
 
 
 class _Input(BaseModel):
@@ -135,7 +131,11 @@ def _listed_folders(source: Path, file: Path) -> dict[str, Path]:
         raise DataError(f"{file} is not a list of sockets as the platform writes it: {fault(error)}") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    folders = {socket.slug: source / socket.relative_path for socket in sockets if socket.is_image}
+    folders = {
+        socket.slug: source / socket.relative_path
+        for socket in sockets
+        if (socket.super_kind or socket.relative_path.split("/")[0]).lower() in ("image", "images")
+    }
     for slug, path in folders.items():
         if not path.exists() or not path.resolve().is_relative_to(source.resolve()):
             raise DataError(f"{file}: relative_path of {slug}, {path}, does not exist in {source}")
@@ -179,10 +179,10 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable for all users") from error
 

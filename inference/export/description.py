@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,6 @@ LARGEST_JSON = 2**26
 _FOLD = r"all|0|[1-9][0-9]{0,2}"
 Name = Annotated[str, Field(pattern=r"\A(?!.*__)[A-Za-z0-9]([A-Za-z0-9_.-]{0,78}[A-Za-z0-9])?\Z")]
 Fold = Annotated[str, Field(pattern=rf"\A({_FOLD})\Z")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class FileEntry(BaseModel):
@@ -62,7 +62,7 @@ class Description(BaseModel):
     configuration: Name
     trainer: Annotated[str, Field(pattern=r"\A(?!.*__)[A-Za-z][A-Za-z0-9_]{0,79}\Z")]
     folds: Annotated[tuple[Fold, ...], Field(min_length=1, max_length=100)]
-    epochs: dict[str, Count]
+    epochs: dict[str, int]
     mirroring_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)] | None
     files: dict[str, FileEntry]
     versions: dict[str, str]
@@ -129,26 +129,26 @@ def fault(error: ValidationError) -> str:
 def verify(folder: Path, description: Description, names: Iterable[str]) -> None:
     """Compare files with the sizes and hashes in the description; raise ModelError for one that differs."""
     for file in (folder / name for name in names):
-        try:
-            same = file.is_file() and file_entry(file) == description.files[file.name]
-        except OSError as error:
-            raise ModelError(f"cannot read {file} of a portable model: {error.strerror or error}") from error
-        if not same:
+        if not file.is_file() or file_entry(file) != description.files[file.name]:
             raise ModelError(f"{file} is missing, or not what {MODEL} describes by its hash; fetch the model again")
 
 
 def file_entry(file: Path) -> FileEntry:
-    """A file's hash and size."""
-    with file.open("rb") as stream:
+    """A file's hash and size; raise ModelError if it cannot be read."""
+    with _opened(file) as stream:
         return FileEntry(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), bytes=stream.tell())
 
 
-def _read(file: Path) -> bytes:
+def _opened(file: Path) -> BufferedReader:
     try:
-        with file.open("rb") as stream:
-            text = stream.read(LARGEST_JSON + 1)
+        return file.open("rb")
     except OSError as error:
         raise ModelError(f"cannot read {file} of a portable model: {error.strerror or error}") from error
+
+
+def _read(file: Path) -> bytes:
+    with _opened(file) as stream:
+        text = stream.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
         raise ModelError(f"{file} has more than {LARGEST_JSON} bytes: fetch the model again")
     return text

@@ -18,9 +18,9 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from masksam_nnunet.errors import ModelError, in_short
@@ -66,55 +66,28 @@ def _is_module(name: Any, prefixes: tuple[str, ...]) -> bool:
     return inspect.isclass(found) and issubclass(found, nn.Module)
 
 
-Label = Annotated[int, Field(ge=0, lt=2**16)]
-Number = Annotated[float, Field(gt=-1e30, lt=1e30)]  # neither NaN nor infinity
-Scheme = Annotated[str, _part("preprocessing.normalization", ImageNormalization)]
-Arguments = dict[str, bool | int | float | str | None]
+def _is_resampling(name: str) -> str:
+    found, folder = _found(name, "preprocessing.resampling"), "nnunetv2.preprocessing.resampling."
+    if not inspect.isfunction(found) or not found.__module__.startswith(folder):
+        raise ValueError("it is not a resampling function of nnU-Net")
+    return name
+
+
+Resampling = Annotated[str, AfterValidator(_is_resampling)]
 
 
 class _Foreign(BaseModel):
     """A part of nnU-Net's JSON files. Other keys than those that are read may be there."""
 
-    model_config = ConfigDict(strict=True, regex_engine="python-re")
-
-
-class _Dataset(_Foreign):
-    labels: Annotated[dict[str, Label | list[Label]], Field(min_length=1, max_length=2**16)]
-    regions_class_order: list[Label] | None = None
-    channel_names: Annotated[dict[str, Any], Field(min_length=1, max_length=999)] = Field(
-        validation_alias=AliasChoices("modality", "channel_names")  # nnU-Net too prefers the older name
-    )
-    file_ending: Annotated[str, Field(pattern=r"\A(\.[A-Za-z0-9]{1,10}){1,3}\Z")]
-
-
-class _Intensities(_Foreign):
-    mean: Number
-    std: Number
-    percentile_00_5: Number
-    percentile_99_5: Number
+    model_config = ConfigDict(strict=True)
 
 
 class _Plans(_Foreign):
     dataset_name: str
     plans_name: str
-    transpose_forward: list[int]
-    transpose_backward: list[int]
     image_reader_writer: Annotated[str, _part("imageio", BaseReaderWriter)]
     label_manager: Annotated[str, _part("utilities.label_handling", LabelManager)] = "LabelManager"
     configurations: dict[str, dict[str, Any]]
-    intensities: dict[str, dict[str, Any]] = Field(
-        validation_alias=AliasChoices(
-            "foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality"
-        )
-    )
-
-    @model_validator(mode="after")
-    def _orders(self) -> _Plans:
-        axes = [0, 1, 2]
-        forward, backward = self.transpose_forward, self.transpose_backward
-        if not sorted(forward) == sorted(backward) == axes or [forward[axis] for axis in backward] != axes:
-            raise ValueError("transpose_backward does not undo transpose_forward")
-        return self
 
 
 class _Architecture(_Foreign):
@@ -142,34 +115,17 @@ class _Architecture(_Foreign):
 
 class _Configuration(_Foreign):
     patch_size: Annotated[list[Annotated[int, Field(gt=0, le=LARGEST_AXIS)]], Field(min_length=2, max_length=3)]
-    spacing: list[Annotated[float, Field(gt=0, lt=1e30)]]
-    normalization_schemes: list[Scheme]
-    use_mask_for_norm: list[bool]
+    normalization_schemes: list[Annotated[str, _part("preprocessing.normalization", ImageNormalization)]]
     preprocessor_name: Annotated[str, _part("preprocessing", DefaultPreprocessor)]
-    previous_stage: str | None = None
     architecture: _Architecture
-    resampling_fn_data: str
-    resampling_fn_data_kwargs: Arguments
-    resampling_fn_seg: str
-    resampling_fn_seg_kwargs: Arguments
-    resampling_fn_probabilities: str
-    resampling_fn_probabilities_kwargs: Arguments
+    resampling_fn_data: Resampling
+    resampling_fn_seg: Resampling
+    resampling_fn_probabilities: Resampling
 
     @model_validator(mode="after")
-    def _fits_together(self) -> _Configuration:
+    def _is_small(self) -> _Configuration:
         if math.prod(self.patch_size) > LARGEST_PATCH:
             raise ValueError(f"patch_size = {self.patch_size} has more than {LARGEST_PATCH} voxels")
-        if len(self.spacing) != len(self.patch_size):
-            raise ValueError(f"spacing = {self.spacing} has not one value for each axis of patch_size")
-        for key in ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"):
-            function = _found(getattr(self, key), "preprocessing.resampling")
-            folder = "nnunetv2.preprocessing.resampling."
-            if not inspect.isfunction(function) or not function.__module__.startswith(folder):
-                raise ValueError(f"{key} = {getattr(self, key)!r:.80} is not a resampling function of nnU-Net")
-            try:
-                inspect.signature(function).bind(None, None, None, None, **getattr(self, f"{key}_kwargs"))
-            except TypeError as error:
-                raise ValueError(f"{key}_kwargs: {error}") from error
         return self
 
 
@@ -188,24 +144,16 @@ def check_model(folder: Path, description: Description, plans: Any, dataset_json
 
 
 def _checked(description: Description, plans: Any, dataset_json: Any) -> PlansManager:
-    dataset, about = _Dataset.model_validate(dataset_json), _Plans.model_validate(plans)
+    about = _Plans.model_validate(plans)
     if (about.dataset_name, about.plans_name) != (description.dataset, description.plans):
         raise ValueError(f"dataset_name, plans_name = {about.dataset_name, about.plans_name} are not model.json's")
     manager = PlansManager(plans)
-    if dataset.file_ending not in (reader := manager.image_reader_writer_class).supported_file_endings:
-        raise ValueError(f"file_ending = {dataset.file_ending!r} is not one of {reader.__name__}'s")
-    resolved = manager.get_configuration(description.configuration)
-    configuration = _Configuration.model_validate(resolved.configuration)
-    schemes, channels = configuration.normalization_schemes, len(dataset.channel_names)
-    if not len(schemes) == len(configuration.use_mask_for_norm) == channels:
-        raise ValueError(
-            f"normalization_schemes or use_mask_for_norm has not one entry for each of {channels} channels"
-        )
-    for channel, scheme in enumerate(schemes):
-        if str(channel) not in about.intensities:
-            raise ValueError(f"foreground_intensity_properties_per_channel has no channel {channel}")
-        if scheme == "CTNormalization":
-            _Intensities.model_validate(about.intensities[str(channel)])
-    read_config(resolved)
+    reader, file_ending = manager.image_reader_writer_class, dataset_json["file_ending"]
+    if file_ending not in reader.supported_file_endings:
+        raise ValueError(f"file_ending = {file_ending!r:.80} is not one of {reader.__name__}'s")
+    configuration = manager.get_configuration(description.configuration)
+    _Configuration.model_validate(configuration.configuration)
+    read_config(configuration)
     manager.get_label_manager(dataset_json)
+    determine_num_input_channels(manager, configuration, dataset_json)
     return manager

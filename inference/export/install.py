@@ -117,12 +117,10 @@ def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> di
 def unpack(file: Path, folder: Path) -> None:
     """Unpack a portable model into an empty folder, of which nothing is of use after an error.
 
-    The archive holds the files of a model and no others, all at top level or all in one folder. What its headers say
-    is not trusted: bytes are counted while it is unpacked.
+    What the archive's headers say is not trusted: bytes are counted while it is unpacked.
 
     Raises:
-        ModelError: not a zip file, damaged, too large, or holding other names, folders, links, devices, one name twice,
-            or something encrypted.
+        ModelError: not a zip file, damaged, too large, or holding anything but a model's files, in one folder.
         UsageError: there is no such file, or the folder cannot be written.
     """
     if not file.is_file():

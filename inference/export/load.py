@@ -55,8 +55,7 @@ class PortableModel:
 
     @functools.cached_property
     def dataset_json(self) -> dict[str, Any]:
-        content: dict[str, Any] = self._json(DATASET)
-        return content
+        return self._json(DATASET)
 
     @property
     def name(self) -> str:
@@ -68,8 +67,7 @@ class PortableModel:
 
     @property
     def plans(self) -> dict[str, Any]:
-        plans: dict[str, Any] = self.manager.plans
-        return plans
+        return self.manager.plans
 
     def describe(self) -> dict[str, Any]:
         """Name the model by its folds and hashes: folders are moved and renamed."""

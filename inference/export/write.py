@@ -93,32 +93,24 @@ def export_model(
     return Export(output, len(checkpoints), sum(was_lean for *_, was_lean in checkpoints))
 
 
-def export_portable(
-    dataset: str,
-    output: Path,
-    trainer: str,
-    plans: str,
-    configurations: Sequence[str] | None = None,
-    folds: Sequence[str] = ("0", "1", "2", "3", "4"),
-    force: bool = False,
-) -> Export:
-    """Write a trained model as a portable one; arguments and errors are those of :func:`export_model`, except:
-
-    Args:
-        output: the folder to write, or a zip file of it if its name ends in .zip; it must not exist.
-        configurations: one; may be left out where only one was trained.
-        force: replace an earlier portable model.
-    """
+def find_model(dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None = None) -> Path:
+    """The folder of the one trained model that fits; raise ModelError for none, UsageError for several."""
     _, models = _model_folders(dataset, trainer, plans, configurations, (PLANS, DATASET))
     if len(models) > 1:
         raise UsageError(f"a portable model has one configuration: name one of {[*map(_configuration, models)]} (-c)")
-    return write_portable(models[0], output, folds, force)
+    return models[0]
 
 
 def write_portable(model: Path, output: Path, folds: Sequence[str], force: bool = False) -> Export:
-    """Write the model in one of nnU-Net's folders, ``TRAINER__PLANS__CONFIGURATION``, as :func:`export_portable` does.
+    """Write a trained model as a portable one; errors are those of :func:`export_model`.
 
     Checkpoints are read as tensors, numbers and texts only; no code in them is run.
+
+    Args:
+        model: one of nnU-Net's folders, ``TRAINER__PLANS__CONFIGURATION``.
+        output: the folder to write, or a zip file of it if its name ends in .zip; it must not exist.
+        folds: numbers, or "all".
+        force: replace an earlier portable model.
     """
     folds = tuple(dict.fromkeys(folds))
     packed = output.suffix == ".zip"
@@ -207,7 +199,11 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
     Raises:
         ModelError: the checkpoints do not belong together, or to the model; or it would not be accepted elsewhere.
     """
-    trainer, axes = (_common(model, checkpoints, key) for key in ("trainer_name", "inference_allowed_mirroring_axes"))
+    keys = "trainer_name", "inference_allowed_mirroring_axes"
+    told: list[list[Any]] = [[checkpoint.get(key) for key in keys] for checkpoint in checkpoints.values()]
+    if any(values != told[0] for values in told):
+        raise ModelError(f"the folds of {model} differ in {' or '.join(keys)} ({told}): export each alone (-f)")
+    trainer, axes = told[0]
     network = _empty_network(model, trainer)
     once = []
     for fold, checkpoint in checkpoints.items():
@@ -239,14 +235,6 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
         PortableModel(folder).read()
     except (ModelError, LookupError, TypeError, ValueError) as error:  # ValueError: pydantic's
         raise ModelError(f"{model} cannot be exported: {error}") from error
-
-
-def _common(model: Path, checkpoints: Mapping[str, Mapping[str, Any]], key: str) -> Any:
-    """The value of all checkpoints; raise ModelError if they differ."""
-    values = [checkpoint.get(key) for checkpoint in checkpoints.values()]
-    if any(value != values[0] for value in values):
-        raise ModelError(f"the folds of {model} differ in {key} ({values}): export each alone (-f)")
-    return values[0]
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from masksam_nnunet.errors import DataError, UsageError
+from pydantic import StrictInt, TypeAdapter
+
+from masksam_nnunet.errors import DataError, UsageError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.datasets.acdc import named_frames
 from masksam_nnunet.plans.datasets.conversion import nifti_names
@@ -50,10 +52,7 @@ def find_images(folder: Path, rules: Rules) -> dict[str, Path]:
     Raises:
         UsageError: there is none.
     """
-    places = [folder]
-    if rules.task:
-        places += [folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"]
-    for place in places:
+    for place in (folder, folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"):
         if found := _images_in(place, rules):
             return found
     patients = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -83,7 +82,7 @@ def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
     Raises:
         DataError: there is neither, or frames.json cannot be read.
     """
-    for place in [place for place in (images, images.parent if images else None, dataset) if place]:
+    for place in filter(None, (images, images and images.parent, dataset)):
         if (place / _FRAMES).is_file():
             try:
                 return {str(case): str(phase) for case, phase in read_json(place / _FRAMES).items()}
@@ -134,15 +133,12 @@ def read_labels(places: Sequence[Path]) -> dict[str, int]:
     """
     path = next((path for path in places if path.is_file()), places[0])
     try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give the model's with --dataset-json or -d") from error
-    labels = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(labels, dict) or not labels or not all(type(value) is int for value in labels.values()):
+        labels = TypeAdapter(dict[str, StrictInt]).validate_python(dict(read_json(path))["labels"])
+    except (OSError, ValueError, TypeError, LookupError) as error:  # ValueError: JSON's and pydantic's
         raise DataError(
-            f"{path}: labels must be whole numbers by name, not {labels!r}; for regions, name a file of the values "
-            "that predictions hold with --dataset-json"
-        )
+            f"{path} cannot be read, or has no labels that are whole numbers by name ({in_short(error)}); name the "
+            "model's, or for regions a file of the values that predictions hold, with --dataset-json"
+        ) from error
     return {name: value for name, value in labels.items() if name != "ignore"}
 
 

@@ -78,11 +78,7 @@ def inspect(
     Args:
         challenge: one of ``rules.CHALLENGES``.
         predictions: nnU-Net's predictions; for the decathlon also a folder of such folders, named by task.
-        images: folder of the images that were predicted, by default imagesTs of ``dataset``.
-        dataset: number or name of a raw dataset of nnU-Net.
-        dataset_json: whose label names count, by default that beside the predictions, else ``dataset``'s.
-        override: a file of the user's own rules.
-        task: of the decathlon, by default the one that the names of the cases fit.
+        images, dataset, dataset_json, override, task: as ``masksam submit`` describes them.
 
     Raises:
         UsageError: an option is wrong, or a place that it names.

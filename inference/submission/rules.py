@@ -141,7 +141,5 @@ def _checked(task: str, values: dict[str, Any]) -> Rules:
 
 
 def _fields(text: str) -> set[str]:
-    try:
-        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from error
+    """The names in a format string; ValueError where it is none."""
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}

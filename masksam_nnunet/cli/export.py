@@ -62,10 +62,10 @@ def export(
     chosen = folds or ("0", "1", "2", "3", "4")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; the path alone is for pipes
-            from masksam_nnunet.inference.export.write import export_model, export_portable
+            from masksam_nnunet.inference.export.write import export_model, find_model, write_portable
 
             if format_ is Format.safetensors:
-                done = export_portable(dataset, output, trainer, plans, configurations, chosen, force)
+                done = write_portable(find_model(dataset, trainer, plans, configurations), output, chosen, force)
             else:
                 done = export_model(dataset, output, trainer, plans, configurations, chosen)
     except MaskSAMError as error:

