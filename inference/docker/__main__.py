@@ -83,11 +83,7 @@ def main(
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder below ``parent``, the only one written beside the output, and point libraries to it.
-
-    Raises:
-        OutputError: ``parent`` cannot be written to.
-    """
+    """A new folder below ``parent``, the only one written beside the output, and libraries pointed to it."""
     try:
         made = tempfile.TemporaryDirectory(prefix="masksam-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:

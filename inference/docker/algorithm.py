@@ -6,7 +6,6 @@ All in this process: nnU-Net's workers need more shared memory than containers h
 from __future__ import annotations
 
 import gc
-import shutil
 import sys
 import tempfile
 import time
@@ -81,22 +80,17 @@ def run(
     for number, job in enumerate(jobs, 1):
         name = job.channels[0]
         _log(f"case {number} of {len(jobs)}: {' '.join(map(str, job.channels))}")
-        folder = scratch / "case"
         try:
-            folder.mkdir()
-            counts = _predict(job, folder, predictor)
+            with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+                counts = _predict(job, Path(folder), predictor)
             _log(f"written: {job.target}, voxels of each label {counts}")
         except OutputError:
             raise
-        except CaseError as error:
-            failed[name] = str(error)
-        except Exception as error:  # of libraries, for this case: memory, the network
-            failed[name] = in_short(error)
+        except Exception as error:  # also of libraries, for this case: memory, the network
+            failed[name] = str(error) if isinstance(error, CaseError) else in_short(error)
             print(traceback.format_exc(), flush=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            gc.collect()
-            empty_cache(chosen)
+        gc.collect()
+        empty_cache(chosen)
     _log(f"{len(jobs) - len(failed)} of {len(jobs)} cases done")
     for name, reason in failed.items():
         print(f"error: {name}: {' '.join(reason.split())}", file=sys.stderr, flush=True)

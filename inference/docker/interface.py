@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from masksam_nnunet.errors import DataError, UsageError
+from masksam_nnunet.errors import DataError, UsageError, in_short
 from masksam_nnunet.files import read_json
 
 from ..export.description import fault
@@ -93,9 +93,8 @@ def find_jobs(source: Path, out: Path, options: ContainerOptions, channels: Sequ
     """
     if not source.is_dir():
         raise DataError(f"--input {source} is not a folder; mount it: --volume DIR:/input:ro")
-    listed = source / "inputs.json"
-    there = {path.name: path for path in _entries(source / "images") if path.is_dir()}
-    folders = _listed_folders(source, listed) if listed.is_file() else there
+    listed, there = source / "inputs.json", [path for path in _entries(source / "images") if path.is_dir()]
+    folders = _listed_folders(source, listed) if listed.is_file() else {path.name: path for path in there}
     if not folders:
         return _flat(source, out, len(channels))
     if missing := [slug for slug in options.channels if slug not in folders]:
@@ -127,10 +126,8 @@ def _listed_folders(source: Path, file: Path) -> dict[str, Path]:
     """The image inputs of ``inputs.json``: slug and place."""
     try:
         sockets = [entry.socket for entry in TypeAdapter(list[_Input]).validate_json(file.read_bytes())]
-    except ValidationError as error:
-        raise DataError(f"{file} is not a list of sockets as the platform writes it: {fault(error)}") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValidationError, OSError) as error:
+        raise DataError(f"{file} is not a list of sockets as the platform writes it: {in_short(error)}") from error
     folders = {
         socket.slug: source / socket.relative_path
         for socket in sockets

@@ -77,11 +77,6 @@ class Description(BaseModel):
             raise ValueError(f"files lacks or should not have {sorted(odd)[:8]}")
         return self
 
-    @property
-    def model_folder(self) -> str:
-        """The name of nnU-Net's folder for it."""
-        return f"{self.trainer}__{self.plans}__{self.configuration}"
-
 
 def fold_file(fold: str) -> str:
     """The file of a fold's own tensors."""

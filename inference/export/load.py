@@ -59,7 +59,7 @@ class PortableModel:
 
     @property
     def name(self) -> str:
-        return self.description.model_folder
+        return f"{self.description.trainer}__{self.description.plans}__{self.description.configuration}"
 
     @property
     def configuration(self) -> str:

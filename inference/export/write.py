@@ -40,12 +40,11 @@ _FOLD_FILES = ("progress.png", "validation/summary.json")  # nnU-Net's export ne
 
 
 class Export(NamedTuple):
-    """What was written."""
+    """What was written; ``completed`` is the number of checkpoints that were lean."""
 
     output: Path
     checkpoints: int
     completed: int
-    """Number of checkpoints that were lean."""
 
 
 def export_model(

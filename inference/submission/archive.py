@@ -20,11 +20,7 @@ _LEVEL = 6
 
 
 def require_place(out: Path, predictions: Path, *, force: bool = False) -> None:
-    """Refuse a place for the archive before the predictions are checked, which may take long.
-
-    Raises:
-        UsageError: the file is no zip, or it is there already, or it lies among the predictions.
-    """
+    """Raise UsageError for a place where no archive can be; before the predictions are checked, which may take long."""
     if out.suffix.lower() != ".zip" or out.is_dir():
         raise UsageError(f"--out {out}: name a file that ends in .zip")
     if out.exists() and not force:

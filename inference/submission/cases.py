@@ -18,14 +18,10 @@ from .rules import ENDING, Rules
 
 _FRAMES = "frames.json"
 _PROBABILITIES = (".npz", ".npy", ".pkl")
-_OF_NNUNET = (
-    *("dataset.json", "plans.json", "predict_from_raw_data_args.json", "summary.json"),
-    *("postprocessing.json", "postprocessing.pkl"),
-)
 
 
 def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[str], int]:
-    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are ignored.
+    """Sort the content of a folder of predictions; hidden files and JSON, which nnU-Net writes there, are ignored.
 
     Returns:
         The file of each case; files that do not belong there; the number of files of probabilities.
@@ -35,7 +31,7 @@ def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[
     probabilities = 0
     for path in sorted(folder.iterdir()):
         case = path.name.removesuffix(ENDING)
-        if path.name.startswith(".") or path.name in _OF_NNUNET:
+        if path.name.startswith(".") or path.suffix == ".json":
             continue
         if path.suffix in _PROBABILITIES:
             probabilities += 1
@@ -47,11 +43,7 @@ def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[
 
 
 def find_images(folder: Path, rules: Rules) -> dict[str, Path]:
-    """The image of each case in a folder: nnU-Net's CASE_0000, or as in the download, also in folders of patients.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The image of each case: nnU-Net's CASE_0000, or as in the download, or in patients' folders; UsageError if none."""
     for place in (folder, folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"):
         if found := _images_in(place, rules):
             return found
@@ -75,9 +67,7 @@ def _images_in(folder: Path, rules: Rules) -> dict[str, Path]:
 def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
     """ED or ES for each case of ACDC, from frames.json of ``masksam convert acdc`` or Info.cfg of the download.
 
-    Args:
-        images: the folder given with --images: the converted imagesTs or the download's testing.
-        dataset: the raw dataset given with -d.
+    ``images`` is the converted imagesTs or the download's testing, ``dataset`` the raw dataset.
 
     Raises:
         DataError: there is neither, or frames.json cannot be read.
@@ -126,11 +116,7 @@ def expected_names(rules: Rules) -> set[str] | None:
 
 
 def read_labels(places: Sequence[Path]) -> dict[str, int]:
-    """The labels by name in the first dataset.json that exists, without the ignore label, which no prediction holds.
-
-    Raises:
-        DataError: there is no file, it cannot be read, or its labels are missing or regions.
-    """
+    """The labels by name in the first dataset.json that exists, without the ignore label; DataError if there are none."""
     path = next((path for path in places if path.is_file()), places[0])
     try:
         labels = TypeAdapter(dict[str, StrictInt]).validate_python(dict(read_json(path))["labels"])

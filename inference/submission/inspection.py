@@ -95,10 +95,10 @@ def inspect(
         parts = _parts(Path(os.path.abspath(predictions)), rules.tasks, task)
         for folder, own in parts:
             part_files, part_defects, part_notes = _inspect_part(folder, own, images, raw, dataset_json)
-            several = len(parts) > 1
+            prefix = f"{own.task}/" if len(parts) > 1 else ""
             files += part_files
-            defects += [f"{own.task}/{defect}" if several else defect for defect in part_defects]
-            notes += [f"{own.task}: {note}" if several else note for note in part_notes]
+            defects += [prefix + defect for defect in part_defects]
+            notes += [prefix + note for note in part_notes]
     except OSError as error:
         raise UsageError(f"{error.filename or predictions} cannot be read: {error.strerror}") from error
     present = {own.task for _, own in parts}
@@ -202,13 +202,7 @@ def _set_defects(names: Mapping[str, str], images: Mapping[str, str], rules: Rul
 
 
 def prediction_defects(path: Path, image: Path | None, allowed: Set[int]) -> tuple[list[str], bool]:
-    """What is wrong with a prediction, and whether it holds background only.
-
-    Args:
-        path: a NIfTI file.
-        image: the image that it must lie on, None if unknown.
-        allowed: the values that it may hold.
-    """
+    """Defects of a file that must lie on ``image`` and hold ``allowed`` values, and whether it is background only."""
     try:
         check_whole(path)
         stored = np.asanyarray(open_nifti(path).dataobj)

@@ -92,10 +92,7 @@ class UnconfirmedRule(NamedTuple):
 
 
 class ChallengeRules(NamedTuple):
-    """A challenge: its title, what users should know, the rules of each task, and those that are unconfirmed.
-
-    A challenge without tasks has one, named "".
-    """
+    """A challenge: what users should know, the rules of each task ("" where there are none), those unconfirmed."""
 
     title: str
     notes: tuple[str, ...]
