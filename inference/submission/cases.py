@@ -43,7 +43,7 @@ def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[
 
 
 def find_images(folder: Path, rules: Rules) -> dict[str, Path]:
-    """The image of each case: nnU-Net's CASE_0000, or as in the download, or in patients' folders; UsageError if none."""
+    """The image of each case: nnU-Net's CASE_0000, or as in the download or a patient's folder; UsageError if none."""
     for place in (folder, folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"):
         if found := _images_in(place, rules):
             return found
@@ -116,7 +116,7 @@ def expected_names(rules: Rules) -> set[str] | None:
 
 
 def read_labels(places: Sequence[Path]) -> dict[str, int]:
-    """The labels by name in the first dataset.json that exists, without the ignore label; DataError if there are none."""
+    """The labels by name in the first dataset.json that exists, without the ignore label; DataError if none."""
     path = next((path for path in places if path.is_file()), places[0])
     try:
         labels = TypeAdapter(dict[str, StrictInt]).validate_python(dict(read_json(path))["labels"])

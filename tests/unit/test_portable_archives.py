@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,18 +53,13 @@ def test_one_folder_around_it_is_left_out(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in (tmp_path / "target").iterdir()} == CONTENT
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-    f"../{FOLD}", f"/{FOLD}", f"C:/{FOLD}", f"a\\..\\{FOLD}", "..", "", "fold_01.safetensors",
-    "fold_1.pth", "data.pkl", f"{FOLD}\0.txt", "a/b/",
-    ],
-)  # fmt: skip
-def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
+def test_other_names_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    refused(write(folder / "a.zip", (member(name), b"x")))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a.zip", "b"]
+    outside = f"../{FOLD}", f"/{FOLD}", f"C:/{FOLD}", f"a\\..\\{FOLD}", f"{FOLD}\0.txt", "a/b/"
+    for name in (*outside, "..", "", "fold_01.safetensors", "fold_1.pth", "data.pkl"):
+        refused(write(folder / "a.zip", (member(name), b"x")))
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a.zip", "b"]
 
 
 def test_links_devices_and_other_compressions_are_refused(tmp_path: Path) -> None:
@@ -103,26 +97,19 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(tmp_path / "a.zip")
 
 
-def encrypted(content: bytes) -> bytes:
-    place = content.index(b"PK\1\2") + 8
-    return content[:place] + bytes([content[place] | 1]) + content[place + 1 :]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: b"",
-        lambda content: b"no zip",
-        lambda content: content[: len(content) // 2],
-        lambda content: content.replace(b"PK\3\4", b"PK\3\5", 1),
-        lambda content: content.replace(bytes(range(100)), bytes(100), 1),
-        encrypted,
-    ],
-)
-def test_damaged_and_encrypted_archives(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    file = write(tmp_path / "a.zip")
-    file.write_bytes(change(file.read_bytes()))
-    refused(file)
+def test_damaged_and_encrypted_archives(tmp_path: Path) -> None:
+    content = write(tmp_path / "a.zip").read_bytes()
+    flags = content.index(b"PK\1\2") + 8
+    for change in (
+        b"",
+        b"no zip",
+        content[: len(content) // 2],
+        content.replace(b"PK\3\4", b"PK\3\5", 1),
+        content.replace(bytes(range(100)), bytes(100), 1),
+        content[:flags] + b"\1" + content[flags + 1 :],  # says that it is encrypted
+    ):
+        (tmp_path / "a.zip").write_bytes(change)
+        refused(tmp_path / "a.zip")
 
 
 def test_what_is_there_is_not_touched(tmp_path: Path) -> None:

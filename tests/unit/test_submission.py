@@ -24,7 +24,6 @@ from challenge_replicas import (
     build_msd,
     build_synapse,
     files,
-    macos_file,
     nnunet_folders,
     volume,
 )
@@ -201,8 +200,8 @@ def test_several_tasks_of_msd_in_one_archive(tmp_path: Path) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text('{"all_tasks": true, "tasks": {"Task03_Liver": {"left_out": []}}}')
     found = inspect("msd", predictions, override=rules)
-    assert len(found.files) == 5
-    assert len(found.defects) == 1 and "8 of 10" in found.defects[0]
+    (defect,) = found.defects
+    assert len(found.files) == 5 and "8 of 10" in defect
     (predictions / "Task03_Liver" / "liver_140.nii.gz").unlink()
     found = inspect("msd", predictions, images=tmp_path / "download")
     assert [defect.split(":")[0] for defect in found.defects] == ["Task03_Liver/liver_140.nii.gz"]
@@ -231,6 +230,10 @@ def spleens(sound: Path, tmp_path: Path) -> Path:
     """A decathlon's task: sound predictions of four images, which lie beside them."""
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
     return tmp_path / "predictions" / "Task09_Spleen"
+
+
+def describe(predictions: Path, labels: object) -> None:
+    (predictions / "dataset.json").write_text(json.dumps({"labels": labels}))
 
 
 def images_of(predictions: Path) -> Path:
@@ -287,8 +290,6 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
     "stray case": (lambda p: shutil.copy(p, p.with_name("spleen_99.nii.gz")), "spleen_99.nii.gz: "),
     "foreign name": (lambda p: shutil.copy(p, p.with_name("liver_11.nii.gz")), "liver_11.nii.gz: "),
     "wrong label": (with_value(2, np.uint8), "spleen_11.nii.gz: holds the labels 2"),
-    "label beyond the type": (with_value(257, np.int32), "spleen_11.nii.gz: holds the labels 257"),
-    "not whole": (with_value(0.5), "spleen_11.nii.gz: .* 1 voxels .*0.5"),
     "nearly whole": (with_value(0.999), "spleen_11.nii.gz: .* 1 voxels .*0.999"),
     "NaN": (with_value(np.nan), "spleen_11.nii.gz: .* 1 voxels .*nan"),
     "other shape": (lambda p: rewrite(p, lambda v: v[:, :-1]), r"spleen_11.nii.gz: shape .*5.*6"),
@@ -297,10 +298,6 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
         lambda p: rewrite(p, lambda v: v, np.diag([3, -1.5, 2, 1])), "spleen_11.nii.gz: direction"
     ),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-20]), "spleen_11.nii.gz: cannot be read"),
-    "half a NIfTI file in a whole gzip file": (
-        lambda p: p.write_bytes(gzip.compress(gzip.decompress(p.read_bytes())[:-50])),
-        "spleen_11.nii.gz: cannot be read.*512 bytes",
-    ),
     "another format": (
         lambda p: p.with_suffix("").write_bytes(gzip.decompress(p.read_bytes())), "spleen_11.nii: "
     ),
@@ -334,23 +331,18 @@ def defects_in(text: str) -> list[str]:
 
 def test_all_defects_at_once(spleens: Path) -> None:
     with_value(7, np.uint8)(spleens / "spleen_1.nii.gz")
-    moved(spleens / "spleen_15.nii.gz")
     (spleens / "spleen_11.nii.gz").unlink()
     (spleens / "README").touch()
-    (spleens / "dataset.json").write_text('{"labels": {"background": 0, "spleen": 1, "liver": 2}}')
+    describe(spleens, {"background": 0, "spleen": 1, "liver": 2})
     result = submit("msd", spleens, "--check", "--images", images_of(spleens))
-    assert result.exit_code == 1 and "defects: 5" in result.stderr
-    assert [line.split(" ")[0] for line in defects_in(result.stderr)] == [
-        "label", "README:", "spleen_11.nii.gz:", "spleen_1.nii.gz:", "spleen_15.nii.gz:"
-    ]  # fmt: skip
+    assert result.exit_code == 1 and "defects: 4" in result.stderr
+    named = ["label", "README:", "spleen_11.nii.gz:", "spleen_1.nii.gz:"]
+    assert [line.split(" ")[0] for line in defects_in(result.stderr)] == named
 
 
 def test_a_sound_folder_and_what_is_passed_over(spleens: Path) -> None:
-    np.savez(spleens / "spleen_11.npz", probabilities=np.zeros(3))
-    (spleens / "spleen_11.pkl").touch()
-    (spleens / "summary.json").touch()
-    macos_file(spleens / "spleen_11.nii.gz")
-    (spleens / ".DS_Store").touch()
+    for name in ("spleen_11.npz", "spleen_11.pkl", "summary.json", ".DS_Store", "._spleen_11.nii.gz"):
+        (spleens / name).touch()
     before = files(spleens.parents[1])
     result = submit("msd", spleens, "--check", "--images", images_of(spleens))
     assert result.exit_code == 0 and "4 files" in result.stdout and "2 files of probabilities" in result.stderr
@@ -375,7 +367,7 @@ def test_whole_numbers_of_other_types_are_cast(spleens: Path, tmp_path: Path) ->
 
 def test_either_placement_of_a_header_will_do(spleens: Path, tmp_path: Path) -> None:
     """An image with two placements: nnU-Net's prediction repeats the one that its reader took."""
-    path = images_of(spleens) / "imagesTs" / "spleen_11.nii.gz"
+    path = image_of(spleens / "spleen_11.nii.gz")
     image = nibabel.load(path)
     image.set_qform(image.affine, 1)
     other = image.affine.copy()
@@ -393,27 +385,16 @@ def test_either_placement_of_a_header_will_do(spleens: Path, tmp_path: Path) -> 
 
 
 def test_texts_of_the_images_headers_stay_here(spleens: Path, tmp_path: Path) -> None:
-    path = images_of(spleens) / "imagesTs" / "spleen_11.nii.gz"
+    path = image_of(spleens / "spleen_11.nii.gz")
     image = nibabel.load(path)
-    image.header["descrip"], image.header["db_name"] = b"Jane Doe", b"Jane Doe"
+    image.header["descrip"] = b"Jane Doe"
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Jane Doe"))
     nibabel.save(image, path)
     content = gzip.decompress((submitted(spleens, tmp_path) / "spleen_11.nii.gz").read_bytes())
     assert b"Jane" in gzip.decompress(path.read_bytes()) and b"Jane" not in content
 
 
-def test_without_images(spleens: Path) -> None:
-    moved(spleens / "spleen_11.nii.gz")
-    found = checked(spleens, images=None)
-    assert found.defects == ()
-    assert any("--images" in note and "missing cases" in note for note in found.notes)
-
-
 # --- labels by name ---------------------------------------------------------------------------------------------------
-
-
-def describe(predictions: Path, labels: object) -> None:
-    (predictions / "dataset.json").write_text(json.dumps({"labels": labels}))
 
 
 def test_labels_that_do_not_match(spleens: Path, tmp_path: Path) -> None:
@@ -433,7 +414,7 @@ def test_labels_that_do_not_match(spleens: Path, tmp_path: Path) -> None:
     assert ignored.startswith("spleen_4.nii.gz: holds the labels 2")
 
 
-def test_other_descriptions(spleens: Path, tmp_path: Path) -> None:
+def test_other_descriptions_and_no_images(spleens: Path, tmp_path: Path) -> None:
     for labels in ({"background": 0, "organ": [1, 2]}, {"background": 0, "spleen": "1"}, []):
         describe(spleens, labels)
         with pytest.raises(DataError, match="--dataset-json"):
@@ -443,6 +424,10 @@ def test_other_descriptions(spleens: Path, tmp_path: Path) -> None:
     (spleens / "dataset.json").unlink()
     with pytest.raises(DataError, match=r"dataset\.json.*--dataset-json"):
         checked(spleens)
+    describe(spleens, SPLEEN)
+    moved(spleens / "spleen_11.nii.gz")
+    found = checked(spleens, images=None)
+    assert found.defects == () and any("--images" in note and "missing cases" in note for note in found.notes)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -505,13 +490,13 @@ def test_rules_that_do_not_fit_are_named(tmp_path: Path, challenge: str, content
 
 
 def test_the_same_input_makes_the_same_archive(spleens: Path, tmp_path: Path) -> None:
-    package(checked(spleens), tmp_path / "one.zip")
-    for path in spleens.iterdir():
-        os.utime(path, (1, 1))
-    package(checked(spleens), tmp_path / "two.zip")
+    for name in ("one.zip", "two.zip"):
+        package(checked(spleens), tmp_path / name)
+        for path in spleens.iterdir():
+            os.utime(path, (1, 1))
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "one.zip") as archive:
-        assert {(m.external_attr >> 16, m.create_system) for m in archive.infolist()} == {(0o644, 3)}
+        assert {m.external_attr >> 16 for m in archive.infolist()} == {0o644}
 
 
 def test_places_where_nothing_is_put(spleens: Path, tmp_path: Path) -> None:
@@ -525,8 +510,7 @@ def test_places_where_nothing_is_put(spleens: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == b"earlier"
     assert submit("msd", spleens, "--out", out, "--images", images_of(spleens), "--force").exit_code == 0
     assert zipfile.is_zipfile(out)
-    for wrong in (["--check", "--out", out], []):
-        assert submit("msd", spleens, *wrong).exit_code == 2
+    assert submit("msd", spleens).exit_code == 2
     for options, option in (
         ({"predictions": tmp_path / "none"}, "PREDICTIONS"),
         ({"images": tmp_path / "none"}, "--images"),
@@ -536,43 +520,28 @@ def test_places_where_nothing_is_put(spleens: Path, tmp_path: Path) -> None:
             inspect("msd", **({"predictions": spleens, "task": "Task09_Spleen"} | options))
 
 
-def test_a_full_disk_leaves_what_was_there(spleens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "full" / "out.zip"
-    out.parent.mkdir()
-    out.write_bytes(b"earlier")
-    written = 0
-
-    def full(archive: zipfile.ZipFile, *arguments: Any, **options: Any) -> None:
-        nonlocal written
-        written += 1
-        if written == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        writestr(archive, *arguments, **options)
-
-    writestr = zipfile.ZipFile.writestr
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
-    result = submit("msd", spleens, "--out", out, "--images", images_of(spleens), "--force")
-    assert result.exit_code == 1 and written == 4
-    assert f"--out {out}" in result.stderr and "No space left" in result.stderr
-    assert [path.name for path in out.parent.iterdir()] == ["out.zip"] and out.read_bytes() == b"earlier"
-
-
-def test_what_is_damaged_or_has_changed_is_not_kept(
+def test_what_cannot_be_written_or_has_changed_leaves_what_was_there(
     spleens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, out = checked(spleens), tmp_path / "out" / "out.zip"
+    out.parent.mkdir()
+    out.write_bytes(b"earlier")
+
+    def full(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, content: bytes) -> None:
+        if "spleen_15" in entry.filename:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        writestr(archive, entry, content)
 
     def damaged(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, content: bytes) -> None:
         writestr(archive, entry, content)
         archive.getinfo(entry.filename).CRC ^= 1
 
     writestr = zipfile.ZipFile.writestr
-    with monkeypatch.context() as patched:
-        patched.setattr(zipfile.ZipFile, "writestr", damaged)
-        with pytest.raises(DataError, match=r"spleen_1\.nii\.gz"):
+    for write, kind, named in ((full, UsageError, str(out)), (damaged, DataError, "spleen_1.nii.gz")):
+        with monkeypatch.context() as patched, pytest.raises(kind, match=named):
+            patched.setattr(zipfile.ZipFile, "writestr", write)
             package(found, out)
-    assert not list(out.parent.iterdir())
     with_value(9, np.uint8)(spleens / "spleen_15.nii.gz")  # after the check
-    with pytest.raises(DataError, match=r"spleen_15\.nii\.gz"):
+    with pytest.raises(DataError, match="spleen_15"):
         package(found, out)
-    assert not list(out.parent.iterdir())
+    assert [path.name for path in out.parent.iterdir()] == ["out.zip"] and out.read_bytes() == b"earlier"
