@@ -86,8 +86,10 @@ def run(
             _log(f"written: {job.target}, voxels of each label {counts}")
         except OutputError:
             raise
-        except Exception as error:  # also of libraries, for this case: memory, the network
-            failed[name] = str(error) if isinstance(error, CaseError) else in_short(error)
+        except CaseError as error:
+            failed[name] = str(error)
+        except Exception as error:  # of libraries, for this case: memory, the network
+            failed[name] = in_short(error)
             print(traceback.format_exc(), flush=True)
         gc.collect()
         empty_cache(chosen)
