@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,20 +22,6 @@ MODULE = "masksam_nnunet.inference.docker"
 _END = "--- left behind:"
 
 
-@dataclass(frozen=True)
-class Contained:
-    """How it ended.
-
-    Attributes:
-        left: what is in /tmp afterwards.
-    """
-
-    code: int
-    stdout: str
-    stderr: str
-    left: str
-
-
 def namespaces() -> bool:
     """Whether we may have namespaces of our own."""
     if not shutil.which("unshare") or not shutil.which("setpriv"):
@@ -45,8 +30,10 @@ def namespaces() -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
-def run_contained(source: Path, output: Path, model: Path, *options: str) -> Contained:
-    """Run the entry point; ``output`` is made writable for its user."""
+def run_contained(
+    source: Path, output: Path, model: Path, *options: str
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run the entry point; ``output`` is made writable for its user. How it ended, and what is in /tmp afterwards."""
     if not namespaces():
         pytest.skip("this system has no namespaces for us")
     output.mkdir(exist_ok=True)
@@ -83,8 +70,7 @@ def run_contained(source: Path, output: Path, model: Path, *options: str) -> Con
     ]
     unshare = ["unshare", *_as_root(), "--mount", "--net", "sh", "-c", "\n".join(lines)]
     done = subprocess.run(unshare, capture_output=True, text=True, timeout=300)
-    stdout, _, left = done.stdout.partition(_END)
-    return Contained(done.returncode, stdout, done.stderr, left.strip())
+    return done, done.stdout.partition(_END)[2].strip()
 
 
 def _as_root() -> list[str]:

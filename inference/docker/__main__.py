@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,46 +22,37 @@ MOUNTED = Path("/opt/ml/model")
 """Where the platform unpacks a model that was uploaded beside the container."""
 
 _EXIT_CODES = ((OutputError, 5), (ModelError, 4), (DataError, 3), (UsageError, 2))
-_FOLDERS = (
-    *("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR", "NUMBA_CACHE_DIR"),
-    *("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"),
-    *("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"),
-)
-"""Variables for the places where libraries write caches, settings and temporary files."""
+_FOLDERS = ("HOME", "TMPDIR", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+"""Variables for the places below which libraries write caches, settings and temporary files."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _option(name: str, help: str, off: str = "", **more: Any) -> Any:
-    return typer.Option(f"--{name}{off}", envvar=f"MASKSAM_{name.replace('-', '_').upper()}", help=help, **more)
-
-
-@app.command()
+@app.command(context_settings={"auto_envvar_prefix": "MASKSAM"})
 def main(
-    input: Annotated[Path, _option("input", "Folder to read.")] = Path("/input"),
-    output: Annotated[Path, _option("output", "Folder to write.")] = Path("/output"),
-    model: Annotated[Path | None, _option("model", "Model folder.", show_default=f"{MOUNTED}, else {IN_IMAGE}")] = None,
-    device: Annotated[str, _option("device", "auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    scratch: Annotated[Path, _option("scratch", "Writable folder for temporary files.")] = Path("/tmp"),
-    checkpoint: Annotated[str, _option("checkpoint", "File in each fold's folder.")] = "checkpoint_final.pth",
+    input: Annotated[Path, typer.Option(help="Folder to read.")] = Path("/input"),
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("/output"),
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder.", show_default=f"{MOUNTED}, else {IN_IMAGE}")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    scratch: Annotated[Path, typer.Option(help="Writable folder for temporary files.")] = Path("/tmp"),
+    checkpoint: Annotated[str, typer.Option(help="File in each fold's folder.")] = "checkpoint_final.pth",
     batch_size: Annotated[
-        int | None, _option("batch-size", "Windows and mirrors at once.", min=1, show_default="automatic")
+        int | None, typer.Option(help="Windows and mirrors at once.", min=1, show_default="automatic")
     ] = None,
     channels: Annotated[
-        str, _option("channels", "Input sockets in the order of the model's channels, such as t2-mri,adc-mri.")
+        str, typer.Option(help="Input sockets in the order of the model's channels, such as t2-mri,adc-mri.")
     ] = "",
     output_slug: Annotated[
-        str, _option("output-slug", "Output socket: the folder below OUTPUT/images.", show_default="segmentation")
+        str, typer.Option(help="Output socket: the folder below OUTPUT/images.", show_default="segmentation")
     ] = "",
-    folds: Annotated[str, _option("folds", "Such as 0,1,2 or all.", show_default="all that exist")] = "",
+    folds: Annotated[str, typer.Option(help="Such as 0,1,2 or all.", show_default="all that exist")] = "",
     mirroring: Annotated[
-        bool | None,
-        _option(
-            "mirroring", "Mirror windows where the model allows it: up to eight times the time.", "/--no-mirroring"
-        ),
+        bool | None, typer.Option(help="Mirror windows where the model allows it: up to eight times the time.")
     ] = None,
     step_size: Annotated[
-        float | None, _option("step-size", "Step between windows, as a share of the patch.", show_default="0.5")
+        float | None, typer.Option(help="Step between windows, as a share of the patch.", show_default="0.5")
     ] = None,
 ) -> None:
     """Predict what lies in the input folder, as a Grand Challenge algorithm or with a flat folder of images.
@@ -70,21 +61,19 @@ def main(
 
     Exit codes: 0 done, 1 cases failed, 2 options, 3 input, 4 model, 5 output.
     """
-    given = {
+    options = {
         "channels": channels.replace(",", " ").split() or None,
         "output": output_slug or None,
         "folds": folds.replace(",", " ").split() or None,
         "mirroring": mirroring,
         "step_size": step_size,
     }
-    options = {name: value for name, value in given.items() if value is not None}
     models = (model,) if model else (MOUNTED, IN_IMAGE)
     try:
         with scratch_folder(scratch) as folder:
             from .algorithm import run
 
-            more: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "batch_size": batch_size}
-            code = run(input, output, models, folder, options=options, **more)
+            code = run(input, output, models, folder, options, device, checkpoint, batch_size)
     except MaskSAMError as error:
         # In one line: of a failed job the platform shows the last one of stderr.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -94,11 +83,7 @@ def main(
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder below ``parent``, the only one written beside the output, and point libraries to it.
-
-    Raises:
-        OutputError: ``parent`` cannot be written to.
-    """
+    """A new folder below ``parent``, the only one written beside the output, and libraries pointed to it."""
     try:
         made = tempfile.TemporaryDirectory(prefix="masksam-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:

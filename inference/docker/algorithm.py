@@ -6,8 +6,6 @@ All in this process: nnU-Net's workers need more shared memory than containers h
 from __future__ import annotations
 
 import gc
-import re
-import shutil
 import sys
 import tempfile
 import time
@@ -24,8 +22,9 @@ from masksam_nnunet.errors import CaseError, ModelError, UsageError, in_short
 from masksam_nnunet.files import read_json
 
 from ..cases import channel_names, preprocess_case
-from ..export.description import is_portable, read_description
-from ..export.load import load_portable
+from ..export.description import is_portable
+from ..export.load import PortableModel
+from ..models import parse_folds
 from ..predictor import MaskSAMPredictor
 from .images import read_header, stage, write_label_map
 from .interface import ContainerOptions, Job, OutputError, find_jobs
@@ -36,19 +35,15 @@ def run(
     output: Path,
     models: Sequence[Path],
     scratch: Path,
-    *,
     options: Mapping[str, Any] | None = None,
     device: str = "auto",
     checkpoint: str = "checkpoint_final.pth",
     batch_size: int | None = None,
 ) -> int:
-    """Predict all cases of the input folder; one that fails does not stop the others.
+    """Predict all cases of the input folder; return 0, or 1 if cases failed, which are listed on stderr.
 
     The arguments are those of the command in ``__main__``; ``models`` are the places to look for a model, ``scratch``
-    is empty, and ``options`` override those in the model's container.json.
-
-    Returns:
-        0, or 1 if cases failed, which are listed on stderr.
+    is empty, and ``options`` that are not None override those in the model's container.json.
 
     Raises:
         MaskSAMError: UsageError for options, DataError for the input as a whole, ModelError, or OutputError.
@@ -85,10 +80,9 @@ def run(
     for number, job in enumerate(jobs, 1):
         name = job.channels[0]
         _log(f"case {number} of {len(jobs)}: {' '.join(map(str, job.channels))}")
-        folder = scratch / "case"
         try:
-            folder.mkdir()
-            counts = _predict(job, folder, predictor)
+            with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+                counts = _predict(job, Path(folder), predictor)
             _log(f"written: {job.target}, voxels of each label {counts}")
         except OutputError:
             raise
@@ -97,10 +91,8 @@ def run(
         except Exception as error:  # of libraries, for this case: memory, the network
             failed[name] = in_short(error)
             print(traceback.format_exc(), flush=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            gc.collect()
-            empty_cache(chosen)
+        gc.collect()
+        empty_cache(chosen)
     _log(f"{len(jobs) - len(failed)} of {len(jobs)} cases done")
     for name, reason in failed.items():
         print(f"error: {name}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
@@ -119,13 +111,7 @@ def _predict(job: Job, folder: Path, predictor: MaskSAMPredictor) -> dict[int, i
     file_ending = dataset_json["file_ending"]
     header = read_header(job.channels[0])
     case = stage(job.channels, folder, file_ending, plans.image_reader_writer_class())
-    try:
-        data, properties = preprocess_case(case, None, plans, configuration, dataset_json, False)
-    except CaseError as error:
-        text = str(error)
-        for staged, file in zip(case.files, job.channels, strict=True):  # the user knows the given files only
-            text = text.replace(str(staged), str(file)).replace(staged.name, str(file))
-        raise CaseError(text) from error
+    data, properties = preprocess_case(case, None, plans, configuration, dataset_json, False)
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
     del data
     labels = folder / "labels"
@@ -150,32 +136,24 @@ def find_model(places: Sequence[Path]) -> Path:
 
 
 def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], checkpoint: str) -> list[str]:
-    """Load ``folds``, or all that exist if none is named, from the files ``checkpoint`` or a portable model.
-
-    Returns:
-        The folds.
+    """Load ``folds``, or all that exist if none is named, of a portable model or from ``checkpoint``; return them.
 
     Raises:
         ModelError: a file is missing, damaged or of another model; checkpoints are lean; or it is a cascade.
     """
+    used = parse_folds(folds)
     try:
         if is_portable(folder):
-            load_portable(predictor, folder, folds or None)
-            used = list(folds or read_description(folder).folds)
-        else:
-            found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
-            there = [fold for fold in found if re.fullmatch(r"\d+|all", fold)]
-            if missing := sorted(set(folds) - set(there)) or ([] if there else ["any"]):
-                has = ", ".join(there) or "none"
-                raise ModelError(f"{folder} has no {checkpoint} of fold {', '.join(missing)}, but of {has} (--folds)")
-            # nnU-Net too prefers numbers to "all".
-            used = list(folds) or [fold for fold in there if fold != "all"] or there
-            numbers = tuple(int(fold) if fold.isdecimal() else fold for fold in used)
-            predictor.initialize_from_trained_model_folder(str(folder), numbers, checkpoint)
+            model = PortableModel(folder, used or None)
+            model.load(predictor)
+            used = list(model.folds)
+        else:  # nnU-Net too prefers numbers to "all"
+            used = used or predictor.auto_detect_available_folds(str(folder), checkpoint) or ["all"]
+            predictor.initialize_from_trained_model_folder(str(folder), tuple(used), checkpoint)
     except ModelError:
         raise
     except Exception as error:  # of any trainer, damaged files, and lean checkpoints without SAM's file
         raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): complete it with masksam export") from error
     if stage := predictor.configuration_manager.previous_stage_name:
         raise ModelError(f"{folder} is a cascade, which needs predictions of {stage}: take another configuration")
-    return used
+    return [str(fold) for fold in used]

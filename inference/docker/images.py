@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import SimpleITK as sitk
 
 from masksam_nnunet.errors import CaseError, DataError, in_short
-from masksam_nnunet.files import atomic_write
 from masksam_nnunet.plans.images import check_whole
 
 from ..cases import Case
@@ -35,32 +34,28 @@ def read_header(file: Path) -> sitk.ImageFileReader:
 
 
 def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) -> Case:
-    """Name the files of all channels in ``folder`` as nnU-Net does, in a format that its ``reader`` reads.
+    """The files of all channels as they are, or as copies in ``folder`` where nnU-Net's ``reader`` lacks their format.
 
-    They are links, or copies in the format ``file_ending`` of the model's dataset.
+    Copies have the format ``file_ending`` of the model's dataset.
 
     Raises:
         CaseError: a file is damaged, or cannot be turned into the model's format.
     """
     staged = []
     for channel, file in enumerate(files):
-        end = ending(file)
-        known = end in reader.supported_file_endings
-        # Compressing a volume takes longer than writing it.
-        new_end = end if known else file_ending.removesuffix(".gz")
-        place = folder / f"case_{channel:04d}{new_end}"
+        # Not .gz: compressing a volume takes longer than writing it.
+        copy = folder / f"{channel}{file_ending.removesuffix('.gz')}"
+        known = ending(file) in reader.supported_file_endings
         try:
-            if end.lower() == ".mha":
+            if ending(file).lower() == ".mha":
                 check_meta_image(file)
-            if known:
-                place.symlink_to(file.resolve())
-            else:
+            if not known:
                 check_whole(file)
-                sitk.WriteImage(sitk.ReadImage(str(file)), str(place), False)
+                sitk.WriteImage(sitk.ReadImage(str(file)), str(copy), False)
         except (DataError, RuntimeError, ValueError, OSError) as error:
             raise _unreadable(file, error) from error
-        staged.append(place)
-    return Case("case", tuple(staged))
+        staged.append(file if known else copy)
+    return Case("case", tuple(staged), numbered=False)
 
 
 def check_meta_image(file: Path) -> None:
@@ -89,8 +84,7 @@ def check_meta_image(file: Path) -> None:
 def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader) -> dict[int, int]:
     """Write a label map as uint8, or uint16 for labels above 255, with the geometry in the image's ``header``.
 
-    Returns:
-        The number of voxels of each label.
+    Return the number of voxels of each label.
 
     Raises:
         CaseError: the prediction is of another size than the image.
@@ -103,15 +97,15 @@ def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader)
         raise CaseError(f"the prediction has {result.GetSize()} voxels, the image {header.GetSize()}: report this")
     for key in ("Spacing", "Origin", "Direction"):
         getattr(result, f"Set{key}")(getattr(header, f"Get{key}")())
-    written = predicted.with_name(f"written{ending(target)}")  # ITK takes the format from the ending
     try:
-        sitk.WriteImage(result, str(written), True)
-        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(written))), labels):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(result, str(target), True)
+        if not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(target))), labels):
             raise RuntimeError("the written file holds other labels")
-        with atomic_write(target) as draft:
-            shutil.copyfile(written, draft)
     except (OSError, RuntimeError) as error:
-        raise OutputError(f"cannot write {target} ({in_short(error)}): make room there and in --scratch") from error
+        with suppress(OSError):
+            target.unlink()
+        raise OutputError(f"cannot write {target} ({in_short(error)}): make room there") from error
     return dict(zip(map(int, values), map(int, counts), strict=True))
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from masksam_nnunet.errors import DataError, UsageError
+from masksam_nnunet.errors import DataError, UsageError, in_short
 from masksam_nnunet.files import read_json
 
 from ..export.description import fault
@@ -56,7 +56,8 @@ class ContainerOptions(BaseModel):
         file = model / "container.json"
         try:
             content = read_json(file) if file.is_file() else {}
-            return cls.model_validate({**content, **(given or {})})
+            own = {name: value for name, value in (given or {}).items() if value is not None}
+            return cls.model_validate({**content, **own})
         except ValidationError as error:
             raise UsageError(f"an option, or {file}: {fault(error)}") from error
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -67,11 +68,6 @@ class _Socket(BaseModel):
     slug: str
     relative_path: str
     super_kind: str | None = None
-
-    @property
-    def is_image(self) -> bool:
-        kind = self.super_kind
-        return kind.lower() == "image" if kind else self.relative_path.startswith("images/")
 
 
 class _Input(BaseModel):
@@ -97,9 +93,8 @@ def find_jobs(source: Path, out: Path, options: ContainerOptions, channels: Sequ
     """
     if not source.is_dir():
         raise DataError(f"--input {source} is not a folder; mount it: --volume DIR:/input:ro")
-    listed = source / "inputs.json"
-    there = {path.name: path for path in _entries(source / "images") if path.is_dir()}
-    folders = _listed_folders(source, listed) if listed.is_file() else there
+    listed, there = source / "inputs.json", [path for path in _entries(source / "images") if path.is_dir()]
+    folders = _listed_folders(source, listed) if listed.is_file() else {path.name: path for path in there}
     if not folders:
         return _flat(source, out, len(channels))
     if missing := [slug for slug in options.channels if slug not in folders]:
@@ -131,11 +126,13 @@ def _listed_folders(source: Path, file: Path) -> dict[str, Path]:
     """The image inputs of ``inputs.json``: slug and place."""
     try:
         sockets = [entry.socket for entry in TypeAdapter(list[_Input]).validate_json(file.read_bytes())]
-    except ValidationError as error:
-        raise DataError(f"{file} is not a list of sockets as the platform writes it: {fault(error)}") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    folders = {socket.slug: source / socket.relative_path for socket in sockets if socket.is_image}
+    except (ValidationError, OSError) as error:
+        raise DataError(f"{file} is not a list of sockets as the platform writes it: {in_short(error)}") from error
+    folders = {
+        socket.slug: source / socket.relative_path
+        for socket in sockets
+        if (socket.super_kind or socket.relative_path.split("/")[0]).lower() in ("image", "images")
+    }
     for slug, path in folders.items():
         if not path.exists() or not path.resolve().is_relative_to(source.resolve()):
             raise DataError(f"{file}: relative_path of {slug}, {path}, does not exist in {source}")
@@ -179,10 +176,10 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable for all users") from error
 

@@ -14,36 +14,31 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from masksam_nnunet.errors import ModelError
 
-FORMAT = "masksam-portable-model"
-VERSION = 1
 MODEL, PLANS, DATASET, SHARED = "model.json", "plans.json", "dataset.json", "shared.safetensors"
 LARGEST_JSON = 2**26
 """Bytes; nnU-Net's plans take some kilobytes."""
-MOST_FOLDS = 100
 
 _FOLD = r"all|0|[1-9][0-9]{0,2}"
 Name = Annotated[str, Field(pattern=r"\A(?!.*__)[A-Za-z0-9]([A-Za-z0-9_.-]{0,78}[A-Za-z0-9])?\Z")]
 Fold = Annotated[str, Field(pattern=rf"\A({_FOLD})\Z")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class FileEntry(BaseModel):
     """A file as it was written."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
+    model_config = ConfigDict(strict=True, frozen=True)
 
-    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
-    bytes: Count
+    sha256: str
+    bytes: int
 
 
 class Description(BaseModel):
@@ -51,28 +46,24 @@ class Description(BaseModel):
 
     Attributes:
         trainer: the class that builds the network, looked up among those installed.
-        network: the configuration's ``architecture``, as the plans hold it.
         folds: ``"0"``, ``"1"``, ... or ``"all"``, each once.
         epochs: of training, for each fold.
         mirroring_axes: over which predictions may be mirrored; None for no mirroring.
-        same_as: second names of tensors, as nnU-Net's U-Nets have them, and the first name of each.
         files: all files of the model but ``model.json``.
         versions: of the packages that wrote it, for people.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
+    model_config = ConfigDict(strict=True, frozen=True, regex_engine="python-re")
 
-    format: Annotated[str, Field(pattern=rf"\A{FORMAT}\Z")]
-    format_version: Annotated[int, Field(ge=VERSION, le=VERSION)]
+    format: Literal["masksam-portable-model"] = "masksam-portable-model"
+    format_version: Literal[1] = 1
     dataset: Annotated[str, Field(pattern=r"\A(?!.*__)Dataset[0-9]{3}_[\w.+()-][\w .+()-]{0,100}\Z")]
     plans: Name
     configuration: Name
     trainer: Annotated[str, Field(pattern=r"\A(?!.*__)[A-Za-z][A-Za-z0-9_]{0,79}\Z")]
-    network: dict[str, Any]
-    folds: Annotated[tuple[Fold, ...], Field(min_length=1, max_length=MOST_FOLDS)]
-    epochs: dict[str, Count]
+    folds: Annotated[tuple[Fold, ...], Field(min_length=1, max_length=100)]
+    epochs: dict[str, int]
     mirroring_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)] | None
-    same_as: dict[str, str]
     files: dict[str, FileEntry]
     versions: dict[str, str]
 
@@ -81,19 +72,10 @@ class Description(BaseModel):
         for name, values in (("folds", self.folds), ("mirroring_axes", self.mirroring_axes or ())):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} repeats a value: {values}")
-        if odd := self.epochs.keys() - set(self.folds):
-            raise ValueError(f"epochs names folds that folds does not: {sorted(odd)}")
-        if set(self.same_as.values()) & self.same_as.keys():
-            raise ValueError("same_as refers to second names")
         needed = {PLANS, DATASET, *map(fold_file, self.folds)}
         if odd := needed.symmetric_difference(self.files) - {SHARED}:
             raise ValueError(f"files lacks or should not have {sorted(odd)[:8]}")
         return self
-
-    @property
-    def model_folder(self) -> str:
-        """The name of nnU-Net's folder for it."""
-        return f"{self.trainer}__{self.plans}__{self.configuration}"
 
 
 def fold_file(fold: str) -> str:
@@ -107,21 +89,17 @@ def is_file_of_a_model(name: str) -> bool:
     return name in fixed or re.fullmatch(rf"fold_({_FOLD})\.safetensors", name) is not None
 
 
-def is_portable(folder: str | Path) -> bool:
+def is_portable(folder: Path) -> bool:
     """Whether ``folder`` is meant to be a portable model, sound or not. Raises nothing."""
     try:
-        content = read_foreign_json(Path(folder) / MODEL)
+        content = read_foreign_json(folder / MODEL)
     except ModelError:
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return isinstance(content, dict) and content.get("format") == Description.model_fields["format"].default
 
 
 def read_description(folder: Path) -> Description:
-    """The description of the model in ``folder``.
-
-    Raises:
-        ModelError: it is missing, unreadable or not one.
-    """
+    """The description of the model in ``folder``; raise ModelError if it is missing, unreadable or not one."""
     try:
         return Description.model_validate_json(_read(folder / MODEL))
     except ValidationError as error:
@@ -145,18 +123,22 @@ def fault(error: ValidationError) -> str:
 
 def verify(folder: Path, description: Description, names: Iterable[str]) -> None:
     """Compare files with the sizes and hashes in the description; raise ModelError for one that differs."""
-    for name in names:
-        file = folder / name
-        if file.is_symlink() or not file.is_file():
-            raise ModelError(f"{file} is missing or not a regular file; fetch the model again")
-        if file_entry(file) != description.files[name]:
-            raise ModelError(f"{file} is not the file that {MODEL} describes by its hash; fetch the model again")
+    for file in (folder / name for name in names):
+        if not file.is_file() or file_entry(file) != description.files[file.name]:
+            raise ModelError(f"{file} is missing, or not what {MODEL} describes by its hash; fetch the model again")
 
 
 def file_entry(file: Path) -> FileEntry:
-    """A file's hash and size."""
+    """A file's hash and size; raise ModelError if it cannot be read."""
     with _opened(file) as stream:
         return FileEntry(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), bytes=stream.tell())
+
+
+def _opened(file: Path) -> BufferedReader:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise ModelError(f"cannot read {file} of a portable model: {error.strerror or error}") from error
 
 
 def _read(file: Path) -> bytes:
@@ -165,12 +147,3 @@ def _read(file: Path) -> bytes:
     if len(text) > LARGEST_JSON:
         raise ModelError(f"{file} has more than {LARGEST_JSON} bytes: fetch the model again")
     return text
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[BufferedReader]:
-    try:
-        with file.open("rb") as stream:
-            yield stream
-    except OSError as error:
-        raise ModelError(f"cannot read {file} of a portable model: {error.strerror or error}") from error

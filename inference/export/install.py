@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 import stat
 import struct
@@ -17,7 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +25,11 @@ from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import atomic_folder
 
 from .description import DATASET, LARGEST_JSON, PLANS, Description, is_file_of_a_model
-from .load import PortableModel, read_model
+from .load import PortableModel
 from .write import CHECKPOINT, writing
 
-LARGEST_FILE, LARGEST_MODEL = 2**35, 2**37
-"""Bytes, unpacked: 32 GiB, of which a fold of ViT-H takes 2.8, and 128 GiB."""
+LARGEST_MODEL = 2**37
+"""Bytes, unpacked: 128 GiB, of which a fold of ViT-H takes 2.8."""
 LARGEST_RATIO = 200
 """Of a file to its part of the archive. Weights hardly shrink, JSON to a tenth; a bomb is a thousandfold."""
 
@@ -39,14 +38,7 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError
 """What zipfile and zlib raise for archives that are damaged, encrypted or of unknown methods."""
 
 
-class Import(NamedTuple):
-    """What was installed, and where."""
-
-    folder: Path
-    model: Description
-
-
-def import_model(source: Path, results: Path, force: bool = False) -> Import:
+def import_model(source: Path, results: Path, force: bool = False) -> tuple[Path, Description]:
     """Check a portable model and install it as ``results/DATASET/TRAINER__PLANS__CONFIGURATION``.
 
     The model appears there whole or not at all. Its checkpoints predict; a training cannot continue from them, since
@@ -57,6 +49,9 @@ def import_model(source: Path, results: Path, force: bool = False) -> Import:
         results: nnU-Net's results folder; made if need be.
         force: replace an earlier model of that name, all folds of it.
 
+    Returns:
+        The installed folder, and what it holds.
+
     Raises:
         ModelError: the model is damaged, not safe, or needs parts that are not installed.
         UsageError: there already is one, or it cannot be written.
@@ -65,9 +60,9 @@ def import_model(source: Path, results: Path, force: bool = False) -> Import:
         folder = source if source.is_dir() else Path(scratch)
         if folder != source:
             unpack(source, folder)
-        model = read_model(folder)
-        about = model.about.description
-        target = results / about.dataset / about.model_folder
+        model = PortableModel(folder)
+        _, states = model.read()
+        target = results / model.description.dataset / model.name
         if os.path.lexists(target):
             if not force:
                 raise UsageError(f"{target} exists: name another results folder (--to), or add --force to replace it")
@@ -76,11 +71,11 @@ def import_model(source: Path, results: Path, force: bool = False) -> Import:
         with writing(target), atomic_folder(target) as draft:
             for name in (PLANS, DATASET):
                 shutil.copyfile(folder / name, draft / name)
-            for fold, state in zip(model.about.folds, model.states, strict=True):
+            for fold, state in zip(model.folds, states, strict=True):
                 (draft / f"fold_{fold}").mkdir()
                 with (draft / f"fold_{fold}" / CHECKPOINT).open("wb") as stream:
                     torch.save(_checkpoint(model, fold, state), stream)
-    return Import(target, about)
+    return target, model.description
 
 
 def unpack_model(source: Path, target: Path) -> Path:
@@ -93,22 +88,22 @@ def unpack_model(source: Path, target: Path) -> Path:
         raise UsageError(f"--unpack {target} exists: name another folder")
     with writing(target), atomic_folder(target) as draft:
         unpack(source, draft)
-        read_model(draft)
+        PortableModel(draft).read()
     return target
 
 
 def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """What nnU-Net's predictor and its ``-pretrained_weights`` read of a checkpoint."""
-    about = model.about.description
+    about = model.description
     copies: dict[int, Tensor] = {}  # out of the one large storage that a safetensors file is
     return {
         "network_weights": {name: copies.setdefault(id(t), t.clone()) for name, t in state.items()},
         "trainer_name": about.trainer,
         "init_args": {
-            "plans": model.about.plans.plans,
+            "plans": model.plans,
             "configuration": about.configuration,
             "fold": fold if fold == "all" else int(fold),
-            "dataset_json": model.about.dataset_json,
+            "dataset_json": model.dataset_json,
         },
         "inference_allowed_mirroring_axes": about.mirroring_axes,
         "current_epoch": about.epochs.get(fold, 0),
@@ -122,23 +117,21 @@ def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> di
 def unpack(file: Path, folder: Path) -> None:
     """Unpack a portable model into an empty folder, of which nothing is of use after an error.
 
-    The archive holds the files of a model and no others, all at top level or all in one folder. What its headers say
-    is not trusted: bytes are counted while it is unpacked.
+    What the archive's headers say is not trusted: bytes are counted while it is unpacked.
 
     Raises:
-        ModelError: not a zip file, damaged, too large, or holding other names, folders, links, devices, one name twice,
-            or something encrypted.
+        ModelError: not a zip file, damaged, too large, or holding anything but a model's files, in one folder.
         UsageError: there is no such file, or the folder cannot be written.
     """
     if not file.is_file():
         raise UsageError(f"{file} is not a file: name a portable model's folder or zip file")
+    left = LARGEST_MODEL
     try:
         with _Bounded(file) as stream, zipfile.ZipFile(stream) as archive:
-            left = LARGEST_MODEL
             for name, info in _members(archive, file).items():
                 # A header can claim any size of a packed file, but not one beyond the archive's.
                 packed = min(max(info.compress_size, 1), file.stat().st_size)
-                most = min(left, packed * LARGEST_RATIO, LARGEST_JSON if name.endswith(".json") else LARGEST_FILE)
+                most = min(left, packed * LARGEST_RATIO, LARGEST_JSON if name.endswith(".json") else left)
                 written = 0
                 with archive.open(info) as source, (folder / name).open("xb") as target:
                     while chunk := source.read(_CHUNK):
@@ -154,14 +147,10 @@ def unpack(file: Path, folder: Path) -> None:
 
 
 class _Bounded(io.FileIO):
-    """A file of which little is read at once: zipfile takes a whole list of contents at the length that it claims."""
+    """A file of which little is read at once: zipfile would take a list of contents of any length. It refuses half."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            size = max(0, os.fstat(self.fileno()).st_size - self.tell())
-        if size > 2 * _CHUNK:
-            raise zipfile.BadZipFile("its list of contents is larger than any model's")
-        return super().read(size)
+        return super().read(2 * _CHUNK if size is None or size < 0 else min(size, 2 * _CHUNK))
 
 
 def _members(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]:
@@ -172,19 +161,19 @@ def _members(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
         folder, slash, name = info.filename.rpartition("/")
         folders.add(folder + slash)
         kind = stat.S_IFMT(info.external_attr >> 16)
-        plain = not slash or re.fullmatch(r"(?!\.{1,2}$)[^/\\:\0]+", folder) is not None
-        if plain and slash and not name and kind in (0, stat.S_IFDIR) and not info.file_size:
+        if slash and not name and kind in (0, stat.S_IFDIR):
             continue  # the folder itself
-        refused = f"refused {file}: {info.orig_filename!r:.100}"
-        if name.endswith(".pth"):
-            remedy = "install it with nnUNetv2_install_pretrained_model_from_zip if you trust its source"
-            raise ModelError(f"{refused} is a pickled checkpoint of nnU-Net: {remedy}")
-        if info.orig_filename != info.filename or not is_file_of_a_model(name) or not plain or name in result:
-            raise ModelError(f"{refused} is not a file of a portable model, or comes twice")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise ModelError(f"{refused} is encrypted, or neither stored nor deflated")
-        if kind not in (0, stat.S_IFREG):
-            raise ModelError(f"{refused} is a link or a device, not a file")
+        refused = {
+            "is a pickled checkpoint of nnU-Net: if you trust its source, install it with "
+            "nnUNetv2_install_pretrained_model_from_zip": name.endswith(".pth"),
+            "is not a file of a portable model": info.orig_filename != info.filename or not is_file_of_a_model(name),
+            "comes twice": name in result,
+            "is encrypted": info.flag_bits & 1,
+            "is neither stored nor deflated": info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+            "is a link or a device, not a file": kind not in (0, stat.S_IFREG),
+        }
+        if reasons := [reason for reason, holds in refused.items() if holds]:
+            raise ModelError(f"refused {file}: {info.orig_filename!r:.100} {reasons[0]}")
         result[name] = info
     if len(folders) > 1:
         raise ModelError(f"refused {file}: its files lie in several folders, {sorted(folders)!r:.100}")

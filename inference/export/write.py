@@ -5,12 +5,13 @@ In both, lean checkpoints, which leave SAM's frozen weights out, are completed, 
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,25 +28,11 @@ from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_j
 from masksam_nnunet.modeling.network import LEAN
 from masksam_nnunet.plans.architecture import open_configuration
 
-from ..models import find_models, network_to_predict
+from ..models import find_models
 from ..predictor import same_bits
 from ..versions import versions
-from .description import (
-    DATASET,
-    FORMAT,
-    MODEL,
-    MOST_FOLDS,
-    PLANS,
-    SHARED,
-    VERSION,
-    Description,
-    file_entry,
-    fold_file,
-    is_portable,
-    read_foreign_json,
-)
-from .foreign_plans import check_model
-from .load import network_with
+from .description import DATASET, MODEL, PLANS, SHARED, Description, file_entry, fold_file, is_portable
+from .load import PortableModel, build_network, check_fit, first_names, shapes_of
 
 CHECKPOINT = "checkpoint_final.pth"
 _MODEL_FILES = (PLANS, DATASET, "dataset_fingerprint.json")
@@ -53,15 +40,11 @@ _FOLD_FILES = ("progress.png", "validation/summary.json")  # nnU-Net's export ne
 
 
 class Export(NamedTuple):
-    """What was written."""
+    """What was written; ``completed`` is the number of checkpoints that were lean."""
 
     output: Path
     checkpoints: int
     completed: int
-    """Number of checkpoints that were lean."""
-    shared_bytes: int = 0
-    """Of tensors that all folds agree on, and below of all files; portable models only."""
-    total_bytes: int = 0
 
 
 def export_model(
@@ -96,10 +79,8 @@ def export_model(
     if output.is_dir():
         raise UsageError(f"-o {output} is a folder: name a file in it")
     with writing(output), atomic_write(output) as draft:
-        names = tuple(model.name.split("__")[2] for model in models)
-        export_pretrained_model(
-            models[0].parent.name, str(draft), names, trainer, plans, tuple(folds), save_checkpoints=()
-        )
+        named = models[0].parent.name, str(draft), tuple(map(_configuration, models)), trainer, plans, tuple(folds)
+        export_pretrained_model(*named, save_checkpoints=())
         with zipfile.ZipFile(draft, "a") as archive:
             for file, checkpoint, was_lean in checkpoints:
                 name = str(file.relative_to(results))
@@ -111,56 +92,43 @@ def export_model(
     return Export(output, len(checkpoints), sum(was_lean for *_, was_lean in checkpoints))
 
 
-def export_portable(
-    dataset: str,
-    output: Path,
-    trainer: str,
-    plans: str,
-    configurations: Sequence[str] | None = None,
-    folds: Sequence[str] = ("0", "1", "2", "3", "4"),
-    force: bool = False,
-) -> Export:
-    """Write a trained model as a portable one; arguments and errors are those of :func:`export_model`, except:
-
-    Args:
-        output: the folder to write, or a zip file of it if its name ends in .zip; it must not exist.
-        configurations: one; may be left out where only one was trained.
-        force: replace an earlier portable model.
-    """
+def find_model(dataset: str, trainer: str, plans: str, configurations: Sequence[str] | None = None) -> Path:
+    """The folder of the one trained model that fits; raise ModelError for none, UsageError for several."""
     _, models = _model_folders(dataset, trainer, plans, configurations, (PLANS, DATASET))
     if len(models) > 1:
-        names = " ".join(model.name.split("__")[2] for model in models)
-        raise UsageError(f"a portable model has one configuration: name one of {names} (-c)")
-    return write_portable(models[0], output, folds, force)
+        raise UsageError(f"a portable model has one configuration: name one of {[*map(_configuration, models)]} (-c)")
+    return models[0]
 
 
 def write_portable(model: Path, output: Path, folds: Sequence[str], force: bool = False) -> Export:
-    """Write the model in one of nnU-Net's folders, ``TRAINER__PLANS__CONFIGURATION``, as :func:`export_portable` does.
+    """Write a trained model as a portable one; errors are those of :func:`export_model`.
 
     Checkpoints are read as tensors, numbers and texts only; no code in them is run.
+
+    Args:
+        model: one of nnU-Net's folders, ``TRAINER__PLANS__CONFIGURATION``.
+        output: the folder to write, or a zip file of it if its name ends in .zip; it must not exist.
+        folds: numbers, or "all".
+        force: replace an earlier portable model.
     """
     folds = tuple(dict.fromkeys(folds))
-    if not 0 < len(folds) <= MOST_FOLDS:
-        raise UsageError(f"-f names {len(folds)} folds; name 1 to {MOST_FOLDS}")
     packed = output.suffix == ".zip"
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         if not force:
             raise UsageError(f"-o {output} exists: name another target, or add --force to replace it")
         if output.is_symlink() or not (output.is_file() if packed else is_portable(output)):
             raise UsageError(f"-o {output} is not a portable model, and --force replaces nothing else")
     made = list(_full_checkpoints(model, [_fold_checkpoint(model, fold) for fold in folds]))
     contents = {fold: content for fold, (_, content, _) in zip(folds, made, strict=True)}
-    with writing(output), ExitStack() as stack:
+    with writing(output):
         if packed:
-            archive = stack.enter_context(atomic_write(output))
-            scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-            folder = Path(stack.enter_context(scratch))
+            with atomic_write(output) as draft, tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
+                _write(model, Path(scratch), contents)
+                _pack(Path(scratch), draft)
         else:
-            folder = stack.enter_context(atomic_folder(output))
-        shared, total = _write(model, folder, contents)
-        if packed:
-            _pack(folder, archive)
-    return Export(output, len(folds), sum(was_lean for *_, was_lean in made), shared, total)
+            with atomic_folder(output) as folder:
+                _write(model, folder, contents)
+    return Export(output, len(folds), sum(was_lean for *_, was_lean in made))
 
 
 @contextmanager
@@ -169,8 +137,7 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"cannot write {target}: {reason}; make room or name another target") from error
+        raise UsageError(f"cannot write {target}: {error.strerror or error}; make room or name another one") from error
 
 
 def _model_folders(
@@ -178,15 +145,12 @@ def _model_folders(
 ) -> tuple[Path, list[Path]]:
     """nnU-Net's results folder, and in it the folders of the models, each with the files ``needed``."""
     results, models = find_models(dataset, trainer, plans, configurations)
-    for file in (model / name for model in models for name in needed):
+    for model in models:
         try:
-            content = read_json(file)
-            if file.name == PLANS:
-                open_configuration(content, file.parent.name.split("__")[2])
-            elif not isinstance(content, dict):
-                raise ValueError("it is not a JSON object")
-        except (OSError, ValueError) as error:  # ConfigError is a ValueError
-            raise ModelError(f"{file} is missing, damaged or of another version: {error}; restore it") from error
+            contents = {name: dict(read_json(model / name)) for name in needed}
+            open_configuration(contents[PLANS], _configuration(model))
+        except (OSError, ValueError, TypeError) as error:  # ConfigError is a ValueError
+            raise ModelError(f"{model} lacks one of {needed}, or it is damaged: {error}; restore it") from error
     return results, models
 
 
@@ -212,100 +176,76 @@ def _full_checkpoints(model: Path, files: Sequence[Path]) -> Iterator[tuple[Path
         checkpoint = load_checkpoint(file)
         was_lean = LEAN in checkpoint["network_weights"]
         if was_lean:
-            if network is None:
-                plans, configuration = PlansManager(str(model / PLANS)), model.name.split("__")[2]
-                with torch.device("meta"):
-                    dataset_json = read_json(model / DATASET)
-                    network = network_to_predict(plans, configuration, dataset_json, checkpoint["trainer_name"])
+            network = network or _empty_network(model, checkpoint.get("trainer_name"))
             network.load_state_dict(checkpoint["network_weights"], assign=True)
             checkpoint |= {"network_weights": network.state_dict()}
         yield file, checkpoint, was_lean
 
 
-def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """Write all files of the portable model into ``folder``; the bytes of shared tensors, and of all files."""
-    states: dict[str, dict[str, Tensor]] = {fold: content["network_weights"] for fold, content in checkpoints.items()}
-    for fold, state in states.items():
-        odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        if odd := odd + list(state.keys() ^ next(iter(states.values())).keys()):
-            raise ModelError(f"fold {fold} of {model}: {odd[0]!r} is not a tensor in all folds: export it alone")
-    same_as = dict(set.intersection(*(set(_repeated(state)) for state in states.values())))
-    once = [{name: t for name, t in state.items() if name not in same_as} for state in states.values()]
+def _empty_network(model: Path, trainer: Any) -> nn.Module:
+    """The network of a model, without memory for its weights."""
+    plans = PlansManager(str(model / PLANS))
+    return build_network(plans, _configuration(model), read_json(model / DATASET), str(trainer), "meta")
+
+
+def _configuration(model: Path) -> str:
+    return model.name.split("__")[2]
+
+
+def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write all files of the portable model into ``folder``, and read them back: what cannot be loaded is not written.
+
+    Raises:
+        ModelError: the checkpoints do not belong together, or to the model; or it would not be accepted elsewhere.
+    """
+    keys = "trainer_name", "inference_allowed_mirroring_axes"
+    told: list[list[Any]] = [[checkpoint.get(key) for key in keys] for checkpoint in checkpoints.values()]
+    if any(values != told[0] for values in told):
+        raise ModelError(f"the folds of {model} differ in {' or '.join(keys)} ({told}): export each alone (-f)")
+    trainer, axes = told[0]
+    network = _empty_network(model, trainer)
+    once = []
+    for fold, checkpoint in checkpoints.items():
+        state: dict[str, Tensor] = checkpoint["network_weights"]
+        check_fit(f"fold {fold} of {model}", state, shapes_of(network.state_dict()))
+        once.append({name: state[name] for name in first_names(network).values()})
     first, *others = once
     shared = {n: t for n, t in first.items() if others and all(same_bits(other[n], t) for other in others)}
     for name in (PLANS, DATASET):
         shutil.copyfile(model / name, folder / name)
     if shared:
         _write_tensors(folder / SHARED, shared)
-    for fold, state in zip(states, once, strict=True):
+    for fold, state in zip(checkpoints, once, strict=True):
         _write_tensors(folder / fold_file(fold), {name: t for name, t in state.items() if name not in shared})
-    plans_json, dataset_json = (read_foreign_json(folder / name) for name in (PLANS, DATASET))
-    files = {file.name: file_entry(file) for file in sorted(folder.iterdir())}
-    description = _describe(model, plans_json, checkpoints, same_as=same_as, files=files)
-    plans = check_model(description, plans_json, dataset_json)
-    network_with(description, plans, dataset_json, states)  # what cannot be loaded is not written
-    write_json(folder / MODEL, description.model_dump(mode="json"))
-    return files[SHARED].bytes if shared else 0, sum(entry.bytes for entry in files.values())
-
-
-def _describe(model: Path, plans: Any, checkpoints: Mapping[str, Mapping[str, Any]], **more: Any) -> Description:
-    first = next(iter(checkpoints.values()))
-    for checkpoint in checkpoints.values():
-        for key in ("trainer_name", "inference_allowed_mirroring_axes"):
-            if checkpoint.get(key) != first.get(key):
-                values = f"{first.get(key)} and {checkpoint.get(key)}"
-                raise ModelError(f"the folds of {model} differ in {key} ({values}): export each alone (-f)")
-    axes = first.get("inference_allowed_mirroring_axes")
-    configuration = model.name.split("__")[2]
+    plans = read_json(model / PLANS)
     try:
-        configurations = {checkpoint["init_args"]["configuration"] for checkpoint in checkpoints.values()}
-        if configurations != {configuration}:
-            raise ValueError(f"its checkpoints are of configuration {configurations}")
-        # As nnU-Net resolves it; plans of its first versions hold no architecture.
-        network = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
-        return Description(
-            format=FORMAT,
-            format_version=VERSION,
-            dataset=plans.get("dataset_name"),
-            plans=plans.get("plans_name"),
-            configuration=configuration,
-            trainer=str(first.get("trainer_name")),
-            network=network,
+        description = Description(
+            dataset=plans["dataset_name"],
+            plans=plans["plans_name"],
+            configuration=_configuration(model),
+            trainer=trainer,
             folds=tuple(checkpoints),
             epochs={fold: int(checkpoint.get("current_epoch", 0)) for fold, checkpoint in checkpoints.items()},
             mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
+            files={file.name: file_entry(file) for file in sorted(folder.iterdir())},
             versions=versions(),
-            **more,
         )
-    except Exception as error:  # nnU-Net's of plans, pydantic's of names
-        raise ModelError(f"{model} cannot be described, configuration {configuration}: {in_short(error)}") from error
-
-
-def _repeated(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Names under which a state dict repeats a tensor, with the first name of that tensor."""
-    first: dict[object, str] = {}
-    for name, tensor in state.items():
-        if tensor.numel():
-            place = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride(), tensor.shape
-            known = first.setdefault((place, tensor.dtype), name)
-            if known != name:
-                yield name, known
+        write_json(folder / MODEL, description.model_dump(mode="json"))
+        PortableModel(folder).read()
+    except (ModelError, LookupError, TypeError, ValueError) as error:  # ValueError: pydantic's
+        raise ModelError(f"{model} cannot be exported: {error}") from error
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; raise ModelError for numbers that the format does not have, or OSError."""
+    """Write a safetensors file; raise ModelError for a full disk, or numbers that the format does not have."""
     file.touch()
     mode = file.stat().st_mode  # the library would leave a file that others cannot read
     # The format wants tensors that are contiguous and share no storage.
     alone = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     try:
         save_file(alone, str(file), {"format": "pt"})
-    except SafetensorError as error:
-        if "os error" in str(error):  # how Rust ends the system's message
-            raise OSError(str(error)) from error
-        raise ModelError(f"cannot write {file}: {error}") from error
-    except KeyError as error:
-        raise ModelError(f"cannot write {file}: safetensors has no numbers of type {error}") from error
+    except (SafetensorError, KeyError) as error:
+        raise ModelError(f"cannot write {file}: {in_short(error)}") from error
     file.chmod(mode)
 
 

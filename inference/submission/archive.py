@@ -15,17 +15,12 @@ from masksam_nnunet.plans.images import open_nifti
 
 from .inspection import Inspection, SubmittedFile, label_values
 
-_DATE = (1980, 1, 1, 0, 0, 0)  # zip's first
 _PRIVATE = ("descrip", "aux_file", "db_name", "intent_name")
 _LEVEL = 6
 
 
 def require_place(out: Path, predictions: Path, *, force: bool = False) -> None:
-    """Refuse a place for the archive before the predictions are checked, which may take long.
-
-    Raises:
-        UsageError: the file is no zip, or it is there already, or it lies among the predictions.
-    """
+    """Raise UsageError for a place where no archive can be; before the predictions are checked, which may take long."""
     if out.suffix.lower() != ".zip" or out.is_dir():
         raise UsageError(f"--out {out}: name a file that ends in .zip")
     if out.exists() and not force:
@@ -47,20 +42,21 @@ def package(inspection: Inspection, out: Path) -> None:
         with atomic_write(out) as draft:
             with zipfile.ZipFile(draft, "w") as archive:
                 for file in sorted(inspection.files, key=lambda file: file.name):
-                    archive.writestr(_zip_entry(file.name), _submitted(file))
+                    entry = zipfile.ZipInfo(file.name)  # without a date: the same files give the same archive
+                    entry.external_attr = 0o644 << 16
+                    archive.writestr(entry, _submitted(file))
             with zipfile.ZipFile(draft) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise DataError(f"{out}: {damaged} is damaged on the disk; nothing was kept, run again")
     except (OSError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--out {out} cannot be written: {reason}; nothing was kept") from error
+        raise UsageError(f"--out {out} cannot be written: {error}; nothing was kept") from error
 
 
 def refusal(inspection: Inspection) -> str:
     """Every defect, one a line."""
-    count = "1 defect" if len(inspection.defects) == 1 else f"{len(inspection.defects)} defects"
-    return f"{inspection.title}: {count}, nothing was written:" + "".join(f"\n  {d}" for d in inspection.defects)
+    defects = "\n  ".join(inspection.defects)
+    return f"{inspection.title}: nothing was written; defects: {len(inspection.defects)}\n  {defects}"
 
 
 def _submitted(file: SubmittedFile) -> bytes:
@@ -95,11 +91,3 @@ def _submitted(file: SubmittedFile) -> bytes:
     if stored.dtype != voxels.dtype or not np.array_equal(stored, voxels) or not np.allclose(made.affine, model.affine):
         raise DataError(f"{file.name} as it would be submitted differs from {file.prediction}; nothing was kept")
     return content
-
-
-def _zip_entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, _DATE)
-    entry.compress_type = zipfile.ZIP_DEFLATED
-    entry.create_system = 3  # Unix, on every system
-    entry.external_attr = 0o644 << 16
-    return entry

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from masksam_nnunet.errors import DataError, UsageError
+from pydantic import StrictInt, TypeAdapter
+
+from masksam_nnunet.errors import DataError, UsageError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.datasets.acdc import named_frames
 from masksam_nnunet.plans.datasets.conversion import nifti_names
@@ -15,59 +17,34 @@ from masksam_nnunet.plans.datasets.conversion import nifti_names
 from .rules import ENDING, Rules
 
 _FRAMES = "frames.json"
-_IMAGE_ENDINGS = (ENDING, ".nii", ".mha", ".mhd", ".nrrd", ".hdr", ".img", ".tif", ".tiff", ".png")
 _PROBABILITIES = (".npz", ".npy", ".pkl")
-_OF_NNUNET = (
-    *("dataset.json", "plans.json", "predict_from_raw_data_args.json", "summary.json"),
-    *("postprocessing.json", "postprocessing.pkl"),
-)
 
 
 def find_predictions(folder: Path, rules: Rules) -> tuple[dict[str, Path], list[str], int]:
-    """Sort the content of a folder of predictions; hidden files and what nnU-Net writes beside them are ignored.
+    """Sort the content of a folder of predictions; hidden files and JSON, which nnU-Net writes there, are ignored.
 
     Returns:
-        The file of each case, even where its extension is wrong; files that do not belong there and cases with
-        several files; the number of files of probabilities.
+        The file of each case; files that do not belong there; the number of files of probabilities.
     """
     cases: dict[str, Path] = {}
     defects: list[str] = []
     probabilities = 0
-    images: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
-        name = path.name
-        if name.startswith(".") or name in _OF_NNUNET:
+        case = path.name.removesuffix(ENDING)
+        if path.name.startswith(".") or path.suffix == ".json":
             continue
-        ending = next((end for end in _IMAGE_ENDINGS if name.lower().endswith(end)), None)
-        if ending and not path.is_dir():
-            images.setdefault(name[: -len(ending)], []).append(name)
-        elif path.suffix in _PROBABILITIES:
+        if path.suffix in _PROBABILITIES:
             probabilities += 1
+        elif case != path.name and rules.match(case) is not None:
+            cases[case] = path
         else:
-            defects.append(f"{name}: does not belong in a folder of predictions")
-    for case, names in images.items():
-        known = rules.match(case) is not None
-        if known:
-            cases[case] = folder / (case + ENDING if case + ENDING in names else names[0])
-        if len(names) > 1:
-            defects.append(f"{case}: there are several files, {' and '.join(names)}; remove all but one")
-        elif not names[0].endswith(ENDING):
-            defects.append(f"{names[0]}: predictions must end in {ENDING}")
-        elif not known:
-            defects.append(f"{names[0]}: cases are named like {rules.case.pattern}{ENDING}")
+            defects.append(f"{path.name}: does not belong here; predictions are named {rules.case.pattern}{ENDING}")
     return cases, defects, probabilities
 
 
 def find_images(folder: Path, rules: Rules) -> dict[str, Path]:
-    """The image of each case in a folder: nnU-Net's CASE_0000, or as in the download, also in folders of patients.
-
-    Raises:
-        UsageError: there is none.
-    """
-    places = [folder]
-    if rules.task:
-        places += [folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"]
-    for place in places:
+    """The image of each case: nnU-Net's CASE_0000, or as in the download or a patient's folder; UsageError if none."""
+    for place in (folder, folder / rules.task / "imagesTs", folder / rules.task, folder / "imagesTs"):
         if found := _images_in(place, rules):
             return found
     patients = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -90,14 +67,12 @@ def _images_in(folder: Path, rules: Rules) -> dict[str, Path]:
 def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
     """ED or ES for each case of ACDC, from frames.json of ``masksam convert acdc`` or Info.cfg of the download.
 
-    Args:
-        images: the folder given with --images: the converted imagesTs or the download's testing.
-        dataset: the raw dataset given with -d.
+    ``images`` is the converted imagesTs or the download's testing, ``dataset`` the raw dataset.
 
     Raises:
         DataError: there is neither, or frames.json cannot be read.
     """
-    for place in [place for place in (images, images.parent if images else None, dataset) if place]:
+    for place in filter(None, (images, images and images.parent, dataset)):
         if (place / _FRAMES).is_file():
             try:
                 return {str(case): str(phase) for case, phase in read_json(place / _FRAMES).items()}
@@ -114,23 +89,18 @@ def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
     return phases
 
 
-def file_names(
-    cases: Mapping[str, Path], rules: Rules, phases: Mapping[str, str] | None
-) -> tuple[dict[str, str], list[str]]:
+def file_names(cases: Iterable[str], rules: Rules, phases: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The challenge's file name of each case, and why some have none or share one."""
     names: dict[str, str] = {}
     defects: list[str] = []
-    cases_of: dict[str, list[str]] = {}
     for case in cases:
-        fields = {**(rules.match(case) or {}), "case": case, "task": rules.task}
-        if rules.needs_phase:
-            if phases is None or phases.get(case) not in ("ED", "ES"):
-                defects.append(f"{case}: neither {_FRAMES} nor Info.cfg says whether this frame is ED or ES")
-                continue
-            fields["phase"] = phases[case]
-        names[case] = rules.file_name.format(**fields)
-        cases_of.setdefault(names[case], []).append(case)
-    defects += [f"{' and '.join(same)} would both be {name}" for name, same in cases_of.items() if len(same) > 1]
+        if rules.needs_phase and phases.get(case) not in ("ED", "ES"):
+            defects.append(f"{case}: neither {_FRAMES} nor Info.cfg says whether this frame is ED or ES")
+            continue
+        fields = {**(rules.match(case) or {}), "case": case, "task": rules.task, "phase": phases.get(case)}
+        name = rules.file_name.format(**fields)
+        defects += [f"{other} and {case} would both be {name}" for other, used in names.items() if used == name]
+        names[case] = name
     return names, defects
 
 
@@ -146,22 +116,15 @@ def expected_names(rules: Rules) -> set[str] | None:
 
 
 def read_labels(places: Sequence[Path]) -> dict[str, int]:
-    """The labels by name in the first dataset.json that exists, without the ignore label, which no prediction holds.
-
-    Raises:
-        DataError: there is no file, it cannot be read, or its labels are missing or regions.
-    """
+    """The labels by name in the first dataset.json that exists, without the ignore label; DataError if none."""
     path = next((path for path in places if path.is_file()), places[0])
     try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give the model's with --dataset-json or -d") from error
-    labels = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(labels, dict) or not labels or not all(type(value) is int for value in labels.values()):
+        labels = TypeAdapter(dict[str, StrictInt]).validate_python(dict(read_json(path))["labels"])
+    except (OSError, ValueError, TypeError, LookupError) as error:  # ValueError: JSON's and pydantic's
         raise DataError(
-            f"{path}: labels must be whole numbers by name, not {labels!r}; for regions, name a file of the values "
-            "that predictions hold with --dataset-json"
-        )
+            f"{path} cannot be read, or has no labels that are whole numbers by name ({in_short(error)}); name the "
+            "model's, or for regions a file of the values that predictions hold, with --dataset-json"
+        ) from error
     return {name: value for name, value in labels.items() if name != "ignore"}
 
 
@@ -175,34 +138,25 @@ def match_labels(model: Mapping[str, int], rules: Rules) -> tuple[dict[int, int]
         a partner; a note on labels of the challenge that stay empty.
     """
     labels = rules.labels
-    known = {_plain(name): name for name in labels}
-    for name, others in rules.also_called.items():
-        if name in labels:
-            for other in others:
-                known.setdefault(_plain(other), name)
-    values: dict[int, int] = {}
-    matched: dict[str, list[str]] = {}
-    defects: list[str] = []
-    for name, value in model.items():
-        target = known.get(_plain(name))
-        if target is None:
-            defects.append(
-                f"label {name!r} ({value}) in dataset.json is none of the challenge's ({', '.join(labels)}); if it is "
-                'one by another name, give --rules with {"also_called": {CHALLENGE\'S NAME: [NAME, ...]}}'
-            )
-        else:
-            values[value] = labels[target]
-            matched.setdefault(target, []).append(name)
-    for target, names in matched.items():
-        if len(names) > 1:
-            defects.append(f"labels {names} in dataset.json are all {target!r} of the challenge")
-    missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in matched)
-    notes: list[str] = []
+    known = {_plain(other): name for name in labels for other in rules.also_called.get(name, ())}
+    known |= {_plain(name): name for name in labels}
+    targets = {name: known.get(_plain(name)) for name in model}
+    defects = [
+        f"label {name!r} ({model[name]}) in dataset.json is none of the challenge's ({', '.join(labels)}); if it is "
+        'one by another name, give --rules with {"also_called": {CHALLENGE\'S NAME: [NAME, ...]}}'
+        for name, target in targets.items()
+        if target is None
+    ]
+    values = {model[name]: labels[target] for name, target in targets.items() if target is not None}
+    for label in labels:
+        if len(names := [name for name, target in targets.items() if target == label]) > 1:
+            defects.append(f"labels {names} in dataset.json are all {label!r} of the challenge")
+    missing = ", ".join(f"{name} ({value})" for name, value in labels.items() if name not in targets.values())
     if missing and rules.all_labels:
         defects.append(f"dataset.json has no labels {missing} of the challenge; use a model that was trained on them")
-    elif missing:
-        notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
-    return values, defects, notes
+        missing = ""
+    notes = [f"the model does not know {missing}: they stay empty, which scores 0 where they are in the truth"]
+    return values, defects, notes if missing else []
 
 
 def _plain(name: str) -> str:

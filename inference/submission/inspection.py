@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 from nibabel.affines import voxel_sizes
-from nibabel.arrayproxy import ArrayProxy
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import UsageError, in_short
@@ -22,6 +22,7 @@ from .cases import expected_names, file_names, find_images, find_phases, find_pr
 from .rules import ENDING, Rules, UnconfirmedRule, load_rules
 
 _LISTED = 10
+_ROUNDING = 2e-4  # scaling in a header leaves 0.9999
 
 
 @dataclass(frozen=True)
@@ -77,68 +78,66 @@ def inspect(
     Args:
         challenge: one of ``rules.CHALLENGES``.
         predictions: nnU-Net's predictions; for the decathlon also a folder of such folders, named by task.
-        images: folder of the images that were predicted, by default imagesTs of ``dataset``.
-        dataset: number or name of a raw dataset of nnU-Net.
-        dataset_json: whose label names count, by default that beside the predictions, else ``dataset``'s.
-        override: a file of the user's own rules.
-        task: of the decathlon, by default the one that the names of the cases fit.
+        images, dataset, dataset_json, override, task: as ``masksam submit`` describes them.
 
     Raises:
         UsageError: an option is wrong, or a place that it names.
         DataError: there is no such dataset, or the labels or ACDC's phases are unknown.
     """
-    title, general_notes, rules, unconfirmed = load_rules(challenge, override)
+    rules = load_rules(challenge, override)
     raw = Path(os.environ["nnUNet_raw"]) / find_dataset(dataset, ("nnUNet_raw",)) if dataset is not None else None
     if images is None and raw is not None and (raw / "imagesTs").is_dir():
         images = raw / "imagesTs"
     files: list[SubmittedFile] = []
     defects: list[str] = []
-    notes = list(general_notes)
+    notes = list(rules.notes)
     try:
-        parts = _parts(Path(os.path.abspath(predictions)), rules, task)
+        parts = _parts(Path(os.path.abspath(predictions)), rules.tasks, task)
         for folder, own in parts:
             part_files, part_defects, part_notes = _inspect_part(folder, own, images, raw, dataset_json)
-            several = len(parts) > 1
+            prefix = f"{own.task}/" if len(parts) > 1 else ""
             files += part_files
-            defects += [f"{own.task}/{defect}" if several else defect for defect in part_defects]
-            notes += [f"{own.task}: {note}" if several else note for note in part_notes]
+            defects += [prefix + defect for defect in part_defects]
+            notes += [prefix + note for note in part_notes]
     except OSError as error:
         raise UsageError(f"{error.filename or predictions} cannot be read: {error.strerror}") from error
     present = {own.task for _, own in parts}
     if missing := [name for name in rules.tasks if name not in present]:
         text = f"{len(missing)} of {len(rules.tasks)} tasks are missing: {', '.join(missing)}"
-        if rules.all_tasks:
+        if parts[0][1].all_tasks:
             defects.append(text)
         else:
             notes.append(f"{text}; for an archive of several tasks, give a folder with a folder for each")
     unconfirmed = tuple(
-        rule._replace(value={name: rule.value[name] for name in sorted(present)}) if rule.name == "tasks" else rule
-        for rule in unconfirmed
+        rule._replace(value={name: rule.value.get(name) for name in sorted(present)}) if rule.name == "tasks" else rule
+        for rule in rules.unconfirmed
     )
-    return Inspection(title, tuple(files), tuple(defects), tuple(dict.fromkeys(notes)), unconfirmed)
+    return Inspection(rules.title, tuple(files), tuple(defects), tuple(dict.fromkeys(notes)), unconfirmed)
 
 
-def _parts(folder: Path, rules: Rules, task: str | None) -> list[tuple[Path, Rules]]:
+def _parts(folder: Path, tasks: Mapping[str, Rules], task: str | None) -> list[tuple[Path, Rules]]:
     """The folders of predictions, one for each task, with their rules."""
     if not folder.is_dir():
         raise UsageError(f"PREDICTIONS {folder}: there is no such folder; name the one that nnU-Net predicted into")
-    if task is not None and task not in rules.tasks:
-        raise UsageError(f"--task {task}: the challenge's tasks are {', '.join(rules.tasks) or 'none; leave it out'}")
-    if not rules.tasks:
-        return [(folder, rules)]
-    inside = [name for name in rules.tasks if (folder / name).is_dir()]
-    if task is None and inside:
+    if "" in tasks and task is None:
+        return [(folder, tasks[""])]
+    if task is not None:
+        if not task or task not in tasks:
+            there = ", ".join(filter(None, tasks)) or "none; leave it out"
+            raise UsageError(f"--task {task}: the challenge's tasks are {there}")
+        return [(folder, tasks[task])]
+    inside = [name for name in tasks if (folder / name).is_dir()]
+    if inside:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if stray := [name for name in names if name not in inside]:
             raise UsageError(f"PREDICTIONS {folder} holds {_listed(stray)} beside folders of tasks; move that away")
-        return [(folder / name, rules.of_task(name)) for name in inside]
-    if task is None:
-        stems = [path.name.removesuffix(ENDING) for path in folder.glob(f"[!.]*{ENDING}")]
-        fitting = {name: sum(rules.of_task(name).match(stem) is not None for stem in stems) for name in rules.tasks}
-        task = max(fitting, key=lambda name: fitting[name])
-        if not fitting[task]:
-            raise UsageError(f"PREDICTIONS {folder} holds no case of a task; name one with --task")
-    return [(folder, rules.of_task(task))]
+        return [(folder / name, tasks[name]) for name in inside]
+    stems = [path.name.removesuffix(ENDING) for path in folder.glob(f"[!.]*{ENDING}")]
+    fitting = {name: sum(rules.match(stem) is not None for stem in stems) for name, rules in tasks.items()}
+    likeliest = max(fitting, key=lambda name: fitting[name])
+    if not fitting[likeliest]:
+        raise UsageError(f"PREDICTIONS {folder} holds no case of a task; name one with --task")
+    return [(folder, tasks[likeliest])]
 
 
 def _inspect_part(
@@ -158,18 +157,17 @@ def _inspect_part(
     if left_out := sorted(found.keys() & set(rules.left_out)):
         notes.append(f"left out, since the challenge does not take them: {', '.join(left_out)}")
     cases = {case: path for case, path in found.items() if case not in left_out}
-    phases = find_phases(place, dataset) if rules.needs_phase else None
+    phases = find_phases(place, dataset) if rules.needs_phase else {}
     names, unnamed = file_names(cases, rules, phases)
-    wanted = {case: path for case, path in images.items() if case not in rules.left_out}
-    defects += misplaced + unnamed + _set_defects(cases, names, wanted, rules, phases)
-    readable = {case: path for case, path in cases.items() if path.name.endswith(ENDING)}
+    wanted, _ = file_names(images.keys() - set(rules.left_out), rules, phases)
+    defects += misplaced + unnamed + _set_defects(names, wanted, rules)
     allowed = set(labels.values())
     checks = in_threads(
-        lambda case: prediction_defects(readable[case], images.get(case), allowed), list(readable), "checking"
+        lambda case: prediction_defects(cases[case], images.get(case), allowed), list(cases), "checking"
     )
-    for path, (wrong, _) in zip(readable.values(), checks, strict=True):
+    for path, (wrong, _) in zip(cases.values(), checks, strict=True):
         defects += [f"{path.name}: {defect}" for defect in wrong]
-    empty = [path.name for path, (_, is_empty) in zip(readable.values(), checks, strict=True) if is_empty]
+    empty = [path.name for path, (_, is_empty) in zip(cases.values(), checks, strict=True) if is_empty]
     if empty:
         notes.append(f"background only: {_listed(empty)}")
     prefix = rules.folder.format(task=rules.task) + "/" if rules.folder else ""
@@ -180,30 +178,22 @@ def _inspect_part(
     return files, defects, notes
 
 
-def _set_defects(
-    cases: Mapping[str, Path],
-    names: Mapping[str, str],
-    images: Mapping[str, Path],
-    rules: Rules,
-    phases: Mapping[str, str] | None,
-) -> list[str]:
-    """Cases that are missing or too many, and a number of files that is not accepted."""
-    defects = []
+def _set_defects(names: Mapping[str, str], images: Mapping[str, str], rules: Rules) -> list[str]:
+    """Files that are missing or too many, given the file name of each prediction and of each image."""
     official = expected_names(rules)
-    named_images, _ = file_names(images, rules, phases)
+    defects = []
     for case, name in names.items():
         if official is not None and name not in official:
-            defects.append(f"{cases[case].name}: {name} is none of the {len(official)} files that the challenge takes")
+            defects.append(f"{case}{ENDING}: {name} is none of the {len(official)} files that the challenge takes")
         elif images and case not in images:
-            defects.append(f"{cases[case].name}: there is no image of this case in --images")
-    wanted = {name: case for case, name in named_images.items() if official is None or name in official}
+            defects.append(f"{case}{ENDING}: there is no image of this case in --images")
+    wanted = {name: f" ({case}{ENDING})" for case, name in images.items() if official is None or name in official}
     for name in sorted(((official or set()) | wanted.keys()) - set(names.values())):
-        source = f" ({wanted[name]}{ENDING})" if name in wanted else ""
-        defects.append(f"{name}: the prediction is missing{source}")
-    if rules.counts is not None and len(cases) not in rules.counts:
+        defects.append(f"{name}: the prediction is missing{wanted.get(name, '')}")
+    if rules.counts is not None and len(names) not in rules.counts:
         counts = " or ".join(map(str, rules.counts))
-        defects.append(f"there are {len(cases)} predictions, the challenge takes exactly {counts}")
-    if not cases:
+        defects.append(f"there are {len(names)} predictions, the challenge takes exactly {counts}")
+    if not names:
         defects.append("there is no prediction")
     return defects
 
@@ -212,26 +202,19 @@ def _set_defects(
 
 
 def prediction_defects(path: Path, image: Path | None, allowed: Set[int]) -> tuple[list[str], bool]:
-    """What is wrong with a prediction, and whether it holds background only.
-
-    Args:
-        path: a NIfTI file.
-        image: the image that it must lie on, None if unknown.
-        allowed: the values that it may hold.
-    """
+    """Defects of a file that must lie on ``image`` and hold ``allowed`` values, and whether it is background only."""
     try:
         check_whole(path)
-        volume = open_nifti(path)
-        stored = np.asanyarray(volume.dataobj)
+        stored = np.asanyarray(open_nifti(path).dataobj)
+    except FileNotFoundError:
+        return ["is a link to a file that is not there; copy the prediction itself"], False
     except Exception as error:  # nibabel, gzip and zlib each raise their own
         return [f"cannot be read, it is truncated or damaged ({in_short(error)}); predict this case again"], False
     if stored.ndim != 3:
         return [f"has the shape {stored.shape}, a label map has 3 dimensions"], False
     defects = _grid_defects(path, image) if image else []
-    scaling = cast(ArrayProxy, volume.dataobj)
-    rounding = 0.0 if (scaling.slope, scaling.inter) == (1, 0) else 2e-4  # scaling in a header leaves 0.9999
     with np.errstate(invalid="ignore"):  # inf - inf
-        odd = stored[~(np.abs(stored - np.rint(stored)) <= rounding)]
+        odd = stored[~(np.abs(stored - np.rint(stored)) <= _ROUNDING)]
     if odd.size:
         what = f"{odd.size} voxels are NaN, infinite or no whole numbers, such as {odd[0]:g} ({stored.dtype})"
         return [*defects, f"is no label map: {what}; give label maps, not probabilities"], False
@@ -244,10 +227,7 @@ def prediction_defects(path: Path, image: Path | None, allowed: Set[int]) -> tup
 
 def label_values(stored: NDArray[Any]) -> set[int]:
     """The values of a label map (X, Y, Z), rounded; found slice by slice, which sorts little at once."""
-    found: set[int] = set()
-    for index in range(stored.shape[2]):
-        found.update(int(value) for value in np.unique(np.rint(stored[..., index])))
-    return found
+    return {int(value) for plane in np.moveaxis(stored, 2, 0) for value in np.unique(np.rint(plane))}
 
 
 def _grid_defects(path: Path, image: Path) -> list[str]:
@@ -262,13 +242,11 @@ def _grid_defects(path: Path, image: Path) -> list[str]:
         return [f"cannot be compared with its image {image} ({in_short(error)}); unpack the images again"]
     if difference is None:
         return []
-    try:
+    with suppress(RuntimeError):  # ITK refuses axes that are not at right angles
         if _itk_grid(image).difference(_itk_grid(path)) is None:
             return []
-    except RuntimeError:  # ITK refuses axes that are not at right angles
-        pass
-    what, wanted, found = difference
-    return [f"{what} {_numbers(found)} is not its image's {_numbers(wanted)}; predict from the challenge's own images"]
+    what, wanted, found = (difference[0], *(np.round(value, 4).tolist() for value in difference[1:]))
+    return [f"{what} {found} is not its image's {wanted}; predict from the challenge's own images"]
 
 
 def _nibabel_grid(path: Path) -> ImageGeometry:
@@ -289,11 +267,6 @@ def _itk_grid(path: Path) -> ImageGeometry:
     direction = np.reshape(reader.GetDirection(), (axes, axes))[:3, :3]
     placement = {"origin": np.array(reader.GetOrigin()[:3]), "direction": direction.ravel()}
     return ImageGeometry(tuple(reader.GetSize()[:3]), tuple(reader.GetSpacing()[:3]), placement)
-
-
-def _numbers(value: object) -> str:
-    parts = np.ravel(np.asarray(value, dtype=float)).round(6)  # no -0
-    return "(" + ", ".join(f"{part + 0.0:.4g}" for part in parts) + ")"
 
 
 def _listed(names: list[str]) -> str:

@@ -52,10 +52,10 @@ def export(
     announce_trainers()
     chosen = folds or ("0", "1", "2", "3", "4")
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; the path alone is for pipes
-        from masksam_nnunet.inference.export.write import export_model, export_portable
+        from masksam_nnunet.inference.export.write import export_model, find_model, write_portable
 
         if format_ is Format.safetensors:
-            done = export_portable(dataset, output, trainer, plans, configurations, chosen, force)
+            done = write_portable(find_model(dataset, trainer, plans, configurations), output, chosen, force)
         else:
             done = export_model(dataset, output, trainer, plans, configurations, chosen)
     typer.echo(output)
@@ -63,8 +63,6 @@ def export(
     if format_ is Format.nnunet:
         typer.echo(f"install it with: nnUNetv2_install_pretrained_model_from_zip {output}", err=True)
         return
-    size, shared = done.total_bytes / 1e6, done.shared_bytes / 1e6
-    typer.echo(f"{size:.1f} MB, of which {shared:.1f} MB are shared by all folds", err=True)
     if output.suffix != ".zip":
         typer.echo(f"predict with: masksam predict --model {output} -i IN -o OUT", err=True)
     typer.echo(f"install it with: masksam import {output}", err=True)

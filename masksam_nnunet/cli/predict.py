@@ -104,7 +104,7 @@ def predict(
     require_device(device)
     import torch
 
-    from masksam_nnunet.inference.export.load import PortablePredictModel
+    from masksam_nnunet.inference.export.load import PortableModel
     from masksam_nnunet.inference.methods import Method
     from masksam_nnunet.inference.models import TrainedModel, parse_folds, trained_models
     from masksam_nnunet.inference.predict.ensemble import parse_members
@@ -119,7 +119,7 @@ def predict(
     if model is not None:
         if dataset or configuration or trainer or ensemble:
             raise UsageError(f"--model {model} names the model: leave -d, -c, -tr and --ensemble out")
-        models = [PortablePredictModel(model, numbers if folds else None)]
+        models = [PortableModel(model, numbers if folds else None)]
     elif not dataset or not (configuration or ensemble):
         raise UsageError(f"name the model with -d and -c, or with --model; {'-c' if dataset else '-d'} is missing")
     elif ensemble and trainer:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +26,11 @@ def commands(page: str, folder: Path) -> list[list[str]]:
         folder: an empty folder for temporary files.
     """
     text = "\n".join(blocks(page, "sh"))
-    recorded, recorder = folder / "commands.json", folder / "record.py"
-    recorder.write_text(
-        "import json, sys\nwith open(sys.argv[1], 'a') as f: f.write(json.dumps(sys.argv[2:]) + '\\n')\n"
-    )
     # bash calls command_not_found_handle for every command that is not a builtin, since PATH is empty.
-    script = [f'command_not_found_handle() {{ {sys.executable} -S "{recorder}" "{recorded}" "$@"; }}']
+    script = ["command_not_found_handle() { printf '%s\\0' \"$@\" >> recorded; printf '\\n\\0' >> recorded; }"]
     for name in {".", *re.findall(r"^[\w./]+/[\w.]+\.sh", text, re.MULTILINE)}:
         script.append(f'{name}() {{ command_not_found_handle {name} "$@"; }}')
     script += ["PATH=/nowhere", text]
     subprocess.run(["/bin/bash", "-c", "\n".join(script)], cwd=folder, check=True)
-    return [json.loads(line) for line in recorded.read_text().splitlines()]
+    lines = (folder / "recorded").read_text().split("\0\n\0")
+    return [line.split("\0") for line in lines if line]

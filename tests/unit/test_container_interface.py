@@ -53,19 +53,15 @@ def test_several_cases_are_matched_by_name(tmp_path: Path) -> None:
     assert [job.target.name for job in jobs] == ["1.mha", "2.mha"]
 
 
-@pytest.mark.parametrize(
-    ("files", "channels", "targets"),
-    [
+def test_flat_folders_keep_their_names(tmp_path: Path) -> None:
+    for files, channels, targets in (
         (["amos_0007.nii.gz", "amos_0001.nii.gz", "readme.txt"], ["CT"], ["amos_0001.nii.gz", "amos_0007.nii.gz"]),
-        (["b_0001.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"], ["T1", "T2"], ["a.nii.gz", "b.nii.gz"]),
-    ],
-)
-def test_flat_folders_keep_their_names(
-    files: list[str], channels: list[str], targets: list[str], tmp_path: Path
-) -> None:
-    jobs = find_jobs(touch(tmp_path, *files), Path("/out"), ContainerOptions(), channels)
-    assert [job.target for job in jobs] == [Path("/out") / name for name in targets]
-    assert all([*job.channels] == sorted(job.channels) and len(job.channels) == len(channels) for job in jobs)
+        (["b_0001.nii", "b_0000.nii", "a_0000.nii", "a_0001.nii"], ["T1", "T2"], ["a.nii", "b.nii"]),
+    ):
+        source = touch(tmp_path / str(len(channels)), *files)
+        jobs = find_jobs(source, Path("/out"), ContainerOptions(), channels)
+        assert [job.target for job in jobs] == [Path("/out") / name for name in targets]
+        assert all([*job.channels] == sorted(job.channels) and len(job.channels) == len(channels) for job in jobs)
 
 
 def write_json(text: str) -> Callable[[Path], object]:
@@ -115,19 +111,14 @@ def test_inputs_that_are_refused(
 
 def test_container_json_and_what_overrides_it(tmp_path: Path) -> None:
     assert ContainerOptions.read(tmp_path) == ContainerOptions()
-    (tmp_path / "container.json").write_text('{"channels": ["t2", "adc"], "output": "lesion-map", "mirroring": false}')
-    read = ContainerOptions.read(tmp_path, {"output": "b", "folds": ["0"]})
+    file = tmp_path / "container.json"
+    file.write_text('{"channels": ["t2", "adc"], "output": "lesion-map", "mirroring": false}')
+    read = ContainerOptions.read(tmp_path, {"output": "b", "folds": ["0"], "mirroring": None})
     assert read == ContainerOptions(channels=["t2", "adc"], output="b", folds=["0"], mirroring=False)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[]", "{", '{"output": "../x"}', '{"channel": 1}', '{"step_size": 0}'],
-)
-def test_a_wrong_container_json(text: str, tmp_path: Path) -> None:
-    (tmp_path / "container.json").write_text(text)
-    with pytest.raises(UsageError, match=r"container\.json"):
-        ContainerOptions.read(tmp_path)
+    for text in ("[1]", "{", '{"output": "../x"}', '{"channel": 1}'):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=r"container\.json"):
+            ContainerOptions.read(tmp_path)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -140,26 +131,24 @@ def test_damaged_meta_images_are_found(tmp_path: Path) -> None:
     whole = file.read_bytes()
     data = whole.index(b"LOCAL\n") + len(b"LOCAL\n")
     other = tmp_path / "b.mha"
-    for place in range(data, len(whole), max(1, (len(whole) - data) // 40)):
-        other.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with pytest.raises(DataError):
-            check_meta_image(other)
-        other.write_bytes(whole[:place])
-        with pytest.raises(DataError):
-            check_meta_image(other)
+    for place in range(data, len(whole), (len(whole) - data) // 8):
+        for damaged in (whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :], whole[:place]):
+            other.write_bytes(damaged)
+            with pytest.raises(DataError):
+                check_meta_image(other)
     for content in (b"", b"no image at all", whole.replace(b"LOCAL", b"x.raw")):
         other.write_bytes(content)
         with pytest.raises(DataError):
             check_meta_image(other)
 
 
-def test_formats_that_the_reader_has_are_linked_and_others_converted(tmp_path: Path) -> None:
+def test_formats_that_the_reader_lacks_are_converted(tmp_path: Path) -> None:
     files = [write_image(tmp_path / name) for name in ("a.mha", "b.nii.gz")]
     for number, reader in enumerate((SimpleITKIO(), NibabelIOWithReorient())):
         folder = tmp_path / str(number)
         folder.mkdir()
         case = stage(files, folder, ".nii.gz", reader)
-        assert [file.is_symlink() for file in case.files] == [number == 0, True]
+        assert case.files == ((files[0] if number == 0 else folder / "0.nii"), files[1])
         arrays, properties = reader.read_images([str(file) for file in case.files])
         assert arrays.shape[0] == 2 and np.allclose(arrays[0], arrays[1])
         assert sorted(properties["spacing"]) == pytest.approx([0.9, 1.0, 1.1])
@@ -176,25 +165,18 @@ def test_four_dimensions_and_other_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("largest", "kind"), [(255, sitk.sitkUInt8), (256, sitk.sitkUInt16)])
 def test_label_maps_have_the_images_geometry(largest: int, kind: int, tmp_path: Path) -> None:
-    source = write_image(tmp_path / "a.mha")
+    source, predicted = write_image(tmp_path / "a.mha"), tmp_path / "labels.nii.gz"
     labels = np.zeros(image().GetSize()[::-1], np.uint16)
     labels[1, 2, 3] = largest
-    sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / "labels.nii.gz"))  # without any geometry
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(predicted))  # without any geometry
     target = tmp_path / "out" / "images" / "x" / "a.mha"
-    counts = write_label_map(tmp_path / "labels.nii.gz", target, read_header(source))
-    assert counts == {0: labels.size - 1, largest: 1}
+    assert write_label_map(predicted, target, read_header(source)) == {0: labels.size - 1, largest: 1}
     assert [file.name for file in target.parent.iterdir()] == ["a.mha"]
     written = sitk.ReadImage(str(target))
     assert written.GetPixelID() == kind and np.array_equal(sitk.GetArrayFromImage(written), labels)
     assert same_geometry(written, sitk.ReadImage(str(source)))
-
-
-def test_a_label_map_of_another_size_and_an_unwritable_output(tmp_path: Path) -> None:
-    source, predicted = write_image(tmp_path / "a.mha"), tmp_path / "labels.nii.gz"
+    with pytest.raises(OutputError, match=r"out\.mha"):
+        write_label_map(predicted, source / "out.mha", read_header(source))
     sitk.WriteImage(sitk.Image([3, 4, 5], sitk.sitkUInt8), str(predicted))
     with pytest.raises(CaseError):
-        write_label_map(predicted, tmp_path / "out.mha", read_header(source))
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"out\.mha"):
-        write_label_map(predicted, tmp_path / "file" / "out.mha", read_header(predicted))
-    assert not (tmp_path / "out.mha").exists()
+        write_label_map(predicted, target, read_header(source))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,44 +53,39 @@ def test_one_folder_around_it_is_left_out(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in (tmp_path / "target").iterdir()} == CONTENT
 
 
-NAMES = [
-    f"../{FOLD}", f"/{FOLD}", f"a/../{FOLD}", f"C:/{FOLD}", f"a\\..\\{FOLD}", "..", "", "fold_01.safetensors",
-    "fold_1000.safetensors", "fold_1.pth", "data.pkl", "MODEL.JSON", f"{FOLD}\0.txt", "a/b/", "/", f"./{FOLD}",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
+def test_other_names_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    refused(write(folder / "a.zip", (member(name), b"x")))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a.zip", "b"]
+    outside = f"../{FOLD}", f"/{FOLD}", f"C:/{FOLD}", f"a\\..\\{FOLD}", f"{FOLD}\0.txt", "a/b/"
+    for name in (*outside, "..", "", "fold_01.safetensors", "fold_1.pth", "data.pkl"):
+        refused(write(folder / "a.zip", (member(name), b"x")))
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "a.zip", "b"]
 
 
-@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFDIR])
-def test_links_and_devices_are_refused(kind: int, tmp_path: Path) -> None:
-    refused(write(tmp_path / "a.zip", (member(FOLD, kind | 0o777), b"/etc/passwd")), FOLD)
+def test_links_devices_and_other_compressions_are_refused(tmp_path: Path) -> None:
+    for kind in (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFDIR):
+        refused(write(tmp_path / "a.zip", (member(FOLD, kind | 0o777), b"/etc/passwd")), FOLD)
+    refused(write(tmp_path / "a.zip", (member(FOLD, method=zipfile.ZIP_BZIP2), b"x")), FOLD)
 
 
-def test_names_twice_and_too_many(tmp_path: Path) -> None:
+def test_names_twice_and_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="Duplicate"):
         file = write(tmp_path / "a.zip", (member("plans.json"), b"2"))
     refused(file, "plans.json")
     refused(write(tmp_path / "b.zip", (member("x/plans.json"), b"2")), "plans.json")
-    folds = [(member(f"fold_{n}.safetensors"), b"") for n in range(1, 50_000)]
-    refused(write(tmp_path / "d.zip", *folds), "list of contents")
+    monkeypatch.setattr(install, "_CHUNK", 200)  # a longer list of contents is not read
+    refused(write(tmp_path / "c.zip", *((member(f"fold_{n}.safetensors"), b"") for n in range(1, 90))))
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = member(FOLD, method=zipfile.ZIP_DEFLATED)
     refused(write(tmp_path / "a.zip", (packed, bytes(2**24))), FOLD)
     refused(write(tmp_path / "b.zip", (member("dataset.json"), b" " * (2**26 + 1))), f"{2**26} bytes")
-    for name, limit in (("LARGEST_FILE", 100), ("LARGEST_MODEL", 95)):  # 5 bytes of JSON come before
-        with monkeypatch.context() as patch:
-            patch.setattr(install, name, 100)
-            refused(tmp_path / "a.zip", f"{limit} bytes")
+    with monkeypatch.context() as patch:
+        patch.setattr(install, "LARGEST_MODEL", 100)
+        refused(tmp_path / "a.zip", "95 bytes")  # 5 bytes of JSON come before
     # A header that claims to be small, and one whose packed size would excuse any other.
-    monkeypatch.setattr(install, "LARGEST_FILE", 2**20)
+    monkeypatch.setattr(install, "LARGEST_MODEL", 2**20)
     content = (tmp_path / "a.zip").read_bytes()
     place = content.rindex(b"PK\1\2")
     for claimed, unpacked in ((None, 10), (2**31, 2**24), (2**31, 10)):
@@ -103,30 +97,19 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(tmp_path / "a.zip")
 
 
-def encrypted(content: bytes) -> bytes:
-    place = content.index(b"PK\1\2") + 8
-    return content[:place] + bytes([content[place] | 1]) + content[place + 1 :]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: b"",
-        lambda content: b"no zip",
-        lambda content: content[: len(content) // 2],
-        lambda content: content.replace(b"PK\3\4", b"PK\3\5", 1),
-        lambda content: content.replace(bytes(range(100)), bytes(100), 1),
-        encrypted,
-    ],
-)
-def test_damaged_and_encrypted_archives(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    file = write(tmp_path / "a.zip")
-    file.write_bytes(change(file.read_bytes()))
-    refused(file)
-
-
-def test_other_compressions_are_refused(tmp_path: Path) -> None:
-    refused(write(tmp_path / "a.zip", (member(FOLD, method=zipfile.ZIP_BZIP2), b"x")), FOLD)
+def test_damaged_and_encrypted_archives(tmp_path: Path) -> None:
+    content = write(tmp_path / "a.zip").read_bytes()
+    flags = content.index(b"PK\1\2") + 8
+    for change in (
+        b"",
+        b"no zip",
+        content[: len(content) // 2],
+        content.replace(b"PK\3\4", b"PK\3\5", 1),
+        content.replace(bytes(range(100)), bytes(100), 1),
+        content[:flags] + b"\1" + content[flags + 1 :],  # says that it is encrypted
+    ):
+        (tmp_path / "a.zip").write_bytes(change)
+        refused(tmp_path / "a.zip")
 
 
 def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
