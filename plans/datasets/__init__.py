@@ -20,17 +20,13 @@ READERS: dict[str, Callable[..., Download]] = {
     "amos": read_amos,
     "msd": read_msd,
 }
-"""For each challenge, the function that describes its download."""
+"""For each challenge, the function that describes its download, or raises a DataError where it is none."""
 
 
 def convert(kind: str, source: Path, dataset_id: int, **options: Any) -> Path:
     """Convert a download to ``DatasetXXX_Name`` in $nnUNet_raw, completely or not at all; its folder.
 
-    Args:
-        kind: a key of ``READERS``.
-        source: the download's folder.
-        dataset_id: 1 to 999; no dataset of nnU-Net may have it.
-        options: those of the challenge's function in ``READERS``.
+    ``kind`` is a key of :data:`READERS`, and ``options`` are those of its function.
 
     Raises:
         DataError: the download is incomplete or damaged, the number is taken, or the folder cannot be written.

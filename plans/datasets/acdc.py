@@ -14,7 +14,7 @@ from nnunetv2.dataset_conversion.Dataset027_ACDC import create_ACDC_split
 from masksam_nnunet.files import write_json
 
 from ..raw_data import NUM_FOLDS
-from .conversion import ENDING, Case, Download, locate, nifti_names
+from .conversion import ENDING, Case, Download, locate
 
 _PATIENTS = {"training": range(1, 101), "testing": range(101, 151)}
 _REMEDY = (
@@ -38,9 +38,6 @@ def read_acdc(source: Path, *, partial: bool = False) -> Download:
     Args:
         source: the folder that holds training and testing, or the one above it.
         partial: accept fewer patients than the official 100 and 50.
-
-    Raises:
-        DataError: the folders are not those of ACDC.
     """
     root = locate(source, ("database", "ACDC/database"), "training", _REMEDY)
     frames: dict[str, str] = {}
@@ -54,8 +51,9 @@ def read_acdc(source: Path, *, partial: bool = False) -> Download:
         labelled = part == "training" or any((root / part).glob("patient*/[!.]*_gt.nii.gz"))
         for patient in patients:
             folder = root / part / patient
-            named, found = named_frames(folder)
-            defects += [f"{part}/{patient}: {text}" for text in found]
+            named = named_frames(folder)
+            if not named:
+                defects.append(f"{part}/{patient}/Info.cfg is missing, or does not name two frames, ED and ES")
             frames |= named
             for case in named:
                 label = folder / f"{case}_gt{ENDING}" if labelled else None
@@ -90,19 +88,12 @@ def _patients(folder: Path, official: range, partial: bool) -> tuple[list[str], 
     return [name for name in present if name in known], defects
 
 
-def named_frames(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """ED or ES for each of a patient's two cases, as Info.cfg says, and what is wrong with them."""
+def named_frames(folder: Path) -> dict[str, str]:
+    """ED or ES for each of a patient's two cases, as Info.cfg says; empty where it does not name two frames."""
     try:
         text = (folder / "Info.cfg").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return {}, ["Info.cfg is missing"]
+        return {}
     entries = {key: int(value) for key, value in re.findall(r"^\s*(ED|ES)\s*:\s*(\d+)\s*$", text, re.MULTILINE)}
-    if len(set(entries.values())) != 2:
-        return {}, ["Info.cfg does not name two frames, ED and ES"]
     named = {f"{folder.name}_frame{frame:02d}": phase for phase, frame in entries.items()}
-    others = [
-        name
-        for name in nifti_names(folder)
-        if not name.endswith(f"_4d{ENDING}") and name.removesuffix(ENDING).removesuffix("_gt") not in named
-    ]
-    return named, [f"{name} is no frame that Info.cfg names" for name in others]
+    return named if len(named) == 2 else {}

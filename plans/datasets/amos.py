@@ -28,9 +28,6 @@ def read_amos(source: Path, *, modality: str = "ct") -> Download:
     Args:
         source: the folder that holds dataset.json, or the one above it.
         modality: ``ct``, as in the papers' "AMOS (CT)", or ``all``. With ``ct``, MR files need not be there.
-
-    Raises:
-        DataError: dataset.json is damaged, or lists other files than AMOS has.
     """
     if modality not in MODALITIES:
         raise DataError(f"--modality {modality}: choose {' or '.join(MODALITIES)}")

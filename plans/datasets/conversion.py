@@ -68,11 +68,7 @@ class Download:
 
 
 def locate(source: Path, inner: Sequence[str], marker: str, remedy: str) -> Path:
-    """The first of ``source`` and its folders ``inner`` that holds ``marker``, absolute.
-
-    Raises:
-        DataError: none does.
-    """
+    """The first of ``source`` and its folders ``inner`` that holds ``marker``, absolute; a DataError if none does."""
     source = Path(os.path.abspath(source))
     for folder in (source, *(source / name for name in inner)):
         if (folder / marker).exists():
@@ -83,9 +79,7 @@ def locate(source: Path, inner: Sequence[str], marker: str, remedy: str) -> Path
 
 def nifti_names(folder: Path) -> list[str]:
     """Names of the compressed NIfTI files in ``folder``, sorted, without those that macOS adds (``._name``)."""
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if p.name.endswith(ENDING) and not p.name.startswith((".", "_")))
+    return sorted(path.name for path in folder.glob(f"[!._]*{ENDING}"))
 
 
 def read_description(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -109,11 +103,7 @@ def read_description(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], d
 
 
 def listed_cases(entries: Iterable[Any], part: str, path: Path, remedy: str) -> list[str]:
-    """Cases in a list of dataset.json: ``{"image": "./imagesTr/la_003.nii.gz", ...}`` or ``"./imagesTs/la_001..."``.
-
-    Raises:
-        DataError: an entry names no image.
-    """
+    """Cases in a list of dataset.json: ``{"image": "./imagesTr/la_003.nii.gz", ...}`` or ``"./imagesTs/la_001..."``."""
     images = [str(entry.get("image") if isinstance(entry, dict) else entry).split("/")[-1] for entry in entries]
     for image in images:
         if not image.endswith(ENDING):

@@ -43,9 +43,6 @@ def read_msd(source: Path, *, processes: int = 2) -> Download:
     Args:
         source: the folder ``TaskXX_Name``.
         processes: worker processes that split images into channels.
-
-    Raises:
-        DataError: the folder's name or dataset.json are not those of a task.
     """
     root = Path(os.path.abspath(source))
     named = _NAME.fullmatch(root.name)
@@ -81,7 +78,6 @@ def get_hippocampus(
     url: str | None = None,
     source: Path | None = None,
     md5: str = HIPPOCAMPUS_MD5,
-    progress: bool = True,
 ) -> Path:
     """Fetch Task04_Hippocampus.tar into the cache, verify, unpack and convert it.
 
@@ -91,7 +87,6 @@ def get_hippocampus(
         url: a mirror: the file's address or, ending in "/", its folder's.
         source: the tar file, if it is already here.
         md5: the expected hash, in hex.
-        progress: show a progress bar.
 
     Returns:
         The dataset's folder, such as ``Dataset004_Hippocampus``.
@@ -109,9 +104,7 @@ def get_hippocampus(
                 f"wrong MD5 for {origin}: expected {md5}, received {received}; fetch it again, or use --url"
             )
 
-    tar = fetch_verified(
-        f"{_HIPPOCAMPUS}.tar", url or HIPPOCAMPUS_URL, check, DataError, source=source, progress=progress
-    )
+    tar = fetch_verified(f"{_HIPPOCAMPUS}.tar", url or HIPPOCAMPUS_URL, check, DataError, source=source)
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{_HIPPOCAMPUS}.", dir=raw) as folder:

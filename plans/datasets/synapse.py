@@ -14,20 +14,9 @@ from masksam_nnunet.errors import DataError
 from .conversion import ENDING, Case, Download, locate, nifti_names
 
 ORGANS_13 = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic vein",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
+    "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior vena cava", "portal and splenic vein", "pancreas", "right adrenal gland", "left adrenal gland",
+)  # fmt: skip
 """BTCV's organs; the first is label 1."""
 ORGANS_8 = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
 """TransUNet's organs. Sources disagree on its numbers: only the names count, ours are 1 to 8 in this order."""
@@ -52,9 +41,6 @@ def read_synapse(source: Path, *, organs: int = 13, split: str = "18/12", partia
         split: ``18/12`` puts TransUNet's 18 training cases in imagesTr and its 12 test cases in imagesTs and labelsTs,
             for scoring; ``none`` puts all 30 in imagesTr, and the 20 images without labels, where there, in imagesTs.
         partial: accept fewer cases than the official ones.
-
-    Raises:
-        DataError: an option's value is unknown, or the folder is not RawData.
     """
     for option, value, choices in (("organs", organs, ORGANS), ("split", split, SPLITS)):
         if value not in choices:
