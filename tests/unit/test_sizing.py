@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from plain_plans import simple_cost
 
-from masksam_nnunet.cost import training_cost
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans import sizing
 from masksam_nnunet.plans.architecture import USABLE
@@ -36,12 +35,6 @@ def choose(median: tuple[int, ...], memory: float, backbone: str = "vit_b", **ch
 def simple(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search itself is quick; the real estimate takes seconds a time."""
     monkeypatch.setattr(sizing, "training_cost", simple_cost)
-
-
-def test_what_is_chosen_fits_by_the_real_estimate() -> None:
-    sizes = choose((2, 32, 32), 0.3, "tiny")
-    cost = training_cost(sizes.config, 1, 3, sizes.batch_size, 3)
-    assert cost == sizes.cost and cost.peak_gib <= 0.3 * USABLE
 
 
 @pytest.mark.usefixtures("simple")
@@ -103,4 +96,4 @@ class TestSearch:
         with pytest.raises(DataError, match=r"--gpu-memory 1 .* vit_b .*\(1, 64, 64\)") as refusal:
             choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, 1.0)
         enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
-        assert choose((4, 64, 64), enough).config.upsample == 1
+        assert choose((4, 64, 64), enough).cost.peak_gib <= enough * USABLE
