@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
@@ -38,21 +39,15 @@ MAX_QUERIES = 64
 
 @dataclass(frozen=True)
 class Profile:
-    """Widths and limits that go with a backbone.
-
-    Attributes:
-        stem_width: channels of the input stem.
-        generator_widths: channels of the prompt generator's levels.
-        head_width: channels of the mask head.
-        max_tflop: most operations of a training step, in 10^12; limits u.
-        upsampling: values of u to try, before 1.
-    """
+    """Widths and limits that go with a backbone."""
 
     stem_width: int
     generator_widths: tuple[int, int, int]
     head_width: int
     max_tflop: float
+    """Most operations of a training step, in 10^12; limits u."""
     upsampling: tuple[Literal[2, 4], ...] = (4, 2)
+    """Values of u to try, before 1."""
 
 
 SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4, 20x256x224 in batch 2, takes 198
@@ -115,14 +110,13 @@ def derive_config(
     config = config_for(backbone, patch_size, queries, labels.has_regions)
     profile = profile_of(backbone)
     choices: tuple[Literal[1, 2, 4], ...] = (*profile.upsampling, 1)
-    for upsample in choices:
+    for upsample, checkpointing in product(choices, (False, True)):
         if upsample > 1 and upsample * max(patch_size[-2:]) > MAX_IMAGE:
             continue
-        for checkpointing in (False, True):
-            candidate = replace(config, upsample=upsample, checkpointing=checkpointing)
-            cost = training_cost(candidate, channels, classes, configuration.batch_size)
-            if cost.peak_gib <= MEMORY_GIB and cost.tflop <= profile.max_tflop:
-                return candidate
+        candidate = replace(config, upsample=upsample, checkpointing=checkpointing)
+        cost = training_cost(candidate, channels, classes, configuration.batch_size)
+        if cost.peak_gib <= MEMORY_GIB and cost.tflop <= profile.max_tflop:
+            return candidate
     return replace(config, upsample=1, checkpointing=True)  # always allowed
 
 
@@ -145,11 +139,7 @@ def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:
 
 
 def _import_trainers() -> None:
-    """Import all modules of the folders that nnU-Net searches for trainers: they may register the backbone.
-
-    Raises:
-        ConfigError: one of them cannot be imported.
-    """
+    """Import all modules of the folders that nnU-Net searches for trainers: they may register the backbone."""
     for folder in filter(os.path.isdir, os.environ.get(EXT_TRAINER, "").split(os.pathsep)):
         try:  # no class has an empty name, so nnU-Net's search visits all modules
             recursive_find_python_class(folder, "", None, base_folder=folder, cleanup_imports_from_base_folder=True)

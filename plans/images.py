@@ -79,10 +79,7 @@ class ImageGeometry:
 
 
 def read_image(path: Path, dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
-    """Read an image, or one channel of it, with nnU-Net's reader for the dataset.
-
-    Returns:
-        (C, D, H, W) and nnU-Net's properties.
+    """An image, or one channel of it, as nnU-Net's reader for the dataset gives it: (C, D, H, W), and its properties.
 
     Raises:
         DataError: it is damaged, or no reader can read it.
@@ -175,25 +172,22 @@ def _read(path: Path, dataset_json: Mapping[str, Any], read: Callable[[Any], Any
         check_whole(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    description = dict(dataset_json)
     try:
         # Without the file as an example: nnU-Net would read it once more to try.
-        return read(_reader(dataset_json))
+        return read(determine_reader_writer_from_dataset_json(description, verbose=False)())
     except MemoryError:
         raise
     except Exception as error:  # each reader has errors of its own
         try:
-            return read(_reader(dataset_json, str(path)))
+            # nnU-Net prints a traceback for each reader that fails.
+            with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
+                other = determine_reader_writer_from_dataset_json(description, str(path), verbose=False)()
+            return read(other)
         except Exception:
             raise DataError(
                 f"{path} cannot be read: is it damaged, or in another format than its name says? ({in_short(error)})"
             ) from error
-
-
-def _reader(dataset_json: Mapping[str, Any], example: str | None = None) -> Any:
-    if example is None:
-        return determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False)()
-    with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for each that fails
-        return determine_reader_writer_from_dataset_json(dict(dataset_json), example, verbose=False)()
 
 
 def _open(path: Path) -> AbstractContextManager[IO[bytes]]:

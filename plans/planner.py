@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet import __version__
@@ -22,11 +21,11 @@ from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_text_atomically
 
-from .architecture import BASE_PLANS, DECISIONS, num_queries, open_configuration, write_config
+from .architecture import BASE_PLANS, DECISIONS, open_configuration, write_config
 from .presets import Preset
 from .raw_check import TargetCount, count_targets
-from .raw_data import RawDataset, read_raw_dataset
-from .sizing import LARGEST_FIRST, Requirements, Sizes, choose_sizes, preset_sizes
+from .raw_data import RawDataset
+from .sizing import Requirements, Sizes, choose_sizes, preset_sizes
 
 CASCADE, FULL, LOW = "3d_cascade_fullres", "3d_fullres", "3d_lowres"
 
@@ -40,53 +39,37 @@ class MaskSAMPlanner(ExperimentPlanner):
     nnU-Net looks for planners in its own folders only, so ``masksam plan`` is the command for this one.
 
     Args:
-        dataset_name_or_id, preprocessor_name, plans_name, suppress_transpose: as nnU-Net's planner takes them.
-        gpu_memory_target_in_gb: memory of the card to train on.
-        overwrite_target_spacing: spacing of 3d_fullres; such plans have preprocessed data of their own.
+        raw: the raw dataset.
+        gpu_memory_gb: memory of the card to train on.
+        plans_name: name of the file, without ``.json``.
         backbones: to be tried in this order.
         configurations: to plan; all that nnU-Net has if empty.
         preset: a published setting, or None.
-        notify: receives a description of what is being tried.
-        raw: the raw dataset, if it is read already.
     """
 
     def __init__(
         self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 24,
-        preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "MaskSAMPlans",
-        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
-        suppress_transpose: bool = False,
-        backbones: tuple[str, ...] = LARGEST_FIRST,
+        raw: RawDataset,
+        gpu_memory_gb: float,
+        plans_name: str,
+        backbones: tuple[str, ...],
         configurations: Sequence[str] = (),
         preset: Preset | None = None,
-        notify: Callable[[str], None] = lambda _: None,
-        raw: RawDataset | None = None,
     ) -> None:
         # The U-Net that nnU-Net plans first must be the one of nnUNetPlans: lowres spacing depends on it.
-        super().__init__(
-            dataset_name_or_id,
-            preprocessor_name=preprocessor_name,
-            plans_name=plans_name,
-            overwrite_target_spacing=overwrite_target_spacing,
-            suppress_transpose=suppress_transpose,
-        )
-        self.gpu_memory_gb = float(gpu_memory_target_in_gb)
+        super().__init__(raw.name, plans_name=plans_name)
+        self.raw, self.gpu_memory_gb = raw, float(gpu_memory_gb)
         self.backbones, self.wanted, self.preset = backbones, tuple(configurations), preset
-        self.notify = notify
         self.folder = Path(nnUNet_preprocessed) / self.dataset_name
         self.file = self.folder / f"{plans_name}.json"
-        self.raw = raw or read_raw_dataset(Path(self.raw_dataset_folder), "-d", min_cases=1)
         self.planned: list[str] = []
         """The configurations of the last call, in nnU-Net's order."""
-        self.labels = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
+        self.labels = raw.label_manager
         self.channels = len(self.dataset_json["channel_names"])
-        self._shares_data = overwrite_target_spacing is None and not suppress_transpose
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """nnU-Net's own identifier, unless another spacing is forced."""
-        return f"{BASE_PLANS if self._shares_data else self.plans_identifier}_{configuration_name}"
+        """That of nnU-Net's own plans."""
+        return f"{BASE_PLANS}_{configuration_name}"
 
     def plan_experiment(self) -> dict[str, Any]:
         """Make the plans and save them atomically.
@@ -102,7 +85,6 @@ class MaskSAMPlanner(ExperimentPlanner):
         earlier = self._earlier_plans()
         base = self._base_plans()
         names = self._configurations(base)
-        self.notify("reading the training labels")
         count = count_targets(self.raw, base["transpose_forward"][0])
 
         self.planned = [name for name in base["configurations"] if name in names]
@@ -135,18 +117,16 @@ class MaskSAMPlanner(ExperimentPlanner):
         if CASCADE not in configurations:  # nnU-Net would look for it after a validation of 3d_lowres
             configurations.get(LOW, {}).pop("next_stage", None)
         self.plans = plans
-        self.save_plans(plans)
+        # Like nnU-Net's planner: preprocessing and training read dataset.json there.
+        description = (self.raw.folder / "dataset.json").read_text(encoding="utf-8")
+        write_text_atomically(self.folder / "dataset.json", description)
+        # NaN is what nnU-Net writes where no case has foreground.
+        write_text_atomically(self.file, json.dumps(plans, indent=4) + "\n")
         return plans
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Write the plans atomically."""
+        """Called with nnU-Net's own plans, which are not written."""
         recursive_fix_for_json_export(plans)
-        # NaN is what nnU-Net writes where no case has foreground.
-        text = json.dumps(plans, indent=4) + "\n"
-        # Like nnU-Net's planner: preprocessing and training read dataset.json there.
-        description = (Path(self.raw_dataset_folder) / "dataset.json").read_text(encoding="utf-8")
-        write_text_atomically(self.folder / "dataset.json", description)
-        write_text_atomically(self.file, text)
 
     def _earlier_plans(self) -> dict[str, Any]:
         """The plans in the file, whose other configurations are kept; empty where there is none."""
@@ -159,21 +139,14 @@ class MaskSAMPlanner(ExperimentPlanner):
 
     def _base_plans(self) -> dict[str, Any]:
         file = self.folder / f"{BASE_PLANS}.json"
-        if self._shares_data and file.is_file():
+        if file.is_file():
             return _read_plans(file, self.dataset_name)
-        stock = _InMemoryPlanner(
-            self.dataset_name,
-            preprocessor_name=self.preprocessor_name,
-            plans_name=BASE_PLANS if self._shares_data else self.plans_identifier,
-            overwrite_target_spacing=self.overwrite_target_spacing,
-            suppress_transpose=self.suppress_transpose,
-        )
         with (
             contextlib.redirect_stdout(io.StringIO()),  # it prints U-Nets
-            _left_as_it_was(self.folder / "dataset.json"),  # it writes the file, but planning may still fail
             variable("nnUNet_n_proc_DA", None),  # 0, right for training, makes planning fail
         ):
-            return stock.plan_experiment()
+            plans: dict[str, Any] = super().plan_experiment()
+        return plans
 
     def _configurations(self, base: dict[str, Any]) -> Sequence[str]:
         available = [n for n in ("2d", FULL, LOW, CASCADE) if n in base["configurations"]]
@@ -208,22 +181,13 @@ class MaskSAMPlanner(ExperimentPlanner):
             median_shape=median,
             channels=channels,
             classes=self.labels.num_segmentation_heads,
-            queries=lambda backbone: num_queries(count.most, backbone),
-            targets_per_slice=count.most,
-            where=f"{count.case}, slice {count.slice}",
             regions=self.labels.has_regions,
+            targets=count,
             largest_batch=largest_batch,
         )
         if self.preset is not None:
             return preset_sizes(self.preset, wanted, self.gpu_memory_gb)
-        return choose_sizes(wanted, self.backbones, self.gpu_memory_gb, self.notify)
-
-
-class _InMemoryPlanner(ExperimentPlanner):
-    """nnU-Net's own planner, which writes no plans file."""
-
-    def save_plans(self, plans: dict[str, Any]) -> None:
-        recursive_fix_for_json_export(plans)
+        return choose_sizes(wanted, self.backbones, self.gpu_memory_gb)
 
 
 def _read_plans(file: Path, dataset: str) -> dict[str, Any]:
@@ -241,15 +205,3 @@ def _read_plans(file: Path, dataset: str) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{file} holds no plans for {dataset}: {in_short(error)}; remove it and plan again") from error
     return plans
-
-
-@contextlib.contextmanager
-def _left_as_it_was(file: Path) -> Iterator[None]:
-    before = file.read_bytes() if file.is_file() else None
-    try:
-        yield
-    finally:
-        if before is None:
-            file.unlink(missing_ok=True)
-        else:
-            file.write_bytes(before)

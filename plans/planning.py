@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 from rich.table import Table
 
-from masksam_nnunet.backbones import planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json
 
 from .architecture import BASE_PLANS, DECISIONS
 from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
-from .presets import Preset, load_preset
-from .raw_check import require_sound_case
+from .presets import load_preset
 from .raw_data import RawDataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST
-from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning
+from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
 from .training_inputs import preprocessed_cases
 
 PLANS_NAME = "MaskSAMPlans"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The plans, their file, the configurations planned now, and those of them that are not preprocessed yet."""
-
-    plans: dict[str, Any]
-    file: Path
-    configurations: list[str]
-    unprocessed: list[str]
+_EXTRACT = "extract the fingerprint with: nnUNetv2_extract_fingerprint --verify_dataset_integrity --clean -d"
 
 
 def plan_dataset(
@@ -50,24 +38,20 @@ def plan_dataset(
     preset: str | None = None,
     plans_name: str = PLANS_NAME,
     console: Console | None = None,
-) -> Planned:
-    """Plan a dataset; print what was decided and why, and the next commands.
+) -> MaskSAMPlanner:
+    """Plan a dataset; print what was decided and why, and the next commands. Returns the planner with its plans.
 
     Args:
         dataset: number or name.
-        configurations: to plan; all that nnU-Net has if empty.
+        configurations, gpu_memory_gb, plans_name: see :class:`MaskSAMPlanner`.
         backbone: ``auto`` is the largest SAM that fits.
-        gpu_memory_gb: memory of the card to train on.
         preset: name of a published setting.
-        plans_name: name of the file, without ``.json``.
         console: where to print.
 
     Raises:
-        DataError: before anything is written.
+        DataError: before any plans are written.
     """
     console = console or Console()
-    if backbone not in ("auto", *planned_backbones()):
-        raise DataError(f"--backbone {backbone!r} is not known: choose auto or one of {', '.join(planned_backbones())}")
     if not (math.isfinite(gpu_memory_gb) and gpu_memory_gb > 0):
         raise DataError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
     if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:
@@ -81,27 +65,22 @@ def plan_dataset(
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
     raw = read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1)
     _check_fingerprint(preprocessed / "dataset_fingerprint.json", len(raw.images), number_of(name))
-    require_sound_case(raw, next(iter(raw.images)))
     splits = _splits(raw, preprocessed)
-
-    with console.status("planning") as status, _as_data_errors(name, preprocessed):
-        planner = MaskSAMPlanner(
-            name,
-            gpu_memory_gb,
-            plans_name=plans_name,
-            backbones=LARGEST_FIRST if backbone == "auto" else (backbone,),
-            configurations=configurations,
-            preset=recipe,
-            notify=status.update,
-            raw=raw,
-        )
-        plans = planner.plan_experiment()
-    unprocessed = _unprocessed(plans, planner.planned, planner.folder, list(raw.images))
-    planned = Planned(plans, planner.file, planner.planned, unprocessed)
+    backbones = LARGEST_FIRST if backbone == "auto" else (backbone,)
+    try:
+        with console.status("planning; estimates of memory take a while"):
+            planner = MaskSAMPlanner(raw, gpu_memory_gb, plans_name, backbones, configurations, recipe)
+            planner.plan_experiment()
+    except OSError as error:
+        raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # nnU-Net's
+        raise DataError(
+            f"{name}: planning failed with {in_short(error)}; check dataset.json, and {_EXTRACT} {raw.number}"
+        ) from error
     warnings = [f"{SPLITS_FILE}: {text}" for text in overlaps(splits or ())]
     by_case = split_warning(raw.images, splits, number_of(name))
-    _print(console, planned, recipe, warnings + ([by_case] if by_case else []))
-    return planned
+    _print(console, planner, warnings + ([by_case] if by_case else []))
+    return planner
 
 
 def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed")) -> str:
@@ -115,8 +94,8 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
             raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
     folder = Path(os.environ[variables[0]])
     present = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir())
-    prefix = f"Dataset{int(dataset):03d}_" if dataset.isdecimal() else None
-    found = [name for name in present if (name.startswith(prefix) if prefix else name == dataset)]
+    pattern = f"Dataset{int(dataset):03d}_.*" if dataset.isdecimal() else re.escape(dataset)
+    found = [name for name in present if re.fullmatch(pattern, name)]
     if len(found) > 1:
         raise DataError(f"-d {dataset}: several datasets have this number: {', '.join(found)}; give the full name")
     if not found:
@@ -130,63 +109,40 @@ def _check_fingerprint(file: Path, cases: int, number: int) -> None:
     try:
         content = read_json(file)
         for key in ("spacings", "shapes_after_crop"):
-            if len(content[key]) != cases:
-                raise ValueError(f"{key} of {len(content[key])} cases, the dataset has {cases}")
-            if not all(math.isfinite(size) and size > 0 for row in content[key] for size in row):
-                raise ValueError(f"{key} must be positive")
+            sizes = np.array(content[key], float)
+            if sizes.shape != (cases, 3) or not (np.isfinite(sizes) & (sizes > 0)).all():
+                raise ValueError(f"{key} must be {cases} times three positive numbers, one for each case")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{file} cannot be used ({in_short(error)}); extract it with: nnUNetv2_extract_fingerprint -d {number} "
-            "--verify_dataset_integrity --clean"
-        ) from error
+        raise DataError(f"{file} cannot be used ({in_short(error)}); {_EXTRACT} {number}") from error
 
 
 def _splits(raw: RawDataset, preprocessed: Path) -> list[Fold] | None:
     """The folds that training will use, or None. nnU-Net's planner fails without a message if the two files differ."""
-    ours, theirs = (
-        read_splits(file, raw.images) if (file := folder / SPLITS_FILE).is_file() else None
-        for folder in (preprocessed, raw.folder)
-    )
-    for one, other in zip(theirs or (), ours or (), strict=False):
-        if any(set(one[part]) != set(other[part]) for part in ("train", "val")):
-            raise DataError(
-                f"{raw.folder} and {preprocessed} hold different {SPLITS_FILE}, which nnU-Net refuses; remove one, or "
-                "write both with masksam split --force"
-            )
-    return ours or theirs
-
-
-@contextlib.contextmanager
-def _as_data_errors(name: str, preprocessed: Path) -> Iterator[None]:
-    """Turn what nnU-Net's planner and the file system raise into errors that say what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    files = [folder / SPLITS_FILE for folder in (preprocessed, raw.folder)]
+    found = [read_splits(file, raw.images) for file in files if file.is_file()]
+    if any(unordered(splits) != unordered(found[0]) for splits in found):
         raise DataError(
-            f"{name}: planning failed with {in_short(error)}; check dataset.json, and extract the fingerprint again: "
-            f"nnUNetv2_extract_fingerprint -d {number_of(name)} --verify_dataset_integrity --clean"
-        ) from error
+            f"{files[0]} and {files[1]} differ, which nnU-Net refuses; remove one, or write both with masksam split "
+            "--force"
+        )
+    return found[0] if found else None
 
 
-def _unprocessed(plans: dict[str, Any], configurations: list[str], folder: Path, cases: list[str]) -> list[str]:
+def _unprocessed(planner: MaskSAMPlanner) -> list[str]:
     """The configurations with a case that is not preprocessed."""
-    manager = PlansManager(plans)
-    return [
-        name
-        for name in configurations
-        if name != CASCADE
-        and not set(cases) <= set(preprocessed_cases(folder / manager.get_configuration(name).data_identifier))
-    ]
+    manager, cases = PlansManager(planner.plans), set(planner.raw.images)
+    folders = {
+        c: planner.folder / manager.get_configuration(c).data_identifier for c in planner.planned if c != CASCADE
+    }
+    return [name for name, folder in folders.items() if not cases <= set(preprocessed_cases(folder))]
 
 
-def _print(console: Console, planned: Planned, recipe: Preset | None, warnings: Sequence[str]) -> None:
+def _print(console: Console, planner: MaskSAMPlanner, warnings: Sequence[str]) -> None:
     def say(text: str, **style: Any) -> None:  # paths and commands must stay on one line to be copied
         console.print(text, soft_wrap=True, highlight=False, markup=False, **style)
 
-    plans, number = planned.plans, number_of(planned.plans["dataset_name"])
-    decided = {name: plans[DECISIONS][name]["decided"] for name in planned.configurations if name != CASCADE}
+    plans, recipe, number = planner.plans, planner.preset, planner.raw.number
+    decided = {name: plans[DECISIONS][name]["decided"] for name in planner.planned if name != CASCADE}
     for name, rows in decided.items():
         table = Table(title=f"{plans['dataset_name']}, {plans['plans_name']}, {name}", title_justify="left")
         for column in ("", "value", "why"):
@@ -194,7 +150,7 @@ def _print(console: Console, planned: Planned, recipe: Preset | None, warnings: 
         for row in rows:
             table.add_row(row["what"], str(row["value"]), row["why"])
         console.print(table, markup=False)
-    if CASCADE in planned.configurations:
+    if CASCADE in planner.planned:
         say(f"{CASCADE}: the network of {FULL}, with the labels of {LOW} as additional channels")
     if recipe is not None:
         say(f"Notes on the published setting {recipe.name} (mean Dice {recipe.dice} in the paper):")
@@ -202,11 +158,11 @@ def _print(console: Console, planned: Planned, recipe: Preset | None, warnings: 
             say(f"  - {note}")
     for warning in warnings:
         say(f"warning: {warning}", style="yellow")
-    say(f"Plans: {planned.file}")
+    say(f"Plans: {planner.file}")
     steps = []
-    if planned.unprocessed:
-        wanted = " ".join(planned.unprocessed)
-        steps.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {wanted} -np 4")
+    unprocessed = " ".join(_unprocessed(planner))
+    if unprocessed:
+        steps.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans['plans_name']} -c {unprocessed} -np 4")
     else:
         say("No preprocessing is needed: nnU-Net's preprocessed data are used.")
     backbones = {name: next(r["value"] for r in rows if r["what"] == "backbone") for name, rows in decided.items()}

@@ -34,17 +34,10 @@ class Preset:
     """A published setting.
 
     Attributes:
-        name: as ``--preset`` takes it.
-        backbone: SAM's encoder.
         patch_size: (D, H, W).
-        batch_size: B.
-        upsample: u.
-        num_queries: N.
         foreground_classes: the numbers of foreground labels that it was published for.
         trainer: the trainer class with its optimizer and epochs.
         epochs: of 250 iterations.
-        optimizer: see :class:`Optimizer`.
-        loss: weights and points.
         dice: the paper's mean Dice, in per cent.
         notes: where a number means something else here than in the released code.
         sources: where each value comes from, by dotted name.
@@ -66,33 +59,22 @@ class Preset:
     sources: dict[str, str]
 
     def check_labels(self, foreground: int, regions: bool, channels: int) -> None:
-        """Refuse a dataset that the setting was not published for.
-
-        Raises:
-            DataError: another number of labels or channels, or regions.
-        """
+        """Raise a DataError for a dataset that the setting was not published for."""
         if regions or channels != 1 or foreground not in self.foreground_classes:
             raise DataError(
                 f"--preset {self.name} was published for {' or '.join(map(str, self.foreground_classes))} foreground "
-                f"labels and one channel; this dataset has {foreground} {'regions' if regions else 'labels'} and "
-                f"{channels} {'channel' if channels == 1 else 'channels'}. Plan it without --preset"
+                f"labels and one channel; this dataset has {foreground} {'regions' if regions else 'labels'}; its "
+                f"channels: {channels}. Plan it without --preset"
             )
 
 
 @cache
 def load_preset(name: str) -> Preset:
-    """Read a preset of the package.
-
-    Raises:
-        DataError: the name is not in :data:`PRESETS`.
-    """
-    if name not in PRESETS:
-        raise DataError(f"--preset {name!r} is not known: choose one of {', '.join(PRESETS)}")
+    """The preset of a name in :data:`PRESETS`."""
     data = json.loads((files("masksam_nnunet.plans") / "presets" / f"{name}.json").read_text(encoding="utf-8"))
     sources: dict[str, str] = {}
-    values = _values(data["setting"], "", sources)
-    more = {"name": name, "trainer": data["trainer"], "notes": data["notes"], "sources": sources}
-    return TypeAdapter(Preset).validate_python({**values, **more})
+    values = _values(data["setting"], "", sources) | {"name": name, "sources": sources}
+    return TypeAdapter(Preset).validate_python(values | {key: data[key] for key in ("trainer", "notes")})
 
 
 def _values(data: dict[str, Any], prefix: str, sources: dict[str, str]) -> dict[str, Any]:

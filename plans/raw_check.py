@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import DataError
@@ -25,13 +24,7 @@ from .splits import SPLITS_FILE, overlaps, read_splits
 
 @dataclass(frozen=True)
 class RawCheck:
-    """The result of a check.
-
-    Attributes:
-        dataset: the dataset, as far as it can be listed.
-        defects: what must be corrected.
-        notes: what may be intended.
-    """
+    """The dataset as far as it can be listed, defects that must be corrected, and notes on what may be intended."""
 
     dataset: RawDataset
     defects: tuple[str, ...]
@@ -57,11 +50,7 @@ class TargetCount:
 
 
 def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawCheck:
-    """Read a raw dataset to its last voxel.
-
-    Args:
-        folder: ``DatasetXXX_Name``.
-        preprocessed: its preprocessed folder, whose splits_final.json is checked too.
+    """Read a raw dataset to its last voxel, and splits_final.json there and in its ``preprocessed`` folder.
 
     Raises:
         DataError: it cannot be listed at all.
@@ -69,8 +58,11 @@ def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawChec
     dataset, defects = inspect_raw_dataset(folder)
     notes: list[str] = []
     for file in (part / SPLITS_FILE for part in (dataset.folder, preprocessed) if part is not None):
-        if file.is_file():
-            defects += _split_defects(file, dataset)
+        try:
+            if file.is_file():
+                defects += [f"{file}: {text}" for text in overlaps(read_splits(file, dataset.images))]
+        except DataError as error:
+            defects.append(str(error))
     cases = in_threads(partial(_check_case, dataset), list(dataset.images), "checking")
     same: dict[bytes, list[str]] = {}
     for name, result in zip(dataset.images, cases, strict=True):
@@ -87,25 +79,10 @@ def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawChec
 
 
 def require_sound_dataset(folder: Path) -> None:
-    """Check a whole raw dataset before work that would take longer.
-
-    Raises:
-        DataError: the first defects.
-    """
+    """Raise a DataError with the first defects of a raw dataset, before work that would take longer."""
     defects = list(check_raw_dataset(folder).defects)
     if defects:
         raise DataError(f"{folder} cannot be used:\n  " + shortened(defects, "\n  "))
-
-
-def require_sound_case(dataset: RawDataset, case: str) -> None:
-    """Check one case, for commands that have no time to read all.
-
-    Raises:
-        DataError: its defects.
-    """
-    defects = _check_case(dataset, case).defects
-    if defects:
-        raise DataError(f"{'; '.join(defects)}. List all defects of the dataset with masksam check -d {dataset.number}")
 
 
 def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
@@ -120,12 +97,15 @@ def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
     Raises:
         DataError: a label map cannot be read or holds a label that dataset.json does not name.
     """
-    manager = LabelManager(dict(dataset.dataset_json["labels"]), dataset.dataset_json.get("regions_class_order"))
+    manager = dataset.label_manager
     targets = manager.foreground_regions if manager.has_regions else manager.all_labels
     groups = [list(target) if isinstance(target, list | tuple) else [target] for target in targets]
 
     def count(case: str) -> TargetCount:
-        labels, _ = _read_known_labels(dataset, case)
+        try:
+            labels, _ = _read_known_labels(dataset, case)
+        except DataError as error:
+            raise DataError(f"case {case!r}: {error}") from error
         slices = np.moveaxis(labels, slice_axis, 0)
         counts = [sum(any(v in present for v in group) for group in groups) for present in map(_values, slices)]
         return TargetCount(max(counts), case, int(np.argmax(counts)), len(dataset.labels))
@@ -136,16 +116,12 @@ def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
 def _read_known_labels(dataset: RawDataset, case: str) -> tuple[NDArray[np.int32], ImageGeometry]:
     """A case's label map (D, H, W), whose values dataset.json names."""
     path = dataset.labels[case]
-    try:
-        array, properties = read_labels(path, dataset.dataset_json)
-    except DataError as error:
-        raise DataError(f"case {case!r}: {error}") from error
+    array, properties = read_labels(path, dataset.dataset_json)
     labels = np.rint(array[0]).astype(np.int32)
-    unknown = sorted(_values(labels) - dataset.label_values)
+    manager = dataset.label_manager
+    unknown = sorted(_values(labels) - {*map(int, manager.all_labels), manager.ignore_label})
     if unknown:
-        raise DataError(
-            f"case {case!r}: {path} holds the labels {', '.join(map(str, unknown[:10]))}, which dataset.json lacks"
-        )
+        raise DataError(f"{path} holds the labels {', '.join(map(str, unknown[:10]))}, which dataset.json lacks")
     return labels, ImageGeometry.of(array, properties)
 
 
@@ -156,25 +132,28 @@ def _values(labels: NDArray[np.int32]) -> set[int]:
     return set(found.tolist())
 
 
-def _split_defects(file: Path, dataset: RawDataset) -> list[str]:
-    try:
-        return [f"{file}: {text}" for text in overlaps(read_splits(file, dataset.images))]
-    except DataError as error:
-        return [str(error)]
-
-
 def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
     check = _CaseCheck()
     digest, channels = hashlib.sha256(), 0
-    for path in filter(Path.is_file, dataset.images[case]):
-        array = _check_image(dataset, case, path, check)
-        channels += len(array)
-        digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    whole = len(check.geometries) == len(dataset.images[case])
-    if dataset.labels[case].is_file():
-        _check_label(dataset, case, check)
-    if not whole:
+    files = [*dataset.images[case], dataset.labels[case]]
+    for path in filter(Path.is_file, files):
+        try:
+            if path == files[-1]:
+                array, geometry = _read_known_labels(dataset, case)
+                one_value = "background only" if not array.any() else ""
+            else:
+                array, geometry = _read_finite_image(dataset, path)
+                one_value = f"one value only, {array.flat[0]:g}" if array.min() == array.max() else ""
+                channels += len(array)
+                digest.update(repr(array.shape).encode())
+                digest.update(np.ascontiguousarray(array).data)
+        except (DataError, MemoryError) as error:
+            check.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
+            continue
+        check.geometries[f"{path.parent.name}/{path.name}"] = geometry
+        if one_value:
+            check.notes.append(f"case {case!r}: {path} holds {one_value}")
+    if len(check.geometries) < len(files):
         return check
     check.image_hash = digest.digest()
     wanted = len(dataset.dataset_json["channel_names"])
@@ -192,30 +171,10 @@ def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
     return check
 
 
-def _check_image(dataset: RawDataset, case: str, path: Path, check: _CaseCheck) -> NDArray[Any]:
-    """Read one image file (C, D, H, W), and note its defects and its geometry; empty if it cannot be read."""
-    try:
-        array, properties = read_image(path, dataset.dataset_json)
-        stored = stored_floats(path)
-    except (DataError, MemoryError) as error:
-        check.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
-        return np.empty(0)
-    check.geometries[path.name] = ImageGeometry.of(array, properties)
-    odd = max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored))
+def _read_finite_image(dataset: RawDataset, path: Path) -> tuple[NDArray[np.floating[Any]], ImageGeometry]:
+    """One image file (C, D, H, W)."""
+    array, properties = read_image(path, dataset.dataset_json)
+    odd = max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored_floats(path)))
     if odd:
-        check.defects.append(f"case {case!r}: {path} holds {odd} voxels that are NaN or infinite; replace them")
-    elif array.min() == array.max():
-        check.notes.append(f"case {case!r}: {path} holds one value only, {array.flat[0]:g}")
-    return array
-
-
-def _check_label(dataset: RawDataset, case: str, check: _CaseCheck) -> None:
-    path = dataset.labels[case]
-    try:
-        labels, geometry = _read_known_labels(dataset, case)
-    except (DataError, MemoryError) as error:
-        check.defects.append(str(error) or f"case {case!r}: {path} does not fit into memory")
-        return
-    check.geometries[f"label {path.name}"] = geometry
-    if not labels.any():
-        check.notes.append(f"case {case!r}: {path} holds background only")
+        raise DataError(f"{path} holds {odd} voxels that are NaN or infinite; replace them")
+    return array, ImageGeometry.of(array, properties)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,18 +28,12 @@ _NAME = re.compile(r"Dataset(\d{3})_\w[\w.-]*")
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A raw dataset that nnU-Net can work on.
-
-    Attributes:
-        folder: its folder, named as the dataset.
-        dataset_json: the content of its dataset.json.
-        images: files of each training case, one per channel, by case name.
-        labels: file of each training case's label map, by case name.
-    """
+    """A raw dataset that nnU-Net can work on: its folder, dataset.json, and files by the names of training cases."""
 
     folder: Path
     dataset_json: dict[str, Any]
     images: dict[str, tuple[Path, ...]]
+    """One file per channel, unless a file holds several."""
     labels: dict[str, Path]
 
     @property
@@ -53,11 +47,9 @@ class RawDataset:
         return str(number_of(self.name))
 
     @property
-    def label_values(self) -> set[int]:
-        """All values that label maps may hold, the ignore label included."""
-        manager = LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
-        ignore = [] if manager.ignore_label is None else [manager.ignore_label]
-        return {int(value) for value in (*manager.all_labels, *ignore)}
+    def label_manager(self) -> LabelManager:
+        """nnU-Net's, of the labels and regions in dataset.json."""
+        return LabelManager(dict(self.dataset_json["labels"]), self.dataset_json.get("regions_class_order"))
 
     @property
     def test_images(self) -> Path:
@@ -72,15 +64,10 @@ def number_of(name: str) -> int:
 
 
 def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_FOLDS) -> RawDataset:
-    """Read and check a raw dataset's dataset.json and file names.
-
-    Args:
-        folder: ``DatasetXXX_Name``.
-        option: the option that names it, for error messages.
-        min_cases: fewest training cases.
+    """Read and check a raw dataset's dataset.json and file names; ``option`` names the folder in messages.
 
     Raises:
-        DataError: the first defects.
+        DataError: the first defects, or there are fewer than ``min_cases`` training cases.
     """
     folder = Path(os.path.abspath(folder))  # not resolve(): a link's own name is the dataset's name
     if not folder.is_dir():
@@ -100,7 +87,12 @@ def inspect_raw_dataset(folder: Path, option: str = "-d", min_cases: int = 1) ->
         DataError: the folder or its dataset.json cannot be used at all.
     """
     folder = Path(os.path.abspath(folder))
-    description = _read_description(folder, option)
+    try:
+        description = read_json(folder / "dataset.json")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{option} {folder}: dataset.json is missing or damaged: {in_short(error)}") from error
+    if broken := description_defects(description):
+        raise DataError(f"{option} {folder}: dataset.json: {'; '.join(broken)}")
     if "dataset" in description:  # dataset.json lists the files itself
         files, defects = _listed_files(folder, description)
     else:
@@ -150,7 +142,7 @@ _Files = dict[str, tuple[tuple[Path, ...], Path]]
 def _listed_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, list[str]]:
     """Images and label of each case that dataset.json lists, by nnU-Net's rules."""
     # A copy: nnU-Net's function changes the description.
-    found = get_filenames_of_train_images_and_targets(str(folder), json.loads(json.dumps(description)))
+    found = get_filenames_of_train_images_and_targets(str(folder), deepcopy(description))
     files = {
         str(case): (tuple(Path(image) for image in entry["images"]), Path(entry["label"]))
         for case, entry in sorted(found.items())
@@ -187,19 +179,6 @@ def _found_files(folder: Path, description: dict[str, Any]) -> tuple[_Files, lis
     return files, defects
 
 
-def _read_description(folder: Path, option: str) -> dict[str, Any]:
-    path = folder / "dataset.json"
-    try:
-        description = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{option} {folder}: dataset.json is missing or damaged: {in_short(error)}") from error
-    defects = description_defects(description)
-    if defects:
-        raise DataError(f"{option} {folder}: dataset.json: {'; '.join(defects)}")
-    result: dict[str, Any] = description
-    return result
-
-
 _Label = NonNegativeInt | Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # nnU-Net takes "1" too
 
 
@@ -230,15 +209,13 @@ class _Description(BaseModel):
     @field_validator("labels")
     @classmethod
     def _consecutive(cls, labels: dict[str, Any]) -> dict[str, Any]:
-        if labels.get("background") not in (0, "0"):
-            raise ValueError('it must have "background": 0')
-        values = [_numbers(value) for name, value in labels.items() if name != "ignore"]
-        times = Counter(number for numbers in values for number in numbers)
-        if len(times) < 2 or sorted(times) != list(range(len(times))):
-            raise ValueError("it must have a foreground class, and the values 0, 1, 2, ... without gaps")
+        values = {name: _numbers(value) for name, value in labels.items() if name != "ignore"}
+        times = Counter(number for numbers in values.values() for number in numbers)
+        if values.get("background") != [0] or len(times) < 2 or sorted(times) != list(range(len(times))):
+            raise ValueError('it must have "background": 0, then a class for each of 1, 2, ... without gaps')
         if "ignore" in labels and labels["ignore"] != len(times):
             raise ValueError(f"ignore must be the highest label, {len(times)}")
-        if all(len(numbers) == 1 for numbers in values) and max(times.values()) > 1:
+        if all(len(numbers) == 1 for numbers in values.values()) and max(times.values()) > 1:
             raise ValueError("it must have one name for each value")
         return labels
 
@@ -262,16 +239,15 @@ class _Description(BaseModel):
 
 def description_defects(description: Any) -> list[str]:
     """One defect for each key of a dataset.json that breaks nnU-Net's rules."""
+    found: dict[str, str] = {}
     try:
         _Description.model_validate(description)
     except ValidationError as error:
-        found: dict[str, str] = {}
         for one in error.errors(include_url=False):
             key = str(one["loc"][0]) if one["loc"] else "content"
-            value = repr(description.get(key)) if isinstance(description, dict) else repr(description)
-            found.setdefault(key, f"{key}: {one['msg'].removeprefix('Value error, ')}, found {value[:120]}")
-        return list(found.values())
-    return []
+            value = description.get(key) if isinstance(description, dict) else description
+            found.setdefault(key, f"{key}: {one['msg'].removeprefix('Value error, ')}, found {repr(value)[:120]}")
+    return list(found.values())
 
 
 def _numbers(label: Any) -> list[int]:

@@ -17,8 +17,9 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 from masksam_nnunet.errors import DataError
 
-from .architecture import CARD_GB, MAX_IMAGE, USABLE, config_for, profile_of, round_up
+from .architecture import CARD_GB, MAX_IMAGE, USABLE, config_for, num_queries, profile_of, round_up
 from .presets import Preset
+from .raw_check import TargetCount
 
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
 MIN_IN_PLANE = 64
@@ -34,20 +35,16 @@ class Requirements:
         median_shape: median image in voxels at the configuration's spacing, (D, H, W) or (H, W).
         channels: C, with a cascade's one-hot channels.
         classes: K.
-        queries: gives N for a backbone.
-        targets_per_slice: the most targets in one slice.
-        where: which slice that is.
         regions: whether the classes are regions.
+        targets: the slice with the most targets.
         largest_batch: gives the largest allowed batch for a patch of so many voxels.
     """
 
     median_shape: tuple[int, ...]
     channels: int
     classes: int
-    queries: Callable[[str], int]
-    targets_per_slice: int
-    where: str
     regions: bool
+    targets: TargetCount
     largest_batch: Callable[[int], int]
 
 
@@ -62,50 +59,51 @@ class Sizes:
 
     def table(self, epochs: int) -> list[dict[str, Any]]:
         """Rows of what, value and why, as plain JSON; hours are for ``epochs`` of 250 iterations."""
-        config, cost, why = self.config, self.cost, self.reasons
+        config, cost = self.config, self.cost
         *depth, height, width = config.patch_size
+        values = {
+            "backbone": config.backbone,
+            **({"D": depth[0]} if depth else {}),
+            "H x W": f"{height} x {width}",
+            "u": config.upsample,
+            "N": config.num_queries,
+            "batch size": self.batch_size,
+            "checkpointing": "on" if config.checkpointing else "off",
+            "memory": f"{cost.peak_gib:.1f} GiB",
+            "operations": f"{cost.tflop:.3g} TFLOP",
+        }
+        seen = f"the encoder sees {config.upsample * height} x {config.upsample * width}"
         hours = 250 * epochs * cost.tflop / 100 / 3600
-        seen = f"{config.upsample * height} x {config.upsample * width}"
-        rows: list[tuple[str, Any, str]] = [("backbone", config.backbone, why["backbone"])]
-        if depth:
-            rows.append(("D", depth[0], why["D"]))
-        rows += [
-            ("H x W", f"{height} x {width}", why["H x W"]),
-            ("u", config.upsample, f"{why['u']}; the encoder sees {seen}"),
-            ("N", config.num_queries, why["N"]),
-            ("batch size", self.batch_size, why["batch size"]),
-            ("checkpointing", "on" if config.checkpointing else "off", why["checkpointing"]),
-            ("memory", f"{cost.peak_gib:.1f} GiB", why.get("memory", "estimated, for a training step in bfloat16")),
-            ("operations", f"{cost.tflop:.3g} TFLOP", f"a step; {epochs} epochs at 100 TFLOP/s: {hours:.3g} hours"),
-        ]
-        return [{"what": what, "value": value, "why": reason} for what, value, reason in rows]
+        why = {
+            "memory": "estimated, for a training step in bfloat16",
+            "operations": f"a step; {epochs} epochs at 100 TFLOP/s: {hours:.3g} hours",
+            **self.reasons,
+            "u": f"{self.reasons['u']}; {seen}",
+        }
+        return [{"what": what, "value": value, "why": why[what]} for what, value in values.items()]
 
 
-def choose_sizes(
-    wanted: Requirements,
-    backbones: tuple[str, ...],
-    gpu_memory_gb: float,
-    notify: Callable[[str], None] = lambda _: None,
-) -> Sizes:
+def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], gpu_memory_gb: float) -> Sizes:
     """The first backbone that fits, with the largest u for :data:`FEW_SLICES` slices, then as many slices as fit.
 
     Activation checkpointing is used before a slice or u is given up. Patches of fewer than :data:`FEW_SLICES` slices,
     and then of parts of slices, are used only where no u fits. The bound on operations grows with the memory, as cards
-    do. ``notify`` receives a description of each attempt.
+    do.
 
     Raises:
         DataError: no backbone fits; it names the memory that the smallest one needs.
     """
-    for backbone in backbones:
-        search = _Search(wanted, backbone, gpu_memory_gb, notify)
+    for number, backbone in enumerate(backbones):
+        search = _Search(wanted, backbone, gpu_memory_gb)
         found = search.best()
         if found is not None:
-            tried = backbones[: backbones.index(backbone)]
-            why = f"the largest SAM that fits; {', '.join(tried)} would not" if tried else "the largest SAM, fits"
-            queries = f"up to {wanted.targets_per_slice} targets in a slice ({wanted.where}), and headroom"
+            tried = ", ".join(backbones[:number])
+            why = f"the largest SAM that fits; {tried} would not" if tried else "the largest SAM, fits"
+            most = wanted.targets
+            queries = f"up to {most.most} targets in a slice ({most.case}, slice {most.slice}), and headroom"
             reasons = {"backbone": why if len(backbones) > 1 else "as asked", "N": queries, **found.reasons}
             return replace(found, reasons=reasons)
-    least = search.smallest()
+    least = search.smallest
     needed = least.cost.peak_gib / USABLE + 0.1
     smaller = "" if backbones[-1] in ("vit_b", "tiny") else ", or a smaller --backbone"
     raise DataError(
@@ -119,7 +117,7 @@ def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> 
     config = config_for(
         preset.backbone, preset.patch_size, preset.num_queries, False, upsample=preset.upsample, loss=preset.loss
     )
-    inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets_per_slice)
+    inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most)
     cost = training_cost(config, *inputs)
     without = cost.peak_gib
     if without > gpu_memory_gb * USABLE:
@@ -137,71 +135,69 @@ def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> 
 class _Search:
     """The search for one backbone."""
 
-    def __init__(
-        self, wanted: Requirements, backbone: str, gpu_memory_gb: float, notify: Callable[[str], None]
-    ) -> None:
+    def __init__(self, wanted: Requirements, backbone: str, gpu_memory_gb: float) -> None:
         self.wanted = wanted
         self.backbone = backbone
-        self.notify = notify
-        self.profile = profile_of(backbone)
         self.memory_gib = gpu_memory_gb * USABLE
-        self.max_tflop = self.profile.max_tflop * (1 if backbone == "tiny" else gpu_memory_gb / CARD_GB)
+        profile = profile_of(backbone)
+        self.max_tflop = profile.max_tflop * (1 if backbone == "tiny" else gpu_memory_gb / CARD_GB)
         self.is_2d = len(wanted.median_shape) == 2
         self.depth = 1 if self.is_2d else max(1, wanted.median_shape[0])
-        self.plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in wanted.median_shape[-2:])
+        plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in wanted.median_shape[-2:])
+        self.upsamplings = [u for u in profile.upsampling if u * max(plane) <= MAX_IMAGE] + [1]
+        self.why_u = "the largest there is"
+        if self.upsamplings[0] != profile.upsampling[0]:
+            self.why_u = f"more would exceed SAM's input of {MAX_IMAGE}"
+        self.planes = [plane]
+        """Ever smaller slices, to the smallest."""
+        while max(plane) > MIN_IN_PLANE:
+            plane = tuple(min(side, max(MIN_IN_PLANE, round_up(side * 3 // 4, 16))) for side in plane)
+            self.planes.append(plane)
 
-    def best(self) -> Sizes | None:
-        few = min(self.depth, FEW_SLICES)
-        for upsample in self._upsamplings(self.plane):
-            # u = 1 is always legal, however many operations it takes.
-            start = self._sizes(few, self.plane, upsample, True)
-            if self._fits(start.cost, operations=upsample > 1):
-                reasons = {"u": self._why_u(upsample), "H x W": "the median slice, whole"}
-                if any(side == MAX_IMAGE for side in self.plane):
-                    reasons["H x W"] = f"at most {MAX_IMAGE}, SAM's own input"
-                make = partial(self._sizes, plane=self.plane, upsample=upsample, checkpointing=True)
-                return self._polish(self._largest(start, few, self.depth, make), reasons)
-        if not self._fits(self.smallest().cost, operations=False):
-            return None
-        plane = next(p for p in self._planes() if self._fits(self._sizes(1, p, 1, True).cost, operations=False))
-        sizes = next(
-            s
-            for s in (self._sizes(depth, plane, 1, True) for depth in range(few, 0, -1))
-            if self._fits(s.cost, operations=False)
-        )
-        return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
-
+    @property
     def smallest(self) -> Sizes:
         """The least that this backbone can be planned with."""
-        return self._sizes(1, self._planes()[-1], 1, True)
+        return self._sizes(1, self.planes[-1])
 
-    def _upsamplings(self, plane: tuple[int, ...]) -> list[int]:
-        return [u for u in self.profile.upsampling if u * max(plane) <= MAX_IMAGE] + [1]
-
-    def _planes(self) -> list[tuple[int, ...]]:
-        """Ever smaller slices, to the smallest."""
-        planes = [self.plane]
-        while max(planes[-1]) > MIN_IN_PLANE:
-            planes.append(tuple(min(side, max(MIN_IN_PLANE, round_up(side * 3 // 4, 16))) for side in planes[-1]))
-        return planes
+    def best(self) -> Sizes | None:
+        few, plane = min(self.depth, FEW_SLICES), self.planes[0]
+        for upsample in self.upsamplings:
+            # u = 1 is always legal, however many operations it takes.
+            start = self._sizes(few, plane, upsample)
+            if self._fits(start, operations=upsample > 1):
+                whole = f"at most {MAX_IMAGE}, SAM's own input" if MAX_IMAGE in plane else "the median slice, whole"
+                why_u = self.why_u if upsample == self.upsamplings[0] else "more does not fit"
+                largest = self._largest(start, few, self.depth, partial(self._sizes, plane=plane, upsample=upsample))
+                return self._polish(largest, {"u": why_u, "H x W": whole})
+        if not self._fits(self.smallest, operations=False):
+            return None
+        plane = next(p for p in self.planes if self._fits(self._sizes(1, p), operations=False))
+        fewer = (self._sizes(depth, plane) for depth in range(few, 0, -1))
+        sizes = next(sizes for sizes in fewer if self._fits(sizes, operations=False))
+        return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
 
     def _sizes(
-        self, depth: int, plane: tuple[int, ...], upsample: int, checkpointing: bool, batch: int = MIN_BATCH
+        self,
+        depth: int,
+        plane: tuple[int, ...],
+        upsample: int = 1,
+        batch: int = MIN_BATCH,
+        checkpointing: bool = True,
     ) -> Sizes:
-        patch = plane if self.is_2d else (depth, *plane)
-        self.notify(f"{self.backbone}, patch {'x'.join(map(str, patch))}, u = {upsample}, batch {batch}")
+        wanted = self.wanted
         config = config_for(
             self.backbone,
-            patch,
-            self.wanted.queries(self.backbone),
-            self.wanted.regions,
+            plane if self.is_2d else (depth, *plane),
+            num_queries(wanted.targets.most, self.backbone),
+            wanted.regions,
             upsample=upsample,
             checkpointing=checkpointing,
         )
-        cost = training_cost(config, self.wanted.channels, self.wanted.classes, batch, self.wanted.targets_per_slice)
+        cost = training_cost(config, wanted.channels, wanted.classes, batch, wanted.targets.most)
         return Sizes(config, batch, cost)
 
-    def _fits(self, cost: TrainingCost, operations: bool = True) -> bool:
+    def _fits(self, sizes: Sizes, operations: bool = True) -> bool:
+        cost = sizes.cost
         return cost.peak_gib <= self.memory_gib and (not operations or cost.tflop <= self.max_tflop)
 
     def _largest(self, start: Sizes, at: int, limit: int, make: Callable[[int], Sizes]) -> Sizes:
@@ -209,22 +205,23 @@ class _Search:
 
         Both costs are nearly linear in the number: few points tell where to look.
         """
-        if at >= limit or not self._fits(start.cost):
+        if at >= limit or not self._fits(start):
             return start
         low, high = (at, start), (limit, make(limit))
-        if self._fits(high[1].cost):
+        if self._fits(high[1]):
             return high[1]
         for _ in range(5):
             gap = high[0] - low[0]
             if gap <= 1:
                 break
+            below, above = low[1].cost, high[1].cost
             share = min(
-                _share(low[1].cost.peak_gib, high[1].cost.peak_gib, self.memory_gib),
-                _share(low[1].cost.tflop, high[1].cost.tflop, self.max_tflop),
+                _share(below.peak_gib, above.peak_gib, self.memory_gib),
+                _share(below.tflop, above.tflop, self.max_tflop),
             )
             number = low[0] + min(gap - 1, max(1, int(share * gap)))
             middle = (number, make(number))
-            low, high = (middle, high) if self._fits(middle[1].cost) else (low, middle)
+            low, high = (middle, high) if self._fits(middle[1]) else (low, middle)
         return low[1]
 
     def _polish(self, sizes: Sizes, reasons: dict[str, str]) -> Sizes:
@@ -236,21 +233,18 @@ class _Search:
                 if depth == self.depth
                 else f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
             )
-        plane, upsample = sizes.config.patch_size[-2:], sizes.config.upsample
+        make = partial(self._sizes, depth, sizes.config.patch_size[-2:], sizes.config.upsample)
         largest = self.wanted.largest_batch(math.prod(sizes.config.patch_size))
         reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"
         if largest > MIN_BATCH and depth == self.depth:
-            sizes = self._largest(
-                sizes, MIN_BATCH, largest, lambda batch: self._sizes(depth, plane, upsample, True, batch)
-            )
+            sizes = self._largest(sizes, MIN_BATCH, largest, make)
             at_most = "nnU-Net's own, or 5 % of the data"
             reasons["batch size"] = at_most if sizes.batch_size == largest else f"fits {self._bound(sizes.cost)}"
-        plain = self._sizes(depth, plane, upsample, False, sizes.batch_size)
-        if self._fits(plain.cost, operations=False):
+        plain = make(sizes.batch_size, checkpointing=False)
+        reasons["checkpointing"] = f"without it {plain.cost.peak_gib:.1f} GiB"
+        if self._fits(plain, operations=False):
             sizes = plain
             reasons["checkpointing"] = "not needed for this memory"
-        else:
-            reasons["checkpointing"] = f"without it {plain.cost.peak_gib:.1f} GiB"
         return replace(sizes, reasons=reasons)
 
     def _bound(self, cost: TrainingCost) -> str:
@@ -258,14 +252,6 @@ class _Search:
         if cost.peak_gib / self.memory_gib >= cost.tflop / self.max_tflop:
             return f"{self.memory_gib:.1f} GiB"
         return f"{self.max_tflop:g} TFLOP a step"
-
-    def _why_u(self, upsample: int) -> str:
-        allowed = self._upsamplings(self.plane)
-        if upsample != allowed[0]:
-            return "more does not fit"
-        if upsample == self.profile.upsampling[0]:
-            return "the largest there is"
-        return f"more would exceed SAM's input of {MAX_IMAGE}"
 
 
 def _share(low: float, high: float, target: float) -> float:

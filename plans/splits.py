@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from pydantic import BaseModel, Field, TypeAdapter
@@ -40,20 +40,14 @@ _FILE = TypeAdapter(Annotated[list[_FileFold], Field(min_length=1)])
 
 @dataclass(frozen=True)
 class Split:
-    """What :func:`split_dataset` did.
-
-    Attributes:
-        path: the splits_final.json.
-        written: False if it had this content already.
-        folds: its content.
-        patients: the patient of each case.
-        notes: what the user should know.
-    """
+    """The splits_final.json that :func:`split_dataset` wrote, and its folds."""
 
     path: Path
     written: bool
+    """False if the file had this content already."""
     folds: list[Fold]
     patients: dict[str, str]
+    """The patient of each case."""
     notes: list[str]
 
 
@@ -68,9 +62,7 @@ def group_by_patient(cases: Iterable[str]) -> dict[str, list[str]] | None:
     Names tell patients apart if at least two different prefixes hold a number (``patient007_ED``), not only the name
     of the data set (``hippocampus_007``), and one of these is shared by several cases.
     """
-    groups: dict[str, list[str]] = {}
-    for case in sorted(cases):
-        groups.setdefault(patient_of(case), []).append(case)
+    groups = _grouped(cases, patient_of)
     numbered = [prefix for prefix in groups if any(c.isdigit() for c in prefix)]
     shared = any(len(groups[prefix]) > 1 for prefix in numbered)
     return groups if shared and len(numbered) >= 2 else None
@@ -89,9 +81,7 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
         pattern = re.compile(regex)
     except re.error as error:
         raise DataError(f"--group '{regex}' is not a regular expression: {error}") from error
-    groups: dict[str, list[str]] = {}
-    for case in sorted(cases):
-        groups.setdefault(_matched_patient(pattern.search(case)), []).append(case)
+    groups = _grouped(cases, lambda case: _matched_patient(pattern.search(case)))
     number = sum(map(len, groups.values()))
     if "" in groups:
         unmatched = groups[""]
@@ -123,11 +113,7 @@ def patient_folds(groups: Mapping[str, Sequence[str]], num_folds: int = NUM_FOLD
 
 
 def read_splits(path: Path, cases: Iterable[str]) -> list[Fold]:
-    """The folds in a splits_final.json.
-
-    Args:
-        path: the file.
-        cases: names of all training cases.
+    """The folds in a splits_final.json; ``cases`` are the names of all training cases.
 
     Raises:
         DataError: it cannot be read, is not a list of folds, names unknown cases, or a fold trains on no case.
@@ -195,8 +181,7 @@ def split_dataset(
     Args:
         dataset_id: a dataset in nnUNet_raw or, with gt_segmentations, in nnUNet_preprocessed.
         regex: finds the patient in a case's name, see :func:`group_by_regex`.
-        folds: their number.
-        seed: seed of the random draw.
+        folds, seed: number of folds, and of the random draw.
         force: replace a file with other content.
 
     Raises:
@@ -206,18 +191,20 @@ def split_dataset(
     if not os.environ.get("nnUNet_preprocessed"):
         raise DataError("nnUNet_preprocessed is not set: nnU-Net reads splits_final.json there; export it first")
     roots = [Path(os.environ[v]) for v in ("nnUNet_preprocessed", "nnUNet_raw") if os.environ.get(v)]
-    name = _dataset_name(dataset_id, roots)
+    names = {path.name for root in roots for path in root.glob(f"Dataset{dataset_id:03d}_*") if path.is_dir()}
+    if len(names) != 1:
+        places = " or ".join(map(str, roots))
+        raise DataError(f"-d {dataset_id} must be one dataset in {places}; there are {sorted(names)}")
     # nnU-Net's planner stops where the raw dataset holds another split.
-    path, *raw_path = (root / name / SPLITS_FILE for root in roots)
+    path, *raw_path = (root / name / SPLITS_FILE for root in roots for name in names)
     groups = group_by_regex(_cases(path.parent, *(file.parent for file in raw_path)), regex)
     splits = patient_folds(groups, folds, seed)
 
-    wanted = _unordered(splits)
-    written = _content(path) != wanted
-    if written and _content(path) is not None and not force:
+    others = [file for file in (path, *raw_path) if file.is_file() and not _holds(file, splits)]
+    if path in others and not force:
         raise DataError(f"{path} holds another split; replace it with --force if you train all folds with the new one")
-    others = [file for file in raw_path if _content(file) not in (None, wanted)]
-    for file in [path] * written + others * force:
+    to_write = ([] if path.is_file() else [path]) + (others if force else [])
+    for file in to_write:
         try:
             write_json(file, splits)
         except OSError as error:
@@ -228,7 +215,14 @@ def split_dataset(
     if others and not force:
         notes.append(f"{others[0]} holds another split, at which nnU-Net's planning stops; --force replaces it too")
     patients = {case: patient for patient, cases in groups.items() for case in cases}
-    return Split(path, written or bool(others and force), splits, patients, notes)
+    return Split(path, bool(to_write), splits, patients, notes)
+
+
+def _grouped(cases: Iterable[str], patient: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        groups.setdefault(patient(case), []).append(case)
+    return groups
 
 
 def _matched_patient(match: re.Match[str] | None) -> str:
@@ -238,15 +232,6 @@ def _matched_patient(match: re.Match[str] | None) -> str:
     if "patient" in match.re.groupindex:
         return match["patient"] or ""
     return "_".join(filter(None, match.groups())) if match.re.groups else match[0]
-
-
-def _dataset_name(dataset_id: int, roots: Sequence[Path]) -> str:
-    found = {path.name for root in roots for path in root.glob(f"Dataset{dataset_id:03d}_*") if path.is_dir()}
-    if len(found) != 1:
-        raise DataError(
-            f"-d {dataset_id} must be one dataset in {' or '.join(map(str, roots))}; there are {sorted(found)}"
-        )
-    return found.pop()
 
 
 def _cases(preprocessed: Path, raw: Path | None = None) -> list[str]:
@@ -261,17 +246,15 @@ def _cases(preprocessed: Path, raw: Path | None = None) -> list[str]:
         raise DataError(f"{preprocessed} is damaged ({in_short(error)}); preprocess the dataset again") from error
 
 
-def _content(path: Path) -> Any:
-    """The folds in a file, see :func:`_unordered`; None without a file, a text where it holds something else."""
+def _holds(path: Path, splits: list[Fold]) -> bool:
+    """Whether the file holds these folds."""
     try:
-        return _unordered(read_json(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"unreadable: {error}"
+        return unordered(read_json(path)) == unordered(splits)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
-def _unordered(splits: list[Fold]) -> list[Fold]:
+def unordered(splits: list[Fold]) -> list[Fold]:
     """Folds without the order of cases, which nnU-Net ignores."""
     return [{part: sorted(fold[part]) for part in ("train", "val")} for fold in splits]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,6 @@ from masksam_nnunet.files import read_json
 from .architecture import BASE_PLANS, DECISIONS, derive_config, read_config, write_config
 
 DEFAULT_PLANS = BASE_PLANS
-DEFAULT_BACKBONE = "vit_b"
-RESENC_PLANNERS = {f"nnUNetResEncUNet{size}Plans": f"nnUNetPlannerResEnc{size}" for size in ("M", "L", "XL")}
-"""nnU-Net's planners by the plans that they make."""
 _DATA_SETTINGS = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "preprocessor_name")
 
 
@@ -76,8 +74,8 @@ def planning_command(plans: str, number: int) -> str:
     """The command that makes plans of this name for a dataset."""
     if plans == DEFAULT_PLANS:
         return f"nnUNetv2_plan_and_preprocess -d {number}"
-    if plans in RESENC_PLANNERS:
-        return f"nnUNetv2_plan_experiment -d {number} -pl {RESENC_PLANNERS[plans]}"
+    if size := re.fullmatch("nnUNetResEncUNet(M|L|XL)Plans", plans):
+        return f"nnUNetv2_plan_experiment -d {number} -pl nnUNetPlannerResEnc{size[1]}"
     if "MaskSAM" in plans:
         return f"masksam plan -d {number} --plans-name {plans}"
     return f"nnUNetv2_plan_experiment -d {number} -overwrite_plans_name {plans}, with the planner it was made for"
@@ -105,7 +103,7 @@ def training_config(
     where = f"plans {plans['plans_name']!r}, configuration {configuration!r}"
     config = read_config(settings)
     if config is None:
-        config = derive_config(plans, configuration, dataset_json, backbone or DEFAULT_BACKBONE)
+        config = derive_config(plans, configuration, dataset_json, backbone or "vit_b")
         write_config(plans, configuration, config)
     if backbone not in (None, config.backbone):
         raise ConfigError(
@@ -137,11 +135,8 @@ def _check_shared_data(plans: dict[str, Any], settings: ConfigurationManager, wh
 
     They do not after ``nnUNetv2_move_plans_between_datasets`` without ``-tp``, or where nnU-Net was planned again.
     """
-    preprocessed = os.environ.get("nnUNet_preprocessed")
-    if plans["plans_name"] == BASE_PLANS or not preprocessed:
-        return
-    file = Path(preprocessed) / plans["dataset_name"] / f"{BASE_PLANS}.json"
-    if not settings.data_identifier.startswith(f"{BASE_PLANS}_") or not file.is_file():
+    file = Path(os.environ.get("nnUNet_preprocessed", "")) / plans["dataset_name"] / f"{BASE_PLANS}.json"
+    if plans["plans_name"] == BASE_PLANS or not file.is_file():
         return
     base = PlansManager(str(file))
     configurations = map(base.get_configuration, base.available_configurations)
@@ -163,10 +158,8 @@ def _check_results_folder(
     plans: dict[str, Any], configuration: str, fold: int | str, config: MaskSAMConfig, trainer: str
 ) -> None:
     """All folds of a results folder share one plans.json, so they must share the config."""
-    results = os.environ.get("nnUNet_results")
-    if not results:
-        return
-    folder = Path(results) / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
+    results = Path(os.environ.get("nnUNet_results", ""))
+    folder = results / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
     file = folder / "plans.json"
     other_folds = any(f.name != f"fold_{fold}" for f in folder.glob("fold_*"))
     started = other_folds or any(folder.glob("fold_*/checkpoint_*.pth"))

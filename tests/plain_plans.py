@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 from configs import tiny_config
 
 from masksam_nnunet.plans.architecture import write_config
+
+from masksam_nnunet.config import MaskSAMConfig
+from masksam_nnunet.cost import TrainingCost
 
 DATASET = "Dataset042_Hand"
 SMALL_UNET: dict[str, Any] = {
@@ -97,3 +101,15 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
     data = root / "nnUNet_preprocessed" / DATASET / "hand_data"
     data.mkdir(parents=True)
     (data / "case.b2nd").touch()
+
+
+def simple_cost(config: MaskSAMConfig, channels: int, classes: int, batch: int, targets: int) -> TrainingCost:
+    """Linear in the pixels that SAM sees: a GiB for 2^20 of them, a fifth with checkpointing, and the weights.
+
+    A stand-in for :func:`training_cost`, which takes seconds a time.
+    """
+    weights = {"tiny": 0.1, "vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}[config.backbone]
+    pixels = batch * math.prod(config.patch_size) * config.upsample**2
+    memory = weights + pixels / 2**20 * (0.2 if config.checkpointing else 1)
+    work = weights * pixels / 2**20 * (1.3 if config.checkpointing else 1)
+    return TrainingCost(int(memory * 2**30), int(work * 1e12))

@@ -80,7 +80,7 @@ def find_phases(images: Path | None, dataset: Path | None) -> dict[str, str]:
                 raise DataError(f"{place / _FRAMES} cannot be read: {error}; convert the download again") from error
     phases: dict[str, str] = {}
     for patient in sorted(images.glob("patient*")) if images else ():
-        phases |= named_frames(patient)[0]
+        phases |= named_frames(patient)
     if not phases:
         raise DataError(
             f"no {_FRAMES} or Info.cfg says which frame is end-diastole: give -d with a dataset of masksam convert "

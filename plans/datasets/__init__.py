@@ -10,38 +10,30 @@ from masksam_nnunet.errors import DataError
 
 from .acdc import read_acdc
 from .amos import read_amos
-from .conversion import Conversion, free_place, place
+from .conversion import Download, create_dataset, free_place
 from .msd import read_msd
 from .synapse import read_synapse
 
-READERS: dict[str, Callable[..., Conversion]] = {
+READERS: dict[str, Callable[..., Download]] = {
     "acdc": read_acdc,
     "synapse": read_synapse,
     "amos": read_amos,
     "msd": read_msd,
 }
-"""For each challenge, the function that checks its download."""
+"""For each challenge, the function that describes its download, or raises a DataError where it is none."""
 
 
-def convert(kind: str, source: Path, dataset_id: int, *, raw: Path | None = None, **options: Any) -> Path:
-    """Convert a download to ``DatasetXXX_Name``, completely or not at all.
+def convert(kind: str, source: Path, dataset_id: int, **options: Any) -> Path:
+    """Convert a download to ``DatasetXXX_Name`` in $nnUNet_raw, completely or not at all; its folder.
 
-    Args:
-        kind: a key of ``READERS``.
-        source: the download's folder.
-        dataset_id: 1 to 999; no dataset of nnU-Net may have it.
-        raw: the folder for the dataset, by default $nnUNet_raw.
-        options: those of the challenge's function in ``READERS``.
-
-    Returns:
-        The dataset's folder.
+    ``kind`` is a key of :data:`READERS`, and ``options`` are those of its function.
 
     Raises:
         DataError: the download is incomplete or damaged, the number is taken, or the folder cannot be written.
     """
-    raw = free_place(dataset_id, raw)
+    raw = free_place(dataset_id)
     try:
-        conversion = READERS[kind](source, **options)
+        download = READERS[kind](source, **options)
     except OSError as error:
         raise DataError(f"SOURCE {source} cannot be read: {error}") from error
-    return place(conversion, dataset_id, raw)
+    return create_dataset(download, dataset_id, raw)

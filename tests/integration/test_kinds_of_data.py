@@ -35,17 +35,6 @@ KINDS = [
         values=tuple(range(1, 121)),
     ),
     Kind(
-        # Volumes of one slice, with an ignore label, one of them empty.
-        id=23,
-        name="OneSlice",
-        sizes=[(1, 56, 44), (1, 40, 48), (1, 64, 64), (1, 56, 44), (1, 30, 20)],
-        labels={"background": 0, "first": 1, "second": 2, "ignore": 3},
-        values=(1, 2),
-        spacing=(0.7, 0.9, 5.0),
-        empty=(1,),
-        ignored=3,
-    ),
-    Kind(
         # Natural images: three channels in one file.
         id=24,
         name="Pictures",

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from kinds_of_data import Kind
+from plain_plans import simple_cost
 from small_sam import expect_release
 from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.environment import EXT_TRAINER
+from masksam_nnunet.plans import sizing
 
 KIND = Kind(49, "Places", [(4, 12, 10)] * 10, {"background": 0, "a": 1}, (1,))
 NOBODY = 65534
@@ -40,6 +42,7 @@ def place() -> Iterator[Path]:
 def environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(place / name))
+    monkeypatch.setattr(sizing, "training_cost", simple_cost)
     monkeypatch.setenv("MASKSAM_CACHE", str(place / "cache"))
     monkeypatch.delenv("MASKSAM_WEIGHTS", raising=False)
     # Set, then deleted: so that what a command writes there is undone after the test.

@@ -88,12 +88,6 @@ def test_defects(raw: Path, tmp_path: Path, change: Callable[[Path], object], na
     assert not raw.exists()
 
 
-def test_the_folder_is_named_as_the_task(raw: Path, tmp_path: Path) -> None:
-    source = build_msd(tmp_path).rename(tmp_path / "hippocampus")
-    with pytest.raises(DataError, match="hippocampus"):
-        convert("msd", source, 4)
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

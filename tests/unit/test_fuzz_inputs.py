@@ -28,14 +28,14 @@ from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
-from masksam_nnunet.plans.datasets.conversion import DownloadedImage, require_sound
+from masksam_nnunet.plans.datasets.conversion import Case, Download, require_sound
 from masksam_nnunet.plans.datasets.msd import unpack
 from masksam_nnunet.plans.images import check_whole
 from masksam_nnunet.plans.planner import _read_plans
 from masksam_nnunet.plans.raw_data import description_defects
 from masksam_nnunet.plans.splits import overlaps, read_splits
 
-DEFAULT, LONG = 500, 20_000
+DEFAULT, LONG = 150, 20_000
 """Inputs of each kind: here and in ``make test-long``."""
 
 
@@ -96,7 +96,7 @@ def nifti(content: bytes, folder: Path) -> None:
         assert found.labels.ndim == 3 and np.isfinite(found.spacing).all() and min(found.spacing) > 0
         raise NothingWrong
     with pytest.raises((DataError, NothingWrong)):
-        require_sound(folder, [DownloadedImage(file, file)], range(3), "download it again")
+        require_sound(Download(folder, "", "Fuzzed", [Case("case", file, file)], ["CT"], {"a": 0, "b": 1, "c": 2}))
         raise NothingWrong
     try:
         check_whole(file)
