@@ -23,8 +23,7 @@ from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json, write_json
-from masksam_nnunet.inference.history import read_log
-from masksam_nnunet.inference.versions import git_hash, versions
+from masksam_nnunet.inference.provenance import History, git_hash, versions
 
 from .results import FoldCompute
 
@@ -245,8 +244,7 @@ def read_fold_compute(folder: Path) -> FoldCompute:
     checkpoint = folder / FINAL
     if not checkpoint.is_file():
         raise TrainingError(f"{folder} has no {FINAL}: this fold is not trained")
-    content = read_log(checkpoint)
-    seconds = content.epoch_seconds
+    log = History.read(checkpoint)
     record = FoldRecord.read(folder)
     parts = [] if record is None else record.training()
     stats, debug = (_read_if_there(folder / name) for name in (TRAINING_STATS_FILE, "debug.json"))
@@ -256,13 +254,13 @@ def read_fold_compute(folder: Path) -> FoldCompute:
     devices = dict.fromkeys(part.device for part in parts if part.device)
     return FoldCompute(
         fold=int(folder.name.removeprefix("fold_")),
-        seconds=stats.get("train_seconds", sum(seconds)),
+        seconds=stats.get("train_seconds", log.seconds[-1] if log.seconds else 0.0),
         peak_memory_mib=stats.get("peak_memory_mib", max(sampled, default=None)),
         peak_memory_of=stats.get("peak_memory_of", "all processes, resident" if sampled else "not recorded"),
         device=" and ".join(devices) or str(debug.get("gpu_name") or stats.get("device", "not recorded")),
-        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * len(seconds)),
-        epochs=len(seconds),
-        parameters=stats.get("parameters", content.parameters),
+        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * len(log.seconds)),
+        epochs=len(log.seconds),
+        parameters=stats.get("parameters", log.parameters),
         trainable_parameters=stats.get("trainable_parameters"),
         checkpoint_bytes=checkpoint.stat().st_size,
         resumed=sum(part.kind == "continue" for part in parts),

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from masksam_nnunet.errors import MaskSAMError, in_short
-from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
+from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.inference.report.figures import CaseImages, draw_case
 from masksam_nnunet.inference.report.html import Picture, number
+from masksam_nnunet.plans.images import read_image
 
 from .results import MEAN, METRICS, BenchmarkResults
 from .statistics import averaged
@@ -56,14 +57,14 @@ def draw_cases(results: BenchmarkResults) -> list[Picture]:
 
 def _read(results: BenchmarkResults, case: str, notes: Mapping[str, str]) -> CaseImages:
     description: dict[str, Any] = dict(results.dataset_json)
-    image, _ = read_volume([_first_channel(results.images, case, description)], description)
+    image, _ = read_image(_first_channel(results.images, case, description), description)
     truth = read_label_map(results.truths, case, description)
     rows = [row for row in results.rows if row.kind != "postprocessed"]
     predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in rows}
     for name, labels in {"truth": truth.labels, **predictions}.items():
         if labels.shape != image[0].shape:
             raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")
-    return CaseImages(image[0], truth.spacing, truth.labels, predictions, results.focus.name, notes)
+    return CaseImages(image[0], truth.grid.spacing, truth.labels, predictions, results.focus.name, notes)
 
 
 def _first_channel(images: Path, case: str, dataset_json: Mapping[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from masksam_nnunet.inference.history import History
+from masksam_nnunet.inference.provenance import History
 from masksam_nnunet.inference.report.figures import LINE_STYLES, png, wrapped
 from masksam_nnunet.inference.report.html import Picture
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row
 from masksam_nnunet.benchmarks.statistics import compare, default_pairs, patient_of, summarise
 from masksam_nnunet.benchmarks.statistics import policies as statistics_policies
-from masksam_nnunet.inference.history import History
+from masksam_nnunet.inference.provenance import History
 from masksam_nnunet.inference.scoring import policies as score_policies
 
 FOLDS, CASES = 5, 20
@@ -178,6 +178,7 @@ def _histories(index: int, folds: int) -> dict[int, History]:
             tuple((loss + noise[1]).tolist()),
             tuple((loss + 0.1 + noise[2]).tolist()),
             tuple(dice.tolist()),
+            parameters=13,
         )
     return found
 

@@ -29,7 +29,7 @@ from masksam_nnunet.plans.architecture import open_configuration
 
 from ..models import find_models, network_to_predict
 from ..predictor import same_bits
-from ..versions import versions
+from ..provenance import versions
 from .description import (
     DATASET,
     FORMAT,

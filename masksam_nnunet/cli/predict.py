@@ -157,9 +157,8 @@ def _trained_models(
     postprocessing: str | None,
 ) -> tuple[Sequence[Model], Postprocessing | None]:
     """Find what the options name in nnUNet_results."""
-    from masksam_nnunet.inference.methods import Method
+    from masksam_nnunet.inference.methods import Method, parse_members
     from masksam_nnunet.inference.models import parse_folds, trained_models
-    from masksam_nnunet.inference.predict.ensemble import parse_members
     from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
 
     if not dataset or not (configuration or ensemble):

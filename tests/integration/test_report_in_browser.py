@@ -7,11 +7,12 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from made_up_benchmark import made_up_results
 from PIL import Image
@@ -58,17 +59,17 @@ window.addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A demo's report, and one with six rows and sixteen classes."""
-    root = tmp_path_factory.mktemp("pages")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A demo's report, and one with six rows and sixteen classes, whose cases are drawn in white."""
+    root, white = tmp_path_factory.mktemp("pages"), BytesIO()
+    Image.new("RGB", (1500, 900), "white").save(white, "png")
     demo = made_up_results(root / "demo", ("anterior", "posterior"), row_count=2, folds=1, cases=4)
-    large = made_up_results(root / "large", SIXTEEN, row_count=6, resamples=19)
-    return {
-        "demo": write_report(
-            replace(demo, commands=("nnUNetv2_predict -i in -o " + "out" * 60,)), root / "demo report"
-        ),
-        "large": write_report(large, root / "large report"),
-    }
+    demo = replace(demo, commands=("nnUNetv2_predict -i in -o " + "out" * 60,))
+    large = made_up_results(root / "large", SIXTEEN, row_count=6, resamples=9, cases=2)
+    with pytest.MonkeyPatch.context() as patch:
+        written = {"demo": write_report(demo, root / "demo report")}
+        patch.setattr("masksam_nnunet.benchmarks.pictures.draw_case", lambda *_: white.getvalue())
+        yield written | {"large": write_report(large, root / "large report")}
 
 
 def chromium(*arguments: str) -> str:
@@ -100,8 +101,7 @@ def measure(page: Path, width: int) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("width", [800, 1600])
-@pytest.mark.parametrize(("name", "pictures"), [("demo", 8), ("large", 10)])
+@pytest.mark.parametrize(("name", "pictures", "width"), [("demo", 8, 1600), ("large", 10, 800)])
 def test_page_fits_its_window(pages: dict[str, Path], name: str, pictures: int, width: int) -> None:
     seen = measure(pages[name], width)
     assert seen["width"] == width
@@ -121,12 +121,3 @@ def test_printed_tables_are_not_cut_off(pages: dict[str, Path]) -> None:
     page.write_text(text.replace("@media print", "@media screen"), encoding="utf-8")
     seen = measure(page, 718)
     assert seen["scroll"] <= 718 and seen["tables"] > 10 and seen["cut"] == []
-
-
-def test_screenshot_is_not_blank(pages: dict[str, Path], tmp_path: Path) -> None:
-    shot = tmp_path / "shot.png"
-    chromium("--window-size=1200,1200", f"--screenshot={shot}", pages["demo"].as_uri())
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    assert 0.01 < (pixels < 128).all(axis=2).mean() < 0.3  # text, not a blank or black page
-    red = (pixels[..., 0] - pixels[..., 1:].max(axis=2) > 80).sum(axis=1)
-    assert red[:300].max() > 600  # the frame of the severe findings
