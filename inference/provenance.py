@@ -78,6 +78,7 @@ class History:
             seconds = accumulate(end - start for start, end in spans)
             curves = (log[key] for key in ("train_losses", "val_losses", "mean_fg_dice"))
             epochs = list(zip(seconds, *curves, strict=False))
-            return cls(*(tuple(float(epoch[n]) for epoch in epochs) for n in range(4)), sum(sizes.values()))
+            ends, train, val, dice = (tuple(float(epoch[n]) for epoch in epochs) for n in range(4))
+            return cls(ends, train, val, dice, sum(sizes.values()))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{checkpoint} has no usable log of its training ({error!r})") from error

@@ -95,7 +95,8 @@ def _cases_of(dataset: str, description: Mapping[str, Any]) -> dict[str, FoundCa
     if "dataset" in listed:
         entries = get_filenames_of_train_images_and_targets(str(folder), listed)
         found = [
-            (Case(name, tuple(map(Path, e["images"]))), Path(e["label"]), str(file)) for name, e in entries.items()
+            (Case(name, tuple(map(Path, entry["images"])), numbered=False), Path(entry["label"]), str(file))
+            for name, entry in entries.items()
         ]
     else:
         numbered = f"*_[0-9][0-9][0-9][0-9]{ending}"

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from configs import tiny_config
+from container_models import add_fold
 from kinds_of_data import OBLIQUE
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -53,6 +54,7 @@ def write_model(
 ) -> Path:
     """A model of random weights, whose folds differ."""
     model = root / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__{configuration}"
+    model.mkdir(parents=True)
     manager = PlansManager(plans)
     settings = manager.get_configuration(configuration)
     network = MaskSAMTrainer.build_network_architecture(
@@ -65,15 +67,7 @@ def write_model(
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        folder = model / f"fold_{fold}"
-        folder.mkdir(parents=True)
-        content = {
-            "network_weights": network.state_dict(),
-            "trainer_name": TRAINER,
-            "init_args": {"configuration": configuration},
-            "inference_allowed_mirroring_axes": (1,),
-        }
-        torch.save(content, folder / "checkpoint_final.pth")
+        add_fold(model, fold, network, TRAINER, configuration)
     (model / "plans.json").write_text(json.dumps(plans))
     (model / "dataset.json").write_text(json.dumps(description))
     return model

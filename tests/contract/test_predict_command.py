@@ -178,12 +178,15 @@ def test_a_case_that_a_network_cannot_predict(images: Path, tmp_path: Path, monk
     assert list(labels(out)) == ["a.nii.gz", "b.nii.gz"] and not (out / ".ensemble").exists()
 
 
-def test_predictions_of_other_models_are_not_mixed(
+def test_parts_are_mixed_but_predictions_of_other_models_are_not(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another model cannot continue, but start anew; then nothing of the first is left, even if it breaks off."""
     out, other = tmp_path / "out", [*ONE, "-tr", "MaskSAMTrainer"]
-    assert predict("-i", images, "-o", out, *ONE).exit_code == 0
+    for part, done in ((1, ["b"]), (0, ["a", "b"])):  # two commands that share the cases
+        result = predict("-i", images, "-o", out, *ONE, "-num_parts", 2, "-part_id", part)
+        assert result.exit_code == 0, result.output
+        assert list(labels(out)) == [f"{name}.nii.gz" for name in done]
     before = times(out)
     for words in ([*ONE, "1"], PAIR, other):
         result = predict("-i", images, "-o", out, *words, "--continue_prediction")
@@ -199,15 +202,6 @@ def test_predictions_of_other_models_are_not_mixed(
     assert not times(out)
     assert predict("-i", images, "-o", out, *other, "--continue_prediction").exit_code == 0
     assert times(out).keys() == before.keys()
-
-
-def test_parts(images: Path, tmp_path: Path) -> None:
-    """Two commands for one folder; what one has done the other leaves."""
-    out = tmp_path / "out"
-    for part, done in ((1, ["b"]), (0, ["a", "b"])):
-        result = predict("-i", images, "-o", out, *ONE, "-num_parts", 2, "-part_id", part)
-        assert result.exit_code == 0, result.output
-        assert list(labels(out)) == [f"{name}.nii.gz" for name in done]
 
 
 @pytest.mark.parametrize(
@@ -304,18 +298,8 @@ def test_models_that_do_not_fit_or_are_cut_off(
 def test_a_cascade_needs_its_previous_stage(own_models: Path, images: Path, tmp_path: Path) -> None:
     """Two stages of stock nnU-Net beside a MaskSAM: refused without the first; then each gets what it needs."""
     low, cascade = (own_models / f"nnUNetTrainer__nnUNetPlans__3d_{name}" for name in ("lowres", "cascade_fullres"))
-    for folder, more in ((low, 0), (cascade, 2)):
-        write_unet(folder, 1, 2, more_inputs=more)
-        plans = json.loads((folder / "plans.json").read_text())
-        stage = plans["configurations"].pop("3d_fullres")
-        name = folder.name.rpartition("__")[2]
-        plans["configurations"]["3d_lowres"] = dict(stage)
-        plans["configurations"]["3d_cascade_fullres"] = {**stage, "previous_stage": "3d_lowres"}
-        (folder / "plans.json").write_text(json.dumps(plans))
-        for file in folder.glob("fold_*/checkpoint_final.pth"):
-            checkpoint = torch.load(file, weights_only=False)
-            checkpoint["init_args"]["configuration"] = name
-            torch.save(checkpoint, file)
+    write_unet(low, 1, 2, configuration="3d_lowres")
+    write_unet(cascade, 1, 2, more_inputs=2, configuration="3d_cascade_fullres")
     out = tmp_path / "out"
     members = ["nnUNetTrainer:3d_cascade_fullres", "MaskSAMTrainer:3d_fullres"]
     words = ["-i", images, "-o", out, "-f", "0", "--ensemble", *members]

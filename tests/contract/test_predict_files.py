@@ -66,6 +66,7 @@ def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], n
 @pytest.mark.parametrize("reader", [SimpleITKIO(), NibabelIO()])
 def test_channels_are_read_as_by_nnunet(tmp_path: Path, reader: Any) -> None:
     files = tuple(write_image(tmp_path / name, seed, SIZE) for seed, name in enumerate((T1, T2)))
+    change(Origin=(-17.501, 3.251, 120.125))(files[1])  # rounding in headers is no other grid
     data, properties = read_case(Case("a", files), reader, ["T1", "T2"])
     expected, its_properties = reader.read_images([str(file) for file in files])
     np.testing.assert_array_equal(data, expected)
@@ -132,12 +133,6 @@ def test_bad_cases(tmp_path: Path, what: str) -> None:
     with pytest.raises(CaseError) as error:
         read_case(case, SimpleITKIO(), ["T1", "T2"])
     assert named in str(error.value)
-
-
-def test_rounding_in_headers_is_no_other_grid(tmp_path: Path) -> None:
-    files = tuple(write_image(tmp_path / name, 0, SIZE) for name in (T1, T2))
-    change(Origin=(-17.501, 3.251, 120.125))(files[1])
-    assert read_case(Case("a", files), SimpleITKIO(), ["T1", "T2"])[0].shape == (2, 5, 36, 40)
 
 
 # --- files that are whole ---------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -27,7 +26,7 @@ _CHROMIUM = next(
 if _CHROMIUM is None:
     pytest.skip("no Chromium on this machine: chromium, chromium-browser, google-chrome", allow_module_level=True)
 
-SIXTEEN = [*(f"class {index} with a name as long as those of some challenges are" for index in range(1, 16)), "x" * 70]
+CLASSES = [*(f"class {index} with a name as long as those of some challenges are" for index in range(1, 10)), "x" * 70]
 
 _PROBE = """
 <script>
@@ -59,17 +58,16 @@ window.addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """A demo's report, and one with six rows and sixteen classes, whose cases are drawn in white."""
-    root, white = tmp_path_factory.mktemp("pages"), BytesIO()
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of six rows and many classes; cases and plots are white, since drawing them takes long."""
+    root, white = tmp_path_factory.mktemp("page"), BytesIO()
     Image.new("RGB", (1500, 900), "white").save(white, "png")
-    demo = made_up_results(root / "demo", ("anterior", "posterior"), row_count=2, folds=1, cases=4)
-    demo = replace(demo, commands=("nnUNetv2_predict -i in -o " + "out" * 60,))
-    large = made_up_results(root / "large", SIXTEEN, row_count=6, resamples=9, cases=2)
+    results = made_up_results(root, CLASSES, row_count=6, resamples=9, cases=2)
+    results = replace(results, commands=("nnUNetv2_predict -i in -o " + "out" * 60,))
     with pytest.MonkeyPatch.context() as patch:
-        written = {"demo": write_report(demo, root / "demo report")}
         patch.setattr("masksam_nnunet.benchmarks.pictures.draw_case", lambda *_: white.getvalue())
-        yield written | {"large": write_report(large, root / "large report")}
+        patch.setattr("masksam_nnunet.benchmarks.plots.png", lambda _: white.getvalue())
+        return write_report(results, root / "the report")
 
 
 def chromium(*arguments: str) -> str:
@@ -101,23 +99,23 @@ def measure(page: Path, width: int) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize(("name", "pictures", "width"), [("demo", 8, 1600), ("large", 10, 800)])
-def test_page_fits_its_window(pages: dict[str, Path], name: str, pictures: int, width: int) -> None:
-    seen = measure(pages[name], width)
+@pytest.mark.parametrize("width", [800, 1600])
+def test_page_fits_its_window(page: Path, width: int) -> None:
+    seen = measure(page, width)
     assert seen["width"] == width
     assert seen["scroll"] <= width, seen["outside"][:5]
     assert seen["outside"] == []
-    assert seen["images"] == pictures and seen["broken"] == 0
+    assert seen["images"] >= 8 and seen["broken"] == 0
     assert seen["errors"] == [] and seen["requests"] == 0
     assert seen["height"] > 1500
     assert 0 <= seen["alarm"] < 300  # the first thing under the title
 
 
-def test_printed_tables_are_not_cut_off(pages: dict[str, Path]) -> None:
+def test_printed_tables_are_not_cut_off(page: Path) -> None:
     """On A4 with usual margins, about 718 pixels: the print rules as those of the screen."""
-    text = pages["large"].read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.count("@media print") == 2
-    page = pages["large"].with_name("printed.html")
-    page.write_text(text.replace("@media print", "@media screen"), encoding="utf-8")
-    seen = measure(page, 718)
+    printed = page.with_name("printed.html")
+    printed.write_text(text.replace("@media print", "@media screen"), encoding="utf-8")
+    seen = measure(printed, 718)
     assert seen["scroll"] <= 718 and seen["tables"] > 10 and seen["cut"] == []

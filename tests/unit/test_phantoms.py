@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +47,7 @@ def test_dataset_is_nnunet_raw(tmp_path: Path) -> None:
     dataset = read_raw_dataset(folder)
     assert len(dataset.images) == 5
     assert [p.name for p in sorted((folder / "imagesTs").iterdir())] == ["phantom_005_0000.nii.gz"]
-    description = json.loads((folder / "dataset.json").read_text())
-    assert description["labels"] == LABELS and description["numTraining"] == 5
+    assert dataset.dataset_json["labels"] == LABELS and dataset.dataset_json["numTraining"] == 5
     phantom = make_phantom(np.random.default_rng([3, 0]))
     image = sitk.ReadImage(str(folder / "imagesTr" / "phantom_000_0000.nii.gz"))
     label = sitk.ReadImage(str(folder / "labelsTr" / "phantom_000.nii.gz"))
