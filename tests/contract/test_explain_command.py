@@ -17,6 +17,7 @@ from configs import tiny_config
 from container_models import add_fold
 from kinds_of_data import OBLIQUE
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from typer.testing import CliRunner, Result
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import Grid
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.inference.explain.run import draw_preprocessed
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.network import MaskSAMOutput
 from masksam_nnunet.plans.architecture import write_config
@@ -47,6 +49,13 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, which take most of the time."""
+    monkeypatch.setattr("masksam_nnunet.inference.explain.run.draw_overview", lambda *_: b"")
+    monkeypatch.setattr("masksam_nnunet.inference.explain.run.draw_queries", lambda *_: (b"", ""))
 
 
 def write_model(
@@ -194,6 +203,7 @@ def test_page_pictures_and_overlays_say_what_the_network_says(tmp_path: Path, mo
     assert html.count('<th scope="row"') == 32  # queries
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     model = write_model(tmp_path, plans_with(), dataset_json(), folds=2)
     source = write_case(tmp_path, labelled=False)
@@ -219,6 +229,7 @@ def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     assert "IoU with label" not in (out / "explain.html").read_text()
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) -> None:
     model = write_model(tmp_path, plans_with(regions=True), region_dataset_json(ignore=True))
     image, labels = made_up_image()
@@ -244,6 +255,7 @@ def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) 
     assert facts["windows"] == 8 * 4
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Path) -> None:
     plans = plans_with()
     configurations = plans["configurations"]
@@ -258,6 +270,18 @@ def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Pat
     result = explain(*cascade, "-prev_stage_predictions", tmp_path / "nnUNet_raw" / DATASET / "labelsTr")
     assert result.exit_code == 0, result.output
     assert record(tmp_path / "out")["configuration"] == "3d_cascade_fullres"
+
+
+def test_queries_of_a_preprocessed_case_are_drawn(tmp_path: Path) -> None:
+    """For the benchmark's report."""
+    model = write_model(tmp_path, plans_with(), dataset_json())
+    image, labels = made_up_image()
+    preprocessed = tmp_path / "nnUNet_preprocessed" / DATASET
+    place = str(preprocessed / "hand_data" / "case_1")
+    nnUNetDatasetBlosc2.save_case(image[None], labels[None].astype(np.int16), {}, place)
+    pictures = draw_preprocessed(model, 0, preprocessed, "case_1")
+    assert [picture.title.split()[1] for picture in pictures] == ["3", "5"]
+    assert all(picture.png.startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_errors_name_the_option_and_leave_nothing(tmp_path: Path) -> None:
