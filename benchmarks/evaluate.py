@@ -14,12 +14,10 @@ from rich.console import Console
 from masksam_nnunet.errors import DataError, MaskSAMError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference import scoring
-from masksam_nnunet.inference.explain.inside import look_inside
-from masksam_nnunet.inference.history import History
+from masksam_nnunet.inference.explain.run import draw_preprocessed
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
-from masksam_nnunet.inference.report.figures import draw_inside
+from masksam_nnunet.inference.provenance import History, git_hash, versions
 from masksam_nnunet.inference.report.html import Picture
-from masksam_nnunet.inference.versions import git_hash, versions
 
 from . import statistics
 from .checks import check_fairness, refuse_unfair
@@ -122,8 +120,7 @@ def evaluate(
         notes=benchmark.notes,
     )
     with console.status("drawing and writing the report"):
-        inside = _inside(complete, results, benchmark.preprocessed, classes)
-        return write_report(replace(complete, inside=inside), out)
+        return write_report(replace(complete, inside=_inside(complete, results, benchmark.preprocessed)), out)
 
 
 def require_sound(benchmark: Benchmark, cases: Mapping[int, Sequence[str]]) -> None:
@@ -147,18 +144,16 @@ def require_sound(benchmark: Benchmark, cases: Mapping[int, Sequence[str]]) -> N
                 raise DataError(f"{error}. {remedy}") from error
 
 
-def _inside(results: BenchmarkResults, models: Path, preprocessed: Path, classes: Classes) -> tuple[Picture, ...]:
+def _inside(results: BenchmarkResults, models: Path, preprocessed: Path) -> tuple[Picture, ...]:
     """How the first MaskSAM prompts itself on its median case, or the better one of two."""
-    (method, *_), name = results.focus.members, results.focus.name
+    method = results.focus.members[0]
     if not is_masksam(method):
         return ()
     chosen = list(choose_cases(results))
     case = chosen[min(1, len(chosen) - 1)]
     (fold,) = (fold for fold, names in results.cases.items() if case in names)
     try:
-        view = look_inside(models / method.key, fold, preprocessed, case)
+        return draw_preprocessed(models / method.key, fold, preprocessed, case)
     # A picture must not cost the report of days of training.
     except (MaskSAMError, OSError, RuntimeError, ValueError, AttributeError) as error:
         return (Picture(case, f"It could not be drawn: {in_short(error)}", b""),)
-    caption = f"Validated in fold {fold} of {name}: the patch around its labelled structures, preprocessed."
-    return (Picture(case, caption, draw_inside(view, classes)),)

@@ -22,8 +22,7 @@ from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.environment import TRAINING_STATS_FILE
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json, write_json
-from masksam_nnunet.inference.history import read_log
-from masksam_nnunet.inference.versions import git_hash, versions
+from masksam_nnunet.inference.provenance import History, git_hash, versions
 
 from .results import FoldCompute
 
@@ -212,25 +211,25 @@ def read_fold_compute(folder: Path) -> FoldCompute:
         TrainingError: the fold's record is not readable.
         CheckpointError: its checkpoint is missing or not readable.
     """
-    content = read_log(folder / FINAL)
+    log = History.read(folder / FINAL)
     record = FoldRecord.read(folder)
     parts = [] if record is None else [part for part in record.parts if part.kind != "validate"]
     begun = max((index for index, part in enumerate(parts) if part.kind == "train"), default=0)
     parts = parts[begun:]  # those that led to the final checkpoint
     stats, debug = (_read_if_there(folder / name) for name in (TRAINING_STATS_FILE, "debug.json"))
     sampled = [part.peak_memory_mib for part in parts if part.peak_memory_mib is not None]
-    per_epoch, epochs = debug.get("num_iterations_per_epoch"), len(content.epoch_seconds)
+    per_epoch = debug.get("num_iterations_per_epoch")
     devices = dict.fromkeys(part.device for part in parts if part.device)
     by_clock = [part.train_seconds for part in parts if part.train_seconds is not None]
     return FoldCompute(
         fold=int(folder.name.removeprefix("fold_")),
-        seconds=stats.get("train_seconds", sum(content.epoch_seconds)),
+        seconds=stats.get("train_seconds", log.seconds[-1] if log.seconds else 0.0),
         peak_memory_mib=stats.get("peak_memory_mib", max(sampled, default=None)),
         peak_memory_of=stats.get("peak_memory_of", "all processes, resident" if sampled else "not recorded"),
         device=" and ".join(devices) or str(debug.get("gpu_name") or stats.get("device", "not recorded")),
-        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * epochs),
-        epochs=epochs,
-        parameters=stats.get("parameters", content.parameters),
+        iterations=stats.get("iterations", None if per_epoch is None else int(per_epoch) * len(log.seconds)),
+        epochs=len(log.seconds),
+        parameters=stats.get("parameters", log.parameters),
         trainable_parameters=stats.get("trainable_parameters"),
         checkpoint_bytes=(folder / FINAL).stat().st_size,
         resumed=sum(part.kind == "continue" for part in parts),

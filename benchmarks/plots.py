@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import MaskSAMError, in_short
-from masksam_nnunet.inference.history import History
-from masksam_nnunet.inference.label_maps import Classes, read_label_map, read_volume
+from masksam_nnunet.inference.label_maps import Classes, read_label_map
+from masksam_nnunet.inference.provenance import History
 from masksam_nnunet.inference.report.figures import CaseImages, draw_case, png, wrapped
 from masksam_nnunet.inference.report.html import Picture, number
+from masksam_nnunet.plans.images import read_image
 
 from .results import MEAN, METRICS, BenchmarkResults, Row
 from .statistics import averaged, differences
@@ -226,14 +227,14 @@ def _read(results: BenchmarkResults, case: str, notes: Mapping[str, str]) -> Cas
         file = results.images.parent / str(listed[case]["images"][0])
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    image, _ = read_volume([file], description)
+    image, _ = read_image(file, description)
     truth = read_label_map(results.truths, case, description)
     rows = [row for row in results.rows if row.kind != "postprocessed"]
     predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in rows}
     for name, labels in {"truth": truth.labels, **predictions}.items():
         if labels.shape != image[0].shape:
             raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")
-    return CaseImages(image[0], truth.spacing, truth.labels, predictions, results.focus.name, notes)
+    return CaseImages(image[0], truth.grid.spacing, truth.labels, predictions, results.focus.name, notes)
 
 
 # ---- parts of all plots ----------------------------------------------------------------------------------------------

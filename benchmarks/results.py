@@ -17,7 +17,7 @@ from masksam_nnunet.inference.methods import Method
 if TYPE_CHECKING:  # a process that only waits for a training needs none of these
     import pandas as pd
 
-    from masksam_nnunet.inference.history import History
+    from masksam_nnunet.inference.provenance import History
     from masksam_nnunet.inference.report.html import Picture
 
 COLUMNS = ("method", "kind", "fold", "patient", "case", "class", "metric", "value")

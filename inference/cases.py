@@ -34,9 +34,7 @@ class Case:
 def find_cases(folder: Path, ending: str) -> tuple[list[Case], dict[str, str]]:
     """Find the cases of a folder, sorted by name, and what is wrong with files that belong to none, by file.
 
-    Args:
-        folder: with files named ``CASE_0000`` + ending, ``CASE_0001`` + ending, ...
-        ending: of the model's dataset.
+    Files are named ``CASE_0000`` + ending, ``CASE_0001`` + ending, ...
 
     Raises:
         UsageError: the folder is missing, not readable, empty, or without any such file.
@@ -64,10 +62,7 @@ def find_cases(folder: Path, ending: str) -> tuple[list[Case], dict[str, str]]:
 def read_case(case: Case, reader: Any, channels: Sequence[str]) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Read the image (C, D, H, W), to its last voxel, and nnU-Net's properties.
 
-    Args:
-        case: its files.
-        reader: one of nnU-Net's.
-        channels: names of those the model was trained on, in order.
+    ``reader`` is one of nnU-Net's; ``channels`` are those that the model was trained on.
 
     Raises:
         CaseError: a file cannot be read, is not whole, holds NaN, or lies on another grid than the first one; the
@@ -103,20 +98,16 @@ def preprocess_case(
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Make the network's input, (C, x, y, z), and nnU-Net's properties.
 
-    Args:
-        case: to read.
-        previous: label map of the previous stage, for a cascade.
-        plans: nnU-Net's PlansManager.
-        configuration: its ConfigurationManager.
-        dataset_json: the model's.
-        verbose: of nnU-Net's preprocessor.
+    ``previous`` is the label map of the previous stage, for a cascade; ``plans`` and ``configuration`` are nnU-Net's
+    managers.
 
     Raises:
         CaseError: see :func:`read_case`; or the previous stage's label map is missing, damaged or of another grid.
     """
     reader = plans.image_reader_writer_class()
     data, properties = read_case(case, reader, channel_names(dataset_json))
-    segmentation = None if previous is None else _read_previous(previous, reader, ImageGeometry.of(data, properties))
+    grid = ImageGeometry.of(data, properties)
+    segmentation = None if previous is None else _read_previous(previous, reader, grid)
     preprocessor = configuration.preprocessor_class(verbose=verbose)
     data, segmentation, properties = preprocessor.run_case_npy(
         data, segmentation, properties, plans, configuration, dataset_json

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
@@ -68,24 +67,12 @@ class LabelMap:
     labels: NDArray[np.integer[Any]]
     grid: ImageGeometry
 
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Millimetres along (D, H, W)."""
-        return self.grid.spacing
-
-
-def read_volume(files: Sequence[Path], dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """Read an image (one file per channel) by the dataset's own reader; (C, D, H, W) and nnU-Net's properties."""
-    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), str(files[0]), verbose=False)()
-    array, properties = reader.read_images([str(file) for file in files])
-    return array, properties
-
 
 def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> LabelMap:
     """Read ``CASE`` + file_ending from a folder.
 
     Raises:
-        DataError: the file is missing, cannot be read, or holds NaN or numbers that are not whole.
+        DataError: the file is missing, cannot be read, or holds values that dataset.json does not have.
     """
     path = Path(folder) / (case + dataset_json["file_ending"])
     if not path.is_file():
@@ -94,34 +81,9 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
         array, properties = read_labels(path, dataset_json)
     except (MaskSAMError, ValueError) as error:
         raise DataError(f"case {case!r}: {error}") from error
-    return LabelMap(np.rint(array[0]).astype(np.int32), ImageGeometry.of(array, properties))
-
-
-def check_values(path: Path, case: str, label_map: LabelMap, classes: Classes) -> None:
-    """Refuse label values that are not in dataset.json.
-
-    Raises:
-        DataError: naming the case, the file, the values and those allowed.
-    """
-    known = np.isin(label_map.labels, classes.values)
-    if not known.all():
-        unknown = ", ".join(str(value) for value in np.unique(label_map.labels[~known])[:10])
-        allowed = ", ".join(map(str, classes.values))
-        raise DataError(f"case {case!r}: {path} holds the label values {unknown}, but dataset.json has only {allowed}")
-
-
-def check_same_geometry(case: str, truth: LabelMap, prediction: LabelMap) -> None:
-    """Refuse to compare label maps of different grids.
-
-    Raises:
-        DataError: naming the case, what differs and both values.
-    """
-    difference = truth.grid.difference(prediction.grid)
-    if difference is not None:
-        what, one, other = difference
-        raise DataError(f"case {case!r}: {what} of truth and prediction differ ({one} and {other})")
-
-
-def class_mask(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:
-    """Where a label map holds one of ``values``; same shape."""
-    return np.isin(labels, list(values))
+    labels = np.rint(array[0]).astype(np.int32)
+    allowed = Classes.from_dataset_json(dataset_json).values
+    if unknown := sorted(set(np.unique(labels).tolist()) - set(allowed)):
+        values, known = (", ".join(map(str, listed)) for listed in (unknown[:10], allowed))
+        raise DataError(f"case {case!r}: {path} holds the label values {values}, but dataset.json has only {known}")
+    return LabelMap(labels, ImageGeometry.of(array, properties))

@@ -13,7 +13,7 @@ from typing import Any
 
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value, variable
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.plans.training_inputs import DEFAULT_PLANS
 from masksam_nnunet.trainers import __all__ as our_trainers
@@ -49,13 +49,13 @@ class Method:
 def parse_methods(
     trainers: Sequence[str], plans: Sequence[str], configuration: str, option: str = "--trainers"
 ) -> tuple[Method, ...]:
-    """Read the methods that a command line names.
+    """Read the methods that a command line names with ``option``.
 
     Args:
         trainers: class names as nnU-Net finds them, ``TRAINER@PLANS``, or names of :data:`BASELINES`.
         plans: none, one for all trainers without plans of their own, or one for each trainer.
         configuration: nnU-Net's, such as ``3d_fullres``.
-        option: the option that names them, for error messages.
+        option: for error messages.
 
     Raises:
         UsageError: unknown trainers, numbers that do not match, plans named twice, the same method twice.
@@ -77,6 +77,30 @@ def parse_methods(
             raise UsageError(f"{option}: {trainer} with {method.plans} is named twice; leave one out")
         methods.append(method)
     return tuple(methods)
+
+
+def parse_members(texts: Sequence[str], plans: str, configuration: str) -> list[Method]:
+    """Read the models that ``--ensemble`` names, ``METHOD[:CONFIGURATION]``.
+
+    ``plans`` and ``configuration``, which may be empty, are of those that name none (``-p``, ``-c``).
+
+    Raises:
+        UsageError: fewer than two, one twice, no configuration, an unknown trainer.
+    """
+    members: list[Method] = []
+    for text in texts:
+        name, colon, own = text.partition(":")
+        if not (own or configuration) or (colon and not own):
+            raise UsageError(
+                f"--ensemble {text}: no configuration; write TRAINER[@PLANS]:CONFIGURATION, or give one for all with -c"
+            )
+        (method,) = parse_methods([name], [plans], own or configuration, "--ensemble")
+        if method in members:
+            raise UsageError(f"--ensemble {text}: {method.key} is named twice; leave one out")
+        members.append(method)
+    if len(members) < 2:
+        raise UsageError(f"--ensemble {' '.join(texts)}: name two models or more, or predict with -tr, -p and -c")
+    return members
 
 
 def _split(text: str, option: str) -> tuple[str, str | None]:
@@ -101,10 +125,8 @@ def find_trainer(name: str, option: str = "--trainers") -> type[Any]:
 
 @cache
 def _find_trainer(name: str, folders: str, option: str) -> type[Any]:
-    before = os.environ.get(EXT_TRAINER)
-    os.environ[EXT_TRAINER] = folders
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints where it looks
+        with variable(EXT_TRAINER, folders), contextlib.redirect_stdout(io.StringIO()):  # it prints where it looks
             found: type[Any] = recursive_find_trainer_class_by_name(name)
     except (RuntimeError, AssertionError, ImportError) as error:
         near = difflib.get_close_matches(name, [*BASELINES, "nnUNetTrainer", *our_trainers], n=3)
@@ -113,11 +135,6 @@ def _find_trainer(name: str, folders: str, option: str) -> type[Any]:
             f"{option} {name}: nnU-Net finds no such trainer ({error}); {hint} Your own are found in the folders of "
             f"{EXT_TRAINER}"
         ) from error
-    finally:
-        if before is None:
-            del os.environ[EXT_TRAINER]
-        else:
-            os.environ[EXT_TRAINER] = before
     return found
 
 

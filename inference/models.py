@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import read_json
 
@@ -25,23 +25,22 @@ from .methods import Method
 
 
 class Model(Protocol):
-    """A trained model, whatever keeps its weights. Files are read when a property is first asked for."""
+    """A trained model, whatever keeps its weights; its files are read when they are first needed.
+
+    ``name`` is for messages and for a folder of its predictions, ``plans`` and ``dataset_json`` are files' contents.
+    """
 
     @property
-    def name(self) -> str:
-        """For messages, and for a folder of its predictions."""
+    def name(self) -> str: ...
 
     @property
-    def configuration(self) -> str:
-        """nnU-Net's."""
+    def configuration(self) -> str: ...
 
     @property
-    def plans(self) -> dict[str, Any]:
-        """Content of plans.json."""
+    def plans(self) -> dict[str, Any]: ...
 
     @property
-    def dataset_json(self) -> dict[str, Any]:
-        """Content of dataset.json."""
+    def dataset_json(self) -> dict[str, Any]: ...
 
     def describe(self) -> dict[str, Any]:
         """What identifies this model, as JSON; only an equal model may continue its predictions."""
@@ -101,7 +100,11 @@ class TrainedModel:
         if self.configuration not in self.plans.get("configurations", {}):
             raise ModelError(f"{self.folder / 'plans.json'} has no configuration {self.configuration}; restore it")
         for file in files:
-            _check_not_cut_off(file)
+            if wrong := damage(file, thorough=False):
+                raise ModelError(
+                    f"{file} is cut off or damaged ({wrong}): copy it again, continue its training (--c), or name "
+                    "another (-chk)"
+                )
 
     def load(self, predictor: nnUNetPredictor) -> None:
         predictor.initialize_from_trained_model_folder(str(self.folder), self.folds, self.checkpoint)
@@ -119,11 +122,7 @@ def find_models(
 ) -> tuple[Path, list[Path]]:
     """Find nnU-Net's results folder, and in it the folders of models, ``TRAINER__PLANS__CONFIGURATION``.
 
-    Args:
-        dataset: number or name.
-        trainer: the trainer's class.
-        plans: name of the plans.
-        configurations: all that were trained if not given.
+    ``dataset`` is a number or a name; all trained ``configurations`` are found if none are given.
 
     Raises:
         ModelError: there is no such dataset or model; the message lists the models that exist.
@@ -170,11 +169,6 @@ def parse_folds(texts: Sequence[str]) -> list[int | str]:
     return [text if text == "all" else int(text) for text in dict.fromkeys(texts)]
 
 
-def reader_of(model: Model) -> Any:
-    """Make nnU-Net's reader and writer of the model's images."""
-    return PlansManager(model.plans).image_reader_writer_class()
-
-
 def previous_stage(model: Model) -> str | None:
     """The configuration whose label maps a cascade takes; None for others."""
     stage: str | None = PlansManager(model.plans).get_configuration(model.configuration).previous_stage_name
@@ -184,13 +178,7 @@ def previous_stage(model: Model) -> str | None:
 def network_to_predict(
     plans: PlansManager, configuration: str, dataset_json: Mapping[str, Any], trainer: str
 ) -> nn.Module:
-    """Build what ``nnUNetPredictor.initialize_from_trained_model_folder`` builds, with new weights.
-
-    Args:
-        plans: the model's own.
-        configuration: its name in them.
-        dataset_json: the model's own.
-        trainer: the trainer's class, which is looked up as nnU-Net does.
+    """Build the network of a model's own files as nnU-Net's predictor builds it, with new weights.
 
     Raises:
         RuntimeError: there is no such trainer.
@@ -204,11 +192,3 @@ def network_to_predict(
     channels = determine_num_input_channels(plans, manager, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     return build(*described, channels, heads, enable_deep_supervision=False)
-
-
-def _check_not_cut_off(file: Path) -> None:
-    """Refuse a zip file without its end, which lists what is in it; torch's old format is checked at loading."""
-    with file.open("rb") as stream:
-        is_zip = stream.read(2) == b"PK"
-    if file.stat().st_size == 0 or (is_zip and not zipfile.is_zipfile(file)):
-        raise ModelError(f"{file} is cut off: copy it again, continue its training (--c), or name another (-chk)")

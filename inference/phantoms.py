@@ -30,29 +30,19 @@ _VESSEL_OFFSET, _GLAND_OFFSET = 0.07, -0.05  # brightness against the organ's: s
 
 @dataclass(frozen=True)
 class Phantom:
-    """A volume and its truth; axes are (slice, row, column) as nnU-Net reads them.
+    """A volume and its truth; axes are (slice, row, column) as nnU-Net reads them."""
 
-    Attributes:
-        image: (D, H, W) float32, arbitrary scanner units, not negative.
-        label: (D, H, W) uint8, values of :data:`LABELS`.
-        spacing: millimetres along (slice, row, column).
-        origin: millimetres, position of the first voxel along (slice, row, column).
-    """
-
-    image: FloatArray
-    label: NDArray[np.uint8]
-    spacing: tuple[float, float, float]
-    origin: tuple[float, float, float]
+    image: FloatArray  # (D, H, W), arbitrary scanner units, not negative
+    label: NDArray[np.uint8]  # (D, H, W), values of LABELS
+    spacing: tuple[float, float, float]  # millimetres
+    origin: tuple[float, float, float]  # millimetres, of the first voxel
 
 
 def write_phantom_dataset(folder: Path, num_cases: int = 20, seed: int = 0, num_test_cases: int = 2) -> Path:
-    """Write phantoms in nnU-Net's raw format and return the dataset's folder.
+    """Write phantoms in nnU-Net's raw format below ``folder`` and return the dataset's folder.
 
-    Args:
-        folder: such as ``nnUNet_raw``; created if missing.
-        num_cases: labelled cases in imagesTr and labelsTr; nnU-Net's five folds need at least 5.
-        seed: not negative; case ``i`` depends on it and on ``i`` only.
-        num_test_cases: further cases in imagesTs, without labels.
+    ``num_cases`` are labelled; ``num_test_cases`` more go to imagesTs, without labels. Case ``i`` depends on ``seed``,
+    which is not negative, and on ``i`` only.
 
     Raises:
         FileExistsError: the dataset's folder exists.

@@ -39,14 +39,8 @@ class MaskSAMPredictor(nnUNetPredictor):
     - ``list_of_parameters`` holds, for each fold, only the tensors that differ between folds; the network holds the
       others, a frozen SAM among them.
 
-    Args:
-        args: nnU-Net's.
-        batch_size: (window, mirror) pairs at once; chosen from device and patch if not given. Halved, for good, when
-            memory runs out.
-        kwargs: nnU-Net's.
-
-    Raises:
-        ValueError: a batch size that is not a positive integer.
+    ``batch_size`` is the number of (window, mirror) pairs at once, chosen from device and patch if not given, and
+    halved, for good, when memory runs out. All other arguments are nnU-Net's.
     """
 
     list_of_parameters: list[dict[str, Tensor]]
@@ -171,7 +165,8 @@ class MaskSAMPredictor(nnUNetPredictor):
 
     def _mean_over_mirrors(self, data: Tensor, slicers: list[Window]) -> Iterator[Tensor]:
         """Yield each window's prediction (K, *patch), in the network's precision."""
-        mirrors = self._mirrors()
+        axes = [axis + 1 for axis in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
+        mirrors = [chosen for count in range(len(axes) + 1) for chosen in combinations(axes, count)]  # () comes first
         if self.batches is None:
             self.batches = WindowBatches(automatic_size(self.device, tuple(self.configuration_manager.patch_size)))
 
@@ -181,14 +176,9 @@ class MaskSAMPredictor(nnUNetPredictor):
         outputs = self.batches.outputs(self.network, window, len(slicers) * len(mirrors))
         for _ in slicers:
             prediction = next(outputs).clone()
-            for axes in mirrors[1:]:
-                prediction += torch.flip(next(outputs), axes)
+            for mirror in mirrors[1:]:
+                prediction += torch.flip(next(outputs), mirror)
             yield prediction.div_(len(mirrors))
-
-    def _mirrors(self) -> list[tuple[int, ...]]:
-        """The axes of (C, *patch) to flip, for each mirror; the first flips none."""
-        axes = [axis + 1 for axis in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
-        return [chosen for count in range(len(axes) + 1) for chosen in combinations(axes, count)]
 
 
 # ---- batches of windows --------------------------------------------------------------------------------------------
@@ -211,13 +201,8 @@ class WindowBatches:
     def outputs(self, network: nn.Module, make_input: Callable[[int], Tensor], count: int) -> Iterator[Tensor]:
         """Yield the network's outputs for ``count`` inputs, in order: views (*output) into a batch's output.
 
-        Args:
-            network: takes (B, *input) and returns (B, *output).
-            make_input: the input of an index in [0, count), on the network's device.
-            count: how many.
-
-        Raises:
-            RuntimeError: the network's own; memory runs out with a single input too.
+        ``make_input`` makes the input of an index in [0, count), on the network's device. Errors are the network's; an
+        OutOfMemoryError is raised where memory runs out with a single input too.
         """
         done = 0
         while done < count:
@@ -226,14 +211,14 @@ class WindowBatches:
             yield from results
             del results  # or it would stay in memory beside the next batch
 
-    def _attempt(
-        self, network: nn.Module, make_input: Callable[[int], Tensor], indices: range
-    ) -> tuple[Tensor, ...] | tuple[()]:
+    def _attempt(self, network: nn.Module, make_input: Callable[[int], Tensor], indices: range) -> tuple[Tensor, ...]:
         """The outputs of one batch; none, and a smaller size from now on, if it does not fit."""
         try:
             return network(torch.stack([make_input(index) for index in indices])).unbind(0)
         except RuntimeError as error:
-            if len(indices) == 1 or not _is_out_of_memory(error):
+            # cuBLAS, cuDNN and MPS report it as plain RuntimeErrors.
+            full = any(text in str(error) for text in ("out of memory", "ALLOC_FAILED"))
+            if len(indices) == 1 or not (full or isinstance(error, torch.OutOfMemoryError)):
                 raise
         # Not in the handler, where the traceback still holds the failed attempt's tensors.
         self.size = len(indices) // 2
@@ -241,12 +226,6 @@ class WindowBatches:
             torch.cuda.empty_cache()
         print(f"Out of memory with {len(indices)} windows at once, going on with {self.size}")
         return ()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # cuBLAS, cuDNN and MPS report it as plain RuntimeErrors.
-    texts = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 # ---- weights of folds ----------------------------------------------------------------------------------------------
@@ -258,17 +237,12 @@ def network_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def own_tensors(network: nn.Module, others: Iterable[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
-    """Compare the folds, and copy only the tensors that differ between them.
-
-    What is compared is what the network holds after loading, so a state dict may lack what the network completes.
-    Tensors that are the same in all folds, bit by bit, such as a frozen encoder's, are not copied.
+    """Copy, for each fold, the tensors that differ between folds in any bit; none for a single fold.
 
     Args:
         network: with the first fold's weights, which it also holds afterwards.
-        others: the other folds' state dicts; they are loaded one by one and none is kept.
-
-    Returns:
-        For each fold, the first included, its tensors that not all folds agree on; empty for a single fold.
+        others: the other folds' state dicts, which may lack what the network completes; they are loaded one by one,
+            and none is kept.
     """
     held = network_tensors(network)
     first: dict[str, Tensor] = {}  # the first fold's, where a later one differs

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import multiprocessing
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
 from masksam_nnunet.errors import DataError
 
-from .label_maps import Classes, LabelMap, check_same_geometry, check_values, class_mask, read_label_map
+from .label_maps import Classes, LabelMap, read_label_map
 
 POLICIES = {
     "dice": (
@@ -68,11 +66,11 @@ def score_folder(
 
     Args:
         predictions: folder of predicted label maps.
-        truths: folder of true label maps, such as gt_segmentations.
-        dataset_json: the dataset's description; labels or regions, with or without an ignore label.
-        cases: at least one name without file ending.
+        truths: folder of true label maps.
+        dataset_json: the dataset's description.
+        cases: at least one.
         tolerance_mm: of the surface Dice.
-        processes: workers, which are spawned; the scores do not depend on their number.
+        processes: the scores do not depend on their number.
 
     Returns:
         A table with the columns ``case, class, metric, value``, sorted by case, with the metrics of
@@ -104,15 +102,16 @@ def _score_files(
 ) -> pd.DataFrame:
     truth, prediction = read_pair(predictions, truths, dataset_json, case)
     classes = Classes.from_dataset_json(dataset_json)
-    counted = np.ones(truth.labels.shape, dtype=bool)
-    if classes.ignore_label is not None:
-        counted = truth.labels != classes.ignore_label
-    lines = []
-    with _one_thread():
+    counted = truth.labels != classes.ignore_label  # all, where there is none
+    lines, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on the number in the last digit, and workers would fight for cores
+    try:
         for name, values in classes.foreground.items():
-            true, predicted = (class_mask(one.labels, values) & counted for one in (truth, prediction))
-            scores = score_masks(true, predicted, truth.spacing, tolerance_mm)
+            true, predicted = (np.isin(one.labels, values) & counted for one in (truth, prediction))
+            scores = score_masks(true, predicted, truth.grid.spacing, tolerance_mm)
             lines += [(case, name, metric, value) for metric, value in scores.items()]
+    finally:
+        torch.set_num_threads(threads)
     return pd.DataFrame(lines, columns=["case", "class", "metric", "value"])
 
 
@@ -122,25 +121,11 @@ def read_pair(predictions: Path, truths: Path, dataset_json: Mapping[str, Any], 
     Raises:
         DataError: as :func:`score_folder`.
     """
-    classes = Classes.from_dataset_json(dataset_json)
-    maps = []
-    for folder in (truths, predictions):
-        maps.append(read_label_map(folder, case, dataset_json))
-        check_values(folder / (case + dataset_json["file_ending"]), case, maps[-1], classes)
-    truth, prediction = maps
-    check_same_geometry(case, truth, prediction)
+    truth, prediction = (read_label_map(folder, case, dataset_json) for folder in (truths, predictions))
+    if difference := truth.grid.difference(prediction.grid):
+        what, one, other = difference
+        raise DataError(f"case {case!r}: {what} of truth and prediction differ ({one} and {other})")
     return truth, prediction
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Give PyTorch one thread: its sums depend on their number in the last digit, and workers would fight for cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def cases_in(folder: Path, file_ending: str) -> list[str]:
@@ -167,6 +152,8 @@ def score_masks(
     hd95, surface_dice = math.nan, (0.0 if in_truth + in_prediction else math.nan)
     flat = truth.shape[0] == 1
     if in_truth and in_prediction:
+        from monai.metrics import compute_hausdorff_distance, compute_surface_dice  # takes seconds
+
         masks = _common_box(*(mask[0] if flat else mask for mask in (prediction, truth)))
         one, other = (torch.from_numpy(mask)[None, None] for mask in masks)
         steps = [float(step) for step in (spacing[1:] if flat else spacing)]
@@ -200,4 +187,4 @@ def _common_box(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> list[NDArra
 
 def default_tolerance_mm(truths: Iterable[LabelMap]) -> float:
     """1 mm, or the largest in-plane voxel size where that is larger: less cannot be resolved."""
-    return max([1.0, *(float(max(truth.spacing[1:])) for truth in truths)])
+    return max([1.0, *(float(max(truth.grid.spacing[1:])) for truth in truths)])

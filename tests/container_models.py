@@ -55,11 +55,17 @@ def write_model(
     return folder
 
 
-def add_fold(folder: Path, fold: int | str, network: nn.Module, trainer: str = "MaskSAMTrainer") -> None:
+def add_fold(
+    folder: Path,
+    fold: int | str,
+    network: nn.Module,
+    trainer: str = "MaskSAMTrainer",
+    configuration: str = "3d_fullres",
+) -> None:
     checkpoint = {
         "network_weights": network.state_dict(),
         "trainer_name": trainer,
-        "init_args": {"configuration": "3d_fullres"},
+        "init_args": {"configuration": configuration},
         "inference_allowed_mirroring_axes": (0, 2),
     }
     (folder / f"fold_{fold}").mkdir()

@@ -22,19 +22,3 @@ def probability_tolerance(logits: Tensor, patch_size: tuple[int, ...], use_gauss
     smallest = STEP / weight if use_gaussian else torch.zeros(1)
     error = (logits.abs() * RELATIVE + smallest).amax(0, keepdim=True)
     return 2 * error + 1e-3
-
-
-def sum_tolerance(logits: Tensor, patch_size: tuple[int, ...], slicers: list[tuple[slice | int, ...]]) -> Tensor:
-    """Largest difference of two means (K, D, H, W) over windows that are summed in float16 in the same order.
-
-    Predictions that differ by as little as the order of additions within a network may be rounded to neighbouring
-    float16 numbers, once a window and once in the division.
-    """
-    weight = compute_gaussian(
-        tuple(patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu")
-    ).float()
-    weights, count = torch.zeros(logits.shape[1:]), torch.zeros(logits.shape[1:])
-    for window in slicers:
-        weights[window[1:]] += weight
-        count[window[1:]] += 1
-    return (count + 1) * logits.abs() * RELATIVE + count * STEP / weights + 1e-4

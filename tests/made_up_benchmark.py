@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row
 from masksam_nnunet.benchmarks.statistics import compare, default_pairs, patient_of, summarise
 from masksam_nnunet.benchmarks.statistics import policies as statistics_policies
-from masksam_nnunet.inference.history import History
+from masksam_nnunet.inference.provenance import History
 from masksam_nnunet.inference.scoring import policies as score_policies
 
 FOLDS, CASES = 5, 9
@@ -167,7 +167,7 @@ def _histories(index: int, folds: int) -> dict[int, History]:
         dice[0] = math.nan  # nothing labelled in the first patches
         loss = (1 + 3 * index) * np.exp(-epochs / 8) - 0.8 + 0.02 * fold
         curves = (epochs * (180.0 + 20 * index), loss, loss + 0.1, dice)
-        found[fold] = History(*(tuple(curve.tolist()) for curve in curves))
+        found[fold] = History(*(tuple(curve.tolist()) for curve in curves), parameters=13)
     return found
 
 

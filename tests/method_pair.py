@@ -28,23 +28,26 @@ def write_pair(results: Path, folds: int = 2, channels: int = 1) -> Path:
     return folder
 
 
-def write_unet(folder: Path, folds: int = 1, channels: int = 1, more_inputs: int = 0) -> Path:
+def write_unet(
+    folder: Path, folds: int = 1, channels: int = 1, more_inputs: int = 0, configuration: str = "3d_fullres"
+) -> Path:
     """A stock model, sure of itself, whose labels are all frequent; ``more_inputs`` are for a cascade."""
     write_model(folder, 0, channels)
     plans = json.loads((folder / "plans.json").read_text())
     stock = plain_plans(PATCH, channels=channels)["configurations"]["3d_fullres"]["architecture"]
     plans["configurations"]["3d_fullres"]["architecture"] = stock | {"arch_kwargs": UNET}
+    plans["configurations"]["3d_lowres"] = stage = plans["configurations"]["3d_fullres"]
+    plans["configurations"]["3d_cascade_fullres"] = {**stage, "previous_stage": "3d_lowres"}
     (folder / "plans.json").write_text(json.dumps(plans))
     manager = PlansManager(plans)
-    configuration = manager.get_configuration("3d_fullres")
-    assert tuple(configuration.patch_size) == PATCH
+    settings = manager.get_configuration("3d_fullres")
     for fold in range(folds):
-        network = nnUNetTrainer.build_network_architecture(manager, configuration, channels + more_inputs, 3, False)
+        network = nnUNetTrainer.build_network_architecture(manager, settings, channels + more_inputs, 3, False)
         last = network.decoder.seg_layers[-1]
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
             last.weight.mul_(20)
             last.bias.sub_(network.eval()(torch.randn(1, channels + more_inputs, *PATCH)).mean((0, 2, 3, 4)))
-        add_fold(folder, fold, network, "nnUNetTrainer")
+        add_fold(folder, fold, network, "nnUNetTrainer", configuration)
     return folder

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from configs import tiny_config
 
-from masksam_nnunet.plans.architecture import write_config
-
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost
+from masksam_nnunet.plans.architecture import write_config
 
 DATASET = "Dataset042_Hand"
 SMALL_UNET: dict[str, Any] = {

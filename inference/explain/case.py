@@ -15,11 +15,7 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from nibabel import aff2axcodes
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.utilities.utils import (
-    create_lists_from_splitted_dataset_folder,
-    get_filenames_of_train_images_and_targets,
-)
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,12 +23,10 @@ from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.images import ImageGeometry
 
-from ..cases import Case, channel_names, preprocess_case
-from ..label_maps import Classes, check_values, read_label_map
+from ..cases import Case, channel_names, find_cases, preprocess_case
+from ..label_maps import Classes, read_label_map
 from ..predictor import MaskSAMPredictor
 from .output import affine_of
-
-_NEAR = 5  # names to offer for an unknown one
 
 
 @dataclass(frozen=True)
@@ -59,21 +53,24 @@ def find_case(
     Raises:
         UsageError: the case is unknown, or a file is missing.
     """
+    for option, files in (("--image", images), ("--label", [label] if label else [])):
+        if missing := [file for file in files if not file.is_file()]:
+            raise UsageError(f"{option} {missing[0]}: there is no such file")
     if images:
-        found = _given(description, name, images)
-    elif name is None:
+        channels = channel_names(description)
+        if len(images) > len(channels):
+            raise UsageError(f"--image: {len(images)} files, but the model was trained on {', '.join(channels)}")
+        name = name or re.sub(r"(_\d{4})?(\.nii)?\.[^.]+$", "", images[0].name)
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UsageError(f"CASE {name!r}: give a plain name, without folders")
+        return FoundCase(Case(name, tuple(images), numbered=False), label, "files given with --image")
+    if name is None:
         raise UsageError("no CASE: name one of the dataset, or give its files with --image")
-    else:
-        cases = _cases_of(dataset, description)
-        if name not in cases:
-            near = difflib.get_close_matches(name, cases, n=_NEAR, cutoff=0.5) or sorted(cases)[:_NEAR]
-            raise UsageError(f"CASE {name!r} is not in {dataset}; similar: {', '.join(near)}. Other files need --image")
-        found = cases[name]
-    if label is not None:
-        found = dataclasses.replace(found, label=label)
-    if found.label is not None and not found.label.is_file():
-        raise UsageError(f"--label {found.label}: there is no such file")
-    return found
+    cases = _cases_of(dataset, description)
+    if name not in cases:
+        near = difflib.get_close_matches(name, cases, n=5, cutoff=0.5) or sorted(cases)[:5]
+        raise UsageError(f"CASE {name!r} is not in {dataset}; similar: {', '.join(near)}. Other files need --image")
+    return dataclasses.replace(cases[name], label=label or cases[name].label)
 
 
 def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | None:
@@ -88,41 +85,28 @@ def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | Non
     )
 
 
-def _given(description: Mapping[str, Any], name: str | None, images: Sequence[Path]) -> FoundCase:
-    if missing := [file for file in images if not file.is_file()]:
-        raise UsageError(f"--image {missing[0]}: there is no such file")
-    channels = channel_names(description)
-    if len(images) > len(channels):
-        raise UsageError(f"--image: {len(images)} files, but the model was trained on {', '.join(channels)}")
-    name = name or re.sub(r"(_\d{4})?(\.nii)?\.[^.]+$", "", images[0].name)
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise UsageError(f"CASE {name!r}: give a plain name, without folders")
-    return FoundCase(Case(name, tuple(images), numbered=False), None, "files given with --image")
-
-
 def _cases_of(dataset: str, description: Mapping[str, Any]) -> dict[str, FoundCase]:
     """The cases in imagesTs and imagesTr, or those that the raw dataset.json lists itself."""
     if not os.environ.get("nnUNet_raw"):
         raise UsageError("nnUNet_raw is not set: export it, or give the case's files with --image")
-    folder = Path(os.environ["nnUNet_raw"]) / dataset
+    folder, ending = Path(os.environ["nnUNet_raw"]) / dataset, description["file_ending"]
     file = folder / "dataset.json"
-    own = read_json(file) if file.is_file() else {}
-    if "dataset" in own:
-        return {
-            str(name): FoundCase(Case(str(name), tuple(map(Path, entry["images"]))), Path(entry["label"]), str(file))
-            for name, entry in get_filenames_of_train_images_and_targets(str(folder), own).items()
-        }
-    ending = description["file_ending"]
-    cases = {}
-    for images, labels in (("imagesTs", "labelsTs"), ("imagesTr", "labelsTr")):
-        if not (folder / images).is_dir():
-            continue
-        for files in create_lists_from_splitted_dataset_folder(str(folder / images), ending):
-            paths = tuple(sorted(map(Path, files)))
-            name = re.sub(r"_\d{4}$", "", paths[0].name.removesuffix(ending))
-            label = folder / labels / (name + ending)
-            cases[name] = FoundCase(Case(name, paths), label if label.is_file() else None, f"{images} of {dataset}")
-    return cases
+    listed = read_json(file) if file.is_file() else {}
+    if "dataset" in listed:
+        entries = get_filenames_of_train_images_and_targets(str(folder), listed)
+        found = [
+            (Case(name, tuple(map(Path, entry["images"])), numbered=False), Path(entry["label"]), str(file))
+            for name, entry in entries.items()
+        ]
+    else:
+        numbered = f"*_[0-9][0-9][0-9][0-9]{ending}"
+        parts = [part for part in ("imagesTs", "imagesTr") if any((folder / part).glob(numbered))]
+        found = [
+            (case, folder / part.replace("images", "labels") / f"{case.name}{ending}", f"{part} of {dataset}")
+            for part in parts
+            for case in find_cases(folder / part, ending)[0]
+        ]
+    return {case.name: FoundCase(case, label if label.is_file() else None, origin) for case, label, origin in found}
 
 
 # ---- the network's grid ----------------------------------------------------------------------------------------------
@@ -130,51 +114,23 @@ def _cases_of(dataset: str, description: Mapping[str, Any]) -> dict[str, FoundCa
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case on the network's grid (D, H, W): transposed, cropped to what is not zero, resampled.
+    """A case on the network's grid (D, H, W): transposed, cropped to what is not zero, resampled."""
 
-    Attributes:
-        data: (C, D, H, W) float32, the network's input.
-        label: (D, H, W) label values, or None.
-        spacing: millimetres along (D, H, W).
-        kept: the source's slices that the network sees; the others are zero.
-        source_slices: number of slices of the source.
-        slice_axis: the source's voxel axis across slices: i, j or k.
-        directions: where rising indices along (D, H, W) lead (L R A P S I); None if unknown.
-        properties: nnU-Net's, of the source.
-    """
-
-    data: Tensor
-    label: NDArray[np.int16] | None
-    spacing: tuple[float, float, float]
-    kept: range
-    source_slices: int
-    slice_axis: str
-    directions: list[str] | None
+    data: Tensor  # (C, D, H, W) float32, the network's input
+    label: NDArray[np.int16] | None  # (D, H, W) label values
+    spacing: tuple[float, float, float]  # millimetres along (D, H, W)
+    kept: range  # the source's slices that the network sees; the others are zero
+    source_slices: int  # number of slices of the source
+    slice_axis: str  # the source's voxel axis across slices: i, j or k
+    directions: list[str] | None  # where rising indices along (D, H, W) lead (L R A P S I), if known
     classes: Classes
-    properties: Mapping[str, Any]
+    properties: Mapping[str, Any]  # nnU-Net's, of the source
     predictor: MaskSAMPredictor
-
-    @property
-    def image(self) -> NDArray[np.float32]:
-        """(D, H, W), the first channel."""
-        return self.data[0].numpy()
 
     def network_slice(self, index: int) -> int:
         """The network's slice whose centre is nearest to that of a source's slice."""
         place = (index - self.kept.start + 0.5) * self.data.shape[1] / len(self.kept)
         return min(int(place), self.data.shape[1] - 1)
-
-    def segmentation(self, logits: Tensor) -> NDArray[np.integer[Any]]:
-        """Turn logits (K, D, H, W) into label values on the source's grid, as nnU-Net does."""
-        result: NDArray[np.integer[Any]] = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits,
-            self.predictor.plans_manager,
-            self.predictor.configuration_manager,
-            self.predictor.label_manager,
-            dict(self.properties),
-            num_threads_torch=torch.get_num_threads(),
-        )
-        return result
 
     def to_source(self, array: NDArray[Any], whole_numbers: bool = False) -> NDArray[Any]:
         """Bring (D, H, W) to the source's grid by nnU-Net's resampling; 0 outside the crop."""
@@ -207,42 +163,36 @@ def prepare_case(
     forward = [int(axis) for axis in plans.transpose_forward]
     original = [float(properties["spacing"][axis]) for axis in forward]
     depth, height, width = (original[:1] + [float(step) for step in settings.spacing])[-3:]  # 2D keeps slices' distance
-    label = None
+    label, crop = None, [slice(*map(int, edges)) for edges in properties["bbox_used_for_cropping"]]
     if found.label is not None:
-        truth = _read_label(found.case.name, found.label, classes, predictor, properties).transpose(forward)
-        crop = tuple(slice(start, stop) for start, stop in properties["bbox_used_for_cropping"])
+        truth = _read_label(found.label, predictor, properties).transpose(forward)[*crop]
         resampled = settings.resampling_fn_seg(
-            truth[crop][None].astype(np.float32), data.shape[1:], original, [depth, height, width]
+            truth[None].astype(np.float32), data.shape[1:], original, [depth, height, width]
         )
         label = np.rint(np.asarray(resampled)[0]).astype(np.int16)
     affine = affine_of(properties)
-    codes = None if affine is None else [str(aff2axcodes(affine)[2 - axis]) for axis in forward]
     return PreparedCase(
         data=torch.from_numpy(data),
         label=label,
         spacing=(depth, height, width),
-        kept=range(*map(int, properties["bbox_used_for_cropping"][0])),
+        kept=range(crop[0].start, crop[0].stop),
         source_slices=int(properties["shape_before_cropping"][0]),
         slice_axis="kji"[forward[0]],
-        directions=codes,
+        directions=None if affine is None else [str(aff2axcodes(affine)[2 - axis]) for axis in forward],
         classes=classes,
         properties=properties,
         predictor=predictor,
     )
 
 
-def _read_label(
-    case: str, file: Path, classes: Classes, predictor: MaskSAMPredictor, properties: Mapping[str, Any]
-) -> NDArray[np.integer[Any]]:
+def _read_label(file: Path, predictor: MaskSAMPredictor, properties: Mapping[str, Any]) -> NDArray[np.integer[Any]]:
     """The label map on the source's grid, (D, H, W) of nnU-Net's reader."""
     ending = predictor.dataset_json["file_ending"]
     if not file.name.endswith(ending):
         raise UsageError(f"--label {file}: must end in {ending!r}, as all files of this dataset")
     read = read_label_map(file.parent, file.name.removesuffix(ending), predictor.dataset_json)
-    check_values(file, case, read, classes)
     shape = [int(properties["shape_before_cropping"][axis]) for axis in predictor.plans_manager.transpose_backward]
-    difference = ImageGeometry.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid)
-    if difference is not None:
+    if difference := ImageGeometry.of(np.broadcast_to(0, (1, *shape)), properties).difference(read.grid):
         what, one, other = difference
         raise DataError(f"{file}: its {what} is {other}, the image's {one}; give the image's own label map (--label)")
     return read.labels

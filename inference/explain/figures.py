@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,34 +40,45 @@ _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 
 @dataclass(frozen=True)
 class SliceImages:
-    """One slice on the network's grid, all (H, W).
+    """One slice (H, W) on the network's grid."""
 
-    Attributes:
-        image: first channel.
-        label: label values, or None.
-        result: label values.
-        entropy: in bits.
-        disagreement: in bits, or None for one fold.
-        aspect: height of a pixel over its width.
-        window: (low, high) of the grey values shown.
+    image: NDArray[np.float32]  # the first channel
+    label: NDArray[np.integer[Any]] | None  # label values
+    result: NDArray[np.integer[Any]]  # not 0 where the model finds something
+    aspect: float  # height of a pixel over its width
+    window: tuple[float, float]  # lowest and highest grey value shown
+
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        image: NDArray[np.float32],
+        label: NDArray[np.integer[Any]] | None,
+        result: NDArray[np.integer[Any]],
+        spacing: Sequence[float],
+    ) -> SliceImages:
+        """Take a slice of volumes (D, H, W); all slices share one grey window."""
+        low, high = np.percentile(image, (0.5, 99.8)).tolist()
+        here = None if label is None else label[index]
+        return cls(image[index], here, result[index], spacing[-2] / spacing[-1], (low, high))
+
+
+def draw_overview(
+    images: SliceImages,
+    queries: SliceQueries,
+    classes: Classes,
+    maps: Mapping[str, NDArray[np.float32]],
+    directions: Sequence[str] | None,
+) -> bytes:
+    """Draw the slice, its label, the result, and the uncertainty, side by side.
+
+    Args:
+        images: with label values as the result.
+        queries: of the slice; their window is framed.
+        classes: of the model.
+        maps: uncertainties (H, W) in bits by title.
         directions: where rising (row, column) lead, or None.
     """
-
-    image: NDArray[np.float32]
-    label: NDArray[np.integer[Any]] | None
-    result: NDArray[np.integer[Any]]
-    entropy: NDArray[np.float32]
-    disagreement: NDArray[np.float32] | None
-    aspect: float
-    window: tuple[float, float]
-    directions: tuple[str, str] | None
-
-
-def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) -> bytes:
-    """Draw the slice, its label, the result, and the uncertainty, side by side."""
-    maps = {"uncertainty (entropy)": images.entropy}
-    if images.disagreement is not None:
-        maps["disagreement of folds"] = images.disagreement
     panels: dict[str, NDArray[Any] | None] = {"image": None}
     if images.label is not None:
         panels["label"] = images.label
@@ -81,10 +92,13 @@ def draw_overview(images: SliceImages, queries: SliceQueries, classes: Classes) 
             overlay(ax, values, classes)
             if title == "label" and classes.ignore_label is not None:
                 hatch(ax, values == classes.ignore_label, _NEUTRAL)
-    for edge, letter in picture_edges(images.directions).items() if images.directions else ():
-        x, y = {"top": (0.5, 0.99), "bottom": (0.5, 0.01), "left": (0.01, 0.5), "right": (0.99, 0.5)}[edge]
-        horizontal, vertical = (edge, "center") if edge in ("left", "right") else ("center", edge)
-        axes[0, 0].text(x, y, letter, transform=axes[0, 0].transAxes, **NOTE, ha=horizontal, va=vertical)
+    if directions is not None:
+        down, right = directions
+        for x, y, letter in ((0.5, 0, down), (0.5, 1, _OPPOSITE[down]), (1, 0.5, right), (0, 0.5, _OPPOSITE[right])):
+            inwards = ((0.5 - x) * 14, (0.5 - y) * 14)  # points
+            axes[0, 0].annotate(
+                letter, (x, y), inwards, "axes fraction", "offset points", **NOTE, ha="center", va="center"
+            )
     rows, columns = queries.plane
     height, width = rows.stop - rows.start, columns.stop - columns.start
     if (height, width) != images.image.shape:  # frame the window
@@ -155,12 +169,6 @@ def draw_queries(
         caption += f" Cut to rows {rows.start + top} to {rows.stop + top - 1}, "
         caption += f"columns {cols.start + left} to {cols.stop + left - 1} of the network's slice."
     return png(figure), caption
-
-
-def picture_edges(directions: Sequence[str]) -> dict[str, str]:
-    """The letters for the edges of a picture whose (rows, columns) lead to ``directions``."""
-    rows, columns = directions
-    return {"top": _OPPOSITE[rows], "bottom": rows, "left": _OPPOSITE[columns], "right": columns}
 
 
 def _query_view(images: SliceImages, queries: SliceQueries, table: pd.DataFrame) -> tuple[slice, slice]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..label_maps import Classes, class_mask
+from ..label_maps import Classes
 from .inside import SliceQueries
 
 SHOWN = 12
@@ -22,17 +22,11 @@ LEAST_SHARE = 0.01
 
 
 class Uncertainty(NamedTuple):
-    """What folds predict together, and how sure they are.
+    """What folds predict together, and how sure they are."""
 
-    Attributes:
-        logits: (K, D, H, W), the mean over folds.
-        entropy: (D, H, W), in bits, of the folds' mean probabilities.
-        disagreement: (D, H, W), mutual information of class and fold in bits; None for one fold.
-    """
-
-    logits: Tensor
-    entropy: NDArray[np.float32]
-    disagreement: NDArray[np.float32] | None
+    logits: Tensor  # (K, D, H, W), the mean over folds
+    entropy: NDArray[np.float32]  # (D, H, W), in bits, of the folds' mean probabilities
+    disagreement: NDArray[np.float32] | None  # (D, H, W), mutual information of class and fold in bits
 
 
 @torch.inference_mode()
@@ -82,18 +76,13 @@ def spread_slices(
 
 
 def query_table(queries: SliceQueries, label: NDArray[np.integer[Any]] | None, classes: Classes) -> pd.DataFrame:
-    """Tabulate what each query does in a slice, those with the largest share first.
+    """Tabulate what each query does in a slice with ``label`` (H, W), those with the largest share first.
 
     Only the part of the window in the volume counts. ``number`` counts from 1; ``class_name`` is the likeliest class
     other than "no object"; ``kept`` says whether it is likelier than that; ``box`` is x0 y0 x1 y1 on the network's
     grid; ``draft_iou`` is the IoU of auxiliary and final mask, ``label_iou`` that of final mask and label, NaN where
     undefined; ``share`` is of the slice's foreground score, the sum of class probability times mask; ``contributes``
     means at least :data:`LEAST_SHARE`; ``shown`` that the query is drawn.
-
-    Args:
-        queries: of the slice's window.
-        label: (H, W) of the slice on the network's grid, if there is one.
-        classes: of the model.
     """
     heads, no_object = queries.probabilities[:, :-1], queries.probabilities[:, -1]
     scores = heads[:, 0 if classes.has_regions else 1 :].sum(1) * queries.masks[:, *queries.inside].sum((1, 2), float)
@@ -104,7 +93,7 @@ def query_table(queries: SliceQueries, label: NDArray[np.integer[Any]] | None, c
     if label is not None:
         here = label[queries.plane]
         counted = here != classes.ignore_label
-        wanted = [class_mask(here, classes.foreground.get(name, (0,))) for name in names]
+        wanted = [np.isin(here, classes.foreground.get(name, (0,))) for name in names]
         label_ious = [_iou(mask & counted, truth & counted) for mask, truth in zip(masks, wanted, strict=True)]
     _, row, column = queries.corner
     table = pd.DataFrame(

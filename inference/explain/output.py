@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from nibabel.orientations import aff2axcodes, axcodes2ornt, io_orientation, ornt
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import UsageError
-from masksam_nnunet.files import read_json
+from masksam_nnunet.files import atomic_folder, read_json
 
 RECORD = "explain.json"
 _RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's world axes lead to left and posterior
@@ -30,24 +29,13 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: ``out`` holds files that are no earlier output, or cannot be written.
     """
-    out = Path(os.path.abspath(out))
     _refuse_others(out)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        _refuse_others(out)  # what has come there meanwhile
-        earlier = draft.with_name(f"{draft.name}.earlier")
-        if out.is_dir():
-            os.replace(out, earlier)
-        os.replace(draft, out)
-        shutil.rmtree(earlier, ignore_errors=True)
+        with atomic_folder(Path(os.path.abspath(out))) as draft:
+            yield draft
+            _refuse_others(out)  # what has come there meanwhile
     except OSError as error:
-        if draft.is_dir() and not str(error.filename or draft).startswith((str(draft), str(out))):
-            raise  # of another file
-        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        raise UsageError(f"--out {out} cannot be written: {error}") from error
 
 
 def _refuse_others(out: Path) -> None:

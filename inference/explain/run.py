@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
@@ -17,12 +20,12 @@ from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import write_json
 from masksam_nnunet.plans.architecture import read_config
 
-from ..label_maps import Classes, class_mask
+from ..label_maps import Classes
 from ..methods import Method
 from ..models import TrainedModel, parse_folds, previous_stage, trained_models
+from ..provenance import versions
 from ..report.figures import CLASS_COLOURS, colour_of, style_of
 from ..report.html import Picture, environment, number, plain
-from ..versions import versions
 from .case import PreparedCase, find_case, prepare_case, seen_in_training
 from .figures import SliceImages, draw_overview, draw_queries
 from .inside import SliceQueries, load_predictor, look_into_windows
@@ -105,9 +108,7 @@ def explain(
             "label": found.label.name if found.label else None,
             "seen": None if images else seen_in_training(dataset, found.case.name, fold_names),
             "dataset": dataset,
-            "trainer": method.trainer,
-            "plans": method.plans,
-            "configuration": method.configuration,
+            **asdict(method),
             "folds": fold_names,
             "checkpoint": checkpoint,
             "backbone": config.backbone,
@@ -134,17 +135,34 @@ def explain(
     return out / PAGE
 
 
-def read_slices(words: Sequence[str]) -> list[int] | None:
-    """Read ``--slices``: numbers in rising order, or None for ``auto`` and for nothing.
+def draw_preprocessed(model: Path, fold: int, preprocessed: Path, case: str) -> tuple[Picture, ...]:
+    """Draw the queries of up to two labelled slices of a preprocessed case; runs on the CPU, only in their windows.
 
-    Raises:
-        UsageError: something else, or too many.
+    ``model`` is a folder in nnUNet_results, ``preprocessed`` the dataset's in nnUNet_preprocessed.
     """
+    predictor = load_predictor(TrainedModel(model, (fold,)), torch.device("cpu"))
+    settings, classes = predictor.configuration_manager, Classes.from_dataset_json(predictor.dataset_json)
+    folder, spacing = str(preprocessed / settings.data_identifier), [1.0, *settings.spacing][-3:]
+    data, label, _, _ = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    image, truth = np.asarray(data[:], np.float32), np.asarray(label[:])[0]
+    chosen = spread_slices((truth > 0).sum((1, 2)), np.zeros(len(truth)), count=2)
+    places = {index: truth[index] > 0 for index in chosen}
+    queries, owner = look_into_windows(predictor, torch.from_numpy(image), places, spacing, everywhere=False)
+    pictures = []
+    for index in chosen:
+        table = query_table(queries[index], truth[index], classes)
+        images = SliceImages.of(index, image[0], truth, owner, spacing)
+        drawn, caption = draw_queries(images, queries[index], table, classes)
+        pictures.append(Picture(f"Slice {index} of {case}, preprocessed", caption, drawn))
+    return tuple(pictures)
+
+
+def read_slices(words: Sequence[str]) -> list[int] | None:
+    """Read ``--slices``: at most 24 numbers, in rising order; None for ``auto`` and for nothing."""
     if list(words) in ([], ["auto"]):
         return None
-    wrong = [word for word in words if not (word.isascii() and word.isdecimal())]
-    numbers = sorted({int(word) for word in words if word not in wrong})
-    if wrong or len(numbers) > _MOST_SLICES:
+    numbers = sorted({int(word) for word in words if word.isascii() and word.isdecimal()})
+    if len(numbers) < len(set(words)) or len(numbers) > _MOST_SLICES:
         raise UsageError(f"--slices {' '.join(words)}: give at most {_MOST_SLICES} numbers from 0, or auto")
     return numbers
 
@@ -171,8 +189,6 @@ def _config(model: TrainedModel) -> MaskSAMConfig:
 def _stage_before(model: TrainedModel, case: str, folder: Path | None) -> Path | None:
     """The first stage's label map of the case, for the second stage of a cascade."""
     stage = previous_stage(model)
-    if stage is None and folder is not None:
-        raise UsageError(f"-prev_stage_predictions {folder}: {model.name} is not the second stage of a cascade")
     if stage is None:
         return None
     file = (folder or Path()) / (case + model.dataset_json["file_ending"])
@@ -185,7 +201,7 @@ def _choose(case: PreparedCase, result: NDArray[Any], measured: Uncertainty) -> 
     """Choose the source's slices to show."""
     found = result > 0
     if case.label is not None:
-        found = found | class_mask(case.label, [v for values in case.classes.foreground.values() for v in values])
+        found = found | np.isin(case.label, [v for values in case.classes.foreground.values() for v in values])
     places = [case.network_slice(index) for index in case.kept]
     chosen = spread_slices(found.sum((1, 2))[places], measured.entropy.sum((1, 2))[places])
     return [case.kept[n] for n in chosen]
@@ -200,22 +216,15 @@ def _explain_slice(
     folder: Path,
 ) -> dict[str, Any]:
     """Return the page's entry for one slice, and write its pictures."""
-    index, classes = queries.index, case.classes
-    label = None if case.label is None else case.label[index]
-    low, high = map(float, np.percentile(case.image, (0.5, 99.8)))
-    images = SliceImages(
-        image=case.image[index],
-        label=label,
-        result=result[index],
-        entropy=measured.entropy[index],
-        disagreement=None if measured.disagreement is None else measured.disagreement[index],
-        aspect=case.spacing[1] / case.spacing[2],
-        window=(low, high),
-        directions=None if case.directions is None else (case.directions[1], case.directions[2]),
-    )
-    table = query_table(queries, label, classes)
-    overview = draw_overview(images, queries, classes)
-    drawn, caption = draw_queries(images, queries, table, classes)
+    index = queries.index
+    images = SliceImages.of(index, case.data[0].numpy(), case.label, result, case.spacing)
+    entropy = measured.entropy[index]
+    maps = {"uncertainty (entropy)": entropy}
+    if measured.disagreement is not None:
+        maps["disagreement of folds"] = measured.disagreement[index]
+    table = query_table(queries, images.label, case.classes)
+    overview = draw_overview(images, queries, case.classes, maps, case.directions and case.directions[1:])
+    drawn, caption = draw_queries(images, queries, table, case.classes)
     stem = f"slice_{source:0{len(str(case.source_slices - 1))}d}"
     (folder / f"{stem}_overview.png").write_bytes(overview)
     (folder / f"{stem}_queries.png").write_bytes(drawn)
@@ -227,7 +236,7 @@ def _explain_slice(
         "size": queries.size,
         "off_centre": abs(index - queries.corner[0] - (queries.size[0] - 1) / 2),
         "foreground": int(np.count_nonzero(images.result)),
-        "mean_entropy": float(images.entropy.mean()),
+        "mean_entropy": float(entropy.mean()),
         "queries": table.to_dict("records"),
         "overview": Picture(f"Slice {source}", "The result averages all windows and folds.", overview),
         "drawn": Picture(f"Queries of slice {source}", caption, drawn),
@@ -244,8 +253,13 @@ def _write_overlays(
         values = dict(zip(values, map(int, model.dataset_json["regions_class_order"]), strict=True))
     names = {value: name for name, value in sorted(values.items(), key=lambda item: item[1])}
     kind = np.uint8 if max(names) < 256 else np.uint16
+    used = case.predictor
+    managers = (used.plans_manager, used.configuration_manager, used.label_manager)
+    segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
+        measured.logits, *managers, dict(case.properties), num_threads_torch=torch.get_num_threads()
+    )
     volumes = {
-        "segmentation": (case.segmentation(measured.logits).astype(kind), "the result, label values"),
+        "segmentation": (segmentation.astype(kind), "the result, label values"),
         "uncertainty": (case.to_source(measured.entropy), "entropy in bits, 32-bit numbers"),
         "queries": (
             case.to_source(owner, whole_numbers=True),
@@ -256,8 +270,7 @@ def _write_overlays(
         volumes["disagreement"] = (case.to_source(measured.disagreement), "disagreement of folds in bits")
     for stem, (array, _) in volumes.items():
         write_volume(folder / f"{stem}.nii.gz", array, case.properties)
-    colours = colour_of(classes)
-    queries = range(1, num_queries + 1)
+    colours, queries = colour_of(classes), range(1, num_queries + 1)
     query_colours = {n: CLASS_COLOURS[(n - 1) % len(CLASS_COLOURS)] for n in queries}
     write_tables(folder / "segmentation", names, {value: colours[name] for value, name in names.items()})
     write_tables(folder / "queries", {n: f"query {n}" for n in queries}, query_colours)

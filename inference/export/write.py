@@ -30,7 +30,7 @@ from masksam_nnunet.plans.architecture import open_configuration
 
 from ..models import find_models
 from ..predictor import same_bits
-from ..versions import versions
+from ..provenance import versions
 from .description import DATASET, MODEL, PLANS, SHARED, Description, file_entry, fold_file, is_portable
 from .load import PortableModel, build_network, check_fit, first_names, shapes_of
 

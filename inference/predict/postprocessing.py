@@ -23,13 +23,7 @@ _NUMBERS = {"scalar": ("numpy.core.multiarray", "numpy._core.multiarray"), "dtyp
 
 @dataclass(frozen=True)
 class Postprocessing:
-    """Functions of nnU-Net and their arguments, one after another; none where nothing helped.
-
-    Attributes:
-        file: where it was found.
-        functions: of nnU-Net.
-        arguments: of each.
-    """
+    """The functions of nnU-Net that a file names, each with its arguments; none where nothing helped."""
 
     file: Path
     functions: Sequence[Callable[..., Any]]
@@ -61,11 +55,7 @@ def read_postprocessing(file: Path) -> Postprocessing:
 
 
 def find_postprocessing(models: Sequence[Path], folds: Sequence[int | str]) -> Postprocessing:
-    """Find what nnU-Net chose for one model or for a pair, from the cross-validation of these folds.
-
-    Args:
-        models: their folders in nnUNet_results.
-        folds: that predict.
+    """Find what nnU-Net chose for one model's folder or for a pair, from the cross-validation of these folds.
 
     Raises:
         UsageError: there is none.

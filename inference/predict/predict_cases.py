@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from masksam_nnunet.errors import CaseError, MaskSAMError, in_short
 from ..cases import Case, preprocess_case
 from ..models import Model
 from ..predictor import MaskSAMPredictor
-from .output import draft
+from .output import Predictions
 from .postprocessing import Postprocessing
 from .workers import Workers
 
@@ -91,20 +91,11 @@ class Pools(NamedTuple):
 def predict_cases(
     predictor: MaskSAMPredictor,
     cases: Sequence[Case],
-    output: Path,
-    options: PredictOptions,
+    output: Predictions,
     pools: Pools,
     previous: Path | None = None,
 ) -> dict[str, str]:
-    """Write the label map of each case, ``CASE`` + the dataset's file ending.
-
-    Args:
-        predictor: with a model loaded.
-        cases: to predict.
-        output: folder of the predictions; made if it is missing.
-        options: probabilities and post-processing are used.
-        pools: of worker processes.
-        previous: for a cascade, the folder of the previous stage's label maps.
+    """Predict and write cases; ``previous`` is, for a cascade, the folder of the previous stage's label maps.
 
     Returns:
         Why cases have no prediction, by name.
@@ -113,14 +104,13 @@ def predict_cases(
         UsageError: the disk is full or not writable.
     """
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
-    dataset_json = predictor.dataset_json
+    settings = (plans, configuration, predictor.dataset_json)
     failed: dict[str, str] = {}
 
     def to_read() -> Iterator[tuple[str, tuple[Any, ...]]]:
         for case in cases:
-            segmentation = None if previous is None else previous / (case.name + dataset_json["file_ending"])
-            settings = (plans, configuration, dataset_json, predictor.verbose_preprocessing)
-            yield case.name, (case, segmentation, *settings)
+            segmentation = None if previous is None else previous / (case.name + output.ending)
+            yield case.name, (case, segmentation, *settings, predictor.verbose_preprocessing)
 
     def to_write() -> Iterator[tuple[str, tuple[Any, ...]]]:
         started = 0
@@ -135,8 +125,7 @@ def predict_cases(
                 print(f"{name} cannot be predicted: {error}", flush=True)
                 continue
             del outcome
-            settings = (configuration, plans, dataset_json, output / name)
-            yield name, (logits, properties, *settings, options.probabilities, options.postprocessing)
+            yield name, (output, name, logits, properties, *settings)
             del logits
 
     for name, outcome in pools.writers.outcomes(export_case, to_write(), _WAITING):
@@ -161,30 +150,16 @@ def _predict(predictor: MaskSAMPredictor, preprocessed: Any) -> tuple[NDArray[np
 
 
 def export_case(
+    output: Predictions,
+    case: str,
     logits: NDArray[np.float16],
     properties: dict[str, Any],
-    configuration: Any,
     plans: Any,
-    dataset_json: Mapping[str, Any],
-    target: Path,
-    probabilities: bool,
-    postprocessing: Postprocessing | None,
+    configuration: Any,
+    dataset_json: dict[str, Any],
 ) -> None:
-    """Resample and write a prediction by nnU-Net's own function, whole or not at all.
-
-    Args:
-        logits: (K, x, y, z).
-        properties: of the case, from preprocessing.
-        configuration: nnU-Net's ConfigurationManager.
-        plans: its PlansManager.
-        dataset_json: the model's.
-        target: folder and name of the case.
-        probabilities: whether to write them too.
-        postprocessing: applied to the label map.
-
-    Raises:
-        UsageError: the disk is full or not writable.
-    """
-    ending, reader = dataset_json["file_ending"], plans.image_reader_writer_class()
-    with draft(target, ending, reader, probabilities, postprocessing) as name:
-        export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(name), probabilities)
+    """Resample logits (K, x, y, z) and write the prediction by nnU-Net's own function, with nnU-Net's managers."""
+    with output.draft(case) as name:
+        export_prediction_from_logits(
+            logits, properties, configuration, plans, dataset_json, str(name), output.probabilities
+        )

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Self
 
@@ -51,60 +50,45 @@ class Workers:
             MaskSAMError: a call failed for a reason that concerns all cases.
         """
         most = self.processes + waiting if self.processes else 0
-        ahead: deque[_Call] = deque()
+        ahead: deque[tuple[str, tuple[Any, ...], Future[Any] | None]] = deque()
         for name, arguments in calls:
-            ahead.append(self._start(_Call(name, function, arguments)))
-            del arguments  # large; the call lets go of them when it is done
+            ahead.append((name, arguments, self._submit(function, arguments) if self.processes else None))
+            del arguments  # large
             if len(ahead) > most:
-                yield self._finish(ahead.popleft())
+                yield self._finish(function, *ahead.popleft())
         while ahead:
-            yield self._finish(ahead.popleft())
+            yield self._finish(function, *ahead.popleft())
 
-    def _start(self, call: _Call) -> _Call:
-        if self.processes:
-            try:
-                call.future = self._submit(call)
-            except BrokenProcessPool:
-                self._end()
-                call.future = self._submit(call)
-        return call
-
-    def _submit(self, call: _Call) -> Future[Any]:
+    def _submit(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
         if self._executor is None:
             self._executor = _executor(self.processes)
-        return self._executor.submit(_attempt, call.function, call.arguments)
-
-    def _finish(self, call: _Call) -> tuple[str, Any]:
         try:
-            outcome = call.future.result() if call.future else _attempt(call.function, call.arguments)
+            return self._executor.submit(_attempt, function, arguments)
         except BrokenProcessPool:
-            outcome = self._alone(call)
+            self._end()
+            return self._submit(function, arguments)
+
+    def _finish(
+        self, function: Callable[..., Any], name: str, arguments: tuple[Any, ...], future: Future[Any] | None
+    ) -> tuple[str, Any]:
+        """Wait for a call, or make it in this process if it has no future."""
+        try:
+            outcome = future.result() if future else _attempt(function, arguments)
+        except BrokenProcessPool:  # ends all calls; which one is to blame shows when each runs alone
+            self._end()
+            with _executor(1) as executor:
+                try:
+                    outcome = executor.submit(_attempt, function, arguments).result()
+                except BrokenProcessPool:
+                    outcome = CaseError("its process died, probably for lack of memory; predict this case by itself")
         if isinstance(outcome, MaskSAMError) and not isinstance(outcome, CaseError):
             raise outcome
-        return call.name, outcome
-
-    def _alone(self, call: _Call) -> Any:
-        """Repeat a call after a process died, which ends all calls; which one is to blame shows when it runs alone."""
-        self._end()
-        with _executor(1) as executor:
-            try:
-                return executor.submit(_attempt, call.function, call.arguments).result()
-            except BrokenProcessPool:
-                return CaseError("its process died, most likely for lack of memory; predict this case by itself")
+        return name, outcome
 
     def _end(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
-
-
-@dataclass
-class _Call:
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    future: Future[Any] | None = None
-    """None: it runs in this process, when its result is requested."""
 
 
 def _executor(processes: int) -> ProcessPoolExecutor:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..label_maps import Classes, class_mask
+from ..label_maps import Classes
 from .html import pieces
 
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2")
@@ -96,7 +96,7 @@ def overlay(ax: Axes, labels: NDArray[np.integer[Any]], classes: Classes) -> Non
     """Draw all classes of a label map (H, W)."""
     styles = style_of(classes)
     for name, colour in colour_of(classes).items():
-        fill(ax, class_mask(labels, classes.foreground[name]).astype(float), colour, styles[name])
+        fill(ax, np.isin(labels, classes.foreground[name]).astype(float), colour, styles[name])
 
 
 def fill(ax: Axes, mask: NDArray[Any], colour: str, style: str = "solid", tint: float = 0.25) -> None:
@@ -176,68 +176,11 @@ def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]
     """The slice with most labelled voxels, and another one where the judged method errs most, each with its reason."""
     foreground = classes.foreground.values()
     truth, judged = images.truth, images.predictions[images.judged]
-    size = np.sum([class_mask(truth, values).sum((1, 2)) for values in foreground], axis=0)
-    wrong = np.sum([(class_mask(judged, v) ^ class_mask(truth, v)).sum((1, 2)) for v in foreground], axis=0)
+    size = np.sum([np.isin(truth, values).sum((1, 2)) for values in foreground], axis=0)
+    wrong = np.sum([(np.isin(judged, v) ^ np.isin(truth, v)).sum((1, 2)) for v in foreground], axis=0)
     largest = int(np.argmax(size))
     wrong[largest] = 0
     chosen = [(largest, "most labelled voxels")]
     if wrong.any():
         chosen.append((int(np.argmax(wrong)), f"most errors of {images.judged}"))
     return chosen
-
-
-# ---- how MaskSAM prompts itself --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InsideView:
-    """One patch, and the prompts that each of the N queries of each of its D slices makes."""
-
-    case: str
-    image: NDArray[np.float32]  # (D, H, W), the first channel as the network sees it
-    truth: NDArray[np.int16]  # (D, H, W) label values; negative outside the region nnU-Net kept
-    aspect: float  # height of a pixel over its width
-    classes: NDArray[np.int64]  # (D, N) output channel of the best class that is not "no object"
-    confidence: NDArray[np.float32]  # (D, N) probability of that class
-    kept: NDArray[np.bool_]  # (D, N) whether that class is likelier than "no object"
-    boxes: NDArray[np.float32]  # (D, N, 4) auxiliary boxes x0 y0 x1 y1 in pixels of the patch
-    masks: NDArray[np.float32]  # (D, N, H, W) auxiliary masks as probabilities
-
-
-def draw_inside(view: InsideView, classes: Classes) -> bytes:
-    """Draw up to three slices of a patch: truth, auxiliary boxes and auxiliary masks.
-
-    Queries that chose background or "no object" are left out.
-    """
-    colours, heads = colour_of(classes), np.array(classes.heads)
-    low, high = np.percentile(view.image, (0.5, 99.8))
-    shown = view.kept & (heads[view.classes] != "background")
-    slices = _spread_over(np.flatnonzero(shown.any(axis=1)), default=view.image.shape[0] // 2)
-    figure, axes = grid(len(slices), 3, view.image.shape[1:], view.aspect)
-    for row, index in zip(axes, slices, strict=True):
-        for ax in row:
-            ax.imshow(view.image[index], cmap="gray", vmin=low, vmax=high, aspect=view.aspect)
-        overlay(row[0], view.truth[index], classes)
-        queries = np.flatnonzero(shown[index])
-        for query in queries:
-            name = str(heads[view.classes[index, query]])
-            label = f"{literal(name)} {view.confidence[index, query]:.2f}"
-            box(row[1], view.boxes[index, query], colours[name], label)
-            fill(row[2], view.masks[index, query], colours[name])
-        if not len(queries):
-            for ax in row[1:]:
-                ax.text(0.5, 0.04, "no query found a class", transform=ax.transAxes, **NOTE, ha="center")
-        row[0].set_ylabel(f"slice {index} of the patch", fontsize=8)
-        for ax in row:  # boxes may leave the patch; the picture must not grow with them
-            ax.set_xlim(-0.5, view.image.shape[2] - 0.5)
-            ax.set_ylim(view.image.shape[1] - 0.5, -0.5)
-    for ax, title in zip(axes[0], ("truth", "auxiliary boxes", "auxiliary masks"), strict=True):
-        ax.set_title(title, fontsize=10)
-    return png(figure)
-
-
-def _spread_over(slices: NDArray[np.intp], default: int, count: int = 3) -> list[int]:
-    if not len(slices):
-        return [default]
-    places = np.linspace(0, len(slices) - 1, count + 2)[1:-1]
-    return sorted({int(slices[round(place)]) for place in places})

@@ -105,9 +105,8 @@ def predict(
     import torch
 
     from masksam_nnunet.inference.export.load import PortableModel
-    from masksam_nnunet.inference.methods import Method
+    from masksam_nnunet.inference.methods import Method, parse_members
     from masksam_nnunet.inference.models import TrainedModel, parse_folds, trained_models
-    from masksam_nnunet.inference.predict.ensemble import parse_members
     from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
     from masksam_nnunet.inference.predict.predict_cases import PredictOptions
     from masksam_nnunet.inference.predict.run import predict as predict_folder

@@ -14,8 +14,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 from configs import tiny_config
+from container_models import add_fold
 from kinds_of_data import OBLIQUE
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from typer.testing import CliRunner, Result
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.config import Grid
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.inference.explain.run import draw_preprocessed
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.network import MaskSAMOutput
 from masksam_nnunet.plans.architecture import write_config
@@ -48,11 +51,19 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, which take most of the time."""
+    monkeypatch.setattr("masksam_nnunet.inference.explain.run.draw_overview", lambda *_: b"")
+    monkeypatch.setattr("masksam_nnunet.inference.explain.run.draw_queries", lambda *_: (b"", ""))
+
+
 def write_model(
     root: Path, plans: dict[str, Any], description: dict[str, Any], configuration: str = "3d_fullres", folds: int = 1
 ) -> Path:
     """A model of random weights, whose folds differ."""
     model = root / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__{configuration}"
+    model.mkdir(parents=True)
     manager = PlansManager(plans)
     settings = manager.get_configuration(configuration)
     network = MaskSAMTrainer.build_network_architecture(
@@ -65,15 +76,7 @@ def write_model(
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        folder = model / f"fold_{fold}"
-        folder.mkdir(parents=True)
-        content = {
-            "network_weights": network.state_dict(),
-            "trainer_name": TRAINER,
-            "init_args": {"configuration": configuration},
-            "inference_allowed_mirroring_axes": (1,),
-        }
-        torch.save(content, folder / "checkpoint_final.pth")
+        add_fold(model, fold, network, TRAINER, configuration)
     (model / "plans.json").write_text(json.dumps(plans))
     (model / "dataset.json").write_text(json.dumps(description))
     return model
@@ -134,22 +137,18 @@ def made_up_parts(network: MaskSAM, x: torch.Tensor) -> MaskSAMOutput:
     bright, middle = x[:, 0] > 1.5, (x[:, 0] > 0.5) & (x[:, 0] < 1.5)
     masks[:, :, 2][bright], masks[:, :, 4][middle] = 12.0, 12.0
     drafts = torch.full((batch, size[0], number, *network.grid.masks), -9.0)
+    drafts[:, :, 4] = 9.0
     boxes = torch.tensor(BOX).expand(batch, size[0], number, 4)
     return MaskSAMOutput(classes, masks, drafts, boxes)
 
 
-@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
-def test_page_pictures_and_overlays_say_what_the_network_says(
-    axes: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, backward = list(axes), [axes.index(axis) for axis in range(3)]
-    patch = tuple((4, 32, 32)[axis] for axis in axes) if axes == (0, 1, 2) else (32, 8, 32)
-    plans = plans_with(patch, queries=16, transpose_forward=forward, transpose_backward=backward)
+def test_page_pictures_and_overlays_say_what_the_network_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes, patch, slices = [2, 0, 1], (32, 8, 32), (15, 18)
+    plans = plans_with(patch, queries=16, transpose_forward=axes, transpose_backward=[1, 2, 0])
     write_model(tmp_path, plans, dataset_json())
     source = write_case(tmp_path)
     image, labels = made_up_image()
     monkeypatch.setattr(MaskSAM, "parts", made_up_parts)
-    slices = (4, 5) if axes[0] == 0 else (15, 18)
     result = explain("-f", 0, "case_1", "--slices", *slices, "--out", "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == "out/explain.html"
@@ -173,7 +172,7 @@ def test_page_pictures_and_overlays_say_what_the_network_says(
 
     # Numbers in source slices; boxes on the network's grid.
     assert [item["source"] for item in facts["slices"]] == list(slices)
-    assert facts["slice_axis"] == ("k" if axes[0] == 0 else "i")
+    assert facts["slice_axis"] == "i"
     kept = np.argwhere(image.transpose(axes)).min(0)  # what nnU-Net cuts off before
     padded = Grid.of(tiny_config(patch_size=patch)).padded  # boxes are shares of this plane
     for item in facts["slices"]:
@@ -189,7 +188,8 @@ def test_page_pictures_and_overlays_say_what_the_network_says(
             np.testing.assert_allclose(query["box"], expected, atol=1e-4)
             window = [slice(max(c, 0), c + n) for c, n in zip(item["corner"][1:], patch[1:], strict=True)]
             inside = there[tuple(slice(s.start + k, s.stop + k) for s, k in zip(window, kept[1:], strict=True))]
-            assert query["mask_pixels"] == np.count_nonzero(inside == organ) and query["draft_pixels"] == 0
+            assert query["mask_pixels"] == np.count_nonzero(inside == organ)
+            assert query["draft_pixels"] == (0 if number == 3 else inside.size)
             if query["mask_pixels"]:
                 assert query["label_iou"] == 1.0
         assert all(not query["kept"] for number, query in by_number.items() if number not in (3, 5))
@@ -203,6 +203,7 @@ def test_page_pictures_and_overlays_say_what_the_network_says(
     assert html.count('<th scope="row"') == 32  # queries
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     model = write_model(tmp_path, plans_with(), dataset_json(), folds=2)
     source = write_case(tmp_path, labelled=False)
@@ -228,23 +229,21 @@ def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     assert "IoU with label" not in (out / "explain.html").read_text()
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) -> None:
-    description = region_dataset_json(ignore=True)
-    write_model(tmp_path, plans_with(regions=True), description)
+    model = write_model(tmp_path, plans_with(regions=True), region_dataset_json(ignore=True))
     image, labels = made_up_image()
     labels[6:] = 4  # ignored
     files = write(tmp_path / "some where" / "Ünknown.nii.gz", image), write(tmp_path / "truth.nii.gz", labels)
-    result = explain("--image", files[0], "--label", files[1], "--slices", "auto", "--disable_tta", "--device", "cpu")
+    result = explain("--image", files[0], "--label", files[1], "--slices", 4, "--disable_tta", "--device", "cpu")
     assert result.exit_code == 0, result.output
     out = tmp_path / "explain_Ünknown"
     facts = record(out)
     assert facts["regions"] and facts["seen"] is None and not facts["mirrored"] and facts["label"] == "truth.nii.gz"
     names = re.findall(r'^ +(\d+).*"(.*)"$', (out / "segmentation.label").read_text(), re.MULTILINE)
-    assert names == [("0", "Clear Label"), ("1", "whole"), ("2", "core")]
+    assert names == [("0", "Clear Label"), ("1", "whole"), ("2", "core")] and facts["ignored"]
     assert {query["class_name"] for query in facts["slices"][0]["queries"]} <= {"whole", "core"}
-    assert facts["ignored"]
 
-    model = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres"
     model.rename(model.with_name("other"))
     write_model(tmp_path, plans_with((32, 32)), dataset_json())
     result = explain("--image", files[0], "--slices", 4, "-o", "flat", "--disable_tta")
@@ -256,6 +255,7 @@ def test_regions_an_ignore_label_two_dimensions_and_given_files(tmp_path: Path) 
     assert facts["windows"] == 8 * 4
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Path) -> None:
     plans = plans_with()
     configurations = plans["configurations"]
@@ -270,6 +270,18 @@ def test_the_second_stage_of_a_cascade_needs_the_first_ones_labels(tmp_path: Pat
     result = explain(*cascade, "-prev_stage_predictions", tmp_path / "nnUNet_raw" / DATASET / "labelsTr")
     assert result.exit_code == 0, result.output
     assert record(tmp_path / "out")["configuration"] == "3d_cascade_fullres"
+
+
+def test_queries_of_a_preprocessed_case_are_drawn(tmp_path: Path) -> None:
+    """For the benchmark's report."""
+    model = write_model(tmp_path, plans_with(), dataset_json())
+    image, labels = made_up_image()
+    preprocessed = tmp_path / "nnUNet_preprocessed" / DATASET
+    place = str(preprocessed / "hand_data" / "case_1")
+    nnUNetDatasetBlosc2.save_case(image[None], labels[None].astype(np.int16), {}, place)
+    pictures = draw_preprocessed(model, 0, preprocessed, "case_1")
+    assert [picture.title.split()[1] for picture in pictures] == ["3", "5"]
+    assert all(picture.png.startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_errors_name_the_option_and_leave_nothing(tmp_path: Path) -> None:
@@ -302,7 +314,6 @@ def test_errors_name_the_option_and_leave_nothing(tmp_path: Path) -> None:
         (f"case_1 --label {strange}", f"{strange}.*7, 8, 9"),
         (f"case_1 --label {model / 'plans.json'}", "--label .*'.nii.gz'"),
         (f"new --image {torn}", f"{torn}"),
-        (f"case_1 -prev_stage_predictions {full}", "-prev_stage_predictions"),
     ]
     for words, named in table:
         result = explain(*words.split())

@@ -7,10 +7,8 @@ import gzip
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from nnunetv2.postprocessing.remove_connected_components import remove_all_but_l
 
 from masksam_nnunet.errors import CaseError, UsageError
 from masksam_nnunet.inference.cases import Case, find_cases, read_case
-from masksam_nnunet.inference.predict.ensemble import parse_members
-from masksam_nnunet.inference.predict.output import draft, files_of, is_whole
+from masksam_nnunet.inference.methods import parse_members
+from masksam_nnunet.inference.predict.output import Predictions
 from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
 
 GZ = ".nii.gz"
@@ -68,6 +66,7 @@ def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], n
 @pytest.mark.parametrize("reader", [SimpleITKIO(), NibabelIO()])
 def test_channels_are_read_as_by_nnunet(tmp_path: Path, reader: Any) -> None:
     files = tuple(write_image(tmp_path / name, seed, SIZE) for seed, name in enumerate((T1, T2)))
+    change(Origin=(-17.501, 3.251, 120.125))(files[1])  # rounding in headers is no other grid
     data, properties = read_case(Case("a", files), reader, ["T1", "T2"])
     expected, its_properties = reader.read_images([str(file) for file in files])
     np.testing.assert_array_equal(data, expected)
@@ -136,12 +135,6 @@ def test_bad_cases(tmp_path: Path, what: str) -> None:
     assert named in str(error.value)
 
 
-def test_rounding_in_headers_is_no_other_grid(tmp_path: Path) -> None:
-    files = tuple(write_image(tmp_path / name, 0, SIZE) for name in (T1, T2))
-    change(Origin=(-17.501, 3.251, 120.125))(files[1])
-    assert read_case(Case("a", files), SimpleITKIO(), ["T1", "T2"])[0].shape == (2, 5, 36, 40)
-
-
 # --- files that are whole ---------------------------------------------------------------------------------------------
 
 
@@ -153,71 +146,57 @@ def write_prediction(target: Path, probabilities: bool = True) -> None:
     sitk.WriteImage(sitk.Cast(image(0, SIZE) > 0, sitk.sitkUInt8), f"{target}{GZ}")
 
 
-def test_a_draft_replaces_what_was_there_once_it_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "out" / "case.1"
+@pytest.fixture
+def out(tmp_path: Path) -> Predictions:
+    return Predictions(tmp_path / "out", GZ, SimpleITKIO(), probabilities=True)
+
+
+def test_a_draft_replaces_what_was_there_once_it_is_whole(out: Predictions) -> None:
     for _ in range(2):
-        with draft(target, GZ, SimpleITKIO(), True) as name:
+        with out.draft("case.1") as name:
             write_prediction(name)
-            assert name.name == "case.1" and not is_whole(name.with_name("other"), GZ, SimpleITKIO(), False)
-        assert is_whole(target, GZ, SimpleITKIO(), True)
-    assert sorted(file.name for file in target.parent.iterdir()) == ["case.1.nii.gz", "case.1.npz", "case.1.pkl"]
-    before = {file: file.read_bytes() for file in files_of(target, GZ)}
-    with pytest.raises(ValueError, match="broken"), draft(target, GZ, SimpleITKIO(), True) as name:
+        assert out.is_whole("case.1") and not out.is_whole("other")
+    before = {file: file.read_bytes() for file in out.files("case.1")}
+    assert [file.name for file in before] == ["case.1.npz", "case.1.pkl", "case.1.nii.gz"]
+    with pytest.raises(ValueError, match="broken"), out.draft("case.1") as name:
         Path(f"{name}{GZ}").write_bytes(b"half")
         raise ValueError("broken")
-    assert {file: file.read_bytes() for file in target.parent.iterdir()} == before
+    assert {file: file.read_bytes() for file in out.folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("what", [*range(3), "missing", "half"])
-def test_what_is_not_whole_is_not_done(tmp_path: Path, what: int | str) -> None:
-    target = tmp_path / "case"
-    write_prediction(target)
-    assert is_whole(target, GZ, SimpleITKIO(), True)
+def test_what_is_not_whole_is_not_done(out: Predictions, what: int | str) -> None:
+    out.folder.mkdir()
+    write_prediction(out.folder / "case")
+    assert out.is_whole("case")
     if isinstance(what, int):
-        cut(files_of(target, GZ)[what])
+        cut(out.files("case")[what])
     elif what == "missing":
-        files_of(target, GZ)[0].unlink()
+        out.files("case")[0].unlink()
     else:  # of the archive's member
-        damage(files_of(target, GZ)[0])
-    assert not is_whole(target, GZ, SimpleITKIO(), True)
-    assert is_whole(target, GZ, SimpleITKIO(), False) == (what != 2)
+        damage(out.files("case")[0])
+    assert not out.is_whole("case")
+    assert replace(out, probabilities=False).is_whole("case") == (what != 2)
 
 
-def test_a_full_disk_ends_the_batch(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=str(tmp_path)), draft(tmp_path / "a", GZ, SimpleITKIO(), False):
+def test_a_full_disk_ends_the_batch(out: Predictions) -> None:
+    with pytest.raises(UsageError, match=str(out.folder)), out.draft("a"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     # ITK reports no error; what it wrote cannot be read.
-    with pytest.raises(UsageError, match=str(tmp_path)), draft(tmp_path / "a", GZ, SimpleITKIO(), False) as a:
-        write_prediction(a, probabilities=False)
+    with pytest.raises(UsageError, match=str(out.folder)), out.draft("a") as a:
+        write_prediction(a)
         cut(Path(f"{a}{GZ}"))
-    assert list(tmp_path.iterdir()) == []
+    assert list(out.folder.iterdir()) == []
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from masksam_nnunet.inference.predict.output import draft
-with draft(Path(sys.argv[1]), ".nii.gz", None, False) as name:
-    Path(f"{name}.nii.gz").write_bytes(Path(sys.argv[2]).read_bytes()[:-50])
-    print("half", flush=True)
-    time.sleep(300)
-"""
-
-
-def test_a_kill_while_a_file_is_written(tmp_path: Path) -> None:
-    write_prediction(tmp_path / "other", probabilities=False)
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(out / "case"), str(tmp_path / f"other{GZ}")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not is_whole(out / "case", GZ, SimpleITKIO(), False)
-    assert not list(out.glob(f"*{GZ}")), "nothing that nnU-Net's own command would take for done either"
-    with draft(out / "case", GZ, SimpleITKIO(), False) as name:
-        write_prediction(name, probabilities=False)
-    assert [file.name for file in out.iterdir()] == ["case.nii.gz"]
+def test_a_kill_while_a_file_is_written(out: Predictions) -> None:
+    killed = out.draft("case")  # entered, but never left
+    write_prediction(killed.__enter__())
+    assert not out.is_whole("case")
+    assert not list(out.folder.glob(f"*{GZ}")), "nothing that nnU-Net's own command would take for done either"
+    with out.draft("case") as name:
+        write_prediction(name)
+    assert sorted(out.folder.iterdir()) == sorted(out.files("case"))
 
 
 # --- post-processing --------------------------------------------------------------------------------------------------

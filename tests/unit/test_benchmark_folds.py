@@ -133,6 +133,7 @@ def write_final(fold: Path, epochs: int) -> None:
     log = {
         "epoch_start_timestamps": [100.0 * n for n in range(epochs)],
         "epoch_end_timestamps": [100.0 * n + 7 for n in range(epochs)],
+        **dict.fromkeys(("train_losses", "val_losses", "mean_fg_dice"), [0.5] * epochs),
     }
     weights = torch.zeros(2, 5)
     named = {"conv.weight": weights, "all.0.weight": weights, "bias": torch.zeros(3)}

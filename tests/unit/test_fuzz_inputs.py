@@ -93,7 +93,7 @@ def nifti(content: bytes, folder: Path) -> None:
     file.write_bytes(content)
     with pytest.raises((DataError, NothingWrong)):
         found = read_label_map(folder, "case", dataset_json())
-        assert found.labels.ndim == 3 and np.isfinite(found.spacing).all() and min(found.spacing) > 0
+        assert found.labels.ndim == 3 and np.isfinite(found.grid.spacing).all() and min(found.grid.spacing) > 0
         raise NothingWrong
     with pytest.raises((DataError, NothingWrong)):
         require_sound(Download(folder, "", "Fuzzed", [Case("case", file, file)], ["CT"], {"a": 0, "b": 1, "c": 2}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ FOREGROUND = [value for value in LABELS.values() if value]
 
 @pytest.fixture(scope="module")
 def phantoms() -> list[Phantom]:
-    return [make_phantom(np.random.default_rng([0, index])) for index in range(8)]
+    return [make_phantom(np.random.default_rng([0, index])) for index in range(5)]
 
 
 def best_interval_dice(image: np.ndarray, mask: np.ndarray) -> float:
@@ -33,20 +32,13 @@ def best_interval_dice(image: np.ndarray, mask: np.ndarray) -> float:
     return float((2 * hits / (np.maximum(taken, 0) + mask.sum())).max())
 
 
-def test_a_threshold_fails_on_every_class(phantoms: list[Phantom]) -> None:
-    for phantom in phantoms:
-        for name, value in LABELS.items():
-            if value:
-                dice = best_interval_dice(phantom.image, phantom.label == value)
-                assert dice < 0.6, f"{name}: a threshold alone reaches {dice:.2f}"
-
-
-def test_every_organ_is_there_and_differs_between_cases(phantoms: list[Phantom]) -> None:
+def test_every_organ_is_there_differs_between_cases_and_withstands_a_threshold(phantoms: list[Phantom]) -> None:
     volumes = np.array([[np.count_nonzero(p.label == value) for value in FOREGROUND] for p in phantoms])
     assert volumes.min() > 80
     assert (volumes.std(axis=0) / volumes.mean(axis=0) > 0.1).all()
-    assert len({p.image.shape for p in phantoms}) > 1
-    assert len({p.spacing for p in phantoms}) > 1
+    assert len({p.image.shape for p in phantoms}) > 1 and len({p.spacing for p in phantoms}) > 1
+    for phantom in phantoms:
+        assert max(best_interval_dice(phantom.image, phantom.label == value) for value in FOREGROUND) < 0.6
 
 
 def test_dataset_is_nnunet_raw(tmp_path: Path) -> None:
@@ -55,8 +47,7 @@ def test_dataset_is_nnunet_raw(tmp_path: Path) -> None:
     dataset = read_raw_dataset(folder)
     assert len(dataset.images) == 5
     assert [p.name for p in sorted((folder / "imagesTs").iterdir())] == ["phantom_005_0000.nii.gz"]
-    description = json.loads((folder / "dataset.json").read_text())
-    assert description["labels"] == LABELS and description["numTraining"] == 5
+    assert dataset.dataset_json["labels"] == LABELS and dataset.dataset_json["numTraining"] == 5
     phantom = make_phantom(np.random.default_rng([3, 0]))
     image = sitk.ReadImage(str(folder / "imagesTr" / "phantom_000_0000.nii.gz"))
     label = sitk.ReadImage(str(folder / "labelsTr" / "phantom_000.nii.gz"))
@@ -67,11 +58,10 @@ def test_dataset_is_nnunet_raw(tmp_path: Path) -> None:
     assert np.array_equal(sitk.GetArrayFromImage(label), phantom.label)
 
 
-def test_same_seed_same_files_other_seed_other_images(tmp_path: Path) -> None:
+def test_a_case_depends_on_its_seed_and_number(tmp_path: Path) -> None:
     first, second, other = (
-        write_phantom_dataset(tmp_path / name, num_cases=2, seed=seed, num_test_cases=0)
-        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        write_phantom_dataset(tmp_path / name, num_cases=cases, seed=seed, num_test_cases=0)
+        for name, cases, seed in (("a", 1, 0), ("b", 2, 0), ("c", 1, 1))
     )
-    name = Path("imagesTr") / "phantom_001_0000.nii.gz"
-    assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert (first / name).read_bytes() != (other / name).read_bytes()
+    name = Path("imagesTr") / "phantom_000_0000.nii.gz"
+    assert (first / name).read_bytes() == (second / name).read_bytes() != (other / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Pictures of cases and prompts, and texts for a page."""
+"""Pictures of cases, and texts for a page."""
 
 from __future__ import annotations
 
@@ -10,38 +10,10 @@ import pytest
 
 from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.report.figures import (
-    CaseImages,
-    InsideView,
-    choose_slices,
-    draw_case,
-    draw_inside,
-    surroundings,
-    wrapped,
-)
+from masksam_nnunet.inference.report.figures import CaseImages, choose_slices, draw_case, surroundings, wrapped
 from masksam_nnunet.inference.report.html import breakable, number, pieces, plain
 
 CLASSES = Classes({"<b>liver & $co$</b>": (1,), "vessel": (2,)}, has_regions=False, ignore_label=None)
-
-
-def made_up_view() -> InsideView:
-    """Two slices of 20 x 24: the first query found the first class, the second no object, the third background."""
-    image = np.random.default_rng(0).normal(size=(2, 20, 24)).astype(np.float32)
-    truth = np.zeros((2, 20, 24), dtype=np.int16)
-    truth[0, 4:12, 8:16] = 1
-    masks = np.zeros((2, 3, 20, 24), np.float32)
-    masks[0, 0, 4:12, 8:16] = 1
-    return InsideView(
-        case="x",
-        image=image,
-        truth=truth,
-        aspect=1.0,
-        classes=np.array([[1, 0, 0]] * 2),
-        confidence=np.full((2, 3), 0.9, np.float32),
-        kept=np.array([[True, False, True]] * 2),
-        boxes=np.tile(np.array([8, 4, 16, 12], np.float32), (2, 3, 1)),
-        masks=masks,
-    )
 
 
 def made_up_case() -> CaseImages:
@@ -64,7 +36,7 @@ def test_slices_show_the_structures_and_the_errors() -> None:
 def test_pictures_are_drawn() -> None:
     nothing = np.zeros((1, 8, 8), dtype=int)
     empty = CaseImages(nothing.astype(np.float32), (1.0, 1.0, 1.0), nothing, {"MaskSAM": nothing}, "MaskSAM")
-    for png in (draw_case(made_up_case(), CLASSES), draw_case(empty, CLASSES), draw_inside(made_up_view(), CLASSES)):
+    for png in (draw_case(made_up_case(), CLASSES), draw_case(empty, CLASSES)):
         assert png.startswith(b"\x89PNG") and len(png) > 2000
 
 

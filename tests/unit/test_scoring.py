@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder, load_summary_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from scipy.ndimage import binary_erosion, gaussian_filter
-from scipy.spatial import cKDTree
+from scipy.ndimage import gaussian_filter
 
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
@@ -75,8 +76,7 @@ def blobs(seed: int, shape: tuple[int, ...] = (14, 22, 20), share: float = 0.3) 
     return one > np.quantile(one, 1 - share), other > np.quantile(other, 1 - share)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("tolerance", [0.3, 2.6])
+@pytest.mark.parametrize(("spacing", "tolerance"), [(SPACINGS[0], 0.3), (SPACINGS[1], 2.6)])
 def test_surface_dice_is_deepminds(spacing: tuple[float, ...], tolerance: float) -> None:
     """The same definition: surfaces between voxels, weighted by area. MONAI's sums are float32."""
     library = pytest.importorskip("surface_distance")
@@ -88,39 +88,20 @@ def test_surface_dice_is_deepminds(spacing: tuple[float, ...], tolerance: float)
     assert score_masks(truth, prediction, spacing, tolerance)["surface_dice"] == pytest.approx(theirs, abs=1e-6)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("seed", range(2))
-def test_hd95_is_its_definition(spacing: tuple[float, ...], seed: int) -> None:
-    """Boundary voxels by erosion with six neighbours, all nearest distances in mm, the larger of two percentiles."""
-    truth, prediction = blobs(seed)
-    points = []
-    for mask in (truth, prediction):
-        padded = np.pad(mask, 1)
-        points.append(np.argwhere(padded & ~binary_erosion(padded)) * np.asarray(spacing))
-    one, other = points
-    there, back = cKDTree(other).query(one)[0], cKDTree(one).query(other)[0]
-    expected = max(np.percentile(there, 95), np.percentile(back, 95))
-    assert score_masks(truth, prediction, spacing, 1.0)["hd95_mm"] == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("offset", [(0, 0, 0), (3, 4, 5), (26, 38, 40)])
+@pytest.mark.parametrize("offset", [(3, 4, 5), (26, 38, 40)])
 def test_cropping_changes_nothing(offset: tuple[int, int, int]) -> None:
-    """To the last bit, in the middle of a volume and at both of its corners."""
+    """To the last bit, in the middle of a volume and in its corner."""
     truth, prediction = np.zeros((2, 40, 60, 60), dtype=bool)
     spacing = SPACINGS[1]
     window = tuple(slice(o, o + n) for o, n in zip(offset, (14, 22, 20), strict=True))
     truth[window], prediction[window] = blobs(0)
     whole = [torch.from_numpy(mask)[None, None] for mask in (prediction, truth)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            hd95 = float(compute_hausdorff_distance(*whole, True, percentile=95, spacing=list(spacing)))
-            dice = float(compute_surface_dice(*whole, [1.0], True, spacing=list(spacing), use_subvoxels=True))
-        score = score_masks(truth, prediction, spacing, 1.0)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # sums depend on it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        hd95 = float(compute_hausdorff_distance(*whole, True, percentile=95, spacing=list(spacing)))
+        dice = float(compute_surface_dice(*whole, [1.0], True, spacing=list(spacing), use_subvoxels=True))
+    score = score_masks(truth, prediction, spacing, 1.0)
     assert (score["hd95_mm"], score["surface_dice"]) == (hd95, dice)
 
 
@@ -153,7 +134,7 @@ def random_case(rng: np.random.Generator, classes: int = 4) -> np.ndarray:
 
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
-def test_dice_is_nnunets(tmp_path: Path, regions: bool) -> None:
+def test_dice_is_nnunets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, regions: bool) -> None:
     """With a class that is in neither or only in one of truth and prediction."""
     description = dict(LABELS)
     if regions:
@@ -173,6 +154,7 @@ def test_dice_is_nnunets(tmp_path: Path, regions: bool) -> None:
     values = [v if regions and len(v) > 1 else v[0] for v in Classes.from_dataset_json(description).foreground.values()]
     summary = tmp_path / "prediction" / "summary.json"
     folders = str(tmp_path / "truth"), str(tmp_path / "prediction")
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: SimpleNamespace(Pool=ThreadPool))
     compute_metrics_on_folder(*folders, str(summary), SimpleITKIO(), ".nii.gz", values, num_processes=1)
     scores = scored(tmp_path, description, names)
     assert len(scores) == 3 * 3 * 6
@@ -187,12 +169,14 @@ def test_dice_is_nnunets(tmp_path: Path, regions: bool) -> None:
     assert dice.isna().any(axis=None)
 
 
-def test_ignored_voxels_do_not_count(tmp_path: Path) -> None:
+def test_ignored_voxels_do_not_count_and_rounded_labels_are_labels(tmp_path: Path) -> None:
     description = LABELS | {"labels": {"background": 0, "a": 1, "ignore": 2}}
     truth = box((3, 5, 5)).astype(int)
     truth[:, 15:] = 2
     write(tmp_path / "truth", "x", truth)
     write(tmp_path / "prediction", "x", box((3, 5, 5), (4, 19, 10)))
+    file = str(tmp_path / "prediction" / "x.nii.gz")
+    sitk.WriteImage(sitk.ReadImage(file, sitk.sitkFloat32) * 0.9999, file)  # as a header's scaling leaves it
     scores = scored(tmp_path, description)
     assert list(scores["class"].unique()) == ["a"]
     assert value(scores, "dice") == 1.0 and value(scores, "hd95_mm") == 0.0
@@ -209,16 +193,16 @@ def test_default_tolerance(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("message", "change"),
     [
-        ({"labels": np.zeros((12, 24, 23))}, "shape"),
-        ({"spacing": (3.0, 1.0, 1.1)}, "spacing"),
-        ({"origin": (5.0, -7.0, 12.0)}, "origin"),
+        ("shape", {"labels": np.zeros((12, 24, 23))}),
+        ("spacing", {"spacing": (3.0, 1.0, 1.1)}),
+        ("origin", {"origin": (5.0, -7.0, 12.0)}),
     ],
 )
-def test_other_geometry_is_an_error(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_other_geometry_is_an_error(tmp_path: Path, message: str, change: dict[str, Any]) -> None:
     write(tmp_path / "truth", "x", box((3, 5, 5)))
-    write(tmp_path / "prediction", **({"case": "x", "labels": box((3, 5, 5))} | change))  # type: ignore[arg-type]
+    write(tmp_path / "prediction", "x", **{"labels": box((3, 5, 5)), **change})
     with pytest.raises(DataError, match=rf"'x': {message}"):
         scored(tmp_path)
 
@@ -233,57 +217,51 @@ def test_classes_follow_nnunets_order() -> None:
 
 
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    names = ["b", "a", "c"]
-    for name in names:
-        truth = random_case(rng)
-        write(tmp_path / "truth", name, truth)
-        write(tmp_path / "prediction", name, np.where(rng.random(truth.shape) < 0.8, truth, 0))
+    for name, size in (("b", 3), ("a", 5)):  # no class in both, which would need MONAI in each process
+        write(tmp_path / "truth", name, box((3, 5, 5), (size, 10, 10)))
+        write(tmp_path / "prediction", name, box((3, 5, 5), (size, 10, 9)) * 2)
     folders = tmp_path / "prediction", tmp_path / "truth"
-    alone = score_folder(*folders, LABELS, names, 1.0)
-    together = score_folder(*folders, LABELS, names, 1.0, processes=2)
-    assert list(together["case"].unique()) == ["a", "b", "c"]
+    alone, together = (score_folder(*folders, LABELS, ["b", "a"], 1.0, processes=n) for n in (1, 2))
+    assert list(together["case"].unique()) == ["a", "b"]
     pd.testing.assert_frame_equal(alone, together, check_exact=True)
-    (tmp_path / "prediction" / "b.nii.gz").unlink()
-    with pytest.raises(DataError, match="'b'"):
-        score_folder(*folders, LABELS, names, 1.0, processes=2)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "checksum"])
-def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
+def cut(file: Path) -> None:
     """ITK would read the half of a file and fill the rest with noise."""
-    for folder in ("truth", "prediction"):
-        write(tmp_path / folder, "x", random_case(np.random.default_rng(3)))
-    file = tmp_path / "prediction" / "x.nii.gz"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    """The checksum no longer fits."""
     whole = file.read_bytes()
-    flipped = whole[:-6] + bytes([whole[-6] ^ 0xFF]) + whole[-5:]
-    file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "checksum": flipped}[damage])
-    with pytest.raises(DataError, match=r"'x': .*x\.nii\.gz"):
-        scored(tmp_path)
+    file.write_bytes(whole[:-6] + bytes([whole[-6] ^ 0xFF]) + whole[-5:])
 
 
-@pytest.mark.parametrize("odd", [math.nan, 0.5])
-def test_numbers_that_are_no_labels(tmp_path: Path, odd: float) -> None:
-    write(tmp_path / "truth", "x", box((3, 5, 5)))
-    write(tmp_path / "prediction", "x", box((3, 5, 5)))
-    image = sitk.ReadImage(str(tmp_path / "prediction" / "x.nii.gz"), sitk.sitkFloat32)
-    image[4, 4, 4] = odd
-    sitk.WriteImage(image, str(tmp_path / "prediction" / "x.nii.gz"))
-    with pytest.raises(DataError, match=rf"x\.nii\.gz .* {odd}"):
-        scored(tmp_path)
+def put(value: float) -> Callable[[Path], None]:
+    def one_voxel(file: Path) -> None:
+        image = sitk.ReadImage(str(file), sitk.sitkFloat32)
+        image[4, 4, 4] = value
+        sitk.WriteImage(image, str(file))
+
+    return one_voxel
 
 
-def test_rounded_labels_are_labels(tmp_path: Path) -> None:
-    write(tmp_path / "truth", "x", box((3, 5, 5)))
-    write(tmp_path / "prediction", "x", box((3, 5, 5)))
-    image = sitk.ReadImage(str(tmp_path / "prediction" / "x.nii.gz"), sitk.sitkFloat32) * 0.9999
-    sitk.WriteImage(image, str(tmp_path / "prediction" / "x.nii.gz"))
-    assert value(scored(tmp_path), "dice") == 1.0
-
-
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (Path.unlink, "x.nii.gz"),
+        (lambda file: file.write_bytes(b""), "x.nii.gz"),
+        (cut, "x.nii.gz"),
+        (flip, "x.nii.gz"),
+        (put(math.nan), "x.nii.gz .* nan"),
+        (put(0.5), "x.nii.gz .* 0.5"),
+        (put(7), "x.nii.gz .* 7, .* 0, 1, 2, 3"),
+    ],
+)
 @pytest.mark.parametrize("folder", ["truth", "prediction"])
-def test_values_that_dataset_json_lacks(tmp_path: Path, folder: str) -> None:
+def test_bad_files_are_named(tmp_path: Path, folder: str, spoil: Callable[[Path], object], named: str) -> None:
     for each in ("truth", "prediction"):
-        write(tmp_path / each, "x", box((3, 5, 5)) * (7 if each == folder else 1))
-    with pytest.raises(DataError, match=rf"{folder}/x\.nii\.gz .* 7"):
+        write(tmp_path / each, "x", box((3, 5, 5)))
+    spoil(tmp_path / folder / "x.nii.gz")
+    with pytest.raises(DataError, match=f"'x'.*{folder}/{named}"):
         scored(tmp_path)
