@@ -81,8 +81,7 @@ class ImageGeometry:
 def read_image(path: Path, dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
     """An image, or one channel of it, as nnU-Net's reader for the dataset gives it: (C, D, H, W), and its properties.
 
-    Raises:
-        DataError: it is damaged, or no reader can read it.
+    A DataError says that it is damaged, or that no reader can read it.
     """
     return _read(path, dataset_json, lambda reader: reader.read_images([str(path)]))
 

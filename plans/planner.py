@@ -191,11 +191,7 @@ class MaskSAMPlanner(ExperimentPlanner):
 
 
 def _read_plans(file: Path, dataset: str) -> dict[str, Any]:
-    """Plans of ``dataset``, all of whose configurations can be read.
-
-    Raises:
-        DataError: the file holds something else.
-    """
+    """Plans of ``dataset``, all of whose configurations can be read; a DataError for other content."""
     try:
         plans: dict[str, Any] = read_json(file)
         if plans["dataset_name"] != dataset or not plans["configurations"]:

@@ -26,7 +26,6 @@ from .sizing import LARGEST_FIRST
 from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
 from .training_inputs import preprocessed_cases
 
-PLANS_NAME = "MaskSAMPlans"
 _EXTRACT = "extract the fingerprint with: nnUNetv2_extract_fingerprint --verify_dataset_integrity --clean -d"
 
 
@@ -36,7 +35,7 @@ def plan_dataset(
     backbone: str = "auto",
     gpu_memory_gb: float = 24.0,
     preset: str | None = None,
-    plans_name: str = PLANS_NAME,
+    plans_name: str = "MaskSAMPlans",
     console: Console | None = None,
 ) -> MaskSAMPlanner:
     """Plan a dataset; print what was decided and why, and the next commands. Returns the planner with its plans.

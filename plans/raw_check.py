@@ -135,6 +135,7 @@ def _values(labels: NDArray[np.int32]) -> set[int]:
 def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
     check = _CaseCheck()
     digest, channels = hashlib.sha256(), 0
+    array: NDArray[Any]
     files = [*dataset.images[case], dataset.labels[case]]
     for path in filter(Path.is_file, files):
         try:

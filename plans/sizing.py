@@ -177,12 +177,7 @@ class _Search:
         return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
 
     def _sizes(
-        self,
-        depth: int,
-        plane: tuple[int, ...],
-        upsample: int = 1,
-        batch: int = MIN_BATCH,
-        checkpointing: bool = True,
+        self, depth: int, plane: tuple[int, ...], upsample: int = 1, batch: int = MIN_BATCH, checkpointing: bool = True
     ) -> Sizes:
         wanted = self.wanted
         config = config_for(

@@ -97,10 +97,7 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
 def patient_folds(groups: Mapping[str, Sequence[str]], num_folds: int = NUM_FOLDS, seed: int = SEED) -> list[Fold]:
     """The content of splits_final.json with every patient's cases on one side.
 
-    Patients are drawn as nnU-Net draws cases, by default with its seed.
-
-    Raises:
-        DataError: there are fewer patients than folds.
+    Patients are drawn as nnU-Net draws cases, by default with its seed. Fewer patients than folds are a DataError.
     """
     if len(groups) < num_folds:
         raise DataError(f"--folds {num_folds}: there are only {len(groups)} patients; lower it or correct --group")

@@ -46,11 +46,7 @@ def require_configuration(folder: Path, plans: str, configuration: str, number: 
 def require_cases(
     folder: Path, plans: str, configuration: str, data: str, number: int, who: str, cases: Sequence[str] = ()
 ) -> list[str]:
-    """The preprocessed cases of a configuration, in ``folder / data``; at least one, and all of ``cases``.
-
-    Raises:
-        DataError: they are missing.
-    """
+    """The preprocessed cases in ``folder / data``: at least one, and all of ``cases``, else a DataError."""
     present = preprocessed_cases(folder / data)
     missing = sorted(set(cases) - set(present))
     if missing or not present:

@@ -245,7 +245,7 @@ def _grid_defects(path: Path, image: Path) -> list[str]:
     with suppress(RuntimeError):  # ITK refuses axes that are not at right angles
         if _itk_grid(image).difference(_itk_grid(path)) is None:
             return []
-    what, wanted, found = (difference[0], *(np.round(value, 4).tolist() for value in difference[1:]))
+    what, wanted, found = (difference[0], *(np.round(np.asarray(value, float), 4).tolist() for value in difference[1:]))
     return [f"{what} {found} is not its image's {wanted}; predict from the challenge's own images"]
 
 

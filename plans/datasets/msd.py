@@ -54,8 +54,8 @@ def read_msd(source: Path, *, processes: int = 2) -> Download:
     for part, folders in (("training", ("imagesTr", "labelsTr")), ("test", ("imagesTs",))):
         present = {name.removesuffix(ENDING) for folder in folders for name in nifti_names(root / folder)}
         for name in sorted(present | set(listed_cases(description[part], part, path, _REMEDY))):
-            image, *label = (root / folder / f"{name}{ENDING}" for folder in folders)
-            cases.append(Case(name, image, *label, test=part == "test"))
+            label = root / "labelsTr" / f"{name}{ENDING}" if part == "training" else None
+            cases.append(Case(name, root / folders[0] / f"{name}{ENDING}", label, part == "test"))
     modality = description["modality"]
     return Download(
         root,
