@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -152,30 +150,3 @@ def test_a_dead_worker_is_told_of_and_what_was_trained_is_saved(workspace: Works
     while any(psutil.pid_exists(pid) for pid in started["workers"]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [pid for pid in started["workers"] if psutil.pid_exists(pid)]
-
-
-@pytest.mark.long
-def test_masksam_train_hands_the_status_on(workspace: Workspace, dataset: Dataset, tmp_path: Path) -> None:
-    """SIGTERM to the command and to its workers, as SLURM sends it; and the error where all that was saved is lost."""
-    fold = workspace.results / dataset.name
-    ledger = tmp_path / "ledger"
-    command = ["masksam", "train", "4", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu"]
-    environment = workspace.environment | {"TEST_LEDGER": str(ledger), "TEST_ITERATIONS": "100"}
-    environment |= {"nnUNet_n_proc_DA": "1", "TEST_STEP_SECONDS": "0.2"}
-    with workspace.plans(dataset.name, patch_size=PATCH), (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / command[0]), *command[1:]],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        end = time.monotonic() + WAIT
-        while not (ledger.is_file() and ledger.read_text().count('"step"') > 2) and time.monotonic() < end:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(WAIT) == 75, (tmp_path / "log").read_text()[-4000:]
-        saved = next(fold.glob(f"{TRAINER}__*/fold_0/checkpoint_latest.pth"))
-        saved.write_bytes(b"nothing")
-        output = workspace.run(*command, "--c", fails=True, nnUNet_n_proc_DA="0")
-    assert "error: " in output and str(saved) in output and "Traceback" not in output

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A grid of two methods and five folds on a real SLURM of one node, with jobs killed in the middle.
+# A grid of two methods and two folds on a real SLURM of one node, with jobs killed in the middle.
 #
 #     tests/slurm/run.sh [PYTHON]
 #

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from masksam_nnunet.benchmarks import report as report_module
 from masksam_nnunet.benchmarks import tables
 from masksam_nnunet.benchmarks.plots import choose_cases
-from masksam_nnunet.benchmarks.report import escape, render, to_json, to_markdown, write_report
+from masksam_nnunet.benchmarks.report import render, to_json, to_markdown, write_report
 from masksam_nnunet.benchmarks.results import MEAN, METRICS, BenchmarkResults, Finding
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.inference.report.html import Picture
@@ -188,12 +188,6 @@ def test_markdown_has_the_right_cells(out: Path, results: BenchmarkResults) -> N
     assert to_markdown(alone).count("No rows were compared.") == 5
 
 
-def test_escape_leaves_no_markup() -> None:
-    nasty = "a|b\n# c\\ *d* _e_ `f` [g](h) <i> $x$ ~~j~~ &amp;"
-    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(escape(nasty))
-    assert html == "<p>a|b # c\\ *d* _e_ `f` [g](h) &lt;i&gt; $x$ ~~j~~ &amp;amp;</p>\n"
-
-
 def test_compute_says_what_was_not_recorded(results: BenchmarkResults) -> None:
     table = tables.compute(results)
     (name, first), (other, second) = table.groups.items()
@@ -205,7 +199,3 @@ def test_compute_says_what_was_not_recorded(results: BenchmarkResults) -> None:
     commits = replace(results.compute[name][0], git_hash=f"{'a' * 40}+changes then {'b' * 40}")
     changed = tables.software(replace(results, compute={name: (commits,)}))
     assert ["commit", "aaaaaaaa+changes then bbbbbbbb", "01234567"] in changed.groups[""]
-
-
-def test_p_values() -> None:
-    assert [tables.p_value(p) for p in (0.0123, 0.0004, 1.0, math.nan)] == ["0.012", "<0.001", "1.000", "–"]

@@ -4,10 +4,8 @@ outside the target.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +27,6 @@ from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
 from masksam_nnunet.plans.datasets.conversion import Case, Download, require_sound
-from masksam_nnunet.plans.datasets.msd import unpack
 from masksam_nnunet.plans.images import check_whole
 from masksam_nnunet.plans.planner import _read_plans
 from masksam_nnunet.plans.raw_data import description_defects
@@ -110,33 +107,9 @@ class NothingWrong(Exception):
     """The input was good."""
 
 
-def tar(members: list[tuple[str, bytes, str]], folder: Path) -> None:
-    archive, target = folder / "a.tar", folder / "inner" / "target"
-    with tarfile.open(archive, "w") as opened:
-        for name, kind, link in members:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, link
-            info.size = 4 if kind == tarfile.REGTYPE else 0
-            opened.addfile(info, io.BytesIO(b"data") if info.size else None)
-    target.mkdir(parents=True, exist_ok=True)
-    with suppress(DataError, OSError):  # the caller puts the file system's into words
-        unpack(archive, target)
-    outside = [path for path in folder.rglob("*") if target not in (path, *path.parents)]
-    assert set(outside) == {archive, target.parent}
-    assert not any(path.is_symlink() for path in target.rglob("*"))
-
-
 WHOLE = nibabel.Nifti1Image(
     np.arange(60, dtype=np.uint8).reshape(5, 4, 3) % 3, np.diag([1.0, 2.0, 3.0, 1.0])
 ).to_bytes()
-_names = st.lists(
-    st.sampled_from(("..", ".", "", "a", "b.nii", "/", "/tmp/masksam_out", "ü", "x" * 300)), min_size=1, max_size=4
-)
-_members = st.tuples(
-    _names.map("/".join).filter(lambda name: name.strip("/")),
-    st.sampled_from((tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
-    st.sampled_from(("", "a", "../..", "/etc/passwd")),
-)
 FOLDS = [{"train": ["a", "b", "c"], "val": ["d"]}, {"train": ["a", "d"], "val": ["b", "c"]}]
 KINDS: dict[str, tuple[Callable[[Any, Path], None], st.SearchStrategy[Any]]] = {
     "config": (config, mutated(tiny_config().to_json()) | mutated(LossConfig().to_json()) | json_values),
@@ -149,7 +122,6 @@ KINDS: dict[str, tuple[Callable[[Any, Path], None], st.SearchStrategy[Any]]] = {
     ),
     "splits_final.json": (splits, mutated(FOLDS) | json_values),
     "NIfTI": (nifti, nifti_files(WHOLE)),
-    "tar": (tar, st.lists(_members, min_size=1, max_size=3)),
 }
 
 

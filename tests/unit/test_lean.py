@@ -109,22 +109,6 @@ def test_a_network_that_holds_the_right_sam_reads_no_file(sam_file: Path) -> Non
     assert other.sam_sha256() == network.sam_sha256()
 
 
-def test_wrappers_change_nothing() -> None:
-    class Wrapper(nn.Module):  # as DistributedDataParallel, with the same prefix
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    source = trained()
-    for wrap in (Wrapper, lambda network: Wrapper(torch.compile(network))):
-        wrapped, target = wrap(source), wrap(fresh())
-        with source.lean_state_dicts():
-            lean = copy_of(wrapped)
-        assert not any(name.endswith("image_encoder.pos_embed") for name in lean)
-        target.load_state_dict(lean)
-        assert_same(copy_of(wrapped), copy_of(target))
-
-
 def test_networks_without_memory_are_completed_by_assignment() -> None:
     source = trained()
     with torch.device("meta"):

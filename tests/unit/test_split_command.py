@@ -79,6 +79,20 @@ def test_expressions_that_do_not_group(regex: str) -> None:
         group_by_regex(CASES, regex)
 
 
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [f"hippocampus_{i:03d}" for i in range(20)],  # the prefix names the data set
+        [f"liver_{i}" for i in range(5)] + [f"spleen_{i}" for i in range(5)],  # prefixes without a number
+        [f"patient{i:03d}_frame01" for i in range(20)],  # one case for each patient
+        [f"set3_{i:03d}" for i in range(20)],  # a number, but one prefix only
+        [],
+    ],
+)
+def test_no_patients_in_these_names(cases: list[str]) -> None:
+    assert group_by_patient(cases) is None
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

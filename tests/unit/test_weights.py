@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from loopback import Server, serving
@@ -121,19 +120,6 @@ def test_concurrent_fetches_download_once(server: Server) -> None:
     assert results == [weights.cache_dir() / FILE] * 4
     assert results[0].read_bytes() == BODY
     assert server.ranges == [None]
-
-
-def test_a_full_disk_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
-
-    def full(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path.suffix == ".part":
-            raise OSError(28, "No space left on device")
-        return opened(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(WeightsError, match="No space left"):
-        fetch(url=server.url)
 
 
 def test_a_local_file_is_verified_and_copied(tmp_path: Path) -> None:
