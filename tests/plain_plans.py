@@ -102,7 +102,7 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
     (data / "case.b2nd").touch()
 
 
-def simple_cost(config: MaskSAMConfig, channels: int, classes: int, batch: int, targets: int) -> TrainingCost:
+def simple_cost(config: MaskSAMConfig, channels: int, classes: int, batch: int, targets: int = 0) -> TrainingCost:
     """Linear in the pixels that SAM sees: a GiB for 2^20 of them, a fifth with checkpointing, and the weights.
 
     A stand-in for :func:`training_cost`, which takes seconds a time.

@@ -14,8 +14,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 from configs import tiny_config
-from container_models import add_fold
 from kinds_of_data import OBLIQUE
+from made_up_models import add_fold
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels

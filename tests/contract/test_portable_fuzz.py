@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_up_models import masksam_model, sign, stock_model
 from mutations import mutated
-from portable_models import masksam_model, sign, stock_model
 
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import ModelError

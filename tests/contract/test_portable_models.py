@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import safetensors.torch
 import torch
-from container_models import write_image
+from made_up_models import MASKSAM, masksam_model, sign, stock_model, write_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from plain_plans import DATASET
-from portable_models import MASKSAM, masksam_model, sign, stock_model
 from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor
 from typer.testing import CliRunner, Result

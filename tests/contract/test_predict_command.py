@@ -18,8 +18,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import typer
-from container_models import write_image
-from method_pair import MASKSAM, STOCK, write_pair, write_unet
+from made_up_models import MASKSAM, STOCK, write_image, write_pair, write_unet
 from nnunetv2.ensembling.ensemble import ensemble_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point
 from nnunetv2.postprocessing.remove_connected_components import (

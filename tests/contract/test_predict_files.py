@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from container_models import image, write_image
+from made_up_models import image, write_image
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
@@ -187,16 +187,6 @@ def test_a_full_disk_ends_the_batch(out: Predictions) -> None:
         write_prediction(a)
         cut(Path(f"{a}{GZ}"))
     assert list(out.folder.iterdir()) == []
-
-
-def test_a_kill_while_a_file_is_written(out: Predictions) -> None:
-    killed = out.draft("case")  # entered, but never left
-    write_prediction(killed.__enter__())
-    assert not out.is_whole("case")
-    assert not list(out.folder.glob(f"*{GZ}")), "nothing that nnU-Net's own command would take for done either"
-    with out.draft("case") as name:
-        write_prediction(name)
-    assert sorted(out.folder.iterdir()) == sorted(out.files("case"))
 
 
 # --- post-processing --------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from configs import tiny_config
+from made_up_models import trained
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import SMALL_UNET, dataset_json, plain_plans
-from portable_models import trained
 from small_sam import SMALL_SAM, install_small_sam
 from torch import Tensor, nn
 

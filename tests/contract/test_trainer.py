@@ -18,13 +18,14 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from plain_plans import dataset_json, folders, plain_plans, region_dataset_json, tiny_plans
+from plain_plans import dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.plans import architecture
 from masksam_nnunet.plans.architecture import NETWORK_CLASS, read_config, write_config
 from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_vit_h
 from masksam_nnunet.trainers.resumable import ResumableTrainer
@@ -35,6 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
+    monkeypatch.setattr(architecture, "training_cost", simple_cost)
 
 
 def trainer(

@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from contained import run_contained
-from container_models import same_geometry, write_image, write_inputs_json, write_model
+from made_up_models import same_geometry, write_image, write_inputs_json, write_model
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from typer.testing import CliRunner
 
@@ -122,19 +122,6 @@ def test_channels_and_another_reader(tmp_path: Path) -> None:
     telling = expected != other
     assert telling.any() and (labels(result) == expected)[telling].all()
     assert (labels(result) == expected).mean() > 0.999
-
-
-def test_flat_folders_as_amos_wants_them(model: Path, tmp_path: Path) -> None:
-    """And with options, which do what they do in nnU-Net."""
-    file = write_image(tmp_path / "input/amos_0001.nii.gz")
-    assert run(tmp_path, model, folds=["0"], step_size=1.0) == 0
-    (written,) = (tmp_path / "output").iterdir()
-    assert written.name == "amos_0001.nii.gz"
-    result = sitk.ReadImage(str(written))
-    assert result.GetPixelID() == sitk.sitkUInt8 and same_geometry(result, sitk.ReadImage(str(file)), 1e-6)
-    expected = nnunet_labels(model, [file], tmp_path, (0,), tile_step_size=1.0)
-    assert (labels(written) == expected).mean() > 0.999
-    assert (expected != nnunet_labels(model, [file], tmp_path, (0, 1), use_mirroring=False)).any()
 
 
 def test_models_that_lack_something(model: Path, tmp_path: Path) -> None:

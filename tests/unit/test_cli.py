@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small_sam import expect_release
 from typer.testing import CliRunner, Result
 
 from masksam_nnunet import __version__
@@ -106,16 +105,6 @@ def test_values_that_are_refused(words: str) -> None:
     result = invoke(*words.split())
     option = [word for word in words.split() if word.startswith("-")][-1]
     assert result.exit_code == 2 and option in result.stderr
-
-
-def test_weights_copies_and_prints_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "sam.pth"
-    source.write_bytes(b"SAM")
-    expect_release(monkeypatch, "vit_b", b"SAM")
-    result = invoke("weights", "vit_b", "--from", str(source))
-    assert result.exit_code == 0
-    path = Path(result.stdout.strip())
-    assert path.parent == tmp_path / "cache" and path.read_bytes() == b"SAM"
 
 
 def test_weights_errors(tmp_path: Path) -> None:

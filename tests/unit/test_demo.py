@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,24 +108,6 @@ def test_next_commands_predict_with_both_and_ensemble(raw: Path) -> None:
 
 
 # ---- raw datasets ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (lambda f: (f / "dataset.json").write_text("{,}"), "dataset.json"),
-        (lambda f: (f / "dataset.json").write_text('{"file_ending": ".nii.gz", "channel_names": {}}'), "labels"),
-        (lambda f: (f / "labelsTr").rename(f / "labels"), "labelsTr"),
-        (lambda f: (f / "labelsTr" / "phantom_001.nii.gz").unlink(), "phantom_001.nii.gz"),
-        (lambda f: (f / "imagesTr" / "phantom_001_0000.nii.gz").unlink(), "4 training cases"),
-        (lambda f: (f / "imagesTr" / "phantom_001_0001.nii.gz").write_bytes(b""), "phantom_001"),
-    ],
-)
-def test_unusable_raw_data(raw: Path, damage: Callable[[Path], object], named: str) -> None:
-    assert len(read_raw_dataset(raw).images) == 5
-    damage(raw)
-    with pytest.raises(DataError, match=named):
-        read_raw_dataset(raw)
 
 
 def test_a_folder_name_that_nnunet_does_not_find(raw: Path) -> None:

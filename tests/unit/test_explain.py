@@ -363,16 +363,3 @@ def test_pictures_hold_what_the_table_says_and_no_more_than_their_limit(monkeypa
     letters = {text.get_text(): text.xy for text in drawn[1].axes[0].texts}
     assert letters == {"A": (0.5, 0), "P": (0.5, 1), "R": (1, 0.5), "L": (0, 0.5)}
     assert len(drawn[1].axes[0].patches) == 1  # the window's frame
-
-
-def test_pictures_of_one_query_without_label_in_a_flat_plane() -> None:
-    queries = SliceQueries(
-        0, (1, 1), (0, 0, 0), (1, 3, 200), np.array([[0.0, 0.0, 0.0, 1.0]], np.float32),
-        np.array([[0, 0, 200, 3]], np.float32), *(np.zeros((1, 3, 200), np.float32),) * 2, (slice(0, 3), slice(0, 200)),
-    )  # fmt: skip
-    nothing = np.zeros((3, 200), np.float32)
-    images = SliceImages(nothing, None, nothing.astype(int), 1.0, (0.0, 0.0))
-    table = query_table(queries, None, CLASSES)
-    assert not table.contributes.any() and table.share.tolist() == [0]
-    assert draw_queries(images, queries, table, CLASSES)[0].startswith(b"\x89PNG")
-    assert draw_overview(images, queries, CLASSES, {"entropy": nothing}, None).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Phantoms: a valid raw dataset, the same for the same seed, and too hard for a threshold."""
+"""Phantoms: a valid raw dataset, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,11 @@ def phantoms() -> list[Phantom]:
     return [make_phantom(np.random.default_rng([0, index])) for index in range(5)]
 
 
-def best_interval_dice(image: np.ndarray, mask: np.ndarray) -> float:
-    """Dice of the best rule ``low <= intensity < high`` for this very image, chosen on its truth.
-
-    Bounds are the mask's own quantiles, as fine as half a per cent of it.
-    """
-    bounds = np.unique(np.quantile(image[mask], np.linspace(0, 1, 201)))
-    inside = np.searchsorted(np.sort(image[mask]), bounds)
-    everywhere = np.searchsorted(np.sort(image, axis=None), bounds)
-    hits = inside[None] - inside[:, None]
-    taken = everywhere[None] - everywhere[:, None]
-    return float((2 * hits / (np.maximum(taken, 0) + mask.sum())).max())
-
-
-def test_every_organ_is_there_differs_between_cases_and_withstands_a_threshold(phantoms: list[Phantom]) -> None:
+def test_every_organ_is_there_and_differs_between_cases(phantoms: list[Phantom]) -> None:
     volumes = np.array([[np.count_nonzero(p.label == value) for value in FOREGROUND] for p in phantoms])
     assert volumes.min() > 80
     assert (volumes.std(axis=0) / volumes.mean(axis=0) > 0.1).all()
     assert len({p.image.shape for p in phantoms}) > 1 and len({p.spacing for p in phantoms}) > 1
-    for phantom in phantoms:
-        assert max(best_interval_dice(phantom.image, phantom.label == value) for value in FOREGROUND) < 0.6
 
 
 def test_dataset_is_nnunet_raw(tmp_path: Path) -> None:
