@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .compute import recomputed
-
-CHUNK = 2**21
-"""Scores computed at once on a CPU: 8 MiB in float32."""
+CHUNK = 2**19
+"""Scores computed at once on a CPU: 2 MiB in float32."""
 
 
 def self_attention(attention: Attention, x: Tensor) -> Tensor:
@@ -38,10 +39,9 @@ def _relative(size: int, table: Tensor) -> Tensor:
 
 
 def chunked_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """softmax(scale q.k + q.R_h + q.R_w) v, for a few heads and queries at a time.
+    """softmax(scale q.k + q.R_h + q.R_w) v, for a few heads and queries at a time, whose scores stay in a CPU's cache.
 
-    Scores are computed again in the backward pass instead of kept. On a CPU this is faster than the fused attention,
-    where the longer vectors cost more.
+    On a CPU this is faster than the fused attention, where the longer vectors cost more.
 
     Args:
         qkv: (B, h w, 3, heads, c).
@@ -61,15 +61,44 @@ def chunked_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) 
         grid = q.unflatten(1, (len(rows), len(columns)))
         to_rows = torch.einsum("mhwc,hkc->mhwk", grid, rows).flatten(1, 2).split(step, dim=1)  # (m, n', h)
         to_columns = torch.einsum("mhwc,wkc->mhwk", grid, columns).flatten(1, 2).split(step, dim=1)
-        for some_q, to_row, to_column in zip(q.split(step, dim=1), to_rows, to_columns, strict=True):
-            out.append(recomputed(True, _attend_chunk, some_q, k, v, to_row, to_column, scale))
+        for some_q, to_row, to_column in zip((q * scale).split(step, dim=1), to_rows, to_columns, strict=True):
+            out.append(_Chunk.apply(some_q, k, v, to_row, to_column))
     return torch.cat([x.flatten(0, 1) for x in out]).view(b, heads, n, -1).transpose(1, 2)
 
 
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor, scale: float) -> Tensor:
-    """Queries (m, n', c) and keys (m, n, c), with the scores' parts from positions (m, n', h) and (m, n', w)."""
-    bias = (to_rows[..., None] + to_columns[..., None, :]).flatten(-2)  # (m, n', n)
-    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
+class _Chunk(torch.autograd.Function):
+    """softmax(q.k + r) v for queries (m, n', c), keys and values (m, n, c), without keeping the scores (m, n', n).
+
+    r, from positions, is given as (m, n', h) and (m, n', w). Of the scores only the logarithm
+    of each row's sum is kept, as in FlashAttention (arXiv 2205.14135).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+        shares = _scores(q, k, to_rows, to_columns)
+        top = shares.amax(-1, keepdim=True)
+        total = shares.sub_(top).exp_().sum(-1, keepdim=True)
+        out = (shares @ v).div_(total)
+        ctx.save_for_backward(q, k, v, to_rows, to_columns, out, top.add_(total.log_()))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, to_rows, to_columns, out, log_sum = ctx.saved_tensors
+        shares = _scores(q, k, to_rows, to_columns).sub_(log_sum).exp_()
+        d_scores = (d_out @ v.transpose(1, 2)).sub_((d_out * out).sum(-1, keepdim=True)).mul_(shares)
+        grid = d_scores.unflatten(-1, (to_rows.shape[-1], to_columns.shape[-1]))
+        d_v = shares.transpose(1, 2) @ d_out
+        return d_scores @ k, d_scores.transpose(1, 2) @ q, d_v, grid.sum(-1), grid.sum(-2)
+
+
+def _scores(q: Tensor, k: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+    scores = q @ k.transpose(1, 2)  # (m, n', n)
+    grid = scores.unflatten(-1, (to_rows.shape[-1], to_columns.shape[-1]))
+    grid += to_rows[..., None]
+    grid += to_columns[..., None, :]
+    return scores
 
 
 def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from kinds_of_data import Kind
-from plain_plans import dataset_json, folders, plain_plans
+from plain_plans import dataset_json, folders, plain_plans, simple_cost
 from rich.console import Console
 from torch import nn
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import ConfigError
+from masksam_nnunet.plans import architecture, sizing
 from masksam_nnunet.plans.planning import plan_dataset
 from masksam_nnunet.plans.presets import load_preset
 
@@ -44,6 +45,7 @@ def test_plan_and_trainer_are_the_published_setting(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders(tmp_path, monkeypatch)
+    monkeypatch.setattr(sizing, "training_cost", simple_cost)
     plans, description, text = planned(tmp_path, preset)
     recipe = load_preset(preset)
     settings = plans["configurations"]["3d_fullres"]
@@ -77,5 +79,6 @@ def test_plan_and_trainer_are_the_published_setting(
 
 def test_a_published_trainer_wants_its_own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
+    monkeypatch.setattr(architecture, "training_cost", simple_cost)
     with pytest.raises(ConfigError, match="MaskSAMTrainer_acdc"):
         trainers.MaskSAMTrainer_acdc(plain_plans(), "3d_fullres", 0, dataset_json(4), CPU)

@@ -48,7 +48,6 @@ def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
     [
         ((4, 256, 256), False, 14.2, 37.2),
         ((4, 256, 256), True, 4.07, 49.4),
-        ((20, 256, 224), True, 15.9, 198.1),
     ],
 )
 def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: float, tflop: float) -> None:
