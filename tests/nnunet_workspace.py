@@ -59,7 +59,7 @@ class Workspace:
 
     def run_all(self, *commands: Sequence[object], **env: str) -> str:
         """Run several commands one after another; their output. Asserts that all work."""
-        return "".join(self.run(*words, **env) for words in commands)
+        return "".join(f"$ {' '.join(map(str, words))}\n{self.run(*words, **env)}" for words in commands)
 
     def model(self, dataset: str, trainer: str) -> Path:
         return self.results / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
