@@ -32,7 +32,7 @@ _DATA = (
     *("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data"),
     *("resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs"),
 )
-"""Of a configuration in the plans: what makes its preprocessed data."""
+"""The entries of a configuration that decide its preprocessed data."""
 _TRAINING = ("patch_size", "batch_size", "batch_dice")
 
 

@@ -1,33 +1,26 @@
 """Predictions of all folds together by nnU-Net's own functions: folds merged, pairs ensembled, the best chosen, all
-post-processed, and the raw dataset's own test cases predicted."""
+post-processed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ensemble_name
 
-from masksam_nnunet.errors import DataError, MaskSAMError
+from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.scoring import cases_in, score_folder
 
 from .definition import Benchmark
-from .nnunet import run_nnunet
 from .results import Row, row_names
-
-TEST_COLUMNS = ("method", "case", "class", "metric", "value")
 
 
 def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tuple[list[Row], str, str | None]:
@@ -68,7 +61,7 @@ def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tu
                 ) from error
 
     folders = [truths, *(results / method.key / f"fold_{fold}" / "validation" for method in names for fold in folds)]
-    chosen = _once(mark, [file for folder in folders for file in sorted(folder.iterdir())], benchmark.ensembles, work)
+    chosen = once(mark, [file for folder in folders for file in sorted(folder.iterdir())], benchmark.ensembles, work)
     best = next((row.name for row in rows if str(row.predictions) == chosen), None)
     kept = "; ".join(f"{row.name}: {', then '.join(kept_components(row.predictions, classes))}" for row in rows)
     rows += [
@@ -124,67 +117,7 @@ def kept_components(folder: Path, classes: Classes) -> list[str]:
     return list(dict.fromkeys(found)) or ["nothing helped"]
 
 
-def score_test_set(
-    benchmark: Benchmark, raw: Path, dataset_json: Mapping[str, Any], out: Path, tolerance_mm: float
-) -> tuple[pd.DataFrame, list[str]]:
-    """Predict labelled test cases with all folds by nnUNetv2_predict, ensemble pairs by nnUNetv2_ensemble, and score.
-
-    What has been predicted from the same checkpoints and images is not predicted again. All folds are trained; ``raw``
-    is the raw dataset's folder, ``out`` one for predictions and logs, and the tolerance is that of the surface Dice.
-
-    Returns:
-        A table with the columns :data:`TEST_COLUMNS`, and the commands that made the predictions; both empty without
-        labelled test cases.
-
-    Raises:
-        DataError: images are missing, or a command fails.
-    """
-    ending = str(dataset_json["file_ending"])
-    cases = cases_in(raw / "labelsTs", ending)
-    if not cases:
-        return pd.DataFrame(columns=list(TEST_COLUMNS)), []
-    if missing := [case for case in cases if not (raw / "imagesTs" / f"{case}_0000{ending}").is_file()]:
-        raise DataError(
-            f"{raw / 'labelsTs'} has labels of {len(missing)} cases without an image in imagesTs "
-            f"({', '.join(missing[:3])}); add the images or remove the labels"
-        )
-    folds, names = benchmark.folds, row_names(benchmark.methods)
-    commands, tables = [], []
-
-    def predict(name: str, command: str, arguments: Sequence[Any], sources: Sequence[Path], folder: Path) -> None:
-        words = [str(argument) for argument in arguments]
-
-        def work() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            run_nnunet(command, words, os.environ, folder.with_name(f"{folder.name}.log"))
-
-        commands.append(shlex.join([command, *words]))
-        try:
-            _once(folder.with_name(f"{folder.name}.json"), sources, commands[-1], work)
-        except (MaskSAMError, OSError) as error:
-            raise DataError(
-                f"the test set could not be predicted: {error}\nRun masksam report again, or move labelsTs out of "
-                "the raw dataset, which then has no test set. Trained folds are kept"
-            ) from error
-        scores = score_folder(folder, raw / "labelsTs", dataset_json, cases, tolerance_mm, benchmark.processes)
-        tables.append(scores.assign(method=f"{name}, {len(folds)} folds"))
-
-    for method, name in names.items():
-        arguments = ["-i", raw / "imagesTs", "-o", out / method.key, "-d", raw.name, "-c", method.configuration]
-        arguments += ["-p", method.plans, "-tr", method.trainer, "-f", *folds, "-device", benchmark.device]
-        arguments += ["--save_probabilities"] if benchmark.ensembles else []
-        sources = [benchmark.results / method.key / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
-        sources += sorted((raw / "imagesTs").iterdir())
-        predict(name, "nnUNetv2_predict", arguments, sources, out / method.key)
-    for a, b in combinations(names, 2) if benchmark.ensembles else ():
-        folder = out / f"ensemble___{a.key}___{b.key}"
-        sources = [file for method in (a, b) for file in sorted((out / method.key).glob("*.npz"))]
-        arguments = ["-i", out / a.key, out / b.key, "-o", folder, "-np", benchmark.processes]
-        predict(f"{names[a]} + {names[b]}", "nnUNetv2_ensemble", arguments, sources, folder)
-    return pd.concat(tables, ignore_index=True)[list(TEST_COLUMNS)], commands
-
-
-def _once(mark: Path, sources: Sequence[Path], settings: object, work: Callable[[], Any]) -> Any:
+def once(mark: Path, sources: Sequence[Path], settings: object, work: Callable[[], Any]) -> Any:
     """The result of ``work``, which is done unless ``mark`` holds it for the same settings and sources.
 
     Sources are compared by size and time of change.

@@ -16,10 +16,10 @@ from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
+from masksam_nnunet.plans.architecture import BASE_PLANS
 from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from masksam_nnunet.plans.splits import group_by_patient, patient_folds
-from masksam_nnunet.plans.training_inputs import DEFAULT_PLANS
 
 from .definition import FOLDERS, Benchmark
 from .folds import locked
@@ -81,7 +81,7 @@ def run_demo(
     benchmark = Benchmark(
         dataset=dataset.name,
         configuration=configuration,
-        methods=tuple(Method(trainer, DEFAULT_PLANS, configuration) for trainer in TRAINERS),
+        methods=tuple(Method(trainer, BASE_PLANS, configuration) for trainer in TRAINERS),
         folds=(fold,),
         minutes=minutes,
         device=device,
@@ -163,9 +163,9 @@ def _prepare(dataset: RawDataset, out: Path, batch_size: int, console: Console) 
     if configuration != _FULL:  # nnU-Net has preprocessed nothing yet
         arguments = ["-d", dataset.number, "-c", configuration, "-np", workers]
         run_nnunet("nnUNetv2_preprocess", arguments, environment, out / "logs" / "preprocess.log")
-    plans = read_json(folder / f"{DEFAULT_PLANS}.json")
+    plans = read_json(folder / f"{BASE_PLANS}.json")
     plans["configurations"][configuration]["batch_size"] = batch_size
-    write_json(folder / f"{DEFAULT_PLANS}.json", plans)
+    write_json(folder / f"{BASE_PLANS}.json", plans)
     groups = group_by_patient(dataset.images)
     if groups is not None:
         write_json(folder / "splits_final.json", patient_folds(groups))
@@ -177,4 +177,4 @@ def _preprocessed(out: Path, dataset: RawDataset) -> Path:
 
 
 def _configuration(preprocessed: Path) -> str:
-    return _FULL if _FULL in read_json(preprocessed / f"{DEFAULT_PLANS}.json")["configurations"] else "2d"
+    return _FULL if _FULL in read_json(preprocessed / f"{BASE_PLANS}.json")["configurations"] else "2d"

@@ -21,12 +21,13 @@ from masksam_nnunet.inference.report.html import Picture
 
 from . import statistics
 from .checks import check_fairness, refuse_unfair
-from .combine import combine, score_test_set
+from .combine import combine
 from .definition import Benchmark
 from .folds import FINAL, read_fold_compute
 from .plots import choose_cases
 from .report import write_report
 from .results import COLUMNS, BenchmarkResults, is_masksam, row_names
+from .test_set import score_test_set
 
 
 def evaluate(

@@ -196,7 +196,7 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
                 errors[job.name] = f"{error}\n(log: {job.log})" if expected else traceback.format_exc()
                 status[job.name] = "failed"
 
-    # As daemons they keep nobody waiting who interrupts a second time.
+    # Daemon threads, so that a second Ctrl-C exits at once.
     threads = [threading.Thread(target=work, args=(gpu_of(device),), daemon=True) for device in devices]
     with termination_as_exit():
         try:

@@ -17,7 +17,7 @@ from .folds import FINAL
 from .jobs import FoldJob, Status
 
 TRAINING_SHARE = 0.95
-"""Of a fold's bar; the rest is validation."""
+"""Share of the training in a fold's bar; the rest is validation."""
 _TAIL_BYTES = 20_000
 
 

@@ -15,19 +15,19 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value, variable
 from masksam_nnunet.errors import UsageError
-from masksam_nnunet.plans.training_inputs import DEFAULT_PLANS
+from masksam_nnunet.plans.architecture import BASE_PLANS
 from masksam_nnunet.trainers import __all__ as our_trainers
 
 BASELINES: Mapping[str, tuple[str, str]] = {
-    "nnunet": ("nnUNetTrainer", DEFAULT_PLANS),
+    "nnunet": ("nnUNetTrainer", BASE_PLANS),
     "resenc-m": ("nnUNetTrainer", "nnUNetResEncUNetMPlans"),
     "resenc-l": ("nnUNetTrainer", "nnUNetResEncUNetLPlans"),
     "resenc-xl": ("nnUNetTrainer", "nnUNetResEncUNetXLPlans"),
     # nnU-Net's documentation trains Primus on its default plans; it takes only the patch and the batch from them.
-    "primus-s": ("nnUNet_Primus_S_Trainer", DEFAULT_PLANS),
-    "primus-b": ("nnUNet_Primus_B_Trainer", DEFAULT_PLANS),
-    "primus-m": ("nnUNet_Primus_M_Trainer", DEFAULT_PLANS),
-    "primus-l": ("nnUNet_Primus_L_Trainer", DEFAULT_PLANS),
+    "primus-s": ("nnUNet_Primus_S_Trainer", BASE_PLANS),
+    "primus-b": ("nnUNet_Primus_B_Trainer", BASE_PLANS),
+    "primus-m": ("nnUNet_Primus_M_Trainer", BASE_PLANS),
+    "primus-l": ("nnUNet_Primus_L_Trainer", BASE_PLANS),
 }
 """Trainer and plans of each baseline, by its name on the command line."""
 
@@ -72,7 +72,7 @@ def parse_methods(
         if own is not None and each and given != own:
             raise UsageError(f"{option} {text} has the plans {own}, but --plans gives it {given}: leave one out")
         find_trainer(trainer, option)
-        method = Method(trainer, own or given or DEFAULT_PLANS, configuration)
+        method = Method(trainer, own or given or BASE_PLANS, configuration)
         if method in methods:
             raise UsageError(f"{option}: {trainer} with {method.plans} is named twice; leave one out")
         methods.append(method)

@@ -21,7 +21,7 @@ ATTEMPTS = 5
 """Requests of one call before it gives up."""
 CHUNK_BYTES = 1 << 16
 TIMEOUT_SECONDS = (10.0, 60.0)
-"""To connect, and between two arrivals of data."""
+"""Timeouts for the connection and between two reads."""
 
 
 def cache_dir() -> Path:
@@ -69,7 +69,7 @@ def fetch_verified(
     part = target.with_name(f"{file_name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # of a process that died, it is free
+        with FileLock(f"{target}.lock"):  # released when its process dies
             if source is not None:
                 with atomic_write(target) as draft:
                     shutil.copyfile(source, draft)

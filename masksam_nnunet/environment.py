@@ -25,14 +25,15 @@ MAX_SKIPPED = "MASKSAM_MAX_SKIPPED"
 BUDGET_MINUTES = "MASKSAM_BUDGET_MINUTES"
 """The variable that tells time-budget trainers how long to train."""
 BUDGET_PROGRESS_FILE = "budget_progress.json"
+"""Written into the fold's folder by trainers with a time budget, while they train."""
 TRAINING_STATS_FILE = "training_stats.json"
-"""What they write into the fold's folder, while they train and at the end."""
+"""Written into the fold's folder at the end of a training."""
 
 _ON, _OFF = ("1", "true", "t"), ("", "0", "false", "f")
 
 
 def switched_on(name: str) -> bool:
-    """Whether the variable ``name`` is set to 1, true or t, in any case.
+    """Whether the variable ``name`` is set to 1, true or t, in upper or lower case.
 
     Raises:
         ConfigError: it says neither that nor 0, false or f.

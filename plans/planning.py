@@ -82,7 +82,9 @@ def plan_dataset(
     return planner
 
 
-def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed")) -> str:
+def find_dataset(
+    dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed"), option: str = "-d"
+) -> str:
     """The full name of a dataset given by number or name, in the folder that the first of ``variables`` names.
 
     Raises:
@@ -96,10 +98,10 @@ def find_dataset(dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet
     pattern = f"Dataset{int(dataset):03d}_.*" if dataset.isdecimal() else re.escape(dataset)
     found = [name for name in present if re.fullmatch(pattern, name)]
     if len(found) > 1:
-        raise DataError(f"-d {dataset}: several datasets have this number: {', '.join(found)}; give the full name")
+        raise DataError(f"{option} {dataset}: several datasets have this number: {', '.join(found)}; give a full name")
     if not found:
         there = ", ".join(present) or "it has none"
-        raise DataError(f"-d {dataset}: no such dataset in {variables[0]} = {folder}: {there}")
+        raise DataError(f"{option} {dataset}: no such dataset in {variables[0]} = {folder}: {there}")
     return found[0]
 
 

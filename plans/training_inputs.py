@@ -18,7 +18,6 @@ from masksam_nnunet.files import read_json
 
 from .architecture import BASE_PLANS, DECISIONS, derive_config, read_config, write_config
 
-DEFAULT_PLANS = BASE_PLANS
 _DATA_SETTINGS = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "preprocessor_name")
 
 
@@ -68,7 +67,7 @@ def preprocessed_cases(folder: Path) -> list[str]:
 
 def planning_command(plans: str, number: int) -> str:
     """The command that makes plans of this name for a dataset."""
-    if plans == DEFAULT_PLANS:
+    if plans == BASE_PLANS:
         return f"nnUNetv2_plan_and_preprocess -d {number}"
     if size := re.fullmatch("nnUNetResEncUNet(M|L|XL)Plans", plans):
         return f"nnUNetv2_plan_experiment -d {number} -pl nnUNetPlannerResEnc{size[1]}"

@@ -21,12 +21,12 @@ LATEST = "checkpoint_latest.pth"
 ORDER = ("checkpoint_final.pth", LATEST, "checkpoint_best.pth")
 """nnU-Net's own names, in the order in which a training looks for one to continue from."""
 
-Interval = tuple[int | None, float | None]
+SaveInterval = tuple[int | None, float | None]
 """The latest checkpoint is saved after so many epochs, and after so many minutes, within an epoch too."""
 _INTERVAL = re.compile(r"(\d+)\s*epochs?|(\d+(?:\.\d+)?)\s*min(?:utes?)?")
 
 
-def save_interval(default: Interval) -> Interval:
+def save_interval(default: SaveInterval) -> SaveInterval:
     """Read ``MASKSAM_SAVE_EVERY``, such as ``10epochs``, ``15min`` or ``10epochs,15min``.
 
     Raises:

@@ -54,7 +54,7 @@ class Iteration(NamedTuple):
     bad: Tensor
     """1.0 where no step was made, else 0.0."""
     norms: Tensor
-    """Of the gradient, (parts,)."""
+    """The gradient's norms, (parts,)."""
 
 
 class FiniteGuard:

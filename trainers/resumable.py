@@ -42,7 +42,7 @@ class ResumableTrainer(nnUNetTrainer):
     restore. Writes ``training_stats.json`` into the fold's folder at the end.
     """
 
-    save_default: files.Interval = (50, 30.0)
+    save_default: files.SaveInterval = (50, 30.0)
 
     def __init__(self, *arguments: Any) -> None:
         epochs, self.save_minutes = files.save_interval(self.save_default)
@@ -51,7 +51,7 @@ class ResumableTrainer(nnUNetTrainer):
         self.asked: signal.Signals | None = None
         """The signal that asked this training to stop."""
         self.outputs: list[dict[str, Any]] = []
-        """Of the current epoch's training iterations so far."""
+        """The outputs of the current epoch's training iterations so far."""
         self._epoch_seconds = 0.0  # of the current epoch, in the processes before this one
         self._peak_before = 0.0  # MiB, of those processes
         self._saved_at = 0.0

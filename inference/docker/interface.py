@@ -24,7 +24,7 @@ from masksam_nnunet.files import read_json
 from ..export.description import fault
 
 ENDINGS = (".mha", ".nii.gz", ".nii", ".tif", ".tiff", ".nrrd", ".png", ".bmp")
-"""Of image files, in any case."""
+"""Endings of image files, in upper or lower case."""
 
 
 class OutputError(UsageError):

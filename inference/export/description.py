@@ -73,8 +73,10 @@ class Description(BaseModel):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} repeats a value: {values}")
         needed = {PLANS, DATASET, *map(fold_file, self.folds)}
-        if odd := needed.symmetric_difference(self.files) - {SHARED}:
-            raise ValueError(f"files lacks or should not have {sorted(odd)[:8]}")
+        if missing := sorted(needed - self.files.keys()):
+            raise ValueError(f"files lacks {missing[:8]}")
+        if more := sorted(self.files.keys() - needed - {SHARED}):
+            raise ValueError(f"files should not have {more[:8]}")
         return self
 
 

@@ -31,7 +31,7 @@ from .description import DATASET, PLANS, Description, fault
 LARGEST_AXIS, LARGEST_PATCH = 4096, 2**28
 """Voxels."""
 MOST_PARTS = 100
-"""Of a network: stages, or blocks in one. Legitimate networks have ten."""
+"""Stages of a network, or blocks of a stage. Legitimate networks have ten."""
 
 _NETWORKS = ("dynamic_network_architectures.architectures.",)
 _PARTS_OF_NETWORKS = ("torch.nn.", "dynamic_network_architectures.building_blocks.")

@@ -31,7 +31,7 @@ from .write import CHECKPOINT, writing
 LARGEST_MODEL = 2**37
 """Bytes, unpacked: 128 GiB, of which a fold of ViT-H takes 2.8."""
 LARGEST_RATIO = 200
-"""Of a file to its part of the archive. Weights hardly shrink, JSON to a tenth; a bomb is a thousandfold."""
+"""Size of a file over its size in the archive. Weights hardly shrink, JSON to a tenth, a bomb to a thousandth."""
 
 _CHUNK = 2**20
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError)
@@ -115,7 +115,7 @@ def _checkpoint(model: PortableModel, fold: str, state: dict[str, Tensor]) -> di
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Unpack a portable model into an empty folder, of which nothing is of use after an error.
+    """Unpack a portable model into an empty folder; after an error, discard the folder.
 
     What the archive's headers say is not trusted: bytes are counted while it is unpacked.
 

@@ -44,8 +44,9 @@ class PortableModel:
     def folds(self) -> tuple[str, ...]:
         there = self.description.folds
         chosen = there if self.wanted is None else tuple(dict.fromkeys(map(str, self.wanted)))
-        if not chosen or not set(chosen) <= set(there):
-            raise ModelError(f"{self.folder} lacks the folds {' '.join(chosen)}: name some of {' '.join(there)} (-f)")
+        missing = [fold for fold in chosen if fold not in there]
+        if missing or not chosen:
+            raise ModelError(f"{self.folder} lacks the folds {' '.join(missing)}: name some of {' '.join(there)} (-f)")
         return chosen
 
     @functools.cached_property

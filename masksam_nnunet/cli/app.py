@@ -28,9 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Backbone = StrEnum("Backbone", {name: name for name in checkpoint_names()})  # type: ignore[misc]
-AnyBackbone = StrEnum("AnyBackbone", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
-AUTO = AnyBackbone("auto")
+CheckpointName = StrEnum("CheckpointName", {name: name for name in checkpoint_names()})  # type: ignore[misc]
+BackboneName = StrEnum("BackboneName", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
+AUTO = BackboneName("auto")
 PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
 Shell = StrEnum("Shell", ["sh", "fish", "powershell"])
 
@@ -75,7 +75,7 @@ def env(
 
 @app.command()
 def weights(
-    backbone: Annotated[Backbone, typer.Argument(help="The SAM checkpoint to fetch.")],
+    backbone: Annotated[CheckpointName, typer.Argument(help="The SAM checkpoint to fetch.")],
     source: Annotated[
         Path | None, typer.Option("--from", help="A file that you have, to be verified and copied.")
     ] = None,
@@ -101,7 +101,7 @@ def plan(
             help="One or more to plan; by default all that nnU-Net has.",
         ),
     ] = None,
-    backbone: Annotated[AnyBackbone, typer.Option(help="auto: the largest SAM that fits.")] = AUTO,
+    backbone: Annotated[BackboneName, typer.Option(help="auto: the largest SAM that fits.")] = AUTO,
     gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Memory of the card to train on.")] = 24.0,
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.")] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",

@@ -39,7 +39,7 @@ def benchmark(
         list[str] | None,
         typer.Option("-p", "--plans", help="One for all trainers, or one for each.", show_default="nnUNetPlans"),
     ] = None,
-    configuration: Annotated[str, typer.Option("-c", "--configuration", help="nnU-Net's.")] = "3d_fullres",
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="Of nnU-Net's plans.")] = "3d_fullres",
     folds: Annotated[
         list[int] | None, typer.Option("-f", "--folds", help="One or more.", show_default="0 1 2 3 4")
     ] = None,
@@ -113,7 +113,7 @@ def benchmark(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The benchmark's.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The benchmark's folder.")],
     accept_unfair: AcceptUnfair = False,
 ) -> None:
     """Evaluate a benchmark again and write its report."""
@@ -128,9 +128,9 @@ def demo(
         Path | None,
         typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name).", show_default="generated phantoms"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="For nnU-Net's folders and the report.")] = Path("masksam_demo"),
+    out: Annotated[Path, typer.Option(help="Folder for nnU-Net's data and the report.")] = Path("masksam_demo"),
     minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of both methods.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of both methods.")] = 2,
     fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed for the phantoms; nnU-Net training is unseeded.")] = 0,
 ) -> None:

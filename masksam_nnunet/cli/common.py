@@ -28,7 +28,7 @@ class Commands(TyperGroup):
         except MaskSAMError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            typer.echo("interrupted: finished work is kept", err=True)
+            typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
 
 

@@ -53,7 +53,7 @@ def predict(
         typer.Option(
             "--model",
             metavar="FOLDER",
-            help="A portable model, instead of -d, -tr, -p, -c and -chk; all of its folds unless -f names some.",
+            help="A portable model, instead of -d, -c and -tr; -p and -chk are ignored. All of its folds without -f.",
         ),
     ] = None,
     postprocessing: Annotated[

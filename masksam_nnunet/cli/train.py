@@ -68,7 +68,7 @@ def require_trainable(asked: argparse.Namespace) -> None:
     """
     from masksam_nnunet.plans.planning import find_dataset
 
-    name = find_dataset(asked.dataset_name_or_id, ("nnUNet_preprocessed", "nnUNet_results"))
+    name = find_dataset(asked.dataset_name_or_id, ("nnUNet_preprocessed", "nnUNet_results"), "dataset")
     require_device(asked.device)
     if asked.pretrained_weights is not None and not Path(asked.pretrained_weights).is_file():
         raise TrainingError(f"-pretrained_weights {asked.pretrained_weights}: there is no such file")

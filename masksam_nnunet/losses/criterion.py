@@ -121,7 +121,7 @@ class MaskSAMCriterion(nn.Module):
         wanted[matches.slices, matches.queries] = targets.classes[matches.slices, matches.targets]
         weight = torch.where(wanted == self.num_classes, self.loss.no_object, 1.0)
         if targets.valid is not None:
-            weight = weight * targets.valid.flatten(1).any(1)[:, None]  # of a slice wholly ignored nothing is known
+            weight = weight * targets.valid.flatten(1).any(1)[:, None]  # not slices that are wholly ignored
         losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         return (losses * weight).sum() / _mean_over_ranks(weight.sum()).clamp(min=1e-6)
 

@@ -62,7 +62,7 @@ class ConvBlocks(StackedConvBlocks):
 
     def forward(self, x: Tensor) -> Tensor:
         small = x.device.type == "cpu" and len(x) == 1 and x.shape[:-1].numel() <= 20480
-        if small and not torch.is_autocast_enabled("cpu"):  # as which the cost of a GPU's step is estimated
+        if small and not torch.is_autocast_enabled("cpu"):  # cost.py estimates a GPU's step so
             return super().forward(x.expand(2, *x.shape[1:]))[:1]
         return super().forward(x)
 

@@ -81,7 +81,7 @@ class AdaptedImageEncoder(ImageEncoderViT):
         # Where blocks are not recomputed, adapters are: a twentieth of a block's work, a third of what it would keep.
         self.recompute_adapters = config.needs_sam and not config.checkpointing
         self.slices_at_once: int | None = None
-        """Of a batch's B·D slices, how many SAM's frozen layers take at a time; None for all.
+        """How many of a batch's B·D slices SAM's frozen layers take at a time; None for all.
 
         What they would keep is then computed once more, in addition to what ``checkpointing`` does.
         """

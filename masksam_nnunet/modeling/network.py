@@ -31,7 +31,7 @@ SHA256 = "sam_file_sha256"
 LEAN = "sam_is_left_out"
 """The key of a state dict without SAM's frozen weights, which ``load_state_dict`` takes from SAM's own file."""
 TOKENS_PER_CHUNK = 2**15
-"""Of the image, over all masks decoded at once: 8 masks of a 64x64 grid."""
+"""Image tokens over all masks that are decoded at once: 8 masks of a 64x64 grid."""
 
 
 class MaskSAMOutput(NamedTuple):

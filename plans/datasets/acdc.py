@@ -14,7 +14,7 @@ from nnunetv2.dataset_conversion.Dataset027_ACDC import create_ACDC_split
 from masksam_nnunet.files import write_json
 
 from ..raw_data import NUM_FOLDS
-from .conversion import ENDING, Case, Download, locate
+from .conversion import ENDING, Download, DownloadedCase, locate
 
 _PATIENTS = {"training": range(1, 101), "testing": range(101, 151)}
 _REMEDY = (
@@ -41,7 +41,7 @@ def read_acdc(source: Path, *, partial: bool = False) -> Download:
     """
     root = locate(source, ("database", "ACDC/database"), "training", _REMEDY)
     frames: dict[str, str] = {}
-    cases: list[Case] = []
+    cases: list[DownloadedCase] = []
     defects: list[str] = []
     for part, official in _PATIENTS.items():
         patients, found = _patients(root / part, official, partial)
@@ -57,7 +57,7 @@ def read_acdc(source: Path, *, partial: bool = False) -> Download:
             frames |= named
             for case in named:
                 label = folder / f"{case}_gt{ENDING}" if labelled else None
-                cases.append(Case(case, folder / f"{case}{ENDING}", label, part == "testing"))
+                cases.append(DownloadedCase(case, folder / f"{case}{ENDING}", label, part == "testing"))
 
     def finish(folder: Path) -> None:
         write_json(folder / "splits_final.json", create_ACDC_split(str(folder / "labelsTr")))

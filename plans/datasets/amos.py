@@ -10,7 +10,7 @@ from pathlib import Path
 
 from masksam_nnunet.errors import DataError
 
-from .conversion import ENDING, Case, Download, listed_cases, locate, read_description
+from .conversion import ENDING, Download, DownloadedCase, listed_cases, locate, read_description
 
 MODALITIES = {"ct": ("task1", "CT"), "all": ("task2", "either_CT_or_MR")}
 """The end of the dataset's name, and the channel's name."""
@@ -42,7 +42,7 @@ def read_amos(source: Path, *, modality: str = "ct") -> Download:
                 raise DataError(f"{path}: {name!r} of {part!r} is not named amos_XXXX; {_REMEDY}")
             if modality == "all" or int(number) <= _LAST_CT:
                 label = root / label_maps / f"{name}{ENDING}" if label_maps else None
-                cases.append(Case(name, root / images / f"{name}{ENDING}", label, part == "test"))
+                cases.append(DownloadedCase(name, root / images / f"{name}{ENDING}", label, part == "test"))
     task, channel = MODALITIES[modality]
     return Download(
         root,

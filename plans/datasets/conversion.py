@@ -27,7 +27,7 @@ _LABELS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,3}$")], str])
 
 
 @dataclass(frozen=True)
-class Case:
+class DownloadedCase:
     """An image of a download, its label map where it has one, and its name and part in the dataset."""
 
     name: str
@@ -57,7 +57,7 @@ class Download:
     root: Path
     remedy: str
     name: str
-    cases: Sequence[Case]
+    cases: Sequence[DownloadedCase]
     channels: Sequence[str]
     labels: dict[str, int]
     about: dict[str, Any] = field(default_factory=dict)
@@ -191,7 +191,7 @@ def require_sound(download: Download) -> None:
         raise DataError(f"SOURCE {download.root} holds no training case for these options; {download.remedy}")
 
 
-def _case_defect(download: Download, case: Case) -> str:
+def _case_defect(download: Download, case: DownloadedCase) -> str:
     """What is wrong with a case's image or label; empty if nothing is."""
     path, channels = case.image, len(download.channels)
     try:

@@ -18,8 +18,8 @@ from masksam_nnunet.errors import DataError
 
 from .conversion import (
     ENDING,
-    Case,
     Download,
+    DownloadedCase,
     create_dataset,
     free_place,
     listed_cases,
@@ -55,7 +55,7 @@ def read_msd(source: Path, *, processes: int = 2) -> Download:
         present = {name.removesuffix(ENDING) for folder in folders for name in nifti_names(root / folder)}
         for name in sorted(present | set(listed_cases(description[part], part, path, _REMEDY))):
             label = root / "labelsTr" / f"{name}{ENDING}" if part == "training" else None
-            cases.append(Case(name, root / folders[0] / f"{name}{ENDING}", label, part == "test"))
+            cases.append(DownloadedCase(name, root / folders[0] / f"{name}{ENDING}", label, part == "test"))
     modality = description["modality"]
     return Download(
         root,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from masksam_nnunet.errors import DataError
 
-from .conversion import ENDING, Case, Download, locate, nifti_names
+from .conversion import ENDING, Download, DownloadedCase, locate, nifti_names
 
 ORGANS_13 = (
     "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
@@ -49,7 +49,7 @@ def read_synapse(source: Path, *, organs: int = 13, split: str = "18/12", partia
     img, label = root / "Training" / "img", root / "Training" / "label"
     present, official = _numbers(img), {*TRAIN_18, *TEST_12}
     cases = [
-        Case(_name(number), img / f"{_name(number)}{ENDING}", label / f"label{number:04d}{ENDING}", test)
+        DownloadedCase(_name(number), img / f"{_name(number)}{ENDING}", label / f"label{number:04d}{ENDING}", test)
         for number in sorted(official & present if partial else official)
         for test in [number in SPLITS[split]]
     ]
@@ -84,11 +84,11 @@ def _numbers(folder: Path) -> set[int]:
     return {int(found[1]) for name in nifti_names(folder) if (found := re.fullmatch(r"img(\d+)\.nii\.gz", name))}
 
 
-def _unlabelled(root: Path, partial: bool) -> list[Case]:
+def _unlabelled(root: Path, partial: bool) -> list[DownloadedCase]:
     """The 20 test images without labels, none where the download has none."""
     for folder in (root / "Test" / "img", root / "Testing" / "img"):
         present = _numbers(folder) & set(_UNLABELLED)
         if present:
             numbers = sorted(present) if partial else _UNLABELLED
-            return [Case(_name(number), folder / f"{_name(number)}{ENDING}", test=True) for number in numbers]
+            return [DownloadedCase(_name(number), folder / f"{_name(number)}{ENDING}", test=True) for number in numbers]
     return []

@@ -26,7 +26,7 @@ from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
-from masksam_nnunet.plans.datasets.conversion import Case, Download, require_sound
+from masksam_nnunet.plans.datasets.conversion import Download, DownloadedCase, require_sound
 from masksam_nnunet.plans.images import check_whole
 from masksam_nnunet.plans.planner import _read_plans
 from masksam_nnunet.plans.raw_data import description_defects
@@ -93,7 +93,9 @@ def nifti(content: bytes, folder: Path) -> None:
         assert found.labels.ndim == 3 and np.isfinite(found.grid.spacing).all() and min(found.grid.spacing) > 0
         raise NothingWrong
     with pytest.raises((DataError, NothingWrong)):
-        require_sound(Download(folder, "", "Fuzzed", [Case("case", file, file)], ["CT"], {"a": 0, "b": 1, "c": 2}))
+        require_sound(
+            Download(folder, "", "Fuzzed", [DownloadedCase("case", file, file)], ["CT"], {"a": 0, "b": 1, "c": 2})
+        )
         raise NothingWrong
     try:
         check_whole(file)
