@@ -75,7 +75,8 @@ def test_all_configurations(planned: Workspace) -> None:
             continue
         ours = plans == "MaskSAMPlans"
         command = ("masksam", "predict", "--batch-size", 3) if ours else ("nnUNetv2_predict",)
-        predict = (*command, "-i", images, "-d", d, *model, "-npp", 1, "-nps", 1, "--disable_tta")
+        workers = int(ours)  # nnU-Net's own start in other tests
+        predict = (*command, "-i", images, "-d", d, *model, "-npp", workers, "-nps", workers, "--disable_tta")
         low, high = planned.root / plans / "low", planned.root / plans / "high"
         commands += [
             [*predict, "-c", "3d_lowres", "-o", low, "-f", *((0, 1) if ours else (0,))],

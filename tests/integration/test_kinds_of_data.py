@@ -74,7 +74,7 @@ def test_plan_train_validate_predict(kind: Kind, tmp_path: Path) -> None:
         *prepare,
         ["nnUNetv2_train", d, configuration, 0, *planned],
         ["nnUNetv2_predict", "-i", raw / "imagesTr", "-o", out, "-d", d, "-c", configuration, "-f", 0, *planned,
-         "-npp", 1, "-nps", 1, "--disable_tta"],
+         "-npp", 0, "-nps", 0, "--disable_tta"],
         TEST_MIRRORING="0",
     )  # fmt: skip
     assert said in output

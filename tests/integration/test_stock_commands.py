@@ -44,7 +44,7 @@ def images(workspace: Workspace, dataset: Dataset) -> Path:
 def predict(images: Path, out: Path, *options: object, trainer: str = MASKSAM) -> list[object]:
     return [
         "nnUNetv2_predict", "-i", images, "-o", out, "-d", 4, "-c", "3d_fullres", "-tr", trainer,
-        "-device", "cpu", "-npp", 1, "-nps", 1, *options,
+        "-device", "cpu", "-npp", 0, "-nps", 0, *options,
     ]  # fmt: skip
 
 
