@@ -54,14 +54,10 @@ def test_masksam_plans_share_nnunets_data(planned: Workspace) -> None:
 
 
 def test_all_configurations(planned: Workspace) -> None:
-    """Each of nnU-Net's configurations on MaskSAM's plans, a cascade on nnU-Net's, and the others on ResEnc's."""
+    """Each of nnU-Net's configurations on MaskSAM's plans, and ResEnc's plans without MaskSAM's."""
     d, images = str(KIND.id), planned.raw / KIND.dataset / "imagesTr"
     cascade = ["3d_lowres 0", "3d_lowres 1", "3d_cascade_fullres 0"]
-    wanted = {
-        "nnUNetPlans": cascade,
-        RESENC: ["2d 0", "3d_fullres 0"],
-        "MaskSAMPlans": ["2d 0", "3d_fullres 0", *cascade],
-    }
+    wanted = {RESENC: ["3d_fullres 0"], "MaskSAMPlans": ["2d 0", "3d_fullres 0", *cascade]}
     commands: list[list[object]] = []
     for plans, folds in wanted.items():
         file = planned.preprocessed / KIND.dataset / f"{plans}.json"
@@ -73,15 +69,13 @@ def test_all_configurations(planned: Workspace) -> None:
         commands += [["nnUNetv2_train", d, *fold.split(), *model] for fold in folds]
         if cascade[0] not in folds:
             continue
-        ours = plans == "MaskSAMPlans"
-        command = ("masksam", "predict", "--batch-size", 3) if ours else ("nnUNetv2_predict",)
-        workers = int(ours)  # nnU-Net's own start in other tests
-        predict = (*command, "-i", images, "-d", d, *model, "-npp", workers, "-nps", workers, "--disable_tta")
+        predict = ("masksam", "predict", "--batch-size", 3, "--disable_tta", "-i", images, "-d", d, *model)
         low, high = planned.root / plans / "low", planned.root / plans / "high"
         commands += [
-            [*predict, "-c", "3d_lowres", "-o", low, "-f", *((0, 1) if ours else (0,))],
-            [*predict, "-c", "3d_cascade_fullres", "-o", high, "-f", 0, "-prev_stage_predictions", low],
-        ]
+            [*predict, "-npp", 1, "-nps", 1, "-c", "3d_lowres", "-o", low, "-f", 0, 1],
+            [*predict, "-npp", 0, "-nps", 0, "-c", "3d_cascade_fullres", "-o", high, "-f", 0,
+             "-prev_stage_predictions", low],
+        ]  # fmt: skip
     planned.run_all(*commands, TEST_MIRRORING="0")
     for plans, folds in wanted.items():
         for fold in folds:
