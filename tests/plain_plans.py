@@ -67,10 +67,12 @@ def plain_plans(
     }
 
 
-def tiny_plans(patch: tuple[int, ...] = (4, 32, 32), regions: bool = False, **more: Any) -> dict[str, Any]:
+def tiny_plans(
+    patch: tuple[int, ...] = (4, 32, 32), regions: bool = False, queries: int = 4, **more: Any
+) -> dict[str, Any]:
     """Plain plans that name a tiny network, so that none has to be derived, which takes seconds."""
     plans = plain_plans(patch, **more)
-    write_config(plans, "3d_fullres", tiny_config(patch_size=patch, regions=regions))
+    write_config(plans, "3d_fullres", tiny_config(patch_size=patch, regions=regions, num_queries=queries))
     return plans
 
 

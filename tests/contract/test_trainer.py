@@ -171,6 +171,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "regions": ({}, region_dataset_json()),
     "regions and ignore": ({}, region_dataset_json(ignore=True)),
     "one foreground class": ({}, dataset_json(2)),
+    "120 labels": ({"queries": 124}, dataset_json(121)),
 }
 
 

@@ -47,7 +47,9 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=kind.name, marks=[pytest.mark.long] * (kind.id == 22)) for kind in KINDS]
+)
 def test_plan_train_validate_predict(kind: Kind, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     raw = kind.write(workspace.raw)

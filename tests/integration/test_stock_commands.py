@@ -178,6 +178,7 @@ def test_export_and_install_elsewhere(workspace: Workspace, images: Path, output
     assert_same_labels(workspace.root / "ours", there)
 
 
+@pytest.mark.long
 def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     workspace: Workspace, dataset: Dataset, images: Path, tmp_path: Path
 ) -> None:
