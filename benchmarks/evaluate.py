@@ -61,7 +61,13 @@ def evaluate(
 
     with console.status("checking that the comparison is fair"):
         folders = {name: [results / m.key / f"fold_{f}" for f in folds] for m, name in row_names(methods).items()}
-        compute = {name: tuple(map(read_fold_compute, found)) for name, found in folders.items()}
+        histories = {
+            name: {fold: History.read(folder / FINAL) for fold, folder in zip(folds, found, strict=True)}
+            for name, found in folders.items()
+        }
+        compute = {
+            name: tuple(map(read_fold_compute, found, histories[name].values())) for name, found in folders.items()
+        }
         findings = check_fairness(methods, compute, results, benchmark.preprocessed, patients)
     severe = [finding.text for finding in findings if finding.severe]
     refuse_unfair(severe, benchmark.accept_unfair, "this comparison is not fair")
@@ -102,10 +108,7 @@ def evaluate(
         comparisons=comparisons,
         test_set=test_set,
         compute=compute,
-        histories={
-            name: {fold: History.read(folder / FINAL) for fold, folder in zip(folds, found, strict=True)}
-            for name, found in folders.items()
-        },
+        histories=histories,
         findings=tuple(findings),
         best=best,
         policies={

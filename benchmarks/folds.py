@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import socket
 import zipfile
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field
 
 from masksam_nnunet.checkpoints import damage
-from masksam_nnunet.environment import TRAINING_STATS_FILE
+from masksam_nnunet.environment import TRAINING_STATS_FILE, cpu_name
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.provenance import History, git_hash, versions
@@ -201,17 +200,15 @@ def input_hashes(preprocessed: Path, plans: str) -> dict[str, str]:
 # ---- what its training took ------------------------------------------------------------------------------------------
 
 
-def read_fold_compute(folder: Path) -> FoldCompute:
+def read_fold_compute(folder: Path, log: History) -> FoldCompute:
     """What the training of a fold took, as far as it is known.
 
-    Sources are nnU-Net's log in the checkpoint, this package's training_stats.json, the benchmark's record, and
-    nnU-Net's debug.json.
+    Sources are ``log``, which is nnU-Net's in the final checkpoint, this package's training_stats.json, the benchmark's
+    record, and nnU-Net's debug.json.
 
     Raises:
         TrainingError: the fold's record is not readable.
-        CheckpointError: its checkpoint is missing or not readable.
     """
-    log = History.read(folder / FINAL)
     record = FoldRecord.read(folder)
     parts = [] if record is None else [part for part in record.parts if part.kind != "validate"]
     begun = max((index for index, part in enumerate(parts) if part.kind == "train"), default=0)
@@ -244,8 +241,7 @@ def read_fold_compute(folder: Path) -> FoldCompute:
 def device_name(folder: Path, device: str) -> str:
     """What trained in a fold's folder: the GPU that nnU-Net noted there, or the number of CPU cores here."""
     if device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"{cores} CPU cores"
+        return cpu_name()
     return str(_read_if_there(folder / "debug.json").get("gpu_name", device))
 
 

@@ -13,7 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import CaseError, UsageError, in_short
-from masksam_nnunet.plans.images import ImageGeometry, check_whole, stored_floats
+from masksam_nnunet.plans.images import ImageGeometry, check_whole, count_non_finite
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ def _read_file(file: Path, reader: Any) -> tuple[NDArray[np.float32], dict[str, 
             f"{file} cannot be read; it is truncated, damaged or in another format than its name says "
             f"({in_short(error)})"
         ) from error
-    odd = max(int((~np.isfinite(values)).sum()) for values in (array, stored_floats(file)))
-    if odd:
+    if odd := count_non_finite(file, array):
         raise CaseError(f"{file} holds {odd} voxels that are NaN or infinite: replace them by numbers")
     return array, properties
 

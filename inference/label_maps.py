@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 
 from masksam_nnunet.errors import DataError, MaskSAMError
-from masksam_nnunet.plans.images import ImageGeometry, read_labels
+from masksam_nnunet.plans.images import ImageGeometry, label_values, read_labels
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_label_map(folder: Path, case: str, dataset_json: Mapping[str, Any]) -> 
         raise DataError(f"case {case!r}: {error}") from error
     labels = np.rint(array[0]).astype(np.int32)
     allowed = Classes.from_dataset_json(dataset_json).values
-    if unknown := sorted(set(np.unique(labels).tolist()) - set(allowed)):
+    if unknown := sorted(label_values(labels) - set(allowed)):
         values, known = (", ".join(map(str, listed)) for listed in (unknown[:10], allowed))
         raise DataError(f"case {case!r}: {path} holds the label values {values}, but dataset.json has only {known}")
     return LabelMap(labels, ImageGeometry.of(array, properties))

@@ -32,6 +32,12 @@ TRAINING_STATS_FILE = "training_stats.json"
 _ON, _OFF = ("1", "true", "t"), ("", "0", "false", "f")
 
 
+def cpu_name() -> str:
+    """The CPU as reports name it: the number of cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores"
+
+
 def switched_on(name: str) -> bool:
     """Whether the variable ``name`` is set to 1, true or t, in upper or lower case.
 

@@ -138,6 +138,18 @@ def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
         return np.asanyarray(stored) if np.issubdtype(stored.dtype, np.floating) else np.empty(0)
 
 
+def count_non_finite(path: Path, array: NDArray[np.floating[Any]]) -> int:
+    """How many voxels are NaN or infinite in what a reader made of a file, or in the file itself."""
+    return max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored_floats(path)))
+
+
+def label_values(labels: NDArray[np.integer[Any]]) -> set[int]:
+    """The different values of a label map; small ones are counted, which is faster than sorting."""
+    small = labels.size > 0 and labels.min() >= 0 and labels.max() < 1024
+    found = np.flatnonzero(np.bincount(labels.ravel())) if small else np.unique(labels)
+    return set(found.tolist())
+
+
 def is_nifti(path: Path) -> bool:
     """Whether the file's name is a NIfTI file's."""
     return path.name.endswith((".nii", ".nii.gz"))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from masksam_nnunet.errors import DataError
 
-from .images import ImageGeometry, in_threads, read_image, read_labels, stored_floats
+from .images import ImageGeometry, count_non_finite, in_threads, label_values, read_image, read_labels
 from .raw_data import RawDataset, inspect_raw_dataset, shortened
 from .splits import SPLITS_FILE, overlaps, read_splits
 
@@ -107,7 +107,7 @@ def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
         except DataError as error:
             raise DataError(f"case {case!r}: {error}") from error
         slices = np.moveaxis(labels, slice_axis, 0)
-        counts = [sum(any(v in present for v in group) for group in groups) for present in map(_values, slices)]
+        counts = [sum(any(v in present for v in group) for group in groups) for present in map(label_values, slices)]
         return TargetCount(max(counts), case, int(np.argmax(counts)), len(dataset.labels))
 
     return max(in_threads(count, list(dataset.labels)), key=lambda found: found.most)
@@ -119,17 +119,10 @@ def _read_known_labels(dataset: RawDataset, case: str) -> tuple[NDArray[np.int32
     array, properties = read_labels(path, dataset.dataset_json)
     labels = np.rint(array[0]).astype(np.int32)
     manager = dataset.label_manager
-    unknown = sorted(_values(labels) - {*map(int, manager.all_labels), manager.ignore_label})
+    unknown = sorted(label_values(labels) - {*map(int, manager.all_labels), manager.ignore_label})
     if unknown:
         raise DataError(f"{path} holds the labels {', '.join(map(str, unknown[:10]))}, which dataset.json lacks")
     return labels, ImageGeometry.of(array, properties)
-
-
-def _values(labels: NDArray[np.int32]) -> set[int]:
-    """The different values; small ones are counted, which is faster than sorting."""
-    small = labels.size > 0 and labels.min() >= 0 and labels.max() < 1024
-    found = np.flatnonzero(np.bincount(labels.ravel())) if small else np.unique(labels)
-    return set(found.tolist())
 
 
 def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
@@ -175,7 +168,6 @@ def _check_case(dataset: RawDataset, case: str) -> _CaseCheck:
 def _read_finite_image(dataset: RawDataset, path: Path) -> tuple[NDArray[np.floating[Any]], ImageGeometry]:
     """One image file (C, D, H, W)."""
     array, properties = read_image(path, dataset.dataset_json)
-    odd = max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored_floats(path)))
-    if odd:
+    if odd := count_non_finite(path, array):
         raise DataError(f"{path} holds {odd} voxels that are NaN or infinite; replace them")
     return array, ImageGeometry.of(array, properties)

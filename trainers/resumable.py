@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from masksam_nnunet.environment import TRAINING_STATS_FILE
+from masksam_nnunet.environment import TRAINING_STATS_FILE, cpu_name
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import write_json
 from masksam_nnunet.stop_signals import REQUEUE, handling, leave_at_once
@@ -361,8 +360,7 @@ def _device_name(device: torch.device) -> str:
     """The GPU's name, or the number of CPU cores that this process may use."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores" if device.type == "cpu" else str(device)
+    return cpu_name() if device.type == "cpu" else str(device)
 
 
 def _peak_resident_mib() -> float:

@@ -39,7 +39,7 @@ def benchmark(
         list[str] | None,
         typer.Option("-p", "--plans", help="One for all trainers, or one for each.", show_default="nnUNetPlans"),
     ] = None,
-    configuration: Annotated[str, typer.Option("-c", "--configuration", help="Of nnU-Net's plans.")] = "3d_fullres",
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="One of the plans'.")] = "3d_fullres",
     folds: Annotated[
         list[int] | None, typer.Option("-f", "--folds", help="One or more.", show_default="0 1 2 3 4")
     ] = None,

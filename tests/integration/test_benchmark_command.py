@@ -17,6 +17,7 @@ from masksam_nnunet.benchmarks.definition import Benchmark
 from masksam_nnunet.benchmarks.folds import FoldRecord, read_fold_compute
 from masksam_nnunet.benchmarks.jobs import FoldJob, run_local
 from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.provenance import History
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="kill -9")]
 EPOCHS = 4
@@ -82,7 +83,7 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
     for job, expected in ((killed, ["train", "continue"]), (other, ["train", "validate"])):
         record = FoldRecord.read(job.folder)
         assert record is not None and [part.kind for part in record.parts] == expected
-        compute = read_fold_compute(job.folder)
+        compute = read_fold_compute(job.folder, History.read(job.folder / "checkpoint_final.pth"))
         assert (compute.resumed, compute.epochs, compute.iterations) == ("continue" in expected, EPOCHS, 2 * EPOCHS)
         assert compute.peak_memory_mib is not None and compute.peak_memory_mib > 200
         assert compute.seconds is not None and compute.wall_seconds is not None

@@ -15,6 +15,7 @@ from nnunet_workspace import SHARED, Workspace, copy_small
 
 from masksam_nnunet.benchmarks.folds import FoldRecord, read_fold_compute
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
+from masksam_nnunet.inference.provenance import History
 
 CASES, EPOCHS = 10, 6
 DATASET = "Dataset004_Small"
@@ -98,7 +99,8 @@ def main(root: Path) -> None:
     assert "submitted 1 jobs" in told and str(out / "report.html") in told and (out / "report.html").is_file()
     for trainer, fold in FOLDS:
         folder = workspace.model(DATASET, trainer) / f"fold_{fold}"
-        record, compute = FoldRecord.read(folder), read_fold_compute(folder)
+        log = History.read(folder / "checkpoint_final.pth")
+        record, compute = FoldRecord.read(folder), read_fold_compute(folder, log)
         assert record is not None
         assert [part.kind for part in record.parts] == ["train", *["continue"] * ((trainer, fold) in broken_off)]
         assert (compute.epochs, compute.iterations) == (EPOCHS, 2 * EPOCHS)

@@ -17,8 +17,10 @@ from rich.console import Console
 from masksam_nnunet.benchmarks.folds import FoldRecord, Part, Stage, fold_state, locked, read_fold_compute
 from masksam_nnunet.benchmarks.jobs import FoldJob, Status
 from masksam_nnunet.benchmarks.progress import Progress, fold_progress
+from masksam_nnunet.benchmarks.results import FoldCompute
 from masksam_nnunet.errors import MaskSAMError, TrainingError
 from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.provenance import History
 
 CASES = ["a", "b"]
 
@@ -144,6 +146,10 @@ def part(kind: str, **values: object) -> Part:
     return Part.model_validate({"kind": kind, "command": "nnUNetv2_train", "variables": {}} | values)
 
 
+def compute_of(folder: Path) -> FoldCompute:
+    return read_fold_compute(folder, History.read(folder / "checkpoint_final.pth"))
+
+
 def test_compute_is_put_together_from_log_record_and_debug_file(tmp_path: Path) -> None:
     fold = tmp_path / "fold_3"
     write_final(fold, epochs=4)
@@ -158,7 +164,7 @@ def test_compute_is_put_together_from_log_record_and_debug_file(tmp_path: Path) 
     record = FoldRecord(trainer="T", plans="P", configuration="2d", minutes=None, inputs={}, parts=parts)
     record.write(fold)
     assert FoldRecord.read(fold) == record
-    compute = read_fold_compute(fold)
+    compute = compute_of(fold)
     assert (compute.fold, compute.seconds, compute.epochs, compute.iterations) == (3, 28.0, 4, 1000)
     assert (compute.peak_memory_mib, compute.resumed, compute.device) == (700.0, 1, "V100 and A100")
     assert (compute.git_hash, compute.wall_seconds, compute.versions) == ("a then b", 60.0, {"torch": "2.8 then 2.9"})
@@ -168,20 +174,20 @@ def test_compute_is_put_together_from_log_record_and_debug_file(tmp_path: Path) 
 
 def test_a_fold_trained_elsewhere_has_what_its_log_says(tmp_path: Path) -> None:
     write_final(tmp_path / "fold_0", epochs=2)
-    compute = read_fold_compute(tmp_path / "fold_0")
+    compute = compute_of(tmp_path / "fold_0")
     assert (compute.seconds, compute.epochs, compute.parameters) == (14.0, 2, 13)
     assert compute.peak_memory_mib is compute.iterations is compute.git_hash is compute.wall_seconds is None
     with pytest.raises(MaskSAMError, match="fold_1"):
-        read_fold_compute(tmp_path / "fold_1")
+        compute_of(tmp_path / "fold_1")
     (tmp_path / "fold_0" / "training_stats.json").write_text('{"train_seconds": 180.5, "iterations": 77}')
-    compute = read_fold_compute(tmp_path / "fold_0")  # a trainer's own figures count
+    compute = compute_of(tmp_path / "fold_0")  # a trainer's own figures count
     assert (compute.seconds, compute.iterations) == (180.5, 77)
     (tmp_path / "fold_0" / "benchmark_run.json").write_text("{")
     with pytest.raises(TrainingError, match=r"benchmark_run\.json"):
-        read_fold_compute(tmp_path / "fold_0")
+        compute_of(tmp_path / "fold_0")
     torch.save({"network_weights": {}}, tmp_path / "fold_0" / "checkpoint_final.pth")
     with pytest.raises(MaskSAMError, match="checkpoint_final"):
-        read_fold_compute(tmp_path / "fold_0")
+        compute_of(tmp_path / "fold_0")
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
