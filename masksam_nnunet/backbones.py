@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,23 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A map of features that an encoder returns for the prompt generator."""
+
+    width: int
+    scale: int = 1
+    """Its height and width as a multiple of the token grid's: 1, 2 or 4."""
+    feeds: int = 1
+    """The scale of the generator's map that it joins, at least its own."""
+
+
+@dataclass(frozen=True)
 class Backbone:
     """Sizes of an image encoder and of the SAM decoder that goes with it, and where its weights come from."""
 
     name: str
     width: int
-    """E: channels of each of the four levels that feed the prompt generator."""
+    """E: channels of a ViT's tokens, and of its four levels."""
     depth: int = 0
     """Blocks of the ViT."""
     heads: int = 0
@@ -38,7 +49,16 @@ class Backbone:
     window: int = 14
     """Side of the windows in which the other blocks attend; 0 for global attention throughout."""
     stride: int = 16
-    """Pixels of the input for each token, along each axis."""
+    """s: pixels of the input for each token, along each axis."""
+    levels: tuple[Level, ...] = ()
+    """What feeds the prompt generator beside the neck, shallow to deep, at least one for each of the scales 1, 2 and 4;
+    () for a ViT's: four of width E on the token grid, of which the first joins scale 4, the second and third 2."""
+    intensities: Literal["imagenet", "unit"] = "imagenet"
+    """How the image reaches the encoder: "unit" as values from 0 (black) to 1 (white), "imagenet" as such values after
+    ImageNet's mean and deviation, which is SAM's rule."""
+    learns_input: bool = True
+    """Whether the gradient reaches the image, so that the stem may add a learned residual to it. False where the layers
+    before the first adapter are too expensive for that."""
     prompt_width: int = 256
     """P, a square number."""
     decoder_mlp: int = 2048
@@ -48,17 +68,22 @@ class Backbone:
     checkpoint: Checkpoint | None = None
     """The weights, which stay frozen. None: whatever ``encoder`` does not freeze is trained from random weights."""
     adapter: str | Callable[..., Any] = "masksam_nnunet.modeling.adapters:DConvAdapter"
-    """Makes an adapter from (E, bottleneck's share of E): two for each block of the ViT, each a ``Trainable`` map of
-    (B, D, g_h, g_w, E) to the same shape that is zero at first."""
+    """Makes an adapter from (a block's width E, bottleneck's share of E): two for each transformer block, each a
+    ``Trainable`` map of (B, D, h, w, E) to the same shape that is zero at first."""
     encoder: str | Callable[..., Any] = "masksam_nnunet.modeling.image_encoder:AdaptedImageEncoder"
     """Makes the encoder from (this declaration, the network's config). Its ``forward`` takes images (B, D, 3, S_h, S_w)
-    and returns four levels (B, D, g_h, g_w, E), shallow to deep, and a neck (B, D, P, g_h, g_w)."""
+    and returns the levels, each (B, D, scale g_h, scale g_w, width), and a neck (B, D, P, g_h, g_w)."""
     planned: bool = False
     """Whether ``masksam plan --backbone`` takes it."""
     description: str = "a registered encoder. It is not SAM, and no file of SAM is read"
 
-    def make_adapter(self, ratio: float) -> Any:
-        return _resolved(self.adapter)(self.width, ratio)
+    def make_adapter(self, width: int, ratio: float) -> Any:
+        return _resolved(self.adapter)(width, ratio)
+
+    @property
+    def fed_levels(self) -> tuple[Level, ...]:
+        """The declared levels, or a ViT's."""
+        return self.levels or tuple(Level(self.width, feeds=scale) for scale in (4, 2, 2, 1))
 
     def make_encoder(self, config: Any) -> Any:
         return _resolved(self.encoder)(self, config)
@@ -78,6 +103,8 @@ def _sam(
     return Backbone(name, *sizes, checkpoint=checkpoint, planned=True, description=description)
 
 
+_TINY_VIT = (Level(64, 4, 4), Level(128, 2, 2), Level(160), Level(320))
+
 BACKBONES = {
     backbone.name: backbone
     for backbone in (
@@ -90,6 +117,21 @@ BACKBONES = {
             planned=True,
             description="a tiny encoder of this project's own. It is not SAM: it starts from random weights and is "
             "trained throughout",
+        ),
+        Backbone(
+            *("lite_medsam", 320),
+            stride=4,
+            levels=_TINY_VIT,
+            intensities="unit",
+            learns_input=False,
+            encoder="masksam_nnunet.modeling.tiny_vit:AdaptedTinyViT",
+            checkpoint=Checkpoint(
+                *("lite_medsam", "lite_medsam.pth", ""),
+                "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
+                "Apache-2.0",
+            ),
+            planned=True,
+            description="LiteMedSAM's TinyViT, frozen, with trained adapters",
         ),
         _sam(
             "vit_b",

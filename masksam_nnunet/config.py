@@ -20,9 +20,16 @@ from .errors import ConfigError
 MAX_SIZE = 2**15
 """Limit of anything counted in voxels, channels or queries: no memory holds more, so more is a typing error."""
 
+RESOLUTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Sizes at which SAM may see a patch, in-plane, as multiples of the patch."""
+Z_SCORES = (-1.0, 3.5)
+"""Black and white of z-scored images: about the lowest value and the 99.5th percentile of whole MR images (measured in
+docs/results.md)."""
+
 Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 Weight = Annotated[float, Field(strict=True, ge=0, le=1e30, allow_inf_nan=False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 _Config = TypeVar("_Config", bound=type)
 
@@ -123,16 +130,19 @@ class MaskSAMConfig(_Json):
     backbone: StrictStr
     """The image encoder: a name in :data:`masksam_nnunet.backbones.BACKBONES`."""
     patch_size: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)]
-    upsample: Literal[1, 2, 4]
-    """u: how much larger in-plane SAM sees the patch."""
+    resolution: float
+    """r: how much larger in-plane SAM sees the patch; one of :data:`RESOLUTIONS`."""
     num_queries: Size
     """N: masks predicted for each slice."""
+    intensity_ranges: tuple[tuple[Finite, Finite], ...] = ()
+    """For each image channel, the values after nnU-Net's normalisation that reach SAM as black and as white; () for
+    :data:`Z_SCORES` in all channels."""
     regions: StrictBool = False
     """Whether the dataset's classes are overlapping regions, for which nnU-Net applies a sigmoid."""
     stem_width: Size = 32
     """Channels of the stem's features at patch resolution."""
     generator_widths: tuple[Size, Size, Size] = (256, 128, 64)
-    """Channels of the prompt generator at strides 16, 8 and 4 of the SAM input."""
+    """Channels of the prompt generator at once, twice and four times the token grid."""
     head_width: Size = 32
     """Channels of the mask head's residual."""
     adapter_ratio: Annotated[Weight, Field(gt=0, le=1)] = 0.25
@@ -150,12 +160,19 @@ class MaskSAMConfig(_Json):
             raise ValueError(f"choose one of {', '.join(BACKBONES)}, or import the module that registers yours")
         return name
 
-    @field_validator("upsample", mode="before")
+    @field_validator("resolution", mode="before")
     @classmethod
-    def _is_integer(cls, value: Any) -> Any:
-        if type(value) is not int:  # 1.0 and True equal 1
-            raise ValueError("choose one of 1, 2, 4")
-        return value
+    def _is_resolution(cls, value: Any) -> float:
+        if isinstance(value, bool) or value not in RESOLUTIONS:  # True equals 1
+            raise ValueError(f"choose one of {', '.join(f'{r:g}' for r in RESOLUTIONS)}")
+        return float(value)
+
+    @field_validator("intensity_ranges")
+    @classmethod
+    def _is_increasing(cls, ranges: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        if any(low >= high for low, high in ranges):
+            raise ValueError("black must lie below white")
+        return ranges
 
     @property
     def architecture(self) -> str:
@@ -165,9 +182,11 @@ class MaskSAMConfig(_Json):
         """
         patch = "x".join(map(str, self.patch_size))
         widths = "-".join(map(str, (self.stem_width, *self.generator_widths, self.head_width)))
+        ranges = ",".join(f"{low:.4g}:{high:.4g}" for low, high in self.intensity_ranges)
         return (
-            f"backbone={self.backbone} patch_size={patch} upsample={self.upsample} num_queries={self.num_queries} "
-            f"widths={widths} adapter_ratio={self.adapter_ratio:g} prompts={self.prompts} regions={self.regions}"
+            f"backbone={self.backbone} patch_size={patch} resolution={self.resolution:g} "
+            f"num_queries={self.num_queries} widths={widths} adapter_ratio={self.adapter_ratio:g} "
+            f"prompts={self.prompts} regions={self.regions} ranges={ranges}"
         )
 
     @property
@@ -189,14 +208,14 @@ class MaskSAMConfig(_Json):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Sizes that follow from the patch, u and the encoder's stride s. All in-plane sizes are (height, width)."""
+    """Sizes that follow from the patch, r and the encoder's stride s. All in-plane sizes are (height, width)."""
 
     patch: tuple[int, int, int]
     """(D, H, W) in voxels; D = 1 for a 2D patch."""
     padded: tuple[int, int]
     """The patch, padded at its lower right so that SAM's input is a multiple of s, in patch voxels."""
     image: tuple[int, int]
-    """SAM's input (S_h, S_w) in pixels: u times ``padded``."""
+    """SAM's input (S_h, S_w) in pixels: r times ``padded``."""
     tokens: tuple[int, int]
     """The token grid (g_h, g_w)."""
     masks: tuple[int, int]
@@ -206,7 +225,7 @@ class Grid:
     def of(cls, config: MaskSAMConfig) -> Grid:
         *depth, height, width = config.patch_size
         stride = config.encoder.stride
-        step = stride // config.upsample  # patch voxels that a token covers
+        step = int(stride / config.resolution)  # patch voxels that a token covers
         rows, columns = -(-height // step), -(-width // step)
         return cls(
             patch=(depth[0] if depth else 1, height, width),

@@ -46,12 +46,14 @@ class Profile:
     head_width: int
     max_tflop: float
     """Most operations of a training step, in 10^12; limits u."""
-    upsampling: tuple[Literal[2, 4], ...] = (4, 2)
+    resolutions: tuple[Literal[2, 4], ...] = (4, 2)
     """Values of u to try, before 1."""
 
 
 SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4, 20x256x224 in batch 2, takes 198
-TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.15, upsampling=(2,))  # a second or two a step on two CPU cores
+TINY_PROFILE = Profile(
+    16, (64, 32, 16), 16, max_tflop=0.15, resolutions=(2,)
+)  # a second or two a step on two CPU cores
 
 
 def profile_of(backbone: str) -> Profile:
@@ -70,7 +72,7 @@ def config_for(backbone: str, patch_size: tuple[int, ...], queries: int, regions
         stem_width=profile.stem_width,
         generator_widths=profile.generator_widths,
         head_width=profile.head_width,
-        **{"upsample": 1, **more},
+        **{"resolution": 1, **more},
     )
 
 
@@ -109,15 +111,15 @@ def derive_config(
     queries = min(num_queries(classes, backbone), MAX_QUERIES)
     config = config_for(backbone, patch_size, queries, labels.has_regions)
     profile = profile_of(backbone)
-    choices: tuple[Literal[1, 2, 4], ...] = (*profile.upsampling, 1)
-    for upsample, checkpointing in product(choices, (False, True)):
-        if upsample > 1 and upsample * max(patch_size[-2:]) > MAX_IMAGE:
+    choices: tuple[Literal[1, 2, 4], ...] = (*profile.resolutions, 1)
+    for resolution, checkpointing in product(choices, (False, True)):
+        if resolution > 1 and resolution * max(patch_size[-2:]) > MAX_IMAGE:
             continue
-        candidate = replace(config, upsample=upsample, checkpointing=checkpointing)
+        candidate = replace(config, resolution=resolution, checkpointing=checkpointing)
         cost = training_cost(candidate, channels, classes, configuration.batch_size)
         if cost.peak_gib <= MEMORY_GIB and cost.tflop <= profile.max_tflop:
             return candidate
-    return replace(config, upsample=1, checkpointing=True)  # always allowed
+    return replace(config, resolution=1, checkpointing=True)  # always allowed
 
 
 def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:

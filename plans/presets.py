@@ -47,7 +47,7 @@ class Preset:
     backbone: str
     patch_size: tuple[int, int, int]
     batch_size: int
-    upsample: int
+    resolution: int
     num_queries: int
     foreground_classes: tuple[int, ...]
     trainer: str

@@ -65,14 +65,14 @@ class Sizes:
             "backbone": config.backbone,
             **({"D": depth[0]} if depth else {}),
             "H x W": f"{height} x {width}",
-            "u": config.upsample,
+            "u": config.resolution,
             "N": config.num_queries,
             "batch size": self.batch_size,
             "checkpointing": "on" if config.checkpointing else "off",
             "memory": f"{cost.peak_gib:.1f} GiB",
             "operations": f"{cost.tflop:.3g} TFLOP",
         }
-        seen = f"the encoder sees {config.upsample * height} x {config.upsample * width}"
+        seen = f"the encoder sees {config.resolution * height} x {config.resolution * width}"
         hours = 250 * epochs * cost.tflop / 100 / 3600
         why = {
             "memory": "estimated, for a training step in bfloat16",
@@ -115,7 +115,7 @@ def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], gpu_memory_gb
 def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> Sizes:
     """The published setting, whatever memory it takes; only checkpointing, which changes no result, is chosen."""
     config = config_for(
-        preset.backbone, preset.patch_size, preset.num_queries, False, upsample=preset.upsample, loss=preset.loss
+        preset.backbone, preset.patch_size, preset.num_queries, False, resolution=preset.resolution, loss=preset.loss
     )
     inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most)
     cost = training_cost(config, *inputs)
@@ -123,7 +123,7 @@ def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> 
     if without > gpu_memory_gb * USABLE:
         config = replace(config, checkpointing=True)
         cost = training_cost(config, *inputs)
-    keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "u": "upsample"}
+    keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "u": "resolution"}
     keys |= {"N": "num_queries", "batch size": "batch_size"}
     reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
     reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
@@ -144,9 +144,9 @@ class _Search:
         self.is_2d = len(wanted.median_shape) == 2
         self.depth = 1 if self.is_2d else max(1, wanted.median_shape[0])
         plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in wanted.median_shape[-2:])
-        self.upsamplings = [u for u in profile.upsampling if u * max(plane) <= MAX_IMAGE] + [1]
+        self.resolutions = [u for u in profile.resolutions if u * max(plane) <= MAX_IMAGE] + [1]
         self.why_u = "the largest there is"
-        if self.upsamplings[0] != profile.upsampling[0]:
+        if self.resolutions[0] != profile.resolutions[0]:
             self.why_u = f"more would exceed SAM's input of {MAX_IMAGE}"
         self.planes = [plane]
         """Ever smaller slices, to the smallest."""
@@ -161,13 +161,15 @@ class _Search:
 
     def best(self) -> Sizes | None:
         few, plane = min(self.depth, FEW_SLICES), self.planes[0]
-        for upsample in self.upsamplings:
+        for resolution in self.resolutions:
             # u = 1 is always legal, however many operations it takes.
-            start = self._sizes(few, plane, upsample)
-            if self._fits(start, operations=upsample > 1):
+            start = self._sizes(few, plane, resolution)
+            if self._fits(start, operations=resolution > 1):
                 whole = f"at most {MAX_IMAGE}, SAM's own input" if MAX_IMAGE in plane else "the median slice, whole"
-                why_u = self.why_u if upsample == self.upsamplings[0] else "more does not fit"
-                largest = self._largest(start, few, self.depth, partial(self._sizes, plane=plane, upsample=upsample))
+                why_u = self.why_u if resolution == self.resolutions[0] else "more does not fit"
+                largest = self._largest(
+                    start, few, self.depth, partial(self._sizes, plane=plane, resolution=resolution)
+                )
                 return self._polish(largest, {"u": why_u, "H x W": whole})
         if not self._fits(self.smallest, operations=False):
             return None
@@ -177,7 +179,12 @@ class _Search:
         return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
 
     def _sizes(
-        self, depth: int, plane: tuple[int, ...], upsample: int = 1, batch: int = MIN_BATCH, checkpointing: bool = True
+        self,
+        depth: int,
+        plane: tuple[int, ...],
+        resolution: int = 1,
+        batch: int = MIN_BATCH,
+        checkpointing: bool = True,
     ) -> Sizes:
         wanted = self.wanted
         config = config_for(
@@ -185,7 +192,7 @@ class _Search:
             plane if self.is_2d else (depth, *plane),
             num_queries(wanted.targets.most, self.backbone),
             wanted.regions,
-            upsample=upsample,
+            resolution=resolution,
             checkpointing=checkpointing,
         )
         cost = training_cost(config, wanted.channels, wanted.classes, batch, wanted.targets.most)
@@ -228,7 +235,7 @@ class _Search:
                 if depth == self.depth
                 else f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
             )
-        make = partial(self._sizes, depth, sizes.config.patch_size[-2:], sizes.config.upsample)
+        make = partial(self._sizes, depth, sizes.config.patch_size[-2:], sizes.config.resolution)
         largest = self.wanted.largest_batch(math.prod(sizes.config.patch_size))
         reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"
         if largest > MIN_BATCH and depth == self.depth:

@@ -12,7 +12,7 @@ def tiny_config(**changes: object) -> MaskSAMConfig:
     settings: dict[str, object] = {
         "backbone": "tiny",
         "patch_size": (3, 32, 48),
-        "upsample": 1,
+        "resolution": 1,
         "num_queries": 4,
         **TINY_WIDTHS,
         **changes,

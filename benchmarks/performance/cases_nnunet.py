@@ -86,8 +86,8 @@ def _unet_step(residual: bool) -> Builder:
     return build
 
 
-def _masksam_step(backbone: str, upsample: int) -> Builder:
-    config = MaskSAMConfig(backbone, PATCH, upsample, 6)
+def _masksam_step(backbone: str, resolution: int) -> Builder:
+    config = MaskSAMConfig(backbone, PATCH, resolution, 6)
     return training(config, torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES, _loss())
 
 

@@ -27,7 +27,7 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import dice_and_cross_entropy, training_cost
 from masksam_nnunet.modeling import MaskSAM
 
-NAMES = ("backbone", "patch", "upsample", "queries", "checkpointing", "batch", "channels", "classes")
+NAMES = ("backbone", "patch", "resolution", "queries", "checkpointing", "batch", "channels", "classes")
 # Of NAMES: as large as a CPU runs in a minute or two.
 CPU_PLANS = [
     ("vit_b", (4, 64, 64), 4, 8, False, 2, 1, 4),
@@ -61,8 +61,8 @@ GPU_PLANS = [
 
 
 def build(plan: list[Any]) -> tuple[MaskSAMConfig, int, int, int]:
-    backbone, patch, upsample, queries, checkpointing, *sizes = plan
-    return MaskSAMConfig(backbone, tuple(patch), upsample, queries, checkpointing=checkpointing), *sizes
+    backbone, patch, resolution, queries, checkpointing, *sizes = plan
+    return MaskSAMConfig(backbone, tuple(patch), resolution, queries, checkpointing=checkpointing), *sizes
 
 
 def measure(plan: list[Any], device: torch.device) -> float:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, count_parameters
 
-CONFIG = MaskSAMConfig(backbone="vit_b", patch_size=(4, 256, 256), upsample=4, num_queries=8)
+CONFIG = MaskSAMConfig(backbone="vit_b", patch_size=(4, 256, 256), resolution=4, num_queries=8)
 BATCH, CHANNELS, CLASSES = 1, 1, 4
 NEW, SAM, PLAIN, INK = "#f6c177", "#bcd7ea", "#eeeeee", "#222222"
 
@@ -123,7 +123,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
         1.7,
         1.15,
         "input stem",
-        f"3D convolutions, ×{CONFIG.upsample},\nadded to the image\n{millions('stem')}",
+        f"3D convolutions, ×{CONFIG.resolution},\nadded to the image\n{millions('stem')}",
         NEW,
     )
     d.box(
@@ -189,7 +189,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     total, trained = rows["total"]
     d.label(
         0.2, 0.72,
-        f"The paper's ACDC setting: patch {words((0, *CONFIG.patch_size))}, u = {CONFIG.upsample},\n"
+        f"The paper's ACDC setting: patch {words((0, *CONFIG.patch_size))}, u = {CONFIG.resolution},\n"
         f"N = {n} queries, K = {k} classes, ViT-B. Shapes without\n"
         f"the batch. Classes: K and “no object”.\n{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.",
         ha="left",

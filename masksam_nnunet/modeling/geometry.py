@@ -16,7 +16,7 @@ def to_patch(x: Tensor, grid: Grid) -> Tensor:
 
 
 def to_image(x: Tensor, grid: Grid) -> Tensor:
-    """Bring (..., H, W) to SAM's input (..., S_h, S_w): padded with zeros at the lower right, then enlarged by u."""
+    """Bring (..., H, W) to SAM's input (..., S_h, S_w): padded with zeros at the lower right, then resized by r."""
     return _resize(pad(x, grid), grid.image)
 
 
@@ -27,11 +27,16 @@ def pad(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing of the last two axes of a tensor of any rank."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    """Resize the last two axes of a tensor of any rank: bilinearly, or by averages where they shrink by a factor."""
+    height, width = x.shape[-2:]
+    if (height, width) == tuple(size):
         return x
-    flat = x.reshape(-1, 1, *x.shape[-2:])
-    return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*x.shape[:-2], *size)
+    flat = x.reshape(-1, 1, height, width)
+    if height > size[0]:
+        resized = F.avg_pool2d(flat, height // size[0])
+    else:
+        resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    return resized.reshape(*x.shape[:-2], *size)
 
 
 def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:

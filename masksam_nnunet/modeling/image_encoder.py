@@ -33,8 +33,8 @@ class AdaptedBlock(Block):
             window_size=0 if is_global else backbone.window,
             input_size=tokens,
         )
-        self.attention_adapter = backbone.make_adapter(ratio)
-        self.mlp_adapter = backbone.make_adapter(ratio)
+        self.attention_adapter = backbone.make_adapter(backbone.width, ratio)
+        self.mlp_adapter = backbone.make_adapter(backbone.width, ratio)
 
     def forward(self, x: Tensor, slices_at_once: int | None, recompute_adapters: bool) -> Tensor:
         """The adapted block; x and the result are (B, D, g_h, g_w, E)."""

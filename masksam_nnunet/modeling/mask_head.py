@@ -12,7 +12,7 @@ from .geometry import to_patch
 class MaskHead(Trainable):
     """Brings masks to the patch and adds a residual, zero at first, that sees the image at full resolution.
 
-    Everything before works at stride 16 of the SAM input or is upsampled from there; fine structures need early
+    Everything before works on SAM's token grid or is upsampled from there; fine structures need early
     features (HQ-SAM, arXiv 2306.01567). The three inputs are projected to one width and added, which is a 1x1x1
     convolution of their concatenation without ever holding it.
     """

@@ -78,11 +78,9 @@ class MaskSAM(nn.Module):
         """Whether the SAM parts hold weights from a file: SAM's own, or a checkpoint of this network."""
         backbone, depth = config.encoder, grid.patch[0]
 
-        self.stem = InputStem(in_channels, image_channels, config.stem_width, config.upsample, grid)
+        self.stem = InputStem(config, in_channels, image_channels)
         self.image_encoder = backbone.make_encoder(config)
-        self.prompt_generator = PromptGenerator(
-            backbone.width, backbone.prompt_width, config.generator_widths, depth, config.num_queries
-        )
+        self.prompt_generator = PromptGenerator(backbone, config.generator_widths, depth, config.num_queries)
         self.prompt_encoder = AdaptedPromptEncoder(config)
         self.mask_decoder = AdaptedMaskDecoder(backbone, depth, num_classes, config.adapter_ratio)
         self.mask_head = MaskHead(
@@ -160,8 +158,9 @@ class MaskSAM(nn.Module):
         if not self.config.needs_sam:
             return {}
         new = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Trainable))
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        return {name: x for name, x in tensors if name.split(".")[0] in PARTS and not name.startswith(new)}
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        kept = [name for name in self.state_dict() if name.split(".")[0] in PARTS and not name.startswith(new)]
+        return {name: tensors[name] for name in kept}
 
     def load_sam(self, path: Path) -> list[str]:
         """Load SAM's weights from its released checkpoint, or a fine-tuned one in its format: all of it, or nothing.

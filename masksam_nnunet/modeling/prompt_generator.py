@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbones import Backbone, Level
 from .blocks import Trainable, conv_block, double_in_plane
 from .geometry import mask_extent
 
@@ -27,32 +28,36 @@ class Prompts(NamedTuple):
 
 
 class PromptGenerator(Trainable):
-    """A 3D decoder over five encoder levels, from the neck upwards to strides 16, 8 and 4."""
+    """A 3D decoder over the encoder's levels, from the neck upwards: to once, twice and four times the token grid."""
 
-    def __init__(
-        self, encoder_width: int, prompt_width: int, widths: tuple[int, int, int], depth: int, num_queries: int
-    ) -> None:
+    def __init__(self, backbone: Backbone, widths: tuple[int, int, int], depth: int, num_queries: int) -> None:
         super().__init__()
         coarse, middle, fine = widths
         self.depth = depth
         self.num_queries = num_queries
-        self.token_side = math.isqrt(prompt_width)
-        if self.token_side**2 != prompt_width:
-            raise ValueError(f"prompt_width = {prompt_width} must be a square number: class tokens are square maps")
+        self.token_side = math.isqrt(backbone.prompt_width)
+        if self.token_side**2 != backbone.prompt_width:
+            raise ValueError(
+                f"prompt_width = {backbone.prompt_width} must be a square number: class tokens are square maps"
+            )
+        self.levels = backbone.fed_levels
+        width_at = {1: coarse, 2: middle, 4: fine}
 
-        def project(width: int, doublings: int) -> nn.Sequential:
+        def project(level: Level) -> nn.Sequential:
+            width, doublings = width_at[level.feeds], (level.feeds // level.scale).bit_length() - 1
             up = [double_in_plane(width, width) for _ in range(doublings)]
-            return nn.Sequential(nn.Conv3d(encoder_width, width, kernel_size=1), *up)
+            return nn.Sequential(nn.Conv3d(level.width, width, kernel_size=1), *up)
 
-        self.project_neck = nn.Conv3d(prompt_width, coarse, kernel_size=1)
-        self.project_levels = nn.ModuleList(
-            [project(fine, 2), project(middle, 1), project(middle, 1), project(coarse, 0)]
-        )
+        def joined(scale: int) -> int:
+            return 1 + sum(level.feeds == scale for level in self.levels)
+
+        self.project_neck = nn.Conv3d(backbone.prompt_width, coarse, kernel_size=1)
+        self.project_levels = nn.ModuleList(map(project, self.levels))
         self.up_middle = double_in_plane(coarse, middle)
         self.up_fine = double_in_plane(middle, fine)
-        self.coarse = conv_block(2 * coarse, coarse)
-        self.middle = conv_block(3 * middle, middle)
-        self.fine = conv_block(2 * fine, fine)
+        self.coarse = conv_block(joined(1) * coarse, coarse)
+        self.middle = conv_block(joined(2) * middle, middle)
+        self.fine = conv_block(joined(4) * fine, fine)
 
         self.to_masks = nn.Conv3d(fine, num_queries, kernel_size=1)
         # One weight for each of four cells: a 1x1x1 convolution would show each coordinate one quadrant only.
@@ -60,13 +65,13 @@ class PromptGenerator(Trainable):
         self.to_tokens = nn.Conv3d(sum(widths), num_queries, kernel_size=3, padding=1)
 
     def forward(self, levels: list[Tensor], neck: Tensor) -> Prompts:
-        """``levels``: four of (B, D, g_h, g_w, E), shallow to deep; ``neck``: (B, D, P, g_h, g_w)."""
-        first, second, third, last = (
-            project(level.permute(0, 4, 1, 2, 3)) for project, level in zip(self.project_levels, levels, strict=True)
-        )
-        coarse = self.coarse(torch.cat([self.project_neck(neck.transpose(1, 2)), last], dim=1))  # stride 16
-        middle = self.middle(torch.cat([self.up_middle(coarse), second, third], dim=1))  # stride 8
-        fine = self.fine(torch.cat([self.up_fine(middle), first], dim=1))  # stride 4
+        """``levels``: as the backbone declares them, (B, D, h, w, E); ``neck``: (B, D, P, g_h, g_w)."""
+        joining: dict[int, list[Tensor]] = {1: [], 2: [], 4: []}
+        for level, project, x in zip(self.levels, self.project_levels, levels, strict=True):
+            joining[level.feeds].append(project(x.permute(0, 4, 1, 2, 3)))
+        coarse = self.coarse(torch.cat([self.project_neck(neck.transpose(1, 2)), *joining[1]], dim=1))  # scale 1
+        middle = self.middle(torch.cat([self.up_middle(coarse), *joining[2]], dim=1))  # scale 2
+        fine = self.fine(torch.cat([self.up_fine(middle), *joining[4]], dim=1))  # scale 4
 
         decoded = (coarse, middle, fine)
         mask_logits = self.to_masks(fine)  # (B, N, D, 4 g_h, 4 g_w)

@@ -22,7 +22,7 @@ def test_the_tiny_network_has_a_query_to_spare() -> None:
 def test_vit_b_on_acdcs_plain_patch_gets_u_4() -> None:
     """20x256x224 in batch 2 is 40 slices a step, as nnU-Net plans all of ACDC."""
     config = derive_config(plain_plans((20, 256, 224)), "3d_fullres", dataset_json(4), "vit_b")
-    assert (config.upsample, config.checkpointing, config.num_queries) == (4, True, 8)
+    assert (config.resolution, config.checkpointing, config.num_queries) == (4, True, 8)
     cost = training_cost(config, 1, 4, 2)
     assert (cost.peak_gib, cost.tflop) == pytest.approx((15.9, 198.1), rel=0.05)  # as the pages say
 
@@ -36,10 +36,10 @@ def simple(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("patch", "batch", "classes", "backbone", "expected"),
     [
-        ((128, 128, 128), 8, 3, "vit_b", {"upsample": 2, "checkpointing": True}),
+        ((128, 128, 128), 8, 3, "vit_b", {"resolution": 2, "checkpointing": True}),
         ((4, 32, 32), 2, 120, "tiny", {"num_queries": 64, "checkpointing": False}),
-        ((64, 512, 512), 8, 16, "vit_h", {"upsample": 1, "checkpointing": True}),  # what fits nothing gets a network
-        ((1, 320, 512), 1, 2, "vit_b", {"upsample": 2}),  # SAM's input stays within its size
+        ((64, 512, 512), 8, 16, "vit_h", {"resolution": 1, "checkpointing": True}),  # what fits nothing gets a network
+        ((1, 320, 512), 1, 2, "vit_b", {"resolution": 2}),  # SAM's input stays within its size
     ],
 )
 def test_other_patches(

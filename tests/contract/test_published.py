@@ -54,9 +54,9 @@ def test_plan_and_trainer_are_the_published_setting(
 
     trainer = getattr(trainers, recipe.trainer)(plans, "3d_fullres", 0, description, CPU)
     config = trainer.config
-    assert (config.backbone, config.upsample, config.num_queries) == (
+    assert (config.backbone, config.resolution, config.num_queries) == (
         recipe.backbone,
-        recipe.upsample,
+        recipe.resolution,
         recipe.num_queries,
     )
     assert config.loss == recipe.loss and config.prompts == "soft"

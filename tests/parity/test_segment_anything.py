@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sam, Path]:
 def pair(request: pytest.FixtureRequest, checkpoint: tuple[Sam, Path]) -> Iterator[Pair]:
     sam, path = checkpoint
     size = request.param
-    config = MaskSAMConfig("vit_b", (1, size // 4, size // 4), upsample=4, num_queries=2)
+    config = MaskSAMConfig("vit_b", (1, size // 4, size // 4), resolution=4, num_queries=2)
     ours = MaskSAM(config, 1, 3).eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")

@@ -20,7 +20,7 @@ def test_round_trip_through_text() -> None:
     [
         ("backbone", "vit_x"),
         ("num_queries", 2.5),
-        ("upsample", True),
+        ("resolution", True),
         ("patch_size", (8,)),
         ("patch_size", (0, 8, 8)),
         ("adapter_ratio", 0.0),
@@ -38,8 +38,8 @@ def test_unknown_and_missing_keys_are_named() -> None:
     data = tiny_config().to_json()
     with pytest.raises(ConfigError, match="colour"):
         MaskSAMConfig.from_json({**data, "colour": 1})
-    del data["upsample"]
-    with pytest.raises(ConfigError, match="upsample"):
+    del data["resolution"]
+    with pytest.raises(ConfigError, match="resolution"):
         MaskSAMConfig.from_json(data)
     data = tiny_config().to_json()
     del data["loss"]["no_object"]
@@ -50,7 +50,7 @@ def test_unknown_and_missing_keys_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patch", "upsample", "padded", "image", "tokens"),
+    ("patch", "resolution", "padded", "image", "tokens"),
     [
         ((10, 256, 224), 4, (256, 224), (1024, 896), (64, 56)),
         ((40, 56, 40), 2, (56, 40), (112, 80), (7, 5)),
@@ -59,9 +59,9 @@ def test_unknown_and_missing_keys_are_named() -> None:
     ],
 )
 def test_grid(
-    patch: tuple[int, ...], upsample: int, padded: tuple[int, int], image: tuple[int, int], tokens: tuple[int, int]
+    patch: tuple[int, ...], resolution: int, padded: tuple[int, int], image: tuple[int, int], tokens: tuple[int, int]
 ) -> None:
-    grid = Grid.of(tiny_config(patch_size=patch, upsample=upsample))
+    grid = Grid.of(tiny_config(patch_size=patch, resolution=resolution))
     assert (grid.padded, grid.image, grid.tokens) == (padded, image, tokens)
     assert grid.masks == (tokens[0] * 4, tokens[1] * 4)
     assert grid.patch == ((1, *patch) if len(patch) == 2 else patch)

@@ -26,7 +26,7 @@ def test_more_of_anything_costs_more() -> None:
 
 
 def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
-    config = tiny_config(patch_size=(6, 64, 96), upsample=2)
+    config = tiny_config(patch_size=(6, 64, 96), resolution=2)
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from masksam_nnunet.losses.masks import uncertain_points
 from masksam_nnunet.modeling import MaskSAMOutput
 
 K, N, D, H, W = 3, 5, 2, 16, 24
-GRID = Grid.of(tiny_config(patch_size=(D, H, W), upsample=4))  # masks are 16x24 too
+GRID = Grid.of(tiny_config(patch_size=(D, H, W), resolution=4))  # masks are 16x24 too
 
 
 def criterion(regions: bool = False, ignore_label: int | None = None, **loss: object) -> MaskSAMCriterion:

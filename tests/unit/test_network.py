@@ -13,6 +13,7 @@ from masksam_nnunet.config import Grid
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
+from masksam_nnunet.modeling.stem import InputStem
 
 
 def image(network: MaskSAM, batch: int = 1) -> Tensor:
@@ -37,11 +38,18 @@ def test_another_input_or_number_of_channels_is_refused() -> None:
         MaskSAM(tiny_config(), 2, 2, image_channels=3)
 
 
-def test_only_image_channels_are_averaged() -> None:
-    network = MaskSAM(tiny_config(), in_channels=4, num_classes=3, image_channels=2)
-    x = image(network)
-    images, _ = network.stem(x)
-    torch.testing.assert_close(images, x[:, :2].mean(1)[:, :, None].expand_as(images))
+@pytest.mark.parametrize(("backbone", "mean", "deviation"), [("lite_medsam", 0.0, 1.0), ("tiny", 0.485, 0.229)])
+def test_sam_sees_each_image_channel_from_black_to_white(backbone: str, mean: float, deviation: float) -> None:
+    config = tiny_config(backbone=backbone, intensity_ranges=((-1.0, 3.0), (0.0, 255.0)))
+    stem = InputStem(config, in_channels=4, image_channels=2)
+    x = torch.randn(2, 4, 3, 32, 48)
+    images, _ = stem(x)  # (2, 3, 3, 32, 48)
+    torch.testing.assert_close(images[:, :, 0], ((x[:, 0] + 1) / 4 - mean) / deviation)
+    black_and_white = torch.tensor([-1.0, 3.0, 0.0, 255.0]).view(1, 4, 1, 1, 1)
+    black, white = (stem._plain(black_and_white[:, i::2]) for i in (0, 1))
+    torch.testing.assert_close((white - black)[0, 0].squeeze(), torch.tensor(1 / deviation))
+    with pytest.raises(ValueError, match="intensity_ranges"):
+        InputStem(config, in_channels=4, image_channels=3)
 
 
 def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:

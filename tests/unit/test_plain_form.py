@@ -56,9 +56,9 @@ def labels(grid: Grid, batch: int) -> Tensor:
     return coarse.repeat_interleave(-(-height // 3), 3).repeat_interleave(-(-width // 4), 4)[..., :height, :width]
 
 
-@pytest.mark.parametrize("upsample", [1, 4])
-def test_targets_matching_and_loss_equal_loops_over_slices(upsample: int) -> None:
-    grid = Grid.of(tiny_config(patch_size=(3, 20, 24), upsample=upsample))
+@pytest.mark.parametrize("resolution", [1, 4])
+def test_targets_matching_and_loss_equal_loops_over_slices(resolution: int) -> None:
+    grid = Grid.of(tiny_config(patch_size=(3, 20, 24), resolution=resolution))
     output, truth = outputs(grid, batch=2, queries=6), labels(grid, batch=2)
     results = []
     for judge in (MaskSAMCriterion(loss_config(), grid, K), PlainCriterion(loss_config(), grid, K)):
@@ -82,7 +82,7 @@ def test_the_network_equals_its_plain_form(
     frozen: bool, changes: dict[str, object], slices_at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A narrow SAM with windows, on a grid that is not square and that windows do not divide."""
-    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4, **changes)
+    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), resolution=4, **changes)
     network = MaskSAM(config, 2, K).train()
     network.image_encoder.slices_at_once = slices_at_once
     monkeypatch.setattr(network_module, "TOKENS_PER_CHUNK", 2 * 6 * 5 * 7)  # two queries
@@ -112,7 +112,7 @@ def test_the_network_equals_its_plain_form(
     [({"patch_size": (3, 20, 28), "checkpointing": True}, True), ({"patch_size": (20, 28)}, False)],
 )
 def test_torch_compile_finds_no_graph_break(changes: dict[str, object], training: bool) -> None:
-    network = MaskSAM(tiny_config(backbone="vit_l", upsample=2, **changes), 1, K)
+    network = MaskSAM(tiny_config(backbone="vit_l", resolution=2, **changes), 1, K)
     x = torch.randn(1, 1, *network.config.patch_size)
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):
@@ -123,7 +123,7 @@ def test_torch_compile_finds_no_graph_break(changes: dict[str, object], training
 
 def test_low_precision_is_as_near_as_the_plain_forms() -> None:
     """Under autocast, which on a CPU has PyTorch's fused attention instead of blocks, as a GPU has."""
-    network = MaskSAM(tiny_config(backbone="vit_l", patch_size=(3, 20, 28), upsample=4), 1, K).train()
+    network = MaskSAM(tiny_config(backbone="vit_l", patch_size=(3, 20, 28), resolution=4), 1, K).train()
     x = torch.randn(2, 1, 3, 20, 28)
     exact = plain_parts(network, x)
     for compute in (network, lambda x: plain_parts(network, x)):

@@ -21,7 +21,7 @@ from masksam_nnunet.plans.presets import PRESETS, load_preset
 )
 def test_values(name: str, expected: tuple[object, ...]) -> None:
     p = load_preset(name)
-    sizes = p.backbone, p.num_queries, p.patch_size, p.upsample, p.batch_size, p.epochs, p.dice
+    sizes = p.backbone, p.num_queries, p.patch_size, p.resolution, p.batch_size, p.epochs, p.dice
     assert (*sizes, p.optimizer.name, p.loss.mask_bce, p.loss.num_points) == expected
     assert p.loss.mask_dice == p.loss.mask_bce and p.loss.semantic == 0 and p.notes
     rate = p.optimizer.learning_rate, p.optimizer.weight_decay, p.optimizer.gradient_clip

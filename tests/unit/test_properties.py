@@ -16,7 +16,7 @@ FLAGS = st.fixed_dictionaries(
         "regions": st.booleans(),
         "checkpointing": st.booleans(),
         "prompts": st.sampled_from(("soft", "hard")),
-        "upsample": st.sampled_from((1, 2, 4)),
+        "resolution": st.sampled_from((1, 2, 4)),
         "adapter_ratio": st.sampled_from((0.1, 0.25, 1.0)),
     }
 )

@@ -42,14 +42,14 @@ class TestSearch:
     def test_as_many_slices_as_fit_and_not_one_less(self) -> None:
         sizes = choose((200, 256, 256), 16.0)  # 14 GiB, of which 13 for activations: 65 * 2^20 pixels; 2 MPixel a slice
         config = sizes.config
-        assert (config.upsample, config.checkpointing, config.patch_size) == (4, True, (32, 256, 256))
+        assert (config.resolution, config.checkpointing, config.patch_size) == (4, True, (32, 256, 256))
         assert sizes.cost.peak_gib <= 14 < simple_cost(config, 1, 3, 2, 3).peak_gib + 0.4
 
     def test_more_memory_never_buys_less(self) -> None:
         keys = []
         for memory in (1.5, 2, 3, 4, 6, 8, 12, 24, 48, 96):
             config = choose((24, 128, 128), memory).config
-            keys.append((config.upsample, config.patch_size[0], not config.checkpointing))
+            keys.append((config.resolution, config.patch_size[0], not config.checkpointing))
         assert keys == sorted(keys) and len(set(keys)) > 4
 
     def test_operations_bound_the_slices(self) -> None:
@@ -57,7 +57,7 @@ class TestSearch:
         assert 400 < sizes.cost.tflop <= 420 and "420 TFLOP" in sizes.reasons["D"]
 
     @pytest.mark.parametrize(
-        ("median", "patch", "upsample"),
+        ("median", "patch", "resolution"),
         [
             ((5, 50, 35), (5, 64, 48), 4),
             ((2, 300, 520), (2, 304, 528), 1),
@@ -67,10 +67,10 @@ class TestSearch:
         ],
     )
     def test_slices_are_whole_up_to_sams_input(
-        self, median: tuple[int, ...], patch: tuple[int, ...], upsample: int
+        self, median: tuple[int, ...], patch: tuple[int, ...], resolution: int
     ) -> None:
         config = choose(median, 96.0).config
-        assert (config.patch_size, config.upsample) == (patch, upsample)
+        assert (config.patch_size, config.resolution) == (patch, resolution)
 
     def test_two_dimensions_fill_the_batch(self) -> None:
         sizes = choose((64, 48), 24.0, largest_batch=lambda voxels: 40)
@@ -80,7 +80,7 @@ class TestSearch:
 
     def test_little_memory_takes_slices_then_their_size(self) -> None:
         sizes = [choose((24, 512, 512), memory).config for memory in (1.55, 1.3, 1.22)]
-        assert [config.upsample for config in sizes] == [1, 1, 1]
+        assert [config.resolution for config in sizes] == [1, 1, 1]
         assert sizes[0].patch_size == (3, 512, 512)
         assert sizes[1].patch_size == (1, 512, 512)
         assert sizes[2].patch_size[1] < 512

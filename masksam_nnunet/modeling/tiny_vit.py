@@ -1,0 +1,170 @@
+"""TinyViT (arXiv 2207.10666) over the slices of a volume, with adapters: the encoder of LiteMedSAM and MobileSAM."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
+from timm.models.tiny_vit import ConvNorm, MBConv, PatchMerging, TinyVitBlock
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..config import Grid, MaskSAMConfig
+from .blocks import DepthEmbedding
+from .compute import in_pieces, norm, recomputed, shrink
+
+WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
+PIXELS_AT_ONCE = 2**16
+"""Pixels of the finest map that the convolutions before the first adapter take at a time; a slice of more is whole."""
+
+
+class AdaptedBlock(TinyVitBlock):
+    """A block of TinyViT with two adapters, as SAM's: one follows the attention, one runs parallel to the MLP."""
+
+    def __init__(self, backbone: Backbone, stage: int, ratio: float) -> None:
+        width = WIDTHS[stage]
+        super().__init__(width, HEADS[stage], WINDOWS[stage])
+        self.attention_adapter = backbone.make_adapter(width, ratio)
+        self.mlp_adapter = backbone.make_adapter(width, ratio)
+
+    def forward(self, x: Tensor, slices_at_once: int | None) -> Tensor:
+        """The adapted block; x and the result are (B, D, h, w, E)."""
+        lead = x.shape[:2]
+        pieces = partial(in_pieces, slices_at_once, self.training)
+        y = pieces(self._attend, x.flatten(0, 1)).unflatten(0, lead)
+        x = x + y + self.attention_adapter(y)
+        x = _convolved(self.local_conv, x.flatten(0, 1)).unflatten(0, lead)
+        y = self.mlp.norm(x)
+        mlp = pieces(self._mlp, y.flatten(0, 1)).unflatten(0, lead)
+        return x + mlp + 0.5 * self.mlp_adapter(y)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Attention in windows, the last of which are filled up with zeros, (M, h, w, E)."""
+        m, h, w, e = x.shape
+        side, attn = self.window_size, self.attn
+        x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        windows = x.view(m, rows, side, columns, side, e).transpose(2, 3).reshape(-1, side * side, e)
+        qkv = attn.qkv(attn.norm(windows)).unflatten(-1, (attn.num_heads, 3, -1))  # (windows, n, heads, 3, c)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        bias = attn.attention_biases[:, attn.attention_bias_idxs].to(q.dtype)  # (heads, n, n)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])  # (windows, heads, n, c)
+        y = attn.proj(y.transpose(1, 2).flatten(2))
+        y = y.view(m, rows, columns, side, side, e).transpose(2, 3).reshape(m, rows * side, columns * side, e)
+        return y[:, :h, :w]
+
+
+class AdaptedTinyViT(nn.Module):
+    """TinyViT with a depth embedding and two adapters in each transformer block.
+
+    With the stem of LiteMedSAM (stride 4) or MobileSAM (stride 16), and a neck as SAM's. Batch norms are folded into
+    their convolutions as in evaluation mode.
+    """
+
+    def __init__(self, backbone: Backbone, config: MaskSAMConfig) -> None:
+        super().__init__()
+        fine = {"ks": 1} if backbone.stride == 4 else {"ks": 3, "stride": 2, "pad": 1}
+        self.stem = nn.ModuleList([ConvNorm(3, WIDTHS[0] // 2, **fine), ConvNorm(WIDTHS[0] // 2, WIDTHS[0], **fine)])
+        self.convolutions = nn.ModuleList(MBConv(WIDTHS[0], WIDTHS[0], 4.0, nn.GELU, 0.0) for _ in range(DEPTHS[0]))
+        self.merges = nn.ModuleList(PatchMerging(WIDTHS[i], WIDTHS[i + 1], nn.GELU) for i in range(3))
+        self.merges[-1].conv2.conv.stride = (1, 1)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(AdaptedBlock(backbone, stage, config.adapter_ratio) for _ in range(DEPTHS[stage]))
+            for stage in (1, 2, 3)
+        )
+        width = backbone.prompt_width
+        self.neck = nn.Sequential(
+            nn.Conv2d(WIDTHS[-1], width, kernel_size=1, bias=False),
+            LayerNorm2d(width),
+            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(width),
+        )
+        self.depth_embedding = DepthEmbedding(Grid.of(config).patch[0], WIDTHS[1])
+        self.checkpointing = config.checkpointing
+        self.slices_at_once: int | None = None
+        """How many of a batch's B·D slices the frozen layers take at a time; None for all."""
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Encode images (B, D, 3, S_h, S_w).
+
+        Returns:
+            The outputs of the four stages, (B, D, 4 g_h, 4 g_w, 64), (B, D, 2 g_h, 2 g_w, 128), (B, D, g_h, g_w, 160)
+            and (B, D, g_h, g_w, 320), and the neck's output (B, D, P, g_h, g_w).
+        """
+        lead = images.shape[:2]
+        x = images.flatten(0, 1).permute(0, 2, 3, 1)  # (B D, S_h, S_w, 3)
+        shrinks = self.stem[0].conv.stride[0] * self.stem[1].conv.stride[0]
+        size = max(1, PIXELS_AT_ONCE * shrinks**2 // x.shape[1:3].numel())
+        # Where the image needs no gradient, nothing of these layers is kept.
+        level = in_pieces(size, images.requires_grad, self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)
+        levels = [level.unflatten(0, lead)]
+        for merge, stage in zip(self.merges, self.stages, strict=True):
+            x = in_pieces(size, images.requires_grad, partial(_merged, merge), level).unflatten(0, lead)
+            if len(levels) == 1:
+                x = x + self.depth_embedding()[:, None, None]
+            for block in stage:
+                x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once)
+            levels.append(x)
+            level = x.flatten(0, 1)
+        return levels, self._neck(level).unflatten(0, lead)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Stem and first stage, (M, S_h, S_w, 3) to (M, 4 g_h, 4 g_w, 64)."""
+        first, second = self.stem
+        x = _convolved(second, _gelu(_convolved(first, x)))
+        for block in self.convolutions:
+            y = _convolved(block.conv2, _gelu(_convolved(block.conv1, x)))
+            x = _gelu(_convolved(block.conv3, _gelu(y)) + x)
+        return x
+
+    def _neck(self, x: Tensor) -> Tensor:
+        """(M, g_h, g_w, 320) to (M, P, g_h, g_w)."""
+        project, norm_1, convolution, norm_2 = self.neck
+        x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (M, g_h, g_w, P)
+        x = convolution(x.permute(0, 3, 1, 2))
+        return norm(norm_2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _merged(merge: PatchMerging, x: Tensor) -> Tensor:
+    """Half the height and width, except in the last merge: (M, h, w, E) to (M, h', w', E')."""
+    x = _convolved(merge.conv2, _gelu(_convolved(merge.conv1, x)))
+    return _convolved(merge.conv3, _gelu(x))
+
+
+def _convolved(layer: ConvNorm, x: Tensor) -> Tensor:
+    """A convolution with its batch norm in evaluation mode, channels last: (M, h, w, C) to (M, h', w', C')."""
+    convolution, batch_norm = layer.conv, layer.bn
+    gain = batch_norm.weight * (batch_norm.running_var + batch_norm.eps).rsqrt()
+    weight, bias = convolution.weight * gain[:, None, None, None], batch_norm.bias - batch_norm.running_mean * gain
+    if convolution.kernel_size == (1, 1):
+        return F.linear(x, weight.flatten(1), bias)
+    settings = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, *settings).permute(0, 2, 3, 1)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """In place where nothing needs x again."""
+    return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
+
+
+_RENAMED = (
+    (r"\.c\.", ".conv."),
+    (r"^image_encoder\.patch_embed\.seq\.0\.", "image_encoder.stem.0."),
+    (r"^image_encoder\.patch_embed\.seq\.2\.", "image_encoder.stem.1."),
+    (r"^image_encoder\.layers\.0\.blocks\.", "image_encoder.convolutions."),
+    (r"^image_encoder\.layers\.(\d)\.downsample\.", r"image_encoder.merges.\1."),
+    (r"^image_encoder\.layers\.(\d)\.blocks\.", lambda found: f"image_encoder.stages.{int(found[1]) - 1}."),
+)
+
+
+def remap_tiny_vit_key(key: str) -> str:
+    """This project's name of a tensor in a checkpoint of LiteMedSAM or MobileSAM; other names stay as they are."""
+    for pattern, replacement in _RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
