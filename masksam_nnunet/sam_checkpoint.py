@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,43 @@ PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 """SAM's three parts, the first component of each of its keys."""
 
 _NESTED = ("model", "state_dict")  # where training scripts put the parameters in a larger dict
+_RENAMED = (
+    (r"^module\.", ""),  # DistributedDataParallel's
+    # TinyViT: LiteMedSAM, MobileSAM
+    (r"^(image_encoder\..+)\.c\.", r"\1.conv."),
+    (r"^image_encoder\.patch_embed\.seq\.0\.", "image_encoder.stem.0."),
+    (r"^image_encoder\.patch_embed\.seq\.2\.", "image_encoder.stem.1."),
+    (r"^image_encoder\.layers\.0\.blocks\.", "image_encoder.convolutions."),
+    (r"^image_encoder\.layers\.(\d)\.downsample\.", r"image_encoder.merges.\1."),
+    *((rf"^image_encoder\.layers\.{i}\.blocks\.", f"image_encoder.stages.{i - 1}.") for i in (1, 2, 3)),
+)
+"""Keys of the known formats, and what they are in this project's networks."""
+_LEFT_OUT = (
+    (
+        "SAM-HQ's mask decoder",
+        r"mask_decoder\.(hf_token|hf_mlp|compress_vit_feat|embedding_encoder|embedding_maskfeature)\.",
+    ),
+    ("SAM-Med2D's adapters", r"image_encoder\.blocks\.\d+\.Adapter\."),
+    ("MobileSAM's classifier", r"image_encoder\.(norm_head|head)\."),
+)
+"""What the known formats hold beside SAM's own parts, by their keys' beginnings."""
 _REL_POS = re.compile(r"\.attn\.rel_pos_[hw]$")
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+class SamFile(NamedTuple):
+    """A checkpoint's content."""
+
+    tensors: dict[str, Tensor]
+    """SAM's parameters and buffers under this project's names."""
+    left_out: dict[str, int]
+    """How many tensors were left out, by what they belong to."""
+
+
+def read_checkpoint(path: Path) -> SamFile:
     """SAM's parameters from ``path``, on the CPU, memory-mapped where the file allows it.
 
-    The file may hold them at top level, or under "model" or "state_dict". No code in it is ever run.
+    The file may hold them at top level, or under "model" or "state_dict", in the formats of SAM, MedSAM, SAM-HQ,
+    SAM-Med2D, LiteMedSAM and MobileSAM. No code in it is ever run.
 
     Raises:
         WeightsError: unreadable, damaged, a pickle with code in it, or no parameters of SAM.
@@ -39,11 +70,19 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         reason = f"it holds a {type(content).__name__}, not a dict of tensors"
     elif odd := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
         reason = f"not tensors: {_some(odd)}"
-    elif {key.split(".")[0] for key in content}.issuperset(PARTS):
-        return dict(content)
     else:
+        tensors = {_our_name(key): value for key, value in content.items()}
+        if {key.split(".")[0] for key in tensors}.issuperset(PARTS):
+            extra = {key: owner for owner, pattern in _LEFT_OUT for key in tensors if re.match(pattern, key)}
+            return SamFile({key: x for key, x in tensors.items() if key not in extra}, Counter(extra.values()))
         reason = f"its keys must start with {', '.join(PARTS)}; it has {_some(content)}"
     raise WeightsError(f"{path} is not a checkpoint in SAM's format: {reason}; get one with: masksam weights vit_b")
+
+
+def _our_name(key: str) -> str:
+    for pattern, replacement in _RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def remap_sam_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -54,8 +93,8 @@ def remap_sam_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, tor
     (2 g - 1, C) linearly, as segment-anything's ``get_rel_pos`` does on the fly. All else must agree exactly.
 
     Args:
-        state: a checkpoint under SAM's own keys.
-        expected: the shapes of the network's SAM parameters under SAM's own keys.
+        state: the tensors of a checkpoint under this project's names, which are SAM's own for its ViTs.
+        expected: the shapes of the network's SAM parameters and buffers.
 
     Returns:
         Tensors under the keys of ``expected``, in its shapes.
@@ -107,10 +146,13 @@ def _resized(value: Tensor, shape: torch.Size) -> Tensor:
 
 def _encoder(state: Mapping[str, torch.Size]) -> str:
     """The image encoder by its name, or by its width and number of blocks (0 where there is none)."""
-    width = next(iter(state.get("image_encoder.patch_embed.proj.weight", ())), 0)
+    width = state.get("image_encoder.neck.0.weight", (0, 0))[1]
     blocks = len({key.split(".")[2] for key in state if key.startswith("image_encoder.blocks.")})
-    names = [b.name for b in BACKBONES.values() if b.checkpoint and (b.width, b.depth) == (width, blocks)]
-    return names[0] if names else f"an encoder of width {width} with {blocks} blocks"
+    stem = state.get("image_encoder.stem.0.conv.weight", (0,))[-1]  # side of the kernel of TinyViT's first layer
+    stride = 4 if stem == 1 else 16
+    sizes = width, blocks, stride
+    names = [b.name for b in BACKBONES.values() if b.checkpoint and (b.width, b.depth, b.stride) == sizes]
+    return names[0] if names else f"an encoder of width {width} with {blocks} blocks and stride {stride}"
 
 
 def _some(keys: Iterable[object]) -> str:

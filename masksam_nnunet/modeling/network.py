@@ -154,7 +154,7 @@ class MaskSAM(nn.Module):
     # ---- SAM's weights -------------------------------------------------------------------------------------------
 
     def sam_tensors(self) -> dict[str, Tensor]:
-        """SAM's own parameters and buffers, under the names that its checkpoints give them, which are ours too."""
+        """SAM's own parameters and buffers, under the names that ``read_checkpoint`` gives them."""
         if not self.config.needs_sam:
             return {}
         new = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Trainable))
@@ -173,7 +173,7 @@ class MaskSAM(nn.Module):
         """
         targets = self.sam_tensors()
         sha256 = verify(path, str(self.config.sam))
-        file = read_checkpoint(path)
+        file, left_out = read_checkpoint(path)
         fitted = remap_sam_state_dict(file, {name: x.shape for name, x in targets.items()})
         with torch.no_grad():
             for name, value in fitted.items():
@@ -187,6 +187,7 @@ class MaskSAM(nn.Module):
             f"  loaded unchanged: {_count_by_part(targets.keys() - resized)}",
             f"  interpolated to this token grid: {_count_by_part(resized)}",
             f"  new, not from SAM: {_count_by_part(new)}",
+            *(f"  in the file and left out: {count} tensors of {owner}" for owner, count in left_out.items()),
         ]
 
     def sam_sha256(self) -> str | None:
@@ -246,7 +247,7 @@ def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: 
             )
         tensors = network.sam_tensors()
         if network.sam_sha256() != sha256:
-            file = read_checkpoint(find_exact(sam, sha256))
+            file = read_checkpoint(find_exact(sam, sha256)).tensors
             fitted = remap_sam_state_dict(file, {name: x.shape for name, x in tensors.items()})
             tensors = {name: x.to(tensors[name].dtype) for name, x in fitted.items()}
         # A network's own tensors, copied onto themselves, cost nothing: so does a second fold.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 import torch
@@ -151,20 +150,3 @@ def _convolved(layer: ConvNorm, x: Tensor) -> Tensor:
 def _gelu(x: Tensor) -> Tensor:
     """In place where nothing needs x again."""
     return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
-
-
-_RENAMED = (
-    (r"\.c\.", ".conv."),
-    (r"^image_encoder\.patch_embed\.seq\.0\.", "image_encoder.stem.0."),
-    (r"^image_encoder\.patch_embed\.seq\.2\.", "image_encoder.stem.1."),
-    (r"^image_encoder\.layers\.0\.blocks\.", "image_encoder.convolutions."),
-    (r"^image_encoder\.layers\.(\d)\.downsample\.", r"image_encoder.merges.\1."),
-    (r"^image_encoder\.layers\.(\d)\.blocks\.", lambda found: f"image_encoder.stages.{int(found[1]) - 1}."),
-)
-
-
-def remap_tiny_vit_key(key: str) -> str:
-    """This project's name of a tensor in a checkpoint of LiteMedSAM or MobileSAM; other names stay as they are."""
-    for pattern, replacement in _RENAMED:
-        key = re.sub(pattern, replacement, key)
-    return key

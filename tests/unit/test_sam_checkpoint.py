@@ -51,7 +51,7 @@ def test_read_gives_the_tensors_wherever_they_stand(tmp_path: Path, nested: str 
     state = sam_state()
     content = {nested: state, "epoch": 3} if nested else state
     torch.save(content, tmp_path / "sam.pth", _use_new_zipfile_serialization=zipped)
-    read = read_checkpoint(tmp_path / "sam.pth")
+    read = read_checkpoint(tmp_path / "sam.pth").tensors
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
 
