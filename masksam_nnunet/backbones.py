@@ -50,6 +50,8 @@ class Backbone:
     """Side of the windows in which the other blocks attend; 0 for global attention throughout."""
     stride: int = 16
     """s: pixels of the input for each token, along each axis."""
+    image_size: int = 1024
+    """Largest side of the images that it was trained on, in pixels."""
     levels: tuple[Level, ...] = ()
     """What feeds the prompt generator beside the neck, shallow to deep, at least one for each of the scales 1, 2 and 4;
     () for a ViT's: four of width E on the token grid, of which the first joins scale 4, the second and third 2."""
@@ -121,6 +123,7 @@ BACKBONES = {
         Backbone(
             *("lite_medsam", 320),
             stride=4,
+            image_size=256,
             levels=_TINY_VIT,
             intensities="unit",
             learns_input=False,

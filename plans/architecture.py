@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from masksam_nnunet.backbones import BACKBONES
-from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.config import Z_SCORES, ConfigError, MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import in_short
@@ -30,11 +31,11 @@ DECISIONS = "masksam"
 _CONFIG_KEY = "config"
 _READ = ("patch_size", "batch_size", "spacing", "normalization_schemes", "data_identifier", "architecture")
 
-MAX_IMAGE = 1024  # SAM's own input size
 CARD_GB = 24.0  # a common research card
 USABLE = 7 / 8  # of a card's memory: the rest is for the driver and fragmentation
 MEMORY_GIB = CARD_GB * USABLE
 MAX_QUERIES = 64
+MASKED_Z_SCORES = (-2.5, 2.5)  # what lies outside the mask is 0, the mean of what lies inside
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,28 @@ class Profile:
     generator_widths: tuple[int, int, int]
     head_width: int
     max_tflop: float
-    """Most operations of a training step, in 10^12; limits u."""
-    resolutions: tuple[Literal[2, 4], ...] = (4, 2)
-    """Values of u to try, before 1."""
+    """Most operations of a training step, in 10^12; limits r."""
+    resolutions: tuple[float, ...] = (4, 2, 1)
+    """Values of r to try; the last is always allowed."""
 
 
 SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=210.0)  # ACDC at u = 4, 20x256x224 in batch 2, takes 198
 TINY_PROFILE = Profile(
     16, (64, 32, 16), 16, max_tflop=0.15, resolutions=(2,)
 )  # a second or two a step on two CPU cores
+# A SAM of fine stride makes masks as large as its input: there channels are dear.
+FINE_PROFILE = Profile(16, (64, 48, 32), 16, max_tflop=20.0, resolutions=(4, 2, 1, 0.5, 0.25))
 
 
 def profile_of(backbone: str) -> Profile:
-    """The profile of the tiny encoder, or of SAM."""
-    return TINY_PROFILE if backbone == "tiny" else SAM_PROFILE
+    """The profile of the tiny encoder, or of SAM with tokens of few or of many pixels."""
+    if backbone == "tiny":
+        return TINY_PROFILE
+    return FINE_PROFILE if BACKBONES[backbone].stride < 16 else SAM_PROFILE
 
 
 def config_for(backbone: str, patch_size: tuple[int, ...], queries: int, regions: bool, **more: Any) -> MaskSAMConfig:
-    """A config with the backbone's widths, at u = 1 unless ``more`` says otherwise."""
+    """A config with the backbone's widths, at r = 1 unless ``more`` says otherwise."""
     profile = profile_of(backbone)
     return MaskSAMConfig(
         backbone=backbone,
@@ -98,8 +103,8 @@ def derive_config(
 ) -> MaskSAMConfig:
     """The config of ``backbone`` for a configuration of plain plans.
 
-    u is the largest of 4 and 2 with u max(H, W) <= 1024 whose step fits the memory and operation targets, with
-    activation checkpointing before u is lowered; else 1.
+    r is the largest of the profile's at which the encoder sees no more than the size it was trained on and whose step
+    fits the memory and operation targets, with activation checkpointing before r is lowered; else the smallest.
     """
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name)
@@ -109,17 +114,44 @@ def derive_config(
     patch_size = tuple(int(size) for size in configuration.patch_size)
     # Plain plans do not say how many classes one slice holds: K is a bound.
     queries = min(num_queries(classes, backbone), MAX_QUERIES)
-    config = config_for(backbone, patch_size, queries, labels.has_regions)
+    ranges = intensity_ranges(plans, configuration.normalization_schemes, configuration.use_mask_for_norm)
+    config = config_for(backbone, patch_size, queries, labels.has_regions, intensity_ranges=ranges)
     profile = profile_of(backbone)
-    choices: tuple[Literal[1, 2, 4], ...] = (*profile.resolutions, 1)
-    for resolution, checkpointing in product(choices, (False, True)):
-        if resolution > 1 and resolution * max(patch_size[-2:]) > MAX_IMAGE:
+    for resolution, checkpointing in product(profile.resolutions, (False, True)):
+        if resolution * max(patch_size[-2:]) > config.encoder.image_size:
             continue
         candidate = replace(config, resolution=resolution, checkpointing=checkpointing)
         cost = training_cost(candidate, channels, classes, configuration.batch_size)
         if cost.peak_gib <= MEMORY_GIB and cost.tflop <= profile.max_tflop:
             return candidate
-    return replace(config, resolution=1, checkpointing=True)  # always allowed
+    return replace(config, resolution=profile.resolutions[-1], checkpointing=True)
+
+
+def intensity_ranges(
+    plans: dict[str, Any], schemes: Sequence[str], use_mask_for_norm: Sequence[bool]
+) -> tuple[tuple[float, float], ...]:
+    """Black and white of each image channel after nnU-Net's normalisation, as far as plans tell.
+
+    CT is clipped to its range; what is not normalised has the percentiles of the foreground; [0, 1] is what it says.
+    All else is z-scored image by image: those have no common range, so it is a typical one.
+    """
+    properties = plans.get("foreground_intensity_properties_per_channel", {})
+
+    def of_channel(channel: int, scheme: str, masked: bool) -> tuple[float, float]:
+        found = properties.get(str(channel), {})
+        low, high = (float(found.get(f"percentile_{share}", math.nan)) for share in ("00_5", "99_5"))
+        if scheme == "CTNormalization":
+            low, high = (
+                (value - found.get("mean", math.nan)) / max(found.get("std", 0), 1e-8) for value in (low, high)
+            )
+        if scheme in ("CTNormalization", "NoNormalization") and low < high:  # NaN where no case has foreground
+            return low, high
+        if scheme in ("RescaleTo01Normalization", "RGBTo01Normalization"):
+            return 0.0, 1.0
+        return MASKED_Z_SCORES if masked else Z_SCORES
+
+    channels = zip(schemes, use_mask_for_norm, strict=True)
+    return tuple(of_channel(channel, *settings) for channel, settings in enumerate(channels))
 
 
 def read_config(configuration: ConfigurationManager) -> MaskSAMConfig | None:

@@ -21,7 +21,7 @@ from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_text_atomically
 
-from .architecture import BASE_PLANS, DECISIONS, open_configuration, write_config
+from .architecture import BASE_PLANS, DECISIONS, intensity_ranges, open_configuration, write_config
 from .presets import Preset
 from .raw_check import TargetCount, count_targets
 from .raw_data import RawDataset
@@ -182,6 +182,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             channels=channels,
             classes=self.labels.num_segmentation_heads,
             regions=self.labels.has_regions,
+            intensity_ranges=intensity_ranges(base, settings.normalization_schemes, settings.use_mask_for_norm),
             targets=count,
             largest_batch=largest_batch,
         )

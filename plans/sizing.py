@@ -1,4 +1,4 @@
-"""Patch, batch, u, backbone and checkpointing of a MaskSAM network under a memory target.
+"""Patch, batch, r, backbone and checkpointing of a MaskSAM network under a memory target.
 
 A patch shows SAM whole slices, as SAM was trained on whole images and as the paper's recipes do (4x256x256, 26x256x256,
 9x512x512): the slices are as large as the median image, and memory decides their number.
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from masksam_nnunet.backbones import checkpoint_names
+from masksam_nnunet.backbones import BACKBONES, checkpoint_names
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 from masksam_nnunet.errors import DataError
 
-from .architecture import CARD_GB, MAX_IMAGE, USABLE, config_for, num_queries, profile_of, round_up
+from .architecture import CARD_GB, USABLE, config_for, num_queries, profile_of, round_up
 from .presets import Preset
 from .raw_check import TargetCount
 
@@ -36,6 +36,7 @@ class Requirements:
         channels: C, with a cascade's one-hot channels.
         classes: K.
         regions: whether the classes are regions.
+        intensity_ranges: black and white of each image channel.
         targets: the slice with the most targets.
         largest_batch: gives the largest allowed batch for a patch of so many voxels.
     """
@@ -44,6 +45,7 @@ class Requirements:
     channels: int
     classes: int
     regions: bool
+    intensity_ranges: tuple[tuple[float, float], ...]
     targets: TargetCount
     largest_batch: Callable[[int], int]
 
@@ -65,29 +67,29 @@ class Sizes:
             "backbone": config.backbone,
             **({"D": depth[0]} if depth else {}),
             "H x W": f"{height} x {width}",
-            "u": config.resolution,
+            "r": f"{config.resolution:g}",
             "N": config.num_queries,
             "batch size": self.batch_size,
             "checkpointing": "on" if config.checkpointing else "off",
             "memory": f"{cost.peak_gib:.1f} GiB",
             "operations": f"{cost.tflop:.3g} TFLOP",
         }
-        seen = f"the encoder sees {config.resolution * height} x {config.resolution * width}"
+        seen = f"the encoder sees {config.resolution * height:g} x {config.resolution * width:g}"
         hours = 250 * epochs * cost.tflop / 100 / 3600
         why = {
             "memory": "estimated, for a training step in bfloat16",
             "operations": f"a step; {epochs} epochs at 100 TFLOP/s: {hours:.3g} hours",
             **self.reasons,
-            "u": f"{self.reasons['u']}; {seen}",
+            "r": f"{self.reasons['r']}; {seen}",
         }
         return [{"what": what, "value": value, "why": why[what]} for what, value in values.items()]
 
 
 def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], gpu_memory_gb: float) -> Sizes:
-    """The first backbone that fits, with the largest u for :data:`FEW_SLICES` slices, then as many slices as fit.
+    """The first backbone that fits, with the largest r for :data:`FEW_SLICES` slices, then as many slices as fit.
 
-    Activation checkpointing is used before a slice or u is given up. Patches of fewer than :data:`FEW_SLICES` slices,
-    and then of parts of slices, are used only where no u fits. The bound on operations grows with the memory, as cards
+    Activation checkpointing is used before a slice or r is given up. Patches of fewer than :data:`FEW_SLICES` slices,
+    and then of parts of slices, are used only where no r fits. The bound on operations grows with the memory, as cards
     do.
 
     Raises:
@@ -105,7 +107,7 @@ def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], gpu_memory_gb
             return replace(found, reasons=reasons)
     least = search.smallest
     needed = least.cost.peak_gib / USABLE + 0.1
-    smaller = "" if backbones[-1] in ("vit_b", "tiny") else ", or a smaller --backbone"
+    smaller = "" if backbones[-1] in (LARGEST_FIRST[-1], "tiny") else ", or a smaller --backbone"
     raise DataError(
         f"--gpu-memory {gpu_memory_gb:g} is too small for {backbones[-1]} with its smallest patch "
         f"{least.config.patch_size}; give --gpu-memory {needed:.1f} or more{smaller}"
@@ -115,7 +117,13 @@ def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], gpu_memory_gb
 def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> Sizes:
     """The published setting, whatever memory it takes; only checkpointing, which changes no result, is chosen."""
     config = config_for(
-        preset.backbone, preset.patch_size, preset.num_queries, False, resolution=preset.resolution, loss=preset.loss
+        preset.backbone,
+        preset.patch_size,
+        preset.num_queries,
+        False,
+        intensity_ranges=wanted.intensity_ranges,
+        resolution=preset.resolution,
+        loss=preset.loss,
     )
     inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most)
     cost = training_cost(config, *inputs)
@@ -123,7 +131,7 @@ def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> 
     if without > gpu_memory_gb * USABLE:
         config = replace(config, checkpointing=True)
         cost = training_cost(config, *inputs)
-    keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "u": "resolution"}
+    keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "r": "resolution"}
     keys |= {"N": "num_queries", "batch size": "batch_size"}
     reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
     reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
@@ -143,11 +151,14 @@ class _Search:
         self.max_tflop = profile.max_tflop * (1 if backbone == "tiny" else gpu_memory_gb / CARD_GB)
         self.is_2d = len(wanted.median_shape) == 2
         self.depth = 1 if self.is_2d else max(1, wanted.median_shape[0])
-        plane = tuple(min(round_up(size, 16), MAX_IMAGE) for size in wanted.median_shape[-2:])
-        self.resolutions = [u for u in profile.resolutions if u * max(plane) <= MAX_IMAGE] + [1]
-        self.why_u = "the largest there is"
+        *most, least = profile.resolutions
+        self.image_size = BACKBONES[backbone].image_size
+        # What is larger at the smallest r is cut.
+        plane = tuple(min(round_up(size, 16), int(self.image_size / least)) for size in wanted.median_shape[-2:])
+        self.resolutions = [r for r in most if r * max(plane) <= self.image_size] + [least]
+        self.why_r = "the largest there is"
         if self.resolutions[0] != profile.resolutions[0]:
-            self.why_u = f"more would exceed SAM's input of {MAX_IMAGE}"
+            self.why_r = f"more would exceed the encoder's input of {self.image_size}"
         self.planes = [plane]
         """Ever smaller slices, to the smallest."""
         while max(plane) > MIN_IN_PLANE:
@@ -157,26 +168,27 @@ class _Search:
     @property
     def smallest(self) -> Sizes:
         """The least that this backbone can be planned with."""
-        return self._sizes(1, self.planes[-1])
+        return self._sizes(1, self.planes[-1], self.resolutions[-1])
 
     def best(self) -> Sizes | None:
         few, plane = min(self.depth, FEW_SLICES), self.planes[0]
         for resolution in self.resolutions:
-            # u = 1 is always legal, however many operations it takes.
+            # The smallest is always legal, however many operations it takes.
             start = self._sizes(few, plane, resolution)
-            if self._fits(start, operations=resolution > 1):
-                whole = f"at most {MAX_IMAGE}, SAM's own input" if MAX_IMAGE in plane else "the median slice, whole"
-                why_u = self.why_u if resolution == self.resolutions[0] else "more does not fit"
+            if self._fits(start, operations=resolution > self.resolutions[-1]):
+                cut = max(plane) * self.resolutions[-1] >= self.image_size
+                whole = f"at most the encoder's input of {self.image_size}" if cut else "the median slice, whole"
+                why_r = self.why_r if resolution == self.resolutions[0] else "more does not fit"
                 largest = self._largest(
                     start, few, self.depth, partial(self._sizes, plane=plane, resolution=resolution)
                 )
-                return self._polish(largest, {"u": why_u, "H x W": whole})
+                return self._polish(largest, {"r": why_r, "H x W": whole})
         if not self._fits(self.smallest, operations=False):
             return None
-        plane = next(p for p in self.planes if self._fits(self._sizes(1, p), operations=False))
-        fewer = (self._sizes(depth, plane) for depth in range(few, 0, -1))
+        plane = next(p for p in self.planes if self._fits(self._sizes(1, p, self.resolutions[-1]), operations=False))
+        fewer = (self._sizes(depth, plane, self.resolutions[-1]) for depth in range(few, 0, -1))
         sizes = next(sizes for sizes in fewer if self._fits(sizes, operations=False))
-        return self._polish(sizes, {"u": "more does not fit", "H x W": "as much as fits"})
+        return self._polish(sizes, {"r": "more does not fit", "H x W": "as much as fits"})
 
     def _sizes(
         self,
@@ -192,6 +204,7 @@ class _Search:
             plane if self.is_2d else (depth, *plane),
             num_queries(wanted.targets.most, self.backbone),
             wanted.regions,
+            intensity_ranges=wanted.intensity_ranges,
             resolution=resolution,
             checkpointing=checkpointing,
         )

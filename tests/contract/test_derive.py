@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from plain_plans import dataset_json, plain_plans, region_dataset_json, simple_cost
 
+from masksam_nnunet.config import Z_SCORES
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.plans import architecture
-from masksam_nnunet.plans.architecture import derive_config, num_queries
+from masksam_nnunet.plans.architecture import MASKED_Z_SCORES, derive_config, intensity_ranges, num_queries
 
 
 @pytest.mark.parametrize(("classes", "queries"), [(1, 8), (4, 8), (14, 24), (16, 24), (60, 64), (120, 120)])
@@ -58,3 +59,19 @@ def test_regions_are_known_to_the_network() -> None:
     config = derive_config(plain_plans(), "3d_fullres", region_dataset_json(), "tiny")
     assert config.regions and config.num_queries == 4
     assert not derive_config(plain_plans(), "3d_fullres", dataset_json(), "tiny").regions
+
+
+def test_black_and_white_follow_from_the_normalisation() -> None:
+    ct = {"mean": 100.0, "std": 50.0, "percentile_00_5": -50.0, "percentile_99_5": 300.0}
+    empty = dict.fromkeys(ct, float("nan"))
+    channels = [
+        ("CTNormalization", False, ct, (-3.0, 4.0)),
+        ("CTNormalization", False, empty, Z_SCORES),
+        ("NoNormalization", False, ct, (-50.0, 300.0)),
+        ("RGBTo01Normalization", False, ct, (0.0, 1.0)),
+        ("ZScoreNormalization", False, ct, Z_SCORES),
+        ("ZScoreNormalization", True, ct, MASKED_Z_SCORES),
+    ]
+    schemes, masked, properties, expected = zip(*channels, strict=True)
+    plans = {"foreground_intensity_properties_per_channel": {str(i): p for i, p in enumerate(properties)}}
+    assert intensity_ranges(plans, schemes, masked) == expected

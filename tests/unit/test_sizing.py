@@ -20,6 +20,7 @@ def requirements(median: tuple[int, ...], **changes: Any) -> Requirements:
         "channels": 1,
         "classes": 3,
         "regions": False,
+        "intensity_ranges": (),
         "targets": TargetCount(3, "case", 0, 1),
         "largest_batch": lambda voxels: 2,
         **changes,
