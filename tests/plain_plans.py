@@ -109,7 +109,7 @@ def simple_cost(config: MaskSAMConfig, channels: int, classes: int, batch: int, 
 
     A stand-in for :func:`training_cost`, which takes seconds a time.
     """
-    weights = {"tiny": 0.1, "lite_medsam": 0.2, "vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}[config.backbone]
+    weights = {"tiny": 0.1, "lite_medsam": 0.9, "vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}[config.backbone]
     pixels = batch * math.prod(config.patch_size) * config.resolution**2
     memory = weights + pixels / 2**20 * (0.2 if config.checkpointing else 1)
     work = weights * pixels / 2**20 * (1.3 if config.checkpointing else 1)

@@ -94,7 +94,7 @@ class TestSearch:
     def test_nothing_fits_and_the_least_memory_that_is_named_does(self) -> None:
         with pytest.raises(DataError, match=r"--gpu-memory 1 .*--backbone"):
             choose((4, 64, 64), 1.0, "vit_h")
-        with pytest.raises(DataError, match=r"--gpu-memory 1 .* vit_b .*\(1, 64, 64\)") as refusal:
+        with pytest.raises(DataError, match=r"--gpu-memory 1 .* lite_medsam .*\(1, 64, 64\)") as refusal:
             choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, 1.0)
         enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
         assert choose((4, 64, 64), enough).cost.peak_gib <= enough * USABLE
