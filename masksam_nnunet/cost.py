@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .config import MaskSAMConfig
 from .losses.criterion import MaskSAMCriterion
 from .losses.masks import CPU_PIECE, GPU_PIECE
 from .losses.matching import Matches
 from .losses.targets import Targets
+from .metering import Meter
 from .modeling import MaskSAM
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
@@ -43,58 +39,6 @@ class TrainingCost:
     @property
     def tflop(self) -> float:
         return self.flops / 1e12
-
-
-# Missing in some versions of PyTorch; a derived config must not depend on the version.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
-}
-
-
-def _attention_flops(*tensors: Tensor) -> int:
-    """Two matrix products forward; five backward, where the gradient comes before query, key and value."""
-    query, key = tensors[-3:-1]
-    product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
-    return product * (2 if len(tensors) == 3 else 5)
-
-
-class Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of living storages with their peak.
-
-    PyTorch's FlopCounterMode would keep the graph, and so memory, alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if packet in _ATTENTION:
-            self.flops += _attention_flops(*args[: _ATTENTION[packet]])
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        return result
 
 
 def _norms_in_float32(network: nn.Module) -> None:
@@ -153,7 +97,8 @@ def training_cost(
 ) -> TrainingCost:
     """Peak memory and operations of a training step, without a GPU and without allocating.
 
-    Fake CPU tensors take the fused attention path and respect autocast, as a GPU does; the meta device does neither.
+    A :class:`~.metering.Meter`'s tensors take the fused attention path and respect autocast, as a GPU's do; the meta
+    device's do neither.
 
     Args:
         config: of the network.
@@ -165,12 +110,10 @@ def training_cost(
     """
     most = min(num_classes if targets_per_slice is None else targets_per_slice, config.num_queries)
     low = precision == "bfloat16"
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+    with Meter() as meter:
         network = MaskSAM(config, in_channels, num_classes).train()
         if low:
             _norms_in_float32(network)
-        for tensor in (*network.parameters(), *network.buffers()):
-            meter.add(tensor)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         criterion = _GivenTargets(
             config.loss, network.grid, num_classes, config.regions, semantic_loss=dice_and_cross_entropy

@@ -9,11 +9,10 @@ from measure import Builder, Case, Step
 from plain_form import PlainCriterion, plain_decoder, plain_encoder, plain_parts, plain_prompt_encoder
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masksam_nnunet.config import Grid, LossConfig, MaskSAMConfig
-from masksam_nnunet.cost import Meter
 from masksam_nnunet.losses.criterion import MaskSAMCriterion, SemanticLoss
+from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
 from masksam_nnunet.modeling.attention import self_attention
 from masksam_nnunet.modeling.compute import autocast
@@ -153,7 +152,7 @@ def nll(log_p: Tensor, labels: Tensor) -> Tensor:
 
 def step_flops(device: torch.device) -> int:
     """Operations of the training step of the network that is measured, counted without running it."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+    with Meter() as meter:
         network = vit_b(*STEP)
         x = torch.randn(1, 1, STEP[0], STEP[1], STEP[1])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cuda"):  # the path that a GPU takes
