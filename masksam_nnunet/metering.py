@@ -138,12 +138,14 @@ class Meter(TorchDispatchMode):
         """As :func:`~.modeling.compute.recomputed`."""
         if isinstance(function, partial):
             function, inputs = function.func, (*function.args, *inputs)
+        if getattr(function, "__closure__", None):
+            return self._run(active, function, *inputs)
         leaves, structure = tree_flatten(inputs)
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         modules = [x for x in (owner, *leaves) if isinstance(x, nn.Module)]
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         key = (
-            *(active, getattr(function, "__func__", type(function)), str(structure)),
+            *(active, None if function is owner else getattr(function, "__func__", function), str(structure)),
             tuple(_key(None if isinstance(x, nn.Module) else x, []) for x in leaves),
             tuple(x.requires_grad for x in tensors),
             tuple(map(self._signature, modules)),

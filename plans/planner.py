@@ -21,11 +21,12 @@ from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_text_atomically
 
-from .architecture import BASE_PLANS, DECISIONS, intensity_ranges, open_configuration, write_config
+from .architecture import BASE_PLANS, DECISIONS, EPOCHS, intensity_ranges, open_configuration, write_config
 from .presets import Preset
 from .raw_check import TargetCount, count_targets
 from .raw_data import RawDataset
-from .sizing import Requirements, Sizes, choose_sizes, preset_sizes
+from .sizing import Limits, Requirements, Sizes, choose_sizes, preset_sizes
+from .speed import unet_tflop
 
 CASCADE, FULL, LOW = "3d_cascade_fullres", "3d_fullres", "3d_lowres"
 
@@ -40,7 +41,7 @@ class MaskSAMPlanner(ExperimentPlanner):
 
     Args:
         raw: the raw dataset.
-        gpu_memory_gb: memory of the card to train on.
+        limits: memory and hours of a training, and the device.
         plans_name: name of the file, without ``.json``.
         backbones: to be tried in this order.
         configurations: to plan; all that nnU-Net has if empty.
@@ -50,7 +51,7 @@ class MaskSAMPlanner(ExperimentPlanner):
     def __init__(
         self,
         raw: RawDataset,
-        gpu_memory_gb: float,
+        limits: Limits,
         plans_name: str,
         backbones: tuple[str, ...],
         configurations: Sequence[str] = (),
@@ -58,7 +59,7 @@ class MaskSAMPlanner(ExperimentPlanner):
     ) -> None:
         # The U-Net that nnU-Net plans first must be the one of nnUNetPlans: lowres spacing depends on it.
         super().__init__(raw.name, plans_name=plans_name)
-        self.raw, self.gpu_memory_gb = raw, float(gpu_memory_gb)
+        self.raw, self.limits = raw, limits
         self.backbones, self.wanted, self.preset = backbones, tuple(configurations), preset
         self.folder = Path(nnUNet_preprocessed) / self.dataset_name
         self.file = self.folder / f"{plans_name}.json"
@@ -102,15 +103,21 @@ class MaskSAMPlanner(ExperimentPlanner):
             if name == CASCADE:
                 continue  # inherits all from 3d_fullres
             sizes = self._sizes(base, name, count, cascade=CASCADE in configurations and name == FULL)
+            theirs = unet_tflop(
+                PlansManager(base).get_configuration(name), self.channels, self.labels.num_segmentation_heads
+            )
             configurations[name]["patch_size"] = list(sizes.config.patch_size)
             configurations[name]["batch_size"] = sizes.batch_size
             write_config(plans, name, sizes.config)
+            epochs = preset.epochs if preset else self.limits.device.epochs(sizes.cost.tflop, self.limits.hours)
             decisions[name] = {
                 "version": __version__,
-                "gpu_memory_gb": self.gpu_memory_gb,
+                "gpu_memory_gb": self.limits.memory_gb,
+                "hours": self.limits.hours,
                 "preset": preset and preset.name,
                 "targets_per_slice": asdict(count),
-                "decided": sizes.table(preset.epochs if preset else 1000),
+                EPOCHS: epochs,
+                "decided": sizes.table(epochs, self.limits, theirs),
             }
             if preset is not None:
                 decisions[name] |= {"notes": list(preset.notes), "sources": preset.sources}
@@ -187,8 +194,8 @@ class MaskSAMPlanner(ExperimentPlanner):
             largest_batch=largest_batch,
         )
         if self.preset is not None:
-            return preset_sizes(self.preset, wanted, self.gpu_memory_gb)
-        return choose_sizes(wanted, self.backbones, self.gpu_memory_gb)
+            return preset_sizes(self.preset, wanted, self.limits.memory_gb)
+        return choose_sizes(wanted, self.backbones, self.limits)
 
 
 def _read_plans(file: Path, dataset: str) -> dict[str, Any]:

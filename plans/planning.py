@@ -22,7 +22,8 @@ from .architecture import BASE_PLANS, DECISIONS
 from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import load_preset
 from .raw_data import RawDataset, number_of, read_raw_dataset
-from .sizing import LARGEST_FIRST
+from .sizing import LARGEST_FIRST, Limits
+from .speed import find_device
 from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
 from .training_inputs import preprocessed_cases
 
@@ -33,26 +34,32 @@ def plan_dataset(
     dataset: str,
     configurations: Sequence[str] = (),
     backbone: str = "auto",
-    gpu_memory_gb: float = 24.0,
+    gpu_memory_gb: float | None = None,
     preset: str | None = None,
     plans_name: str = "MaskSAMPlans",
+    hours: float = 24.0,
+    gpu: str | None = None,
     console: Console | None = None,
 ) -> MaskSAMPlanner:
     """Plan a dataset; print what was decided and why, and the next commands. Returns the planner with its plans.
 
     Args:
         dataset: number or name.
-        configurations, gpu_memory_gb, plans_name: see :class:`MaskSAMPlanner`.
-        backbone: ``auto`` is the largest SAM that fits.
+        configurations, plans_name: see :class:`MaskSAMPlanner`.
+        backbone: ``auto`` is the largest SAM that fits memory and time.
+        gpu_memory_gb: of the device to train on; None for what it has.
         preset: name of a published setting.
+        hours: that the training of a fold may take.
+        gpu: the device to train on, see :func:`find_device`.
         console: where to print.
 
     Raises:
         DataError: before any plans are written.
     """
     console = console or Console()
-    if not (math.isfinite(gpu_memory_gb) and gpu_memory_gb > 0):
-        raise DataError(f"--gpu-memory {gpu_memory_gb:g} must be a positive number of GB")
+    for option, number, unit in (("--gpu-memory", gpu_memory_gb, "GB"), ("--hours", hours, "hours")):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise DataError(f"{option} {number:g} must be a positive number of {unit}")
     if plans_name == BASE_PLANS or not re.fullmatch(r"[\w-]+", plans_name) or "__" in plans_name:
         raise DataError(
             f"--plans-name {plans_name!r}: use letters, digits, - and single _, and not nnU-Net's own {BASE_PLANS!r}"
@@ -67,8 +74,10 @@ def plan_dataset(
     splits = _splits(raw, preprocessed)
     backbones = LARGEST_FIRST if backbone == "auto" else (backbone,)
     try:
-        with console.status("planning; estimates of memory take a while"):
-            planner = MaskSAMPlanner(raw, gpu_memory_gb, plans_name, backbones, configurations, recipe)
+        with console.status("planning; estimates of memory and time take some seconds"):
+            device = find_device(gpu)
+            limits = Limits(device.memory_gb if gpu_memory_gb is None else gpu_memory_gb, hours, device)
+            planner = MaskSAMPlanner(raw, limits, plans_name, backbones, configurations, recipe)
             planner.plan_experiment()
     except OSError as error:
         raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error

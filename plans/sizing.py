@@ -1,7 +1,7 @@
-"""Patch, batch, r, backbone and checkpointing of a MaskSAM network under a memory target.
+"""Patch, batch, r, backbone and checkpointing of a MaskSAM network for the memory of a device and for hours.
 
 A patch shows SAM whole slices, as SAM was trained on whole images and as the paper's recipes do (4x256x256, 26x256x256,
-9x512x512): the slices are as large as the median image, and memory decides their number.
+9x512x512): the slices are as large as the median image; memory and time decide their number.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 from masksam_nnunet.errors import DataError
 
-from .architecture import CARD_GB, USABLE, config_for, num_queries, profile_of, round_up
+from .architecture import USABLE, config_for, num_queries, profile_of, round_up
 from .presets import Preset
 from .raw_check import TargetCount
+from .speed import FEW_EPOCHS, FULL_EPOCHS, Device
 
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
 MIN_IN_PLANE = 64
@@ -59,10 +60,13 @@ class Sizes:
     cost: TrainingCost
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def table(self, epochs: int) -> list[dict[str, Any]]:
-        """Rows of what, value and why, as plain JSON; hours are for ``epochs`` of 250 iterations."""
-        config, cost = self.config, self.cost
+    def table(self, epochs: int, limits: Limits, theirs: float) -> list[dict[str, Any]]:
+        """Rows of what, value and why, as plain JSON; ``theirs``: operations of a step of nnU-Net's, in 10^12."""
+        config, cost, device = self.config, self.cost, limits.device
         *depth, height, width = config.patch_size
+        hours, full, other = (
+            device.hours(*step) for step in ((cost.tflop, epochs), (cost.tflop, FULL_EPOCHS), (theirs, FULL_EPOCHS))
+        )
         values = {
             "backbone": config.backbone,
             **({"D": depth[0]} if depth else {}),
@@ -73,48 +77,77 @@ class Sizes:
             "checkpointing": "on" if config.checkpointing else "off",
             "memory": f"{cost.peak_gib:.1f} GiB",
             "operations": f"{cost.tflop:.3g} TFLOP",
+            "epochs": epochs,
+            "time": f"{hours:.3g} hours a fold, {5 * hours:.3g} for five",
         }
         seen = f"the encoder sees {config.resolution * height:g} x {config.resolution * width:g}"
-        hours = 250 * epochs * cost.tflop / 100 / 3600
+        excess = f"; more than --hours {limits.hours:g}" if hours > limits.hours else ""
         why = {
             "memory": "estimated, for a training step in bfloat16",
-            "operations": f"a step; {epochs} epochs at 100 TFLOP/s: {hours:.3g} hours",
+            "operations": f"a step; nnU-Net's takes {theirs:.3g} TFLOP",
+            "epochs": "nnU-Net's own"
+            if epochs == FULL_EPOCHS
+            else f"{FULL_EPOCHS} would take {full:.3g} hours, more than --hours {limits.hours:g}",
+            "time": f"{device.tflops:.3g} TFLOP/s on {device.name} ({device.source}); nnU-Net by the same rule: "
+            f"{other:.3g} hours a fold, {5 * other:.3g} for five{excess}",
             **self.reasons,
             "r": f"{self.reasons['r']}; {seen}",
         }
         return [{"what": what, "value": value, "why": why[what]} for what, value in values.items()]
 
 
-def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], gpu_memory_gb: float) -> Sizes:
-    """The first backbone that fits, with the largest r for :data:`FEW_SLICES` slices, then as many slices as fit.
+@dataclass(frozen=True)
+class Limits:
+    """What a training may take."""
 
-    Activation checkpointing is used before a slice or r is given up. Patches of fewer than :data:`FEW_SLICES` slices,
-    and then of parts of slices, are used only where no r fits. The bound on operations grows with the memory, as cards
-    do.
+    memory_gb: float
+    hours: float
+    """Of a fold."""
+    device: Device
+
+    @property
+    def memory_gib(self) -> float:
+        return self.memory_gb * USABLE
+
+
+def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], limits: Limits) -> Sizes:
+    """The backbone and r, then as many slices as fit, then the batch size.
+
+    The first backbone is taken that, at the largest r at which its encoder was trained, fits memory and time with
+    :data:`FEW_SLICES` slices and :data:`FEW_EPOCHS` epochs; if none does, at the next smaller r, and so on. Slices and
+    batch grow only as far as all :data:`FULL_EPOCHS` epochs fit. If nothing fits, it is the last backbone's smallest
+    r with what fits the memory, whatever time it takes. Activation checkpointing is used where memory needs it.
 
     Raises:
-        DataError: no backbone fits; it names the memory that the smallest one needs.
+        DataError: no backbone fits the memory; it names what the smallest one needs.
     """
-    for number, backbone in enumerate(backbones):
-        search = _Search(wanted, backbone, gpu_memory_gb)
-        found = search.best()
-        if found is not None:
-            tried = ", ".join(backbones[:number])
-            why = f"the largest SAM that fits; {tried} would not" if tried else "the largest SAM, fits"
-            most = wanted.targets
-            queries = f"up to {most.most} targets in a slice ({most.case}, slice {most.slice}), and headroom"
-            reasons = {"backbone": why if len(backbones) > 1 else "as asked", "N": queries, **found.reasons}
-            return replace(found, reasons=reasons)
+    searches = [_Search(wanted, backbone, limits) for backbone in backbones]
+    for step in range(max(len(search.resolutions) for search in searches)):
+        for search in searches:
+            found = search.at(step)
+            if found is not None:
+                return _explained(found, "the largest SAM that fits memory and time", wanted, len(backbones))
+    search = searches[-1]
+    found = search.anyhow()
+    if found is not None:
+        return _explained(found, "the smallest SAM: none finishes in time", wanted, len(backbones))
     least = search.smallest
     needed = least.cost.peak_gib / USABLE + 0.1
     smaller = "" if backbones[-1] in (LARGEST_FIRST[-1], "tiny") else ", or a smaller --backbone"
     raise DataError(
-        f"--gpu-memory {gpu_memory_gb:g} is too small for {backbones[-1]} with its smallest patch "
+        f"--gpu-memory {limits.memory_gb:g} is too small for {backbones[-1]} with its smallest patch "
         f"{least.config.patch_size}; give --gpu-memory {needed:.1f} or more{smaller}"
     )
 
 
-def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> Sizes:
+def _explained(sizes: Sizes, why: str, wanted: Requirements, candidates: int) -> Sizes:
+    most = wanted.targets
+    queries = f"up to {most.most} targets in a slice ({most.case}, slice {most.slice}), and headroom"
+    reasons = {"backbone": why if candidates > 1 else "as asked", "N": queries, **sizes.reasons}
+    return replace(sizes, reasons=reasons)
+
+
+def preset_sizes(preset: Preset, wanted: Requirements, memory_gb: float) -> Sizes:
     """The published setting, whatever memory it takes; only checkpointing, which changes no result, is chosen."""
     config = config_for(
         preset.backbone,
@@ -128,27 +161,33 @@ def preset_sizes(preset: Preset, wanted: Requirements, gpu_memory_gb: float) -> 
     inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most)
     cost = training_cost(config, *inputs)
     without = cost.peak_gib
-    if without > gpu_memory_gb * USABLE:
+    if without > memory_gb * USABLE:
         config = replace(config, checkpointing=True)
         cost = training_cost(config, *inputs)
     keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "r": "resolution"}
     keys |= {"N": "num_queries", "batch size": "batch_size"}
     reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
     reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
-    if cost.peak_gib > gpu_memory_gb * USABLE:
-        reasons["memory"] = f"more than --gpu-memory {gpu_memory_gb:g} leaves; the published setting was kept"
+    if cost.peak_gib > memory_gb * USABLE:
+        reasons["memory"] = f"more than --gpu-memory {memory_gb:g} leaves; the published setting was kept"
     return Sizes(config, preset.batch_size, cost, reasons)
 
 
 class _Search:
     """The search for one backbone."""
 
-    def __init__(self, wanted: Requirements, backbone: str, gpu_memory_gb: float) -> None:
+    def __init__(self, wanted: Requirements, backbone: str, limits: Limits) -> None:
         self.wanted = wanted
         self.backbone = backbone
-        self.memory_gib = gpu_memory_gb * USABLE
+        self.memory_gib = limits.memory_gib
         profile = profile_of(backbone)
-        self.max_tflop = profile.max_tflop * (1 if backbone == "tiny" else gpu_memory_gb / CARD_GB)
+        # More than a second or two a step is too much for the tiny encoder, anywhere.
+        largest = profile.max_tflop if backbone == "tiny" else math.inf
+        self.max_tflop, self.start_tflop = (
+            min(largest, limits.device.most_tflop(limits.hours, epochs)) for epochs in (FULL_EPOCHS, FEW_EPOCHS)
+        )
+        self.least_tflop = 0.0
+        """What the start of the next smaller r takes at least."""
         self.is_2d = len(wanted.median_shape) == 2
         self.depth = 1 if self.is_2d else max(1, wanted.median_shape[0])
         *most, least = profile.resolutions
@@ -170,34 +209,41 @@ class _Search:
         """The least that this backbone can be planned with."""
         return self._sizes(1, self.planes[-1], self.resolutions[-1])
 
-    def best(self) -> Sizes | None:
-        few, plane = min(self.depth, FEW_SLICES), self.planes[0]
-        for resolution in self.resolutions:
-            # The smallest is always legal, however many operations it takes.
-            start = self._sizes(few, plane, resolution)
-            if self._fits(start, operations=resolution > self.resolutions[-1]):
-                cut = max(plane) * self.resolutions[-1] >= self.image_size
-                whole = f"at most the encoder's input of {self.image_size}" if cut else "the median slice, whole"
-                why_r = self.why_r if resolution == self.resolutions[0] else "more does not fit"
-                largest = self._largest(
-                    start, few, self.depth, partial(self._sizes, plane=plane, resolution=resolution)
-                )
-                return self._polish(largest, {"r": why_r, "H x W": whole})
-        if not self._fits(self.smallest, operations=False):
+    def at(self, step: int) -> Sizes | None:
+        """The network at one of the resolutions, from the largest; None where it does not fit."""
+        if step >= len(self.resolutions):
             return None
-        plane = next(p for p in self.planes if self._fits(self._sizes(1, p, self.resolutions[-1]), operations=False))
-        fewer = (self._sizes(depth, plane, self.resolutions[-1]) for depth in range(few, 0, -1))
-        sizes = next(sizes for sizes in fewer if self._fits(sizes, operations=False))
-        return self._polish(sizes, {"r": "more does not fit", "H x W": "as much as fits"})
+        resolution, plane = self.resolutions[step], self.planes[0]
+        if step:  # work grows with at most the square of the pixels
+            self.least_tflop *= (resolution / self.resolutions[step - 1]) ** 4
+        if self.least_tflop > self.start_tflop:
+            return None
+        few = min(self.depth, FEW_SLICES)
+        start = self._sizes(few, plane, resolution)
+        self.least_tflop = start.cost.tflop
+        if not self._fits(start, self.start_tflop):
+            return None
+        cut = max(plane) * self.resolutions[-1] >= self.image_size
+        whole = f"at most the encoder's input of {self.image_size}" if cut else "the median slice, whole"
+        why_r = "more does not fit" if step else self.why_r
+        sizes = self._largest(start, few, self.depth, partial(self._sizes, plane=plane, resolution=resolution))
+        return self._polish(sizes, {"r": why_r, "H x W": whole})
 
-    def _sizes(
-        self,
-        depth: int,
-        plane: tuple[int, ...],
-        resolution: int = 1,
-        batch: int = MIN_BATCH,
-        checkpointing: bool = True,
-    ) -> Sizes:
+    def anyhow(self) -> Sizes | None:
+        """The smallest resolution with what fits the memory, whatever time it takes."""
+        self.start_tflop, resolution = math.inf, self.resolutions[-1]
+        few = min(self.depth, FEW_SLICES)
+        if not self._fits(self.smallest):
+            return None
+        # Slices are given up before parts of them.
+        plane = next(p for p in self.planes if self._fits(self._sizes(1, p, resolution)))
+        fewer = (self._sizes(depth, plane, resolution) for depth in range(few, 0, -1))
+        sizes = next(sizes for sizes in fewer if self._fits(sizes))
+        whole = "the median slice, whole" if plane == self.planes[0] else "as much as fits"
+        return self._polish(sizes, {"r": "the smallest: more does not fit", "H x W": whole})
+
+    def _sizes(self, depth: int, plane: tuple[int, ...], resolution: float = 1, batch: int = MIN_BATCH) -> Sizes:
+        """With activation checkpointing where memory needs it and time allows it."""
         wanted = self.wanted
         config = config_for(
             self.backbone,
@@ -206,41 +252,47 @@ class _Search:
             wanted.regions,
             intensity_ranges=wanted.intensity_ranges,
             resolution=resolution,
-            checkpointing=checkpointing,
         )
-        cost = training_cost(config, wanted.channels, wanted.classes, batch, wanted.targets.most)
-        return Sizes(config, batch, cost)
+        inputs = (wanted.channels, wanted.classes, batch, wanted.targets.most)
+        plain = training_cost(config, *inputs)
+        reasons = {"checkpointing": "not needed for this memory"}
+        if plain.peak_gib <= self.memory_gib or plain.tflop > self.start_tflop:
+            return Sizes(config, batch, plain, reasons)
+        config = replace(config, checkpointing=True)
+        reasons = {"checkpointing": f"without it {plain.peak_gib:.1f} GiB"}
+        return Sizes(config, batch, training_cost(config, *inputs), reasons)
 
-    def _fits(self, sizes: Sizes, operations: bool = True) -> bool:
-        cost = sizes.cost
-        return cost.peak_gib <= self.memory_gib and (not operations or cost.tflop <= self.max_tflop)
+    def _fits(self, sizes: Sizes, most_tflop: float = math.inf) -> bool:
+        return sizes.cost.peak_gib <= self.memory_gib and sizes.cost.tflop <= most_tflop
 
     def _largest(self, start: Sizes, at: int, limit: int, make: Callable[[int], Sizes]) -> Sizes:
         """What ``make`` gives for the largest number up to ``limit`` that fits; ``start``, for ``at``, is the least.
 
         Both costs are nearly linear in the number: few points tell where to look.
         """
-        if at >= limit or not self._fits(start):
+        if at >= limit or not self._fits(start, self.max_tflop):
             return start
         low, high = (at, start), (limit, make(limit))
-        if self._fits(high[1]):
+        if self._fits(high[1], self.max_tflop):
             return high[1]
-        for _ in range(5):
+        for _ in range(8):
             gap = high[0] - low[0]
             if gap <= 1:
                 break
             below, above = low[1].cost, high[1].cost
-            share = min(
-                _share(below.peak_gib, above.peak_gib, self.memory_gib),
-                _share(below.tflop, above.tflop, self.max_tflop),
-            )
+            share = 0.5  # between one with and one without checkpointing
+            if low[1].config.checkpointing == high[1].config.checkpointing:
+                share = min(
+                    _share(below.peak_gib, above.peak_gib, self.memory_gib),
+                    _share(below.tflop, above.tflop, self.max_tflop),
+                )
             number = low[0] + min(gap - 1, max(1, int(share * gap)))
             middle = (number, make(number))
-            low, high = (middle, high) if self._fits(middle[1]) else (low, middle)
+            low, high = (middle, high) if self._fits(middle[1], self.max_tflop) else (low, middle)
         return low[1]
 
     def _polish(self, sizes: Sizes, reasons: dict[str, str]) -> Sizes:
-        """Where the patch is whole, a larger batch; then no checkpointing, if memory allows."""
+        """Where the patch is whole, a larger batch."""
         depth = 1 if self.is_2d else sizes.config.patch_size[0]
         if not self.is_2d:
             reasons["D"] = (
@@ -255,18 +307,13 @@ class _Search:
             sizes = self._largest(sizes, MIN_BATCH, largest, make)
             at_most = "nnU-Net's own, or 5 % of the data"
             reasons["batch size"] = at_most if sizes.batch_size == largest else f"fits {self._bound(sizes.cost)}"
-        plain = make(sizes.batch_size, checkpointing=False)
-        reasons["checkpointing"] = f"without it {plain.cost.peak_gib:.1f} GiB"
-        if self._fits(plain, operations=False):
-            sizes = plain
-            reasons["checkpointing"] = "not needed for this memory"
-        return replace(sizes, reasons=reasons)
+        return replace(sizes, reasons=reasons | sizes.reasons)
 
     def _bound(self, cost: TrainingCost) -> str:
         """Which of the two bounds is nearer."""
         if cost.peak_gib / self.memory_gib >= cost.tflop / self.max_tflop:
             return f"{self.memory_gib:.1f} GiB"
-        return f"{self.max_tflop:g} TFLOP a step"
+        return f"{self.max_tflop:.3g} TFLOP a step, which all {FULL_EPOCHS} epochs allow"
 
 
 def _share(low: float, high: float, target: float) -> float:

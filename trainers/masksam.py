@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
+from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import (
     LEAN_CHECKPOINTS,
     MAX_SKIPPED,
@@ -30,7 +32,8 @@ from masksam_nnunet.environment import (
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
-from masksam_nnunet.plans.architecture import read_config
+from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, read_config
+from masksam_nnunet.plans.speed import FULL_EPOCHS, expected_device
 from masksam_nnunet.plans.training_inputs import training_config
 from masksam_nnunet.sam_weights import find
 
@@ -41,6 +44,8 @@ SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
 """Learning rate and warm-up iterations with a frozen SAM, and with the tiny encoder, which starts from random."""
 MOST_SKIPPED = 100
 """Iterations in a row without a step that end a training."""
+TIMED_AFTER, TIMED = 5, 50
+"""Iterations before those that are timed, and of those."""
 SKIPPED = "skipped"
 """The name beside the loss terms of 1.0 for an iteration without a step, else 0.0."""
 
@@ -48,8 +53,9 @@ SKIPPED = "skipped"
 class MaskSAMTrainer(ResumableTrainer):
     """Trains MaskSAM with a frozen SAM: ViT-B on plain plans, else the backbone that MaskSAM plans name.
 
-    nnU-Net's schedule of 1000 epochs of 250 iterations, for a fair comparison. AdamW, as nnU-Net's maintainers advise
-    for transformers, with warm-up and their polynomial decay, over the trained parameters only.
+    nnU-Net's schedule of 1000 epochs of 250 iterations, for a fair comparison, or fewer if the plans say so. AdamW, as
+    nnU-Net's maintainers advise for transformers, with warm-up and their polynomial decay, over the trained parameters
+    only.
     """
 
     backbone: str | None = None
@@ -57,7 +63,10 @@ class MaskSAMTrainer(ResumableTrainer):
     preset: str | None = None
     """The published setting that a subclass trains, and that its plans must hold."""
     gradient_clip = 12.0
-    epochs = 1000
+    epochs: int | None = None
+    """Of a subclass; None takes the plans', or nnU-Net's 1000 on plain plans."""
+    tells_hours = True
+    """Whether the log says how long the training takes."""
 
     def __init__(
         self,
@@ -75,14 +84,17 @@ class MaskSAMTrainer(ResumableTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.set_recipe()
         self.enable_deep_supervision = False
-        self.iteration = 0
+        self.iteration = self._iterations_here = 0
+        self._clock = 0.0
         if autocast_dtype(self.device) != torch.float16:
             self.grad_scaler = None
 
     def set_recipe(self) -> None:
         """Set learning rate, warm-up and number of epochs; called after nnU-Net's constructor has set its own."""
         self.initial_lr, self.warmup_iterations = SAM_RATE if self.config.needs_sam else TINY_RATE
-        self.num_epochs = self.epochs
+        decisions = self.plans_manager.plans.get(DECISIONS, {})
+        planned = decisions.get(self.configuration_name, decisions.get("3d_fullres", {}))  # a cascade has none
+        self.num_epochs = self.epochs or planned.get(EPOCHS, FULL_EPOCHS)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -226,6 +238,41 @@ class MaskSAMTrainer(ResumableTrainer):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
+    def on_loop_start(self) -> None:
+        super().on_loop_start()
+        if not self.tells_hours:
+            return
+        cost = training_cost(
+            self.config, self.num_input_channels, self.label_manager.num_segmentation_heads, self.batch_size
+        )
+        device = expected_device(self.device)
+        text = f"An iteration takes about {cost.tflop:.3g} TFLOP"
+        if device is None:
+            text += f"; how long that takes is known after {TIMED} iterations."
+        else:
+            hours = cost.tflop * self._iterations_left / device.tflops / 3600
+            text += (
+                f"; {self._iterations_left} of them at {device.tflops:.3g} TFLOP/s ({device.name}, {device.source}) "
+                f"take about {_duration(hours)}. This is corrected after {TIMED} iterations."
+            )
+        self.print_to_log_file(text)
+
+    @property
+    def _iterations_left(self) -> int:
+        return self.num_epochs * self.num_iterations_per_epoch - self.iteration
+
+    def _tell_hours(self) -> None:
+        """Measure :data:`TIMED` iterations of this process, after a few slower ones."""
+        self._iterations_here += 1
+        if self._iterations_here == TIMED_AFTER:
+            self._clock = time.monotonic()
+        elif self._iterations_here == TIMED_AFTER + TIMED and self.tells_hours:
+            seconds = (time.monotonic() - self._clock) / TIMED
+            self.print_to_log_file(
+                f"An iteration takes {seconds:.3g} s: the {self._iterations_left} left take about "
+                f"{_duration(seconds * self._iterations_left / 3600)}, without validation."
+            )
+
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
@@ -250,6 +297,7 @@ class MaskSAMTrainer(ResumableTrainer):
         rate = self.optimizer.param_groups[0]["lr"]
         self.guard.note(Iteration(self.iteration, rate, batch, loss, terms, bad, norms))
         self.iteration += 1
+        self._tell_hours()
         return {"loss": loss, **terms, SKIPPED: bad}  # on the device: waiting for them would idle it
 
     @cached_property
@@ -291,3 +339,7 @@ class MaskSAMTrainer(ResumableTrainer):
         for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only
             for name, value in means.items():
                 logger.log(f"train_losses/{name}", value, self.current_epoch)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

@@ -147,6 +147,8 @@ class nnUNetTrainer_budget(ResumableTrainer):
 class MaskSAMTrainer_tiny_budget(nnUNetTrainer_budget, MaskSAMTrainer_tiny):
     """The tiny MaskSAM, trained for ``MASKSAM_BUDGET_MINUTES``; its schedule ends with the budget."""
 
+    tells_hours = False
+
     def set_learning_rate(self) -> None:
         MaskSAMTrainer_tiny.set_learning_rate(self)  # warm-up, and decay by the budget's progress
 

@@ -101,15 +101,23 @@ def plan(
             help="One or more to plan; by default all that nnU-Net has.",
         ),
     ] = None,
-    backbone: Annotated[BackboneName, typer.Option(help="auto: the largest SAM that fits.")] = AUTO,
-    gpu_memory: Annotated[float, typer.Option(metavar="GB", help="Memory of the card to train on.")] = 24.0,
+    backbone: Annotated[BackboneName, typer.Option(help="auto: the largest SAM that fits memory and time.")] = AUTO,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="What to train on: cpu, rtx3090, rtx4090, a100, h100, ...; by default the GPU at hand."),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of the card to train on; by default all it has.")
+    ] = None,
+    hours: Annotated[float, typer.Option(help="How long the training of a fold may take.")] = 24.0,
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.")] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
 ) -> None:
-    """Plan MaskSAM for a dataset and a GPU's memory. This chooses backbone, patch, batch, upsampling and queries."""
+    """Plan MaskSAM for a dataset, a GPU and hours. This chooses backbone, patch, batch, resolution and queries."""
     from masksam_nnunet.plans.planning import plan_dataset
 
-    plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, preset and preset.value, plans_name)
+    published = preset and preset.value
+    plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, published, plans_name, hours, gpu)
 
 
 for group in (train, predict, benchmark, data, explain, export, submit):

@@ -11,7 +11,10 @@ from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans import sizing
 from masksam_nnunet.plans.architecture import USABLE
 from masksam_nnunet.plans.raw_check import TargetCount
-from masksam_nnunet.plans.sizing import LARGEST_FIRST, Requirements, Sizes, choose_sizes
+from masksam_nnunet.plans.sizing import LARGEST_FIRST, Limits, Requirements, Sizes, choose_sizes
+from masksam_nnunet.plans.speed import Device
+
+SAMS = ("vit_h", "vit_l", "vit_b")
 
 
 def requirements(median: tuple[int, ...], **changes: Any) -> Requirements:
@@ -28,8 +31,13 @@ def requirements(median: tuple[int, ...], **changes: Any) -> Requirements:
     return Requirements(**settings)
 
 
+def limits(memory: float, tflops: float = 400.0, hours: float = 24.0) -> Limits:
+    """400 TFLOP/s: 276 TFLOP a step for 500 epochs, 138 for 1000."""
+    return Limits(memory, hours, Device("card", memory, tflops, "made up"))
+
+
 def choose(median: tuple[int, ...], memory: float, backbone: str = "vit_b", **changes: Any) -> Sizes:
-    return choose_sizes(requirements(median, **changes), (backbone,), memory)
+    return choose_sizes(requirements(median, **changes), (backbone,), limits(memory))
 
 
 @pytest.fixture
@@ -54,8 +62,38 @@ class TestSearch:
         assert keys == sorted(keys) and len(set(keys)) > 4
 
     def test_operations_bound_the_slices(self) -> None:
-        sizes = choose_sizes(requirements((500, 256, 256)), ("vit_h",), 48.0)
-        assert 400 < sizes.cost.tflop <= 420 and "420 TFLOP" in sizes.reasons["D"]
+        sizes = choose_sizes(requirements((500, 256, 256)), ("vit_h",), limits(48.0))
+        assert 130 < sizes.cost.tflop <= 138.24 and "138 TFLOP" in sizes.reasons["D"]
+
+    def test_hours_choose_the_resolution_before_the_backbone(self) -> None:
+        """Four slices take 8 TFLOP with ViT-B at r = 4 and four times as much with ViT-H."""
+        for tflops, expected in (
+            (100.0, ("vit_h", 4)),
+            (30.0, ("vit_l", 4)),
+            (15.0, ("vit_b", 4)),
+            (2.5, ("vit_l", 1)),
+        ):
+            config = choose_sizes(requirements((4, 256, 256)), SAMS, limits(24.0, tflops)).config
+            assert (config.backbone, config.resolution) == expected
+        slow = choose_sizes(requirements((4, 256, 256)), SAMS, limits(24.0, 0.1))
+        assert (slow.config.backbone, slow.config.resolution) == ("vit_b", 1) and "none finishes" in slow.reasons[
+            "backbone"
+        ]
+
+    def test_epochs_are_lowered_for_the_hours_and_said_so(self) -> None:
+        for hours, epochs in ((24.0, 860), (100.0, 1000), (0.1, 100)):
+            within = limits(24.0, 20.0, hours)
+            sizes = choose_sizes(requirements((4, 256, 256)), ("vit_b",), limits(24.0))
+            assert sizes.cost.tflop == 8
+            assert within.device.epochs(sizes.cost.tflop, hours) == epochs
+            rows = {
+                row["what"]: row
+                for row in sizes.table(epochs, Limits(24.0, hours, within.device), 1.0)
+                if row["what"] in ("epochs", "time")
+            }
+            assert rows["epochs"]["value"] == epochs
+            assert ("more than --hours" in rows["epochs"]["why"]) == (epochs < 1000)
+            assert ("more than --hours" in rows["time"]["why"]) == (hours == 0.1)
 
     @pytest.mark.parametrize(
         ("median", "patch", "resolution"),
@@ -88,13 +126,13 @@ class TestSearch:
 
     def test_the_largest_sam_that_fits_is_taken(self) -> None:
         for memory, backbone in ((1.5, "vit_b"), (2.5, "vit_l"), (24.0, "vit_h")):
-            sizes = choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, memory)
+            sizes = choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, limits(memory))
             assert sizes.config.backbone == backbone
 
     def test_nothing_fits_and_the_least_memory_that_is_named_does(self) -> None:
         with pytest.raises(DataError, match=r"--gpu-memory 1 .*--backbone"):
             choose((4, 64, 64), 1.0, "vit_h")
         with pytest.raises(DataError, match=r"--gpu-memory 1 .* lite_medsam .*\(1, 64, 64\)") as refusal:
-            choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, 1.0)
+            choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, limits(1.0))
         enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
         assert choose((4, 64, 64), enough, "lite_medsam").cost.peak_gib <= enough * USABLE
