@@ -103,7 +103,7 @@ def run_growth(axis: str, values: tuple[int, ...], device: str) -> list[dict[str
     """As the other results, for all points of an axis; the reference is the smallest of them."""
     base = BASE if axis in AXES else {}
     others = ", ".join(f"{name} {value}" for name, value in base.items() if name != axis)
-    shapes = f"ViT-B, u = 4, batch 2, {others}" if base else "tiny, patch 8x128x128, eight mirrors"
+    shapes = f"ViT-B, r = 4, batch 2, {others}" if base else "tiny, patch 8x128x128, eight mirrors"
     words = [__file__, "--device", device, "--growth"]
     found = {value: in_a_process(*words, json.dumps(base | {axis: value}), **GIVE_BACK) for value in values}
     first, more = values[0], {"device": device_name(device), "shapes": shapes, "repeats": 2}

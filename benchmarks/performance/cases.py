@@ -210,7 +210,7 @@ def cases() -> list[Case]:
     )
     loss = {"ours": MaskSAMCriterion, "slice by slice": PlainCriterion}
     step = {"ours": (False, False), "checkpointing": (False, True), "plain": (True, False)}
-    large = "9x512x512, batch 2, u = 1, N = 24, K = 16; network, loss and AdamW"
+    large = "9x512x512, batch 2, r = 1, N = 24, K = 16; network, loss and AdamW"
     return [
         Case("attention, global block", "1 image, 64x64 tokens, 12 heads of 64", one),
         Case("attention, windows", "2 images of 25 windows, 14x14 tokens, 12 heads of 64", windows),

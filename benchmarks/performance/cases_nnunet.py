@@ -243,9 +243,9 @@ def _export(lean: bool) -> Builder:
 def cases() -> list[Case]:
     patch, volume = ("x".join(map(str, size)) for size in (PATCH, VOLUME))
     step, window = f"patch {patch}, batch 2; network and loss", f"volume {volume}, patch {patch}, eight mirrors"
-    one = f"ViT-B, u = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}"
+    one = f"ViT-B, r = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}"
     tiny_step, ours = _masksam_step("tiny", 1), prediction(tiny, True)
-    unets = {"tiny": tiny_step, "vit_b, u = 1": _masksam_step("vit_b", 1), "nnU-Net": _unet_step(False)}
+    unets = {"tiny": tiny_step, "vit_b, r = 1": _masksam_step("vit_b", 1), "nnU-Net": _unet_step(False)}
     same = {"ours": ours, "nnUNetv2_predict, same network": prediction(tiny, False)}
     stock = {"tiny, masksam predict": ours, "nnU-Net, nnUNetv2_predict": prediction(_stock, False)}
     folds = {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)}

@@ -6,7 +6,7 @@ On a GPU: bfloat16 steps and allocated memory. On a CPU: float32 steps, and grow
 before the network was built; the estimate is then made for float32 too. Neither is compared with the other.
 
 ``--checkpoints`` prints only how large a fold's checkpoint is, full and lean, with AdamW's two moments, for each SAM
-(4×256×256, u = 4, N = 8, C = 1, K = 4). A file has 0.2 % more: the names.
+(4×256×256, r = 4, N = 8, C = 1, K = 4). A file has 0.2 % more: the names.
 """
 
 from __future__ import annotations

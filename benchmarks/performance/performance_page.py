@@ -34,7 +34,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         if grown:
             name = f"growth_{device.split(',')[0].replace(' ', '_').lower()}.png"
             _plot(grown, DOCS / name)
-            shapes = "ViT-B, u = 4, batch 2; else 2 slices of 64x64, N = 8, K = 4"
+            shapes = "ViT-B, r = 4, batch 2; else 2 slices of 64x64, N = 8, K = 4"
             parts.append(
                 f"Time and peak memory of a training step with its loss ({shapes}), and of `masksam predict` "
                 f"(tiny, windows of 8x128x128, eight mirrors):\n\n![growth]({name})\n"

@@ -123,7 +123,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
         1.7,
         1.15,
         "input stem",
-        f"3D convolutions, ×{CONFIG.resolution},\nadded to the image\n{millions('stem')}",
+        f"3D convolutions, ×{CONFIG.resolution:g},\nadded to the image\n{millions('stem')}",
         NEW,
     )
     d.box(
@@ -189,7 +189,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     total, trained = rows["total"]
     d.label(
         0.2, 0.72,
-        f"The paper's ACDC setting: patch {words((0, *CONFIG.patch_size))}, u = {CONFIG.resolution},\n"
+        f"The paper's ACDC setting: patch {words((0, *CONFIG.patch_size))}, r = {CONFIG.resolution:g},\n"
         f"N = {n} queries, K = {k} classes, ViT-B. Shapes without\n"
         f"the batch. Classes: K and “no object”.\n{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.",
         ha="left",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -100,13 +101,18 @@ class AdaptedTinyViT(nn.Module):
         x = images.flatten(0, 1).permute(0, 2, 3, 1)  # (B D, S_h, S_w, 3)
         shrinks = self.stem[0].conv.stride[0] * self.stem[1].conv.stride[0]
         size = max(1, PIXELS_AT_ONCE * shrinks**2 // x.shape[1:3].numel())
-        # Where the image needs no gradient, nothing of these layers is kept.
-        level = in_pieces(size, images.requires_grad, self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)
+
+        def frozen(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            """A few slices at a time; nothing is kept for the backward pass, of which an image of one channel has none."""
+            return torch.cat([recomputed(images.requires_grad, function, piece) for piece in x.split(size)])
+
+        level = frozen(self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)
         levels = [level.unflatten(0, lead)]
         for merge, stage in zip(self.merges, self.stages, strict=True):
-            x = in_pieces(size, images.requires_grad, partial(_merged, merge), level).unflatten(0, lead)
             if len(levels) == 1:
-                x = x + self.depth_embedding()[:, None, None]
+                x = frozen(partial(_merged, merge), level).unflatten(0, lead) + self.depth_embedding()[:, None, None]
+            else:
+                x = _merged(merge, level).unflatten(0, lead)
             for block in stage:
                 x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once)
             levels.append(x)

@@ -21,6 +21,8 @@ def test_round_trip_through_text() -> None:
         ("backbone", "vit_x"),
         ("num_queries", 2.5),
         ("resolution", True),
+        ("resolution", 3),
+        ("intensity_ranges", [[1.0, 0.0]]),
         ("patch_size", (8,)),
         ("patch_size", (0, 8, 8)),
         ("adapter_ratio", 0.0),
@@ -50,18 +52,27 @@ def test_unknown_and_missing_keys_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patch", "resolution", "padded", "image", "tokens"),
+    ("backbone", "patch", "resolution", "padded", "image", "tokens"),
     [
-        ((10, 256, 224), 4, (256, 224), (1024, 896), (64, 56)),
-        ((40, 56, 40), 2, (56, 40), (112, 80), (7, 5)),
-        ((5, 30, 50), 1, (32, 64), (32, 64), (2, 4)),
-        ((7, 5), 4, (8, 8), (32, 32), (2, 2)),
+        ("tiny", (10, 256, 224), 4, (256, 224), (1024, 896), (64, 56)),
+        ("tiny", (40, 56, 40), 2, (56, 40), (112, 80), (7, 5)),
+        ("tiny", (5, 30, 50), 1, (32, 64), (32, 64), (2, 4)),
+        ("tiny", (7, 5), 4, (8, 8), (32, 32), (2, 2)),
+        ("tiny", (3, 70, 30), 0.5, (96, 32), (48, 16), (3, 1)),
+        ("lite_medsam", (4, 160, 150), 0.5, (160, 152), (80, 76), (20, 19)),
+        ("lite_medsam", (7, 5), 4, (7, 5), (28, 20), (7, 5)),
+        ("lite_medsam", (30, 17), 0.25, (32, 32), (8, 8), (2, 2)),
     ],
 )
 def test_grid(
-    patch: tuple[int, ...], resolution: int, padded: tuple[int, int], image: tuple[int, int], tokens: tuple[int, int]
+    backbone: str,
+    patch: tuple[int, ...],
+    resolution: float,
+    padded: tuple[int, int],
+    image: tuple[int, int],
+    tokens: tuple[int, int],
 ) -> None:
-    grid = Grid.of(tiny_config(patch_size=patch, resolution=resolution))
+    grid = Grid.of(tiny_config(backbone=backbone, patch_size=patch, resolution=resolution))
     assert (grid.padded, grid.image, grid.tokens) == (padded, image, tokens)
     assert grid.masks == (tokens[0] * 4, tokens[1] * 4)
     assert grid.patch == ((1, *patch) if len(patch) == 2 else patch)

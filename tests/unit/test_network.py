@@ -75,8 +75,10 @@ def cancelled(name: str) -> bool:
     return name.endswith("conv.bias") and ("stem.features" in name or "mask_head.convs" in name)
 
 
-def test_two_steps_move_every_new_parameter_and_nothing_of_sam(small_sam: str) -> None:
-    network = MaskSAM(tiny_config(backbone=small_sam, patch_size=(3, 48, 32)), 2, 3).train()
+@pytest.mark.parametrize("backbone", ["vit_b", "lite_medsam"])
+@pytest.mark.usefixtures("small_sam")
+def test_two_steps_move_every_new_parameter_and_nothing_of_sam(backbone: str) -> None:
+    network = MaskSAM(tiny_config(backbone=backbone, patch_size=(3, 48, 32)), 2, 3).train()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
     x = image(network, 2)
@@ -93,6 +95,36 @@ def test_two_steps_move_every_new_parameter_and_nothing_of_sam(small_sam: str) -
             assert not moved and not parameter.requires_grad, name
         elif not cancelled(name):
             assert moved, name
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, False), (2, True)])
+def test_layers_before_the_first_adapter_are_kept_only_for_a_mix_of_channels(channels: int, kept: bool) -> None:
+    config = tiny_config(backbone="lite_medsam", patch_size=(2, 32, 48))
+    network = MaskSAM(config, channels, 3).train()
+    seen: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen.append(tuple(tensor.shape))
+        return tensor
+
+    images, _ = network.stem(image(network))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        levels, _ = network.image_encoder(images)
+    assert levels[0].requires_grad == kept and levels[1].requires_grad
+    assert ((2, *network.grid.image, 3) in seen) == kept, "the input of recomputed layers"
+    assert not any(shape[1:] == (*network.grid.masks, 256) for shape in seen), "expanded maps"
+
+
+@pytest.mark.parametrize("resolution", [0.25, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("patch", [(2, 24, 40), (17, 30)])
+def test_a_fine_encoder_takes_every_resolution(resolution: float, patch: tuple[int, ...]) -> None:
+    network = MaskSAM(tiny_config(backbone="lite_medsam", patch_size=patch, resolution=resolution), 1, 3)
+    with torch.no_grad():
+        output = network.train()(image(network))
+        semantic = network.eval()(image(network))
+    assert output.mask_logits.shape[-2:] == patch[-2:] and semantic.shape == (1, 3, *patch)
+    assert output.aux_mask_logits.shape[-2:] == network.grid.masks
+    assert all(part.isfinite().all() for part in (*output, semantic))
 
 
 def test_the_tiny_network_trains_all_but_what_is_never_used() -> None:

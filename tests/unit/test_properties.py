@@ -7,7 +7,7 @@ from configs import TINY_WIDTHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masksam_nnunet.config import LossConfig, MaskSAMConfig
+from masksam_nnunet.config import RESOLUTIONS, LossConfig, MaskSAMConfig
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM
 
@@ -16,7 +16,7 @@ FLAGS = st.fixed_dictionaries(
         "regions": st.booleans(),
         "checkpointing": st.booleans(),
         "prompts": st.sampled_from(("soft", "hard")),
-        "resolution": st.sampled_from((1, 2, 4)),
+        "resolution": st.sampled_from(RESOLUTIONS),
         "adapter_ratio": st.sampled_from((0.1, 0.25, 1.0)),
     }
 )

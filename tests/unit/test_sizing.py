@@ -97,4 +97,4 @@ class TestSearch:
         with pytest.raises(DataError, match=r"--gpu-memory 1 .* lite_medsam .*\(1, 64, 64\)") as refusal:
             choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, 1.0)
         enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
-        assert choose((4, 64, 64), enough).cost.peak_gib <= enough * USABLE
+        assert choose((4, 64, 64), enough, "lite_medsam").cost.peak_gib <= enough * USABLE
