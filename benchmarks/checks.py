@@ -197,8 +197,10 @@ def _check_start(
     if unknown := [fold for fold, log in logs.items() if not log]:
         return Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")
     hashes = {found for log in logs.values() for found in re.findall(r"SAM weights from .*SHA-256 ([0-9a-f]{64})", log)}
-    if not (files := [published(sha256) for sha256 in sorted(hashes)]) or None in files:
-        return Finding(False, f"{name} starts from a file that is not a published SAM: what it has seen is not known.")
+    files = [published(sha256) for sha256 in sorted(hashes)]
+    if not files or None in files:
+        what = "a file that is no published SAM" if files else f"{config.sam}, or a file in its place"
+        return Finding(False, f"{name} starts from {what}; its training data are not known.")
     texts = [f"{name} starts from {file.name}. Known training data: {file.data}." for file in files if file]
     warnings = {f"{text}." for file in files if file and (text := seen_before(file, dataset))}
     return Finding(False, " ".join([*texts, *sorted(warnings)]))

@@ -16,6 +16,7 @@ from torch import Tensor
 from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.network import check_sam_file
 from masksam_nnunet.sam_checkpoint import read_checkpoint, remap_sam_state_dict
 from masksam_nnunet.sam_weights import find
 
@@ -183,6 +184,9 @@ def test_other_formats_are_fitted_and_what_is_left_out_is_reported(
     made = network((3, 5))
     lines = made.load_sam(tmp_path / "sam.pth")
     assert (said in lines[-1]) if said else "left out" not in lines[-1]
+    check_sam_file(tmp_path / "sam.pth", "vit_b")
+    with pytest.raises(WeightsError, match="the network is mobile_sam"):
+        check_sam_file(tmp_path / "sam.pth", "mobile_sam")
     wanted = remap_sam_state_dict(state, shapes(made.sam_tensors()))
     assert all(torch.equal(value, wanted[key]) for key, value in made.sam_tensors().items())
 
