@@ -7,6 +7,7 @@ the report. Other findings are stated there. Versions and devices are columns of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from masksam_nnunet.inference.scoring import cases_in
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
+from masksam_nnunet.sam_files import published, seen_before
 
 from .folds import FoldRecord, read_logs
 from .results import Finding, FoldCompute, row_names
@@ -80,7 +82,7 @@ def check_fairness(
             values = "; ".join(f"{key}: {own.get(key)} there, {description.get(key)} here" for key in different)
             findings.append(Finding(True, f"{name} was trained with another dataset.json: {values}."))
         own_folds = {f"{name}, fold {fold}": trained[f"{name}, fold {fold}"] for fold in folds}
-        findings.append(_check_start(name, configurations[name], own_folds))
+        findings.append(_check_start(name, configurations[name], own_folds, preprocessed.name))
     return tuple(sorted(filter(None, findings), key=lambda finding: not finding.severe))
 
 
@@ -180,8 +182,10 @@ def _check_data(configurations: Mapping[str, ConfigurationManager]) -> list[Find
     return findings
 
 
-def _check_start(name: str, configuration: ConfigurationManager, folds: Mapping[str, Path]) -> Finding | None:
-    """What MaskSAM's encoder starts from; ``folds`` are the method's folders by name."""
+def _check_start(
+    name: str, configuration: ConfigurationManager, folds: Mapping[str, Path], dataset: str
+) -> Finding | None:
+    """What MaskSAM's encoder starts from, and whether that has seen the dataset; ``folds`` are folders by name."""
     config = read_config(configuration)
     if config is None:
         return None
@@ -192,7 +196,14 @@ def _check_start(name: str, configuration: ConfigurationManager, folds: Mapping[
         return Finding(True, f"SAM's part held random, frozen weights ({RANDOM_INIT}) in {'; '.join(random)}.")
     if unknown := [fold for fold, log in logs.items() if not log]:
         return Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")
-    return Finding(False, f"{name} starts from SAM's {config.sam} weights, which were trained on other images.")
+    hashes = {found for log in logs.values() for found in re.findall(r"SAM weights from .*SHA-256 ([0-9a-f]{64})", log)}
+    files = [published(sha256) for sha256 in sorted(hashes)]
+    if not files or None in files:
+        what = "a file that is no published SAM" if files else f"{config.sam}, or a file in its place"
+        return Finding(False, f"{name} starts from {what}; its training data are not known.")
+    texts = [f"{name} starts from {file.name}. Known training data: {file.data}." for file in files if file]
+    warnings = {f"{text}." for file in files if file and (text := seen_before(file, dataset))}
+    return Finding(False, " ".join([*texts, *sorted(warnings)]))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,21 +6,9 @@ Nothing heavy is imported: what builds a network is named by its import path and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Any, Literal
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A published file with the frozen weights of an encoder, its prompt encoder and its mask decoder."""
-
-    name: str
-    """What ``masksam weights`` calls it."""
-    file_name: str
-    url: str
-    sha256: str
-    licence: str
 
 
 @dataclass(frozen=True)
@@ -67,8 +55,9 @@ class Backbone:
     decoder_heads: int = 8
     mask_channels: int = 16
     """Channels of a mask prompt before the last layer that embeds it."""
-    checkpoint: Checkpoint | None = None
-    """The weights, which stay frozen. None: whatever ``encoder`` does not freeze is trained from random weights."""
+    checkpoint: str | None = None
+    """The published file of the weights, which stay frozen, by its name. None: whatever ``encoder`` does not freeze is
+    trained from random weights."""
     adapter: str | Callable[..., Any] = "masksam_nnunet.modeling.adapters:DConvAdapter"
     """Makes an adapter from (a block's width E, bottleneck's share of E): two for each transformer block, each a
     ``Trainable`` map of (B, D, h, w, E) to the same shape that is zero at first."""
@@ -95,17 +84,27 @@ def _resolved(maker: str | Callable[..., Any]) -> Callable[..., Any]:
     return resolve_name(maker) if isinstance(maker, str) else maker
 
 
-def _sam(
-    name: str, file_name: str, sha256: str, width: int, depth: int, heads: int, global_blocks: tuple[int, ...]
-) -> Backbone:
+def _sam(name: str, width: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> Backbone:
     """A SAM that Meta released; sizes as in ``segment_anything/build_sam.py``."""
-    url = f"https://dl.fbaipublicfiles.com/segment_anything/{file_name}"
-    checkpoint = Checkpoint(name, file_name, url, sha256, "Apache-2.0")
     description, sizes = f"SAM's {name}, frozen, with trained adapters", (width, depth, heads, global_blocks)
-    return Backbone(name, *sizes, checkpoint=checkpoint, planned=True, description=description)
+    return Backbone(name, *sizes, checkpoint=f"sam_{name}", planned=True, description=description)
 
 
-_TINY_VIT = (Level(64, 4, 4), Level(128, 2, 2), Level(160), Level(320))
+def _tiny_vit(name: str, **settings: Any) -> Backbone:
+    """TinyViT with SAM's prompt encoder and mask decoder."""
+    levels = (Level(64, 4, 4), Level(128, 2, 2), Level(160), Level(320))
+    return Backbone(
+        *(name, 320),
+        levels=levels,
+        learns_input=False,
+        encoder="masksam_nnunet.modeling.tiny_vit:AdaptedTinyViT",
+        checkpoint=name,
+        planned=True,
+        **settings,
+    )
+
+
+_VIT_B = _sam("vit_b", 768, 12, 12, (2, 5, 8, 11))
 
 BACKBONES = {
     backbone.name: backbone
@@ -120,40 +119,24 @@ BACKBONES = {
             description="a tiny encoder of this project's own. It is not SAM: it starts from random weights and is "
             "trained throughout",
         ),
-        Backbone(
-            *("lite_medsam", 320),
+        _tiny_vit(
+            "lite_medsam",
             stride=4,
             image_size=256,
-            levels=_TINY_VIT,
             intensities="unit",
-            learns_input=False,
-            encoder="masksam_nnunet.modeling.tiny_vit:AdaptedTinyViT",
-            checkpoint=Checkpoint(
-                *("lite_medsam", "lite_medsam.pth", ""),
-                "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-                "Apache-2.0",
-            ),
-            planned=True,
             description="LiteMedSAM's TinyViT, frozen, with trained adapters",
         ),
-        _sam(
-            "vit_b",
-            "sam_vit_b_01ec64.pth",
-            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-            *(768, 12, 12, (2, 5, 8, 11)),
+        _tiny_vit("mobile_sam", description="MobileSAM's TinyViT, frozen, with trained adapters"),
+        _VIT_B,
+        replace(
+            _VIT_B,
+            name="medsam_vit_b",
+            intensities="unit",
+            checkpoint="medsam_vit_b",
+            description="MedSAM's ViT-B, frozen, with trained adapters",
         ),
-        _sam(
-            "vit_l",
-            "sam_vit_l_0b3195.pth",
-            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-            *(1024, 24, 16, (5, 11, 17, 23)),
-        ),
-        _sam(
-            "vit_h",
-            "sam_vit_h_4b8939.pth",
-            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-            *(1280, 32, 16, (7, 15, 23, 31)),
-        ),
+        _sam("vit_l", 1024, 24, 16, (5, 11, 17, 23)),
+        _sam("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
     )
 }
 """Every known backbone by its name."""
@@ -174,7 +157,7 @@ def register_backbone(backbone: Backbone) -> None:
         raise ValueError(f"backbone {backbone.name!r} is this project's own: register yours under another name")
     if backbone.checkpoint is not None and backbone.encoder != Backbone.encoder:
         raise ValueError(
-            f"backbone {backbone.name!r}: checkpoint = {backbone.checkpoint.name} does not fit an encoder of your own: "
+            f"backbone {backbone.name!r}: checkpoint = {backbone.checkpoint} does not fit an encoder of your own: "
             "leave it out, and load and freeze what you have in the function that makes the encoder"
         )
     BACKBONES[backbone.name] = backbone
@@ -183,8 +166,3 @@ def register_backbone(backbone: Backbone) -> None:
 def planned_backbones() -> list[str]:
     """Names that ``masksam plan --backbone`` takes."""
     return [name for name, backbone in BACKBONES.items() if backbone.planned]
-
-
-def checkpoint_names() -> list[str]:
-    """Names that ``masksam weights`` takes, from the smallest SAM to the largest."""
-    return list(dict.fromkeys(b.checkpoint.name for b in BACKBONES.values() if b.checkpoint is not None))

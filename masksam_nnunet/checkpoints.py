@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ import numpy as np
 
 from .errors import CheckpointError, MaskSAMError
 
+
+class _Record:
+    """Stands for an optimizer that a training script saved whole, as SAM-Med2D's: its attributes, and no behaviour."""
+
+
 # What makes numpy's scalars and arrays of numbers, as nnU-Net's logs hold them; under numpy 1 it had another address.
 _MAKERS: tuple[Any, ...] = (np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0])
 _SAFE: list[Any] = [
     *((maker, f"numpy.{core}.multiarray.{maker.__name__}") for maker in _MAKERS for core in ("_core", "core")),
     *(np.ndarray, np.dtype),
     *sorted({type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}, key=str),
+    *((_Record, f"torch.optim.{name}") for name in ("adam.Adam", "adamw.AdamW", "sgd.SGD")),
+    *(defaultdict, dict),
 ]
 
 

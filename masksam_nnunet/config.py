@@ -197,8 +197,7 @@ class MaskSAMConfig(_Json):
     @property
     def sam(self) -> str | None:
         """Which of SAM's published checkpoints a training starts from; None for none."""
-        checkpoint = self.encoder.checkpoint
-        return None if checkpoint is None else checkpoint.name
+        return self.encoder.checkpoint
 
     @property
     def needs_sam(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from masksam_nnunet.backbones import BACKBONES, checkpoint_names
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 from masksam_nnunet.errors import DataError
@@ -25,7 +25,7 @@ from .speed import FEW_EPOCHS, FULL_EPOCHS, Device
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
 MIN_IN_PLANE = 64
 MIN_BATCH = 2  # nnU-Net's
-LARGEST_FIRST = tuple(reversed(checkpoint_names()))
+LARGEST_FIRST = ("vit_h", "vit_l", "vit_b", "lite_medsam")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.compute import autocast
+
+from .architecture import config_for
 
 ITERATIONS = 250  # of an epoch
 FULL_EPOCHS = 1000  # nnU-Net's
@@ -105,9 +106,9 @@ def _from_table(name: str, why: str) -> Device:
 def measure(device: torch.device, seconds: float) -> float:
     """Operations a second of training steps, in 10^12, of a network that suits the device."""
     if device.type == "cuda":
-        config = MaskSAMConfig("vit_b", (2, 256, 256), 4, 8, checkpointing=True)
+        config = config_for("vit_b", (2, 256, 256), 8, regions=False, resolution=4, checkpointing=True)
     else:
-        config = MaskSAMConfig("vit_b", (1, 32, 32), 4, 8)
+        config = config_for("lite_medsam", (2, 64, 64), 8, regions=False)
     with device:
         network = MaskSAM(config, 1, 4).train()
         x = torch.randn(2, 1, *config.patch_size)

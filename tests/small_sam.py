@@ -12,6 +12,7 @@ from configs import tiny_config
 
 from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.sam_files import CHECKPOINTS
 from masksam_nnunet.sam_weights import released
 
 SMALL_SAM = replace(
@@ -30,7 +31,7 @@ SMALL_SAM = replace(
 def expect_release(patch: pytest.MonkeyPatch, backbone: str, content: bytes) -> None:
     """Let ``content`` be the released checkpoint."""
     checkpoint = replace(released(backbone), sha256=hashlib.sha256(content).hexdigest())
-    patch.setitem(BACKBONES, backbone, replace(BACKBONES[backbone], checkpoint=checkpoint))
+    patch.setitem(CHECKPOINTS, checkpoint.name, checkpoint)
 
 
 def install_small_sam(folder: Path, patch: pytest.MonkeyPatch) -> Path:

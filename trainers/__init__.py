@@ -14,6 +14,8 @@ from .variants import (
     MaskSAMTrainer_acdc,
     MaskSAMTrainer_amos,
     MaskSAMTrainer_lite_medsam,
+    MaskSAMTrainer_medsam,
+    MaskSAMTrainer_mobile_sam,
     MaskSAMTrainer_synapse,
     MaskSAMTrainer_tiny,
     MaskSAMTrainer_tiny_1epoch,

@@ -35,6 +35,7 @@ from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, read_config
 from masksam_nnunet.plans.speed import FULL_EPOCHS, expected_device
 from masksam_nnunet.plans.training_inputs import training_config
+from masksam_nnunet.sam_files import published, seen_before
 from masksam_nnunet.sam_weights import find
 
 from .finite_guard import FiniteGuard, Iteration, can_skip, ready_to_skip
@@ -216,6 +217,9 @@ class MaskSAMTrainer(ResumableTrainer):
         elif not network.sam_is_loaded:
             for line in network.load_sam(find(sam)):
                 self.print_to_log_file(line)
+            file = published(network.sam_sha256())
+            if file is not None and (warning := seen_before(file, self.plans_manager.dataset_name)):
+                self.print_to_log_file(f"WARNING: {warning}.")
         if not switched_on(LEAN_CHECKPOINTS):
             return
         if sam is None:
@@ -227,7 +231,7 @@ class MaskSAMTrainer(ResumableTrainer):
             )
         else:
             self.print_to_log_file(
-                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and loading them needs SAM's "
+                f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and loading them needs the "
                 f"{sam} file (SHA-256 {network.sam_sha256()}). masksam export makes a full model."
             )
 

@@ -24,6 +24,18 @@ class MaskSAMTrainer_vit_h(MaskSAMTrainer):
     backbone = "vit_h"
 
 
+class MaskSAMTrainer_medsam(MaskSAMTrainer):
+    """MedSAM's ViT-B."""
+
+    backbone = "medsam_vit_b"
+
+
+class MaskSAMTrainer_mobile_sam(MaskSAMTrainer):
+    """MobileSAM's TinyViT, with a stride of 16 as SAM's."""
+
+    backbone = "mobile_sam"
+
+
 class MaskSAMTrainer_lite_medsam(MaskSAMTrainer):
     """LiteMedSAM's TinyViT, for CPUs and small cards."""
 

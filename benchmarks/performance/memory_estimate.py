@@ -22,10 +22,10 @@ from cases import training
 from measure import GIVE_BACK, in_a_process, peak_mib
 from torch import Tensor
 
-from masksam_nnunet.backbones import checkpoint_names
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import dice_and_cross_entropy, training_cost
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.plans.sizing import LARGEST_FIRST
 
 NAMES = ("backbone", "patch", "resolution", "queries", "checkpointing", "batch", "channels", "classes")
 # Of NAMES: as large as a CPU runs in a minute or two.
@@ -85,7 +85,7 @@ def row(plan: list[Any], device: str) -> dict[str, Any]:
 
 
 def print_checkpoint_sizes() -> None:
-    for backbone in checkpoint_names():
+    for backbone in reversed(LARGEST_FIRST):
         with torch.device("meta"):
             network = MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8), 1, 4)
         moments = 2 * _bytes(p for p in network.parameters() if p.requires_grad)

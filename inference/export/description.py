@@ -51,6 +51,7 @@ class Description(BaseModel):
         mirroring_axes: over which predictions may be mirrored; None for no mirroring.
         files: all files of the model but ``model.json``.
         versions: of the packages that wrote it, for people.
+        sam: hash, name, licence and known training data of the SAM file that the weights come from, for people.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, regex_engine="python-re")
@@ -66,6 +67,7 @@ class Description(BaseModel):
     mirroring_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)] | None
     files: dict[str, FileEntry]
     versions: dict[str, str]
+    sam: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Description:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_json
-from masksam_nnunet.modeling.network import LEAN
+from masksam_nnunet.modeling.network import LEAN, SHA256, hash_in_hex
 from masksam_nnunet.plans.architecture import open_configuration
+from masksam_nnunet.sam_files import published
 
 from ..models import find_models
 from ..predictor import same_bits
@@ -229,11 +230,21 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
             mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
             files={file.name: file_entry(file) for file in sorted(folder.iterdir())},
             versions=versions(),
+            sam=_described(hash_in_hex(first.get(SHA256))),
         )
         write_json(folder / MODEL, description.model_dump(mode="json"))
         PortableModel(folder).read()
     except (ModelError, LookupError, TypeError, ValueError) as error:  # ValueError: pydantic's
         raise ModelError(f"{model} cannot be exported: {error}") from error
+
+
+def _described(sha256: str | None) -> dict[str, str]:
+    """The SAM file of this hash; empty where there is none."""
+    if sha256 is None:
+        return {}
+    file = published(sha256)
+    known = {"name": file.name, "licence": file.licence, "training_data": file.data} if file else {}
+    return {"sha256": sha256, **known}
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from masksam_nnunet import __version__
-from masksam_nnunet.backbones import checkpoint_names, planned_backbones
+from masksam_nnunet.backbones import BACKBONES, planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.sam_files import CHECKPOINTS
 
 from . import benchmark, data, explain, export, predict, submit, train
 from .common import Commands, Dataset, SeveralValues
@@ -28,7 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-CheckpointName = StrEnum("CheckpointName", {name: name for name in checkpoint_names()})  # type: ignore[misc]
+_NAMES = (*CHECKPOINTS, *(name for name, backbone in BACKBONES.items() if backbone.checkpoint))
+CheckpointName = StrEnum("CheckpointName", {name: name for name in _NAMES})  # type: ignore[misc]
 BackboneName = StrEnum("BackboneName", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
 AUTO = BackboneName("auto")
 PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
@@ -75,19 +77,48 @@ def env(
 
 @app.command()
 def weights(
-    backbone: Annotated[CheckpointName, typer.Argument(help="The SAM checkpoint to fetch.")],
+    name: Annotated[
+        CheckpointName | None, typer.Argument(help="The checkpoint to fetch, by its name or a backbone's.")
+    ] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="A file that you have, to be verified and copied.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="A mirror: the file's address or, ending in /, its folder's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is in the cache.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Show what there is, and where it is on this machine.")
+    ] = False,
 ) -> None:
     """Fetch a SAM checkpoint, verify it, and print where it is. A broken download is resumed."""
-    if source is not None and url is not None:
-        raise typer.BadParameter("give either --from or --url, not both")
+    if listed:
+        return _list_weights()
+    if name is None or (source is not None and url is not None):
+        raise typer.BadParameter("give the name of a checkpoint, or --list; and either --from or --url, not both")
     from masksam_nnunet.sam_weights import fetch
 
-    typer.echo(fetch(backbone.value, url=url, source=source, force=force))
+    typer.echo(fetch(name.value, url=url, source=source, force=force, try_out=_try_out))
+
+
+def _try_out(path: Path, backbone: str) -> None:
+    """Check a file of no published hash by what is in it."""
+    from masksam_nnunet.modeling.network import check_sam_file
+
+    check_sam_file(path, backbone)
+
+
+def _list_weights() -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from masksam_nnunet.sam_weights import located
+
+    table = Table("name", "size", "licence", "known training data", box=box.SIMPLE)
+    for x in CHECKPOINTS.values():
+        table.add_row(x.name, f"{x.size / 1e6:,.0f} MB", x.licence, x.data)
+    Console().print(table)
+    here = {x.name: path for x in CHECKPOINTS.values() if (path := located(x))}
+    typer.echo("\n".join(["On this machine:", *(f"  {name}: {path}" for name, path in here.items())] if here else []))
 
 
 @app.command(cls=SeveralValues)

@@ -167,7 +167,7 @@ class MaskSAM(nn.Module):
         return {name: tensors[name] for name in kept}
 
     def load_sam(self, path: Path) -> list[str]:
-        """Load SAM's weights from its released checkpoint, or a fine-tuned one in its format: all of it, or nothing.
+        """Load SAM's weights from a published checkpoint, or a fine-tuned one in such a format: all of it, or nothing.
 
         Returns:
             What became of SAM's and this network's parameters, for a log.
@@ -196,7 +196,7 @@ class MaskSAM(nn.Module):
 
     def sam_sha256(self) -> str | None:
         """The hash in hex of the file that the SAM parts come from; None where they come from none."""
-        return _hash_in_hex(self.get_buffer(SHA256))
+        return hash_in_hex(self.get_buffer(SHA256))
 
     @contextlib.contextmanager
     def lean_state_dicts(self) -> Iterator[None]:
@@ -221,6 +221,13 @@ class MaskSAM(nn.Module):
             handle.remove()
 
 
+def check_sam_file(path: Path, backbone: str) -> None:
+    """Raise WeightsError unless the checkpoint at ``path`` has all that a network with ``backbone`` needs of SAM."""
+    with torch.device("meta"):
+        network = MaskSAM(MaskSAMConfig(backbone, (1, 64, 64), 1, 1), 1, 1)
+    remap_sam_state_dict(read_checkpoint(path).tensors, {name: x.shape for name, x in network.sam_tensors().items()})
+
+
 def count_parameters(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     """(part, parameters, trainable parameters) for each part of the network, and for the whole, which comes last."""
     for name, module in (*network.named_children(), ("total", network)):
@@ -243,7 +250,7 @@ def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: 
             "configuration that it was trained with."
         )
     if prefix + LEAN in state:
-        sam, sha256 = network.config.sam, _hash_in_hex(state.get(prefix + SHA256))
+        sam, sha256 = network.config.sam, hash_in_hex(state.get(prefix + SHA256))
         if sam is None or sha256 is None:
             raise WeightsError(
                 "the checkpoint is damaged: it leaves out SAM's weights but names no file that holds them; copy it "
@@ -260,7 +267,8 @@ def _before_loading(network: nn.Module, state: dict[str, Any], prefix: str, *_: 
         del state[prefix + LEAN]
 
 
-def _hash_in_hex(buffer: Tensor | None) -> str | None:
+def hash_in_hex(buffer: Tensor | None) -> str | None:
+    """What the buffer :data:`SHA256` says; None for zeros or no buffer."""
     if buffer is None or buffer.is_meta:
         return None
     digest = bytes(buffer.flatten().to(torch.uint8).tolist())

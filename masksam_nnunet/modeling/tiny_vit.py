@@ -103,7 +103,7 @@ class AdaptedTinyViT(nn.Module):
         size = max(1, PIXELS_AT_ONCE * shrinks**2 // x.shape[1:3].numel())
 
         def frozen(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            """A few slices at a time; nothing is kept for the backward pass, of which an image of one channel has none."""
+            """A few slices at a time, and again in the backward pass, which an image of one channel does not have."""
             return torch.cat([recomputed(images.requires_grad, function, piece) for piece in x.split(size)])
 
         level = frozen(self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from masksam_nnunet.errors import MaskSAMError, UsageError, WeightsError
 from masksam_nnunet.inference.export.write import CHECKPOINT, export_model
 from masksam_nnunet.modeling.network import LEAN
 from masksam_nnunet.plans.architecture import write_config
+from masksam_nnunet.sam_files import CHECKPOINTS
 from masksam_nnunet.trainers import MaskSAMTrainer
 
 CPU = torch.device("cpu")
@@ -117,7 +119,7 @@ def test_validation_restores_and_says_what_it_lacks(sam_file: Path, monkeypatch:
     with pytest.raises(AssertionError, match="image_encoder"):  # nnU-Net says that pretrained weights must be full
         load_pretrained_weights(trainer().network, str(Path(made.output_folder, CHECKPOINT)))
     sam_file.unlink()
-    with pytest.raises(WeightsError, match=r"lean checkpoint.*masksam weights vit_b.*masksam export"):
+    with pytest.raises(WeightsError, match=r"lean checkpoint.*masksam weights sam_vit_b.*masksam export"):
         maybe_load_checkpoint(trainer(), continue_training=False, validation_only=True)
 
     def killed(*_: object) -> None:
@@ -127,6 +129,13 @@ def test_validation_restores_and_says_what_it_lacks(sam_file: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         saved(made)
     assert made.masksam.sam_tensors().keys() <= made.network.state_dict().keys(), "lean for as long as it is saved only"
+
+
+def test_a_dataset_that_sam_may_have_seen_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKPOINTS, "sam_vit_b", replace(CHECKPOINTS["sam_vit_b"], trained_on={"everything": ""}))
+    made = trainer()
+    made._load_sam()
+    assert "WARNING: sam_vit_b was trained on everything" in log(made)
 
 
 def test_what_cannot_be_lean(monkeypatch: pytest.MonkeyPatch) -> None:

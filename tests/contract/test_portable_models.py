@@ -121,6 +121,8 @@ def test_predictions_are_nnunets_bit_for_bit(
     expected = logits(from_nnunet(folder))
     output = tmp_path / "portable"
     assert write_portable(folder, output, FOLDS).completed == (kind == "ViT, lean")
+    sam = json.loads((output / "model.json").read_text())["sam"]
+    assert (sam["name"], sam["licence"]) == ("sam_vit_b", "Apache-2.0") if kind == "ViT, lean" else not sam
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     shutil.move(folder, tmp_path / "away")
     for cls in (nnUNetPredictor, MaskSAMPredictor):

@@ -138,7 +138,7 @@ def test_without_sam_training_stops_before_it_starts(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MASKSAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(RANDOM_INIT, raising=False)
     made = trainer(plain_plans((2, 32, 32), batch_size=1), cls=MaskSAMTrainer)
-    with pytest.raises(WeightsError, match="masksam weights vit_b"):
+    with pytest.raises(WeightsError, match="masksam weights sam_vit_b"):
         made.on_train_start()
     monkeypatch.setenv(RANDOM_INIT, "maybe")
     with pytest.raises(ConfigError, match="MASKSAM_RANDOM_INIT = 'maybe'"):

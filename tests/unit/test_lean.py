@@ -151,7 +151,7 @@ def test_another_or_no_file_is_named(sam_file: Path, tmp_path: Path, monkeypatch
     assert "masksam weights" not in refused(fresh(), lean_state(tuned)), "a fine-tuned file cannot be fetched"
     sam_file.unlink()
     message = refused(fresh(), lean_state(source))
-    assert all(said in message for said in (wanted, str(sam_file), "masksam weights vit_b")), message
+    assert all(said in message for said in (wanted, str(sam_file), "masksam weights sam_vit_b")), message
 
 
 def test_loading_stays_strict(sam_file: Path) -> None:

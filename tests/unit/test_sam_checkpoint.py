@@ -16,7 +16,9 @@ from torch import Tensor
 from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.modeling.network import check_sam_file
 from masksam_nnunet.sam_checkpoint import read_checkpoint, remap_sam_state_dict
+from masksam_nnunet.sam_weights import find
 
 REL_POS = "image_encoder.blocks.1.attn.rel_pos_h"
 
@@ -156,6 +158,51 @@ def test_load_fills_sams_part_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     counts = {"unchanged": len(state) - resized, "interpolated": resized, "new": len(new)}
     for line, (word, count) in zip(said[1:], counts.items(), strict=True):
         assert word in line and f" {count} tensors" in line
+
+
+@pytest.mark.parametrize(
+    ("rename", "extra", "said"),
+    [
+        ("module.{}", (), None),  # trained with DistributedDataParallel, as MedSAM
+        ("{}", ("mask_decoder.hf_token.weight", "mask_decoder.compress_vit_feat.0.weight"), "2 tensors of SAM-HQ's"),
+        ("{}", ("image_encoder.blocks.1.Adapter.channel.0.weight",), "1 tensors of SAM-Med2D's adapters"),
+    ],
+)
+def test_other_formats_are_fitted_and_what_is_left_out_is_reported(
+    rename: str, extra: tuple[str, ...], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = sam_state()
+    weight = torch.nn.Parameter(torch.zeros(1))
+    torch.save(
+        {
+            "model": {rename.format(key): value for key, value in {**state, **dict.fromkeys(extra, weight)}.items()},
+            "optimizer": torch.optim.Adam([weight]),  # SAM-Med2D's file holds it whole
+        },
+        tmp_path / "sam.pth",
+    )
+    expect_release(monkeypatch, "vit_b", (tmp_path / "sam.pth").read_bytes())
+    made = network((3, 5))
+    lines = made.load_sam(tmp_path / "sam.pth")
+    assert (said in lines[-1]) if said else "left out" not in lines[-1]
+    check_sam_file(tmp_path / "sam.pth", "vit_b")
+    with pytest.raises(WeightsError, match="the network is mobile_sam"):
+        check_sam_file(tmp_path / "sam.pth", "mobile_sam")
+    wanted = remap_sam_state_dict(state, shapes(made.sam_tensors()))
+    assert all(torch.equal(value, wanted[key]) for key, value in made.sam_tensors().items())
+
+
+def test_tiny_vits_are_told_apart_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
+    lite, mobile = (MaskSAM(tiny_config(backbone=name), 1, 2) for name in ("lite_medsam", "mobile_sam"))
+    path = find("lite_medsam")
+    assert "435 tensors" in lite.load_sam(path)[1]
+    for made, name in ((mobile, "mobile_sam"), (network(), "vit_b")):
+        with pytest.raises(WeightsError, match=f"the file holds lite_medsam, the network is {name}"):
+            made.load_sam(path)
+    state = torch.load(path, weights_only=True)
+    torch.save({"state_dict": {**state, "image_encoder.layers.9.more": torch.zeros(1)}}, tmp_path / "more.pth")
+    with pytest.raises(WeightsError, match=r"1 unexpected: image_encoder\.layers\.9\.more"):
+        lite.load_sam(tmp_path / "more.pth")
 
 
 def test_nothing_is_half_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

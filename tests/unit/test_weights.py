@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from small_sam import expect_release
 from masksam_nnunet import download
 from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.sam_files import CHECKPOINTS, seen_before
 
 BODY = bytes(range(256)) * 2048  # 512 KiB: several chunks
 FILE = weights.released("vit_b").file_name
@@ -137,9 +139,58 @@ def test_a_local_file_is_verified_and_copied(tmp_path: Path) -> None:
         fetch(source=tmp_path / "missing.pth")
 
 
-def test_an_unknown_backbone_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(WeightsError, match=r"tiny.*vit_b, vit_l, vit_h"):
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(WeightsError, match=r"tiny.*sam_vit_b, sam_vit_l.*lite_medsam"):
         weights.fetch("tiny")
+
+
+def test_a_file_without_a_published_hash_is_tried_out_and_its_hash_recorded(tmp_path: Path) -> None:
+    source = tmp_path / "sam-med2d_b.pth"
+    source.write_bytes(BODY)
+    tried: list[str] = []
+
+    def refuse(path: Path, backbone: str) -> None:
+        raise WeightsError(f"{path} does not fit {backbone}")
+
+    with pytest.raises(WeightsError, match="does not fit vit_b"):
+        weights.fetch("sam_med2d", source=source, try_out=refuse)
+    assert not (weights.cache_dir() / source.name).exists()
+    path = weights.fetch("sam_med2d", source=source, try_out=lambda path, backbone: tried.append(backbone))
+    assert tried == ["vit_b"] and sha256(BODY) in (path.parent / "sam-med2d_b.pth.sha256").read_text()
+    assert weights.verify(path, "medsam_vit_b") == sha256(BODY)
+    path.write_bytes(b"changed")
+    with pytest.raises(WeightsError, match=sha256(b"changed")):
+        weights.verify(path, "vit_b")
+
+
+def test_a_package_that_holds_the_file_spares_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = weights.fetch("lite_medsam", url="http://127.0.0.1:9/")
+    assert path.name == "lite_medsam.pth" and path == weights.find("lite_medsam")
+    assert weights.verify(path, "lite_medsam") == CHECKPOINTS["lite_medsam"].sha256
+    with pytest.raises(WeightsError, match=r"sam_vit_b.*lite_medsam"):
+        weights.verify(path, "vit_b")
+    monkeypatch.setitem(CHECKPOINTS, "lite_medsam", replace(CHECKPOINTS["lite_medsam"], package="no-such-package"))
+    with pytest.raises(WeightsError, match=r"masksam weights lite_medsam; or install no-such-package"):
+        weights.find("lite_medsam")
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "said"),
+    [
+        ("lite_medsam", "Dataset027_ACDC", "teacher medsam_vit_b was trained on ACDC"),
+        ("lite_medsam", "Dataset218_AMOS2022_task1", "lite_medsam was trained on AMOS"),
+        ("lite_medsam", "Dataset010_Colon", "lite_medsam was trained on MSD Colon"),
+        ("medsam_vit_b", "Dataset004_Hippocampus", "MSD Hippocampus"),
+        ("medsam_vit_b", "Dataset114_MNMs", "M&Ms"),
+        ("sam_med2d", "Dataset101_CHAOST2", "does not name"),
+        ("lite_medsam", "Dataset101_CHAOST2", None),
+        ("medsam_vit_b", "Dataset031_HeartSplits", None),
+        ("sam_hq_vit_h", "Dataset027_ACDC", None),
+    ],
+)
+def test_a_dataset_that_a_checkpoint_may_have_seen_is_named(name: str, dataset: str, said: str | None) -> None:
+    warning = seen_before(CHECKPOINTS[name], dataset)
+    assert warning is None if said is None else warning is not None and said in warning and dataset in warning
 
 
 # --- find and verify --------------------------------------------------------------------------------------------------
@@ -173,6 +224,10 @@ def test_find_takes_the_named_file_before_the_cached_one(monkeypatch: pytest.Mon
     (folder / FILE).touch()
     assert weights.find("vit_b") == folder / FILE
 
+    (folder / FILE).rename(folder / "sam_hq_vit_b.pth")
+    assert weights.find("medsam_vit_b") == folder / "sam_hq_vit_b.pth"
+    assert weights.located(CHECKPOINTS["sam_hq_vit_b"]) and not weights.located(CHECKPOINTS["mobile_sam"])
+    (folder / FILE).touch()
     monkeypatch.setenv("MASKSAM_WEIGHTS", str(folder / FILE))
     assert weights.find("vit_l") == folder / FILE
     monkeypatch.setenv("MASKSAM_WEIGHTS", str(folder / "nothing"))
@@ -183,7 +238,8 @@ def test_find_takes_the_named_file_before_the_cached_one(monkeypatch: pytest.Mon
 def test_verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, tuned = tmp_path / "tuned.pth", sha256(b"tuned")
     path.write_bytes(BODY)
-    assert weights.verify(path, "vit_b") == sha256(BODY)
+    for name in ("vit_b", "sam_hq_vit_b", "medsam_vit_b"):  # one architecture
+        assert weights.verify(path, name) == sha256(BODY)
     with pytest.raises(WeightsError, match="vit_b"):
         weights.verify(path, "vit_l")
     path.write_bytes(b"tuned")
