@@ -62,12 +62,13 @@ class _Hollow(Tensor):
     @staticmethod
     def make(memory: _Memory, layout: _Layout) -> _Hollow:
         shape, strides, dtype = layout
-        hollow: _Hollow = Tensor._make_wrapper_subclass(_Hollow, shape, strides=strides, dtype=dtype, device="cpu")
+        cpu = torch.device("cpu")
+        hollow: _Hollow = Tensor._make_wrapper_subclass(_Hollow, shape, strides=strides, dtype=dtype, device=cpu)
         hollow.memory, hollow.layout_ = memory, layout
         return hollow
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} of a tensor without content, outside of its Meter")
 
 
@@ -134,7 +135,7 @@ class Meter(TorchDispatchMode):
 
     # ---- Calls that are alike ------------------------------------------------------------------------------------
 
-    def _call(self, active: bool, function: Callable[..., Any], *inputs: Any) -> Any:
+    def _call(self, active: bool, function: Any, *inputs: Any) -> Any:
         """As :func:`~.modeling.compute.recomputed`."""
         if isinstance(function, partial):
             function, inputs = function.func, (*function.args, *inputs)
@@ -161,7 +162,12 @@ class Meter(TorchDispatchMode):
         return record.structure.unflatten(_Replay.apply(self, record, *tensors, *used))
 
     def _measure(
-        self, active: bool, function: Callable[..., Any], leaves: list[Any], structure: Any, parameters: list[Tensor]
+        self,
+        active: bool,
+        function: Callable[..., Any],
+        leaves: list[Any],
+        structure: Any,
+        parameters: list[nn.Parameter],
     ) -> _Record:
         """Run a call and its backward pass alone; neither counts."""
         peak, flops = self.peak, self.flops
@@ -211,7 +217,7 @@ class Meter(TorchDispatchMode):
                 given[number] = _Hollow.make(owned[x.memory], x.layout_)
                 if x.requires_grad:
                     given[number] = _Copy.apply(root, given[number])
-        tensors = [x for x in given if isinstance(x, Tensor)]
+        tensors = [x for x in given if isinstance(x, _Hollow)]
         edges = [get_gradient_edge(x) if x.requires_grad else None for x in tensors]
         memories = [weakref.ref(x.memory) for x in tensors]
         start = self.peak = self.now

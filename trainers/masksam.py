@@ -244,7 +244,7 @@ class MaskSAMTrainer(ResumableTrainer):
 
     def on_loop_start(self) -> None:
         super().on_loop_start()
-        if not self.tells_hours:
+        if not self.tells_hours or self.local_rank:
             return
         cost = training_cost(
             self.config, self.num_input_channels, self.label_manager.num_segmentation_heads, self.batch_size

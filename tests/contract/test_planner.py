@@ -58,6 +58,7 @@ def preprocessed(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setattr(sizing, "training_cost", simple_cost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a GPU would be measured
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv(EXT_TRAINER, raising=False)  # a command of an earlier test in this process may have set it
     return tmp_path / "nnUNet_preprocessed" / KIND.dataset
@@ -114,7 +115,15 @@ def test_queries_cover_the_fullest_slice(preprocessed: Path) -> None:
     count = decisions["targets_per_slice"]
     assert (count["most"], count["cases"]) == (3, 6)
     rows = {row["what"]: row for row in decisions["decided"]}
+    assert decisions["epochs"] == rows["epochs"]["value"] == 1000
+    assert "rtx4090 (no GPU here" in rows["time"]["why"] and "nnU-Net by the same rule" in rows["time"]["why"]
     assert rows["N"]["value"] == 4 and count["case"] in rows["N"]["why"]
+
+
+def test_few_hours_leave_few_epochs(preprocessed: Path) -> None:
+    decisions = plan("43", ["3d_fullres"], hours=0.015, gpu="rtx3090").plans["masksam"]["3d_fullres"]
+    assert (decisions["hours"], decisions["gpu_memory_gb"]) == (0.015, 24) and 100 <= decisions["epochs"] < 1000
+    assert decisions["epochs"] % 10 == 0
 
 
 def test_only_what_is_asked_for_and_nothing_else_is_lost(preprocessed: Path) -> None:
@@ -222,6 +231,8 @@ def test_the_command(preprocessed: Path) -> None:
         (("43", ["3d_lowres"]), {}, "-c 3d_lowres: .* 2d, 3d_fullres"),
         (("43",), {"gpu_memory_gb": 0.0}, "--gpu-memory 0"),
         (("43",), {"gpu_memory_gb": float("nan")}, "--gpu-memory nan"),
+        (("43",), {"hours": -1.0}, "--hours -1"),
+        (("43",), {"gpu": "riva128"}, "--gpu riva128: .* rtx4090"),
         (("43",), {"plans_name": "nnUNetPlans"}, "--plans-name 'nnUNetPlans'"),
         (("43",), {"plans_name": "a/b"}, "--plans-name 'a/b'"),
         (("43",), {"preset": "acdc"}, "--backbone tiny: --preset acdc .* vit_b"),

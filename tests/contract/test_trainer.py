@@ -26,7 +26,7 @@ from masksam_nnunet.environment import RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans import architecture
-from masksam_nnunet.plans.architecture import NETWORK_CLASS, read_config, write_config
+from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, NETWORK_CLASS, read_config, write_config
 from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_vit_h
 from masksam_nnunet.trainers.resumable import ResumableTrainer
 
@@ -72,6 +72,7 @@ def test_signatures_and_overridden_hooks_are_nnunets() -> None:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
     assert isinstance(inspect.getattr_static(MaskSAMTrainer, "build_network_architecture"), staticmethod)
     own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard", "_load_sam"}
+    own |= {"_iterations_left", "_tell_hours"}
     own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
     own |= {"bare_network", "network_weights", "own_state", "load_own_state"}
@@ -95,6 +96,24 @@ def test_backbones_and_epochs() -> None:
     assert trainers.MaskSAMTrainer_vit_l.backbone == "vit_l"
     assert trainer().num_epochs == 1000 and trainer().num_iterations_per_epoch == 250
     assert trainer(cls=trainers.MaskSAMTrainer_tiny_5epochs).num_epochs == 5
+    plans = tiny_plans() | {DECISIONS: {"3d_fullres": {EPOCHS: 620}}}
+    assert trainer(dict(plans)).num_epochs == 620, "the planned hours allow no more"
+    assert trainer(plans, cls=trainers.MaskSAMTrainer_tiny_5epochs).num_epochs == 5
+
+
+def test_the_log_says_how_long_a_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, lines = trainer(), []
+    monkeypatch.setattr(made, "print_to_log_file", lines.append)
+    made.iteration = 1000  # resumed
+    made.on_loop_start()
+    assert "249000 of them" in lines[0] and "hours" in lines[0] and "corrected after 50" in lines[0]
+    for _ in range(60):
+        made.iteration += 1
+        made._tell_hours()
+    assert len(lines) == 2 and "the 248945 left" in lines[1]
+    made.tells_hours = False
+    made.on_loop_start()
+    assert len(lines) == 2
 
 
 def test_the_config_is_derived_saved_in_the_plans_and_read_back() -> None:
