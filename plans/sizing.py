@@ -194,7 +194,7 @@ class _Search:
         self,
         depth: int,
         plane: tuple[int, ...],
-        resolution: int = 1,
+        resolution: float = 1,
         batch: int = MIN_BATCH,
         checkpointing: bool = True,
     ) -> Sizes:
