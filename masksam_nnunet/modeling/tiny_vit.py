@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class AdaptedBlock(TinyVitBlock):
         self.attention_adapter = backbone.make_adapter(width, ratio)
         self.mlp_adapter = backbone.make_adapter(width, ratio)
 
-    def forward(self, x: Tensor, slices_at_once: int | None) -> Tensor:
+    def forward(self, x: Tensor, slices_at_once: int | None) -> Tensor:  # type: ignore[override]
         """The adapted block; x and the result are (B, D, h, w, E)."""
         lead = x.shape[:2]
         pieces = partial(in_pieces, slices_at_once, self.training)
@@ -47,7 +48,8 @@ class AdaptedBlock(TinyVitBlock):
     def _attend(self, x: Tensor) -> Tensor:
         """Attention in windows, the last of which are filled up with zeros, (M, h, w, E)."""
         m, h, w, e = x.shape
-        side, attn = self.window_size, self.attn
+        side = self.window_size
+        attn: Any = self.attn
         x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
         rows, columns = x.shape[1] // side, x.shape[2] // side
         windows = x.view(m, rows, side, columns, side, e).transpose(2, 3).reshape(-1, side * side, e)
@@ -72,8 +74,9 @@ class AdaptedTinyViT(nn.Module):
         fine = {"ks": 1} if backbone.stride == 4 else {"ks": 3, "stride": 2, "pad": 1}
         self.stem = nn.ModuleList([ConvNorm(3, WIDTHS[0] // 2, **fine), ConvNorm(WIDTHS[0] // 2, WIDTHS[0], **fine)])
         self.convolutions = nn.ModuleList(MBConv(WIDTHS[0], WIDTHS[0], 4.0, nn.GELU, 0.0) for _ in range(DEPTHS[0]))
-        self.merges = nn.ModuleList(PatchMerging(WIDTHS[i], WIDTHS[i + 1], nn.GELU) for i in range(3))
-        self.merges[-1].conv2.conv.stride = (1, 1)
+        merges = [PatchMerging(WIDTHS[i], WIDTHS[i + 1], nn.GELU) for i in range(3)]
+        merges[-1].conv2.conv.stride = (1, 1)
+        self.merges = nn.ModuleList(merges)
         self.stages = nn.ModuleList(
             nn.ModuleList(AdaptedBlock(backbone, stage, config.adapter_ratio) for _ in range(DEPTHS[stage]))
             for stage in (1, 2, 3)
@@ -85,7 +88,8 @@ class AdaptedTinyViT(nn.Module):
             nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(width),
         )
-        self.depth_embedding = DepthEmbedding(Grid.of(config).patch[0], WIDTHS[1])
+        self.grid = Grid.of(config)
+        self.depth_embedding = DepthEmbedding(self.grid.patch[0], WIDTHS[1])
         self.checkpointing = config.checkpointing
         self.slices_at_once: int | None = None
         """How many of a batch's B·D slices the frozen layers take at a time; None for all."""
@@ -99,8 +103,8 @@ class AdaptedTinyViT(nn.Module):
         """
         lead = images.shape[:2]
         x = images.flatten(0, 1).permute(0, 2, 3, 1)  # (B D, S_h, S_w, 3)
-        shrinks = self.stem[0].conv.stride[0] * self.stem[1].conv.stride[0]
-        size = max(1, PIXELS_AT_ONCE * shrinks**2 // x.shape[1:3].numel())
+        pixels = 16 * self.grid.tokens[0] * self.grid.tokens[1]  # of the finest map
+        size = max(1, PIXELS_AT_ONCE // pixels)
 
         def frozen(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             """A few slices at a time, and again in the backward pass, which an image of one channel does not have."""
@@ -108,7 +112,8 @@ class AdaptedTinyViT(nn.Module):
 
         level = frozen(self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)
         levels = [level.unflatten(0, lead)]
-        for merge, stage in zip(self.merges, self.stages, strict=True):
+        stages: Any = self.stages
+        for merge, stage in zip(self.merges, stages, strict=True):
             if len(levels) == 1:
                 x = frozen(partial(_merged, merge), level).unflatten(0, lead) + self.depth_embedding()[:, None, None]
             else:
@@ -123,26 +128,28 @@ class AdaptedTinyViT(nn.Module):
         """Stem and first stage, (M, S_h, S_w, 3) to (M, 4 g_h, 4 g_w, 64)."""
         first, second = self.stem
         x = _convolved(second, _gelu(_convolved(first, x)))
-        for block in self.convolutions:
+        blocks: Any = self.convolutions
+        for block in blocks:
             y = _convolved(block.conv2, _gelu(_convolved(block.conv1, x)))
             x = _gelu(_convolved(block.conv3, _gelu(y)) + x)
         return x
 
     def _neck(self, x: Tensor) -> Tensor:
         """(M, g_h, g_w, 320) to (M, P, g_h, g_w)."""
-        project, norm_1, convolution, norm_2 = self.neck
+        layers: Any = self.neck
+        project, norm_1, convolution, norm_2 = layers
         x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (M, g_h, g_w, P)
         x = convolution(x.permute(0, 3, 1, 2))
         return norm(norm_2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _merged(merge: PatchMerging, x: Tensor) -> Tensor:
+def _merged(merge: Any, x: Tensor) -> Tensor:
     """Half the height and width, except in the last merge: (M, h, w, E) to (M, h', w', E')."""
     x = _convolved(merge.conv2, _gelu(_convolved(merge.conv1, x)))
     return _convolved(merge.conv3, _gelu(x))
 
 
-def _convolved(layer: ConvNorm, x: Tensor) -> Tensor:
+def _convolved(layer: Any, x: Tensor) -> Tensor:
     """A convolution with its batch norm in evaluation mode, channels last: (M, h, w, C) to (M, h', w', C')."""
     convolution, batch_norm = layer.conv, layer.bn
     gain = batch_norm.weight * (batch_norm.running_var + batch_norm.eps).rsqrt()

