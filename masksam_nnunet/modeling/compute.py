@@ -35,17 +35,9 @@ def full_precision(x: Tensor) -> Tensor:
 
 def recomputed(active: bool, function: Callable[..., Any], *inputs: Any) -> Any:
     """``function(*inputs)``; if active, its activations are computed again in the backward pass instead of kept."""
-    return run(active, function, *inputs)
-
-
-def _run(active: bool, function: Callable[..., Any], *inputs: Any) -> Any:
     if not active:
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
-
-
-run: Callable[..., Any] = _run
-"""What :func:`recomputed` calls. ``metering.py`` replaces it, to run only one of several calls that are alike."""
 
 
 def in_pieces(size: int | None, recompute: bool, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
