@@ -1,4 +1,4 @@
-"""Whether a comparison is fair: the same splits, data and labels, complete folds, the same minutes, SAM's weights.
+"""Whether a comparison is fair: the same splits, data and labels, complete folds, the same budget, SAM's weights.
 
 What cannot be compared at all is refused. A severe finding is refused too, unless the user accepts it; it then opens
 the report. Other findings are stated there. Versions and devices are columns of the report's table of trainings.
@@ -141,11 +141,14 @@ def check_splits(
 
 
 def _check_times(budgets: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
-    """Trainings by the clock must have taken the same time."""
+    """Trainings with a budget must have taken the same time or the same iterations."""
+    counts = {one.iterations for folds in budgets.values() for one in folds}
     seconds = {f"{name}, fold {one.fold}": one.seconds or 0.0 for name, folds in budgets.items() for one in folds}
     if not seconds or max(seconds.values()) <= TIME_TOLERANCE * min(seconds.values()):
         return []
     told = "; ".join(f"{name}: {value:.0f} s" for name, value in seconds.items())
+    if len(counts) == 1:
+        return [Finding(False, f"Every training took {counts.pop()} iterations, in different times: {told}.")]
     return [Finding(True, f"Time budgets differ by more than {TIME_TOLERANCE - 1:.0%}: {told}.")]
 
 

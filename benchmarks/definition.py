@@ -37,7 +37,8 @@ class Benchmark(BaseModel):
     configuration: str
     methods: tuple[Method, ...]  # to compare, all of this configuration
     folds: tuple[int, ...]
-    minutes: float | None = None  # for time-budget trainers, else None
+    minutes: float | None = None  # for trainers with a budget, else None
+    iterations: int | None = None  # for them, in place of minutes
     device: str = "cuda"  # cpu, cuda or mps
     ensembles: bool = True  # of all pairs; validation then saves probabilities
     accept_unfair: bool = False  # report an unfair comparison too
@@ -83,6 +84,7 @@ class Benchmark(BaseModel):
         words += ["--trainers", *(f"{method.trainer}@{method.plans}" for method in self.methods)]
         words += ["--folds", *map(str, self.folds), "--devices", self.device]
         words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
+        words += [] if self.iterations is None else ["--iterations", str(self.iterations)]
         words += [] if self.ensembles or len(self.methods) < 2 else ["--no-ensembles"]
         words += [] if self.group is None else ["--group", self.group]
         words += ["--accept-unfair"] if self.accept_unfair else []
@@ -104,9 +106,10 @@ class Benchmark(BaseModel):
     def jobs(self) -> tuple[FoldJob, ...]:
         """One job for each method and fold, fold by fold."""
         environment, npz = self.environment(), self.ensembles and len(self.methods) > 1
+        budget = self.minutes, self.iterations
         return tuple(
             FoldJob(
-                self.dataset, method, fold, self.device, environment, self.minutes if has_budget(method) else None, npz
+                self.dataset, method, fold, self.device, environment, *(budget if has_budget(method) else ()), npz=npz
             )
             for fold in self.folds
             for method in self.methods
@@ -123,11 +126,15 @@ class Benchmark(BaseModel):
         """
         name = find_benchmark_dataset(self.dataset)
         own_schedule = [method.trainer for method in self.methods if not has_budget(method)]
-        if (self.minutes is None) != (len(own_schedule) == len(self.methods)):
-            given = "is not given" if self.minutes is None else f"{self.minutes:g}"
-            raise UsageError(f"--minutes {given}: trainers whose names end in _budget need it, and only they")
+        given = [name for name in ("minutes", "iterations") if getattr(self, name) is not None]
+        if len(given) != (len(own_schedule) < len(self.methods)):
+            found = " and ".join(f"--{name} {getattr(self, name):g}" for name in given) or "neither is given"
+            needed = "trainers whose names end in _budget need one of --minutes and --iterations, and only they"
+            raise UsageError(f"{needed}; {found}")
         if self.minutes is not None and not 0 < self.minutes < 1e6:
             raise UsageError(f"--minutes {self.minutes:g}: give a positive number")
+        if self.iterations is not None and self.iterations < 1:
+            raise UsageError(f"--iterations {self.iterations}: give a positive number")
         cases = sorted(read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1).images)
         for method in self.methods:
             self._check_method(method, cases)
@@ -143,8 +150,8 @@ class Benchmark(BaseModel):
         for job in self.jobs():
             if any(job.folder.glob("checkpoint_*.pth")):
                 job.require_unchanged()
-        if self.minutes is not None and own_schedule:
-            notes.append(f"--minutes {self.minutes:g} does not limit {', '.join(own_schedule)}: their time may differ")
+        if given and own_schedule:
+            notes.append(f"--{given[0]} does not limit {', '.join(own_schedule)}: their time may differ")
         return notes
 
     def _check_method(self, method: Method, cases: Sequence[str]) -> None:

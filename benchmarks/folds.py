@@ -161,6 +161,7 @@ class FoldRecord(BaseModel):
     plans: str
     configuration: str
     minutes: float | None
+    iterations: int | None = None
     inputs: dict[str, str] | None  # input_hashes at the start; None if trained outside the benchmark
     parts: list[Part] = []
 

@@ -19,7 +19,7 @@ from typing import Literal
 import psutil
 import torch
 
-from masksam_nnunet.environment import BUDGET_MINUTES
+from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.methods import Method
@@ -51,7 +51,8 @@ class FoldJob:
     fold: int
     device: str
     environment: Mapping[str, str]  # variables of nnU-Net and MaskSAM, nnU-Net's three folders among them
-    minutes: float | None = None  # of a time-budget trainer
+    minutes: float | None = None  # of a trainer with a budget, or its iterations
+    iterations: int | None = None
     npz: bool = False  # whether validation saves probabilities
 
     @property
@@ -84,13 +85,14 @@ class FoldJob:
         return fold_state(self.folder, self.cases, ending, self.npz)
 
     def require_unchanged(self) -> None:
-        """Raise a TrainingError for a fold that was begun with other splits, plans, dataset.json or minutes."""
+        """Raise a TrainingError for a fold that was begun with other splits, plans, dataset.json or budget."""
         record = FoldRecord.read(self.folder)
         if record is None:
             return
         wrong = [f"{name} has changed since its training" for name in record.changed_inputs(self._preprocessed)]
-        if record.minutes != self.minutes:
-            wrong.append(f"it was trained with --minutes {record.minutes}, not {self.minutes}")
+        for name in ("minutes", "iterations"):
+            if (before := getattr(record, name)) != (wanted := getattr(self, name)):
+                wrong.append(f"it was trained with --{name} {before}, not {wanted}")
         if wrong:
             raise TrainingError(f"{self.folder}: {'; '.join(wrong)}. Restore it, or move that folder away")
 
@@ -132,6 +134,7 @@ class FoldJob:
                 plans=method.plans,
                 configuration=method.configuration,
                 minutes=self.minutes,
+                iterations=self.iterations,
                 inputs=input_hashes(self._preprocessed, method.plans) if stage is Stage.MISSING else None,
                 parts=[] if record is None else record.parts,
             )
@@ -162,12 +165,20 @@ class FoldJob:
         environment.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
         if self.device == "cpu":
             environment.setdefault("nnUNet_n_proc_DA", "0")  # the training itself uses every core
-        if self.minutes is not None:
-            environment[BUDGET_MINUTES] = f"{self.minutes:g}"
+        if budget := budget_variables(self.minutes, self.iterations):
+            environment.pop(BUDGET_ITERATIONS, None)  # it would take the place of the minutes
+            environment |= budget
             environment.setdefault("nnUNet_compile", "f")  # compiling would use up the budget of one method only
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         return environment
+
+
+def budget_variables(minutes: float | None, iterations: int | None) -> dict[str, str]:
+    """The environment variable that tells a trainer its budget; none without one."""
+    if iterations is not None:
+        return {BUDGET_ITERATIONS: str(iterations)}
+    return {} if minutes is None else {BUDGET_MINUTES: f"{minutes:g}"}
 
 
 def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | None = None) -> dict[str, str]:

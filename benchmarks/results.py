@@ -131,11 +131,15 @@ def is_masksam(method: Method) -> bool:
     return "masksam" in method.trainer.lower()
 
 
+_SHOWN = {"nnUNetTrainer_adamw_budget": "nnUNetTrainer, AdamW"}
+"""Names of trainers that say more than the class's."""
+
+
 def row_names(methods: Sequence[Method]) -> dict[Method, str]:
     """A short unique name for each method: its trainer, and its plans where they are needed to tell it apart."""
     trainers = Counter(method.trainer for method in methods)
     return {
-        method: method.trainer
+        method: _SHOWN.get(method.trainer, method.trainer)
         if trainers[method.trainer] == 1 and method.plans == "nnUNetPlans"
         else f"{method.trainer} ({method.plans})"
         for method in methods

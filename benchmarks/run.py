@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.report.html import number
@@ -20,7 +19,7 @@ from masksam_nnunet.inference.scoring import cases_in
 from .definition import Benchmark, find_benchmark_dataset
 from .evaluate import evaluate
 from .folds import FoldRecord, Stage, locked
-from .jobs import FoldJob, require_devices, run_local
+from .jobs import FoldJob, budget_variables, require_devices, run_local
 from .progress import Progress
 from .results import MEAN, METRICS
 from .slurm import Slurm, SlurmSettings
@@ -47,7 +46,7 @@ def run_benchmark(
     missing = _begin(benchmark, out, console)
     with locked(out, "running this benchmark"), Progress(console, missing) as progress:
         errors = run_local(missing, devices, progress.show)
-    _raise(errors)
+    raise_failures(errors)
     return report(out, console)
 
 
@@ -68,7 +67,7 @@ def submit_benchmark(
         return None
     with Progress(console, missing) as progress:
         errors = cluster.wait(submission, progress.show)
-    _raise(errors)
+    raise_failures(errors)
     return out / "report.html"
 
 
@@ -88,7 +87,8 @@ def _begin(benchmark: Benchmark, out: Path, console: Console) -> list[FoldJob]:
     return missing
 
 
-def _raise(errors: Mapping[str, str]) -> None:
+def raise_failures(errors: Mapping[str, str]) -> None:
+    """Raise a TrainingError for jobs that failed, by name, if there are any."""
     if errors:
         listed = "\n\n".join(f"{name} failed:\n{error}" for name, error in errors.items())
         raise TrainingError(f"{listed}\n\nWhat was finished is kept. Run the same command again to continue.")
@@ -141,5 +141,5 @@ def _commands(job: FoldJob) -> list[str]:
     record = FoldRecord.read(job.folder)
     if record is None:
         return [f"# {job.name}: trained outside the benchmark"]
-    minutes = "" if record.minutes is None else f"{BUDGET_MINUTES}={record.minutes:g} "
-    return [minutes + part.command for part in record.parts]
+    budget = "".join(f"{k}={v} " for k, v in budget_variables(record.minutes, record.iterations).items())
+    return [budget + part.command for part in record.parts]

@@ -139,5 +139,5 @@ def _find_trainer(name: str, folders: str, option: str) -> type[Any]:
 
 
 def has_budget(method: Method) -> bool:
-    """Whether its trainer stops by the clock, after ``--minutes``."""
+    """Whether its trainer stops after ``--minutes`` or ``--iterations``."""
     return method.trainer.endswith("_budget")

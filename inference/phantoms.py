@@ -24,7 +24,7 @@ DATASET_NAME = "Dataset901_MaskSAMPhantoms"
 LABELS = {"background": 0, "organ": 1, "vessel": 2, "gland": 3}
 _EDGE_MM = 0.8  # width of the blurred boundary: partial volume
 _SCANNER_GAIN = 800.0
-_GLAND_RADII = np.array([9.0, 6.0, 7.5])  # mm
+_GLAND_RADII = np.array([10.0, 7.5, 8.5])  # mm
 _VESSEL_OFFSET, _GLAND_OFFSET = 0.07, -0.05  # brightness against the organ's: small beside noise and bias
 
 
@@ -71,9 +71,9 @@ def write_phantom_dataset(folder: Path, num_cases: int = 20, seed: int = 0, num_
 
 def make_phantom(rng: np.random.Generator) -> Phantom:
     """Draw one phantom; the same state of ``rng`` gives the same phantom."""
-    shape = (int(rng.integers(20, 27)), int(rng.integers(58, 65)), int(rng.integers(58, 65)))
-    in_plane = round(float(rng.uniform(1.05, 1.18)), 3)
-    spacing = (round(float(rng.uniform(2.7, 3.3)), 3), in_plane, in_plane)
+    shape = (int(rng.integers(5, 8)), int(rng.integers(74, 81)), int(rng.integers(74, 81)))
+    in_plane = round(float(rng.uniform(0.78, 0.86)), 3)
+    spacing = (round(float(rng.uniform(6.5, 7.5)), 3), in_plane, in_plane)
     first, second, third = (round(float(value), 1) for value in rng.uniform((-400, -150, -150), (400, 150, 150)))
     space = _Space(rng, shape, spacing)
     body = space.ellipsoid((0, 0, 0), (60, 29, 30))
@@ -156,7 +156,7 @@ class _Space:
         phase, swing = self.rng.uniform(0, 2 * np.pi, size=3), self.rng.uniform(3.0, 5.5, size=2)
         row = centre[1] + 3 + swing[0] * np.sin(along / 13 + phase[0])
         column = centre[2] + radii[2] + 5.5 + swing[1] * np.sin(along / 17 + phase[1])
-        radius = 4.2 + np.sin(along / 7 + phase[2])
+        radius = 5.0 + np.sin(along / 7 + phase[2])
         tube = radius - np.hypot(self.place[1] - row, self.place[2] - column)
         return np.minimum(tube, self.rng.uniform(23, 28) - np.abs(along))
 
@@ -169,7 +169,7 @@ class _Space:
         for _ in range(5):  # rods: as thick as the vessel, but lying in the slice plane
             angle, centre = rng.uniform(0, np.pi), rng.uniform((-24, -18, -16), (24, 18, 20))
             z, y, x = self.place - centre[:, None, None, None]
-            rod = rng.uniform(3.2, 4.6) - np.hypot(z, y * np.cos(angle) + x * np.sin(angle))
+            rod = rng.uniform(4.0, 5.4) - np.hypot(z, y * np.cos(angle) + x * np.sin(angle))
             ends = rng.uniform(9, 15) - np.abs(x * np.cos(angle) - y * np.sin(angle))
             found.append((np.minimum(rod, ends), _VESSEL_OFFSET))
         for _ in range(5):  # grains: of the gland's size, but nowhere near the organ

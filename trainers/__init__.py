@@ -3,7 +3,12 @@
 # ruff: noqa: F401  __all__ takes them from here
 
 from .masksam import MaskSAMTrainer
-from .time_budget import MaskSAMTrainer_tiny_budget, nnUNetTrainer_budget
+from .time_budget import (
+    MaskSAMTrainer_lite_medsam_budget,
+    MaskSAMTrainer_tiny_budget,
+    nnUNetTrainer_adamw_budget,
+    nnUNetTrainer_budget,
+)
 from .variants import (
     MaskSAMTrainer_1epoch,
     MaskSAMTrainer_5epochs,

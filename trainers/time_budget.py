@@ -1,4 +1,4 @@
-"""Training for a number of minutes instead of a number of epochs, so that two methods get the same time."""
+"""Training for a number of minutes or iterations instead of epochs, so that two methods get the same."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from masksam_nnunet.config import ConfigError
-from masksam_nnunet.environment import BUDGET_MINUTES, BUDGET_PROGRESS_FILE
+from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES, BUDGET_PROGRESS_FILE, number_in
 
 from .loading import LoaderWatch
 from .resumable import ResumableTrainer
-from .variants import MaskSAMTrainer_tiny
+from .variants import MaskSAMTrainer_lite_medsam, MaskSAMTrainer_tiny
 
 PROGRESS_EVERY = 2.0  # seconds
 VALIDATION_SHARE = 0.1  # of an epoch's time, for validation on patches
+SHORT_SAM_RATE = 1e-3, 30
+"""Learning rate and warm-up iterations of a short training with a frozen SAM."""
 
 
 def budget_seconds() -> float:
@@ -34,19 +37,24 @@ def budget_seconds() -> float:
     except ValueError:
         minutes = 0.0
     if not 0 < minutes < 1e6:
-        raise ConfigError(f"{BUDGET_MINUTES} = {text!r} is not allowed: set it to minutes of training, such as 3")
+        raise ConfigError(
+            f"{BUDGET_MINUTES} = {text!r} is not allowed: set it to minutes of training, such as 3, or set "
+            f"{BUDGET_ITERATIONS}"
+        )
     return 60 * minutes
 
 
 class nnUNetTrainer_budget(ResumableTrainer):
-    """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``; its polynomial schedule ends with the budget.
+    """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``, or for ``MASKSAM_BUDGET_ITERATIONS`` where that is set.
 
-    The budget is divided into at most ten epochs, each of which ends with a short validation that counts too.
-    ``budget_progress.json`` in the fold's folder shows how far the training is. A resumed training (``--c``) continues
-    with the seconds and iterations that its checkpoint had used. Writing checkpoints does not count.
+    Its polynomial schedule ends with the budget, which is divided into at most ten epochs, each of which ends with a
+    short validation that counts too. ``budget_progress.json`` in the fold's folder shows how far the training is. A
+    resumed training (``--c``) continues with the seconds and iterations that its checkpoint had used. Writing
+    checkpoints does not count.
     """
 
     save_default = (1, None)
+    warmup_iterations = 0
 
     def __init__(
         self,
@@ -56,49 +64,58 @@ class nnUNetTrainer_budget(ResumableTrainer):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
     ) -> None:
-        self.budget = budget_seconds()
+        iterations = number_in(BUDGET_ITERATIONS)
+        self.counted = iterations is not None
+        self.budget: float = budget_seconds() if iterations is None else iterations
+        """In iterations if they are counted, else in seconds."""
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 10
-        self.num_val_iterations_per_epoch = 5
+        self.num_epochs = 10 if iterations is None else max(1, min(10, iterations // 5))
+        self.num_val_iterations_per_epoch = 2 if self.counted else 5
         self.iterations_done = 0
-        self._seconds_before = 0.0  # of the budget, in the processes before this one
+        self._seconds_before = 0.0  # of training, in the processes before this one
         self._started = self._reported = self._epoch_end = 0.0
 
     @property
     def elapsed(self) -> float:
-        """Seconds of the budget that are used."""
+        """Seconds of training."""
         return time.monotonic() - self._started
+
+    @property
+    def used(self) -> float:
+        """What is used of the budget, in its unit."""
+        return self.iterations_done if self.counted else self.elapsed
 
     @property
     def progress(self) -> float:
         """Share of the budget that is used, in [0, 1]."""
-        return min(1.0, self.elapsed / self.budget)
+        return min(1.0, self.used / self.budget)
 
     def on_loop_start(self) -> None:
         self._started = time.monotonic() - self._seconds_before
+        self.iteration = self.iterations_done  # MaskSAM's own count: an epoch has no fixed number of them here
 
     def training_goes_on(self) -> bool:
-        return self.elapsed < self.budget
+        return self.used < self.budget
 
     def run_epoch(self, train: LoaderWatch, validation: LoaderWatch) -> None:
-        """Epochs end by the clock: there are fewer of them where an iteration is slow."""
+        """Epochs end by the budget: there are fewer of them where an iteration is slow."""
         share = self.budget / self.num_epochs
-        self._epoch_end = min(self.budget, (self.elapsed // share + 1) * share)
+        self._epoch_end = min(self.budget, (self.used // share + 1) * share)
         super().run_epoch(train, validation)
 
     def epoch_goes_on(self, done: int) -> bool:
-        return not done or self.elapsed < self._epoch_end
+        return not done or self.used < self._epoch_end
 
     def validation_goes_on(self, done: int) -> bool:
         """As many patches as fit: it counts as training time."""
         end = self._epoch_end + VALIDATION_SHARE * self.budget / self.num_epochs
-        return not done or (done < self.num_val_iterations_per_epoch and self.elapsed < end)
+        return not done or (done < self.num_val_iterations_per_epoch and self.used < end)
 
     def training_stats(self) -> dict[str, Any]:
         return super().training_stats() | {
             "train_seconds": self.elapsed,
             "iterations": self.iterations_done,
-            "budget_seconds": self.budget,
+            "budget_iterations" if self.counted else "budget_seconds": self.budget,
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -114,15 +131,16 @@ class nnUNetTrainer_budget(ResumableTrainer):
         super().on_epoch_end()
 
     def save(self, file: Path, must: bool) -> None:
-        """The budget's clock stands still meanwhile."""
+        """The clock stands still meanwhile."""
         before = time.monotonic()
         super().save(file, must)
         self._started += time.monotonic() - before
 
     def set_learning_rate(self) -> None:
-        """nnU-Net's polynomial decay, by the clock."""
+        """Linear warm-up, and nnU-Net's polynomial decay by the budget."""
+        warm = min(1.0, (self.iterations_done + 1) / max(1, self.warmup_iterations))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.initial_lr * (1 - self.progress) ** 0.9
+            group["lr"] = self.initial_lr * warm * (1 - self.progress) ** 0.9
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.set_learning_rate()
@@ -144,14 +162,28 @@ class nnUNetTrainer_budget(ResumableTrainer):
         self.write_beside_checkpoints(BUDGET_PROGRESS_FILE, progress)
 
 
+class nnUNetTrainer_adamw_budget(nnUNetTrainer_budget):
+    """The same U-Net and loss with AdamW: SGD with momentum 0.99 needs hundreds of iterations to get going."""
+
+    warmup_iterations = 20
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        self.initial_lr = 1e-3
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+
 class MaskSAMTrainer_tiny_budget(nnUNetTrainer_budget, MaskSAMTrainer_tiny):
-    """The tiny MaskSAM, trained for ``MASKSAM_BUDGET_MINUTES``; its schedule ends with the budget."""
+    """The tiny MaskSAM, trained for a budget."""
 
     tells_hours = False
 
-    def set_learning_rate(self) -> None:
-        MaskSAMTrainer_tiny.set_learning_rate(self)  # warm-up, and decay by the budget's progress
 
-    def on_loop_start(self) -> None:
-        super().on_loop_start()
-        self.iteration = self.iterations_done  # for the warm-up: an epoch has no fixed number of them here
+class MaskSAMTrainer_lite_medsam_budget(nnUNetTrainer_budget, MaskSAMTrainer_lite_medsam):
+    """MaskSAM with LiteMedSAM, trained for a budget, at a learning rate for short trainings."""
+
+    tells_hours = False
+
+    def set_recipe(self) -> None:
+        super().set_recipe()
+        self.initial_lr, self.warmup_iterations = SHORT_SAM_RATE

@@ -47,6 +47,7 @@ def benchmark(
         float | None,
         typer.Option(help="For each fold, with trainers whose names end in _budget."),
     ] = None,
+    iterations: Annotated[int | None, typer.Option(help="The same, in place of minutes.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The benchmark's folder.", show_default="benchmark_CONFIGURATION in the results"),
@@ -95,6 +96,7 @@ def benchmark(
         methods=parse_methods(trainers, plans or (), configuration),
         folds=tuple(folds or range(5)),
         minutes=minutes,
+        iterations=iterations,
         device=device_kind(chosen),
         ensembles=ensembles and len(trainers) > 1,
         accept_unfair=accept_unfair,
@@ -129,12 +131,17 @@ def demo(
         typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name).", show_default="generated phantoms"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for nnU-Net's data and the report.")] = Path("masksam_demo"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of each method.")] = 3.0,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="For all of it; exceeded where so few iterations would show nothing.")
+    ] = 12.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of both methods.")] = 2,
     fold: Annotated[int, typer.Option(min=0, max=4, help="Fold of the cross-validation.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed for the phantoms; nnU-Net training is unseeded.")] = 0,
 ) -> None:
-    """Compare a tiny MaskSAM with nnU-Net. Both train for the same minutes on the same fold; a report is written."""
+    """Compare MaskSAM with nnU-Net: both train for the same number of iterations on one fold, and a report is written.
+
+    MaskSAM has LiteMedSAM's weights; where they are not installed, a tiny encoder that is not SAM.
+    """
     announce_trainers()
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net reads them when it is imported
         os.environ[name] = str(out.absolute() / name)

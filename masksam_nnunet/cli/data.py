@@ -98,7 +98,7 @@ def hippocampus(
 
     folder = get_hippocampus(dataset_id=dataset_id, out=out, url=url, source=source)
     _done(folder, dataset_id)
-    typer.echo(f"for a first look: masksam demo --data {folder} --minutes 10", err=True)
+    typer.echo(f"for a first look: masksam demo --data {folder}", err=True)
 
 
 def _done(folder: Path, dataset_id: int) -> None:

@@ -1,4 +1,4 @@
-"""Trainers that stop by the clock."""
+"""Trainers that stop by the clock, or after a number of iterations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from plain_plans import dataset_json, folders, tiny_plans
+from plain_plans import SMALL_UNET, dataset_json, folders, plain_plans, simple_cost, tiny_plans
 
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.config import ConfigError
-from masksam_nnunet.trainers import MaskSAMTrainer_tiny_budget
+from masksam_nnunet.trainers import (
+    MaskSAMTrainer_lite_medsam_budget,
+    MaskSAMTrainer_tiny_budget,
+    nnUNetTrainer_adamw_budget,
+)
 
 
 class Loader:
@@ -96,6 +100,46 @@ def test_writing_checkpoints_does_not_count_and_slow_iterations_end_with_the_bud
     made = trainer()
     made.run_training()
     assert [step[2] for step in made.steps] == [30.0, 60.0]
+
+
+def test_a_number_of_iterations_takes_the_place_of_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 of them in two epochs, however long they take, and continued by their number."""
+    monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "13")
+    monkeypatch.setattr(Timed, "seconds", 300.0)
+    made = trainer()
+    with pytest.raises(SystemExit):
+        made.run_training()
+    made = trainer()
+    made.load_checkpoint(str(Path(made.output_folder) / "checkpoint_latest.pth"))
+    made.run_training()
+    assert [step[:2] for step in made.steps] == [(n // 7, n + 1) for n in range(13)]
+    assert made.steps[-1][3] < 0.3 * max(step[3] for step in made.steps), "the learning rate"
+    stats = json.loads((Path(made.output_folder) / "training_stats.json").read_text())
+    assert stats | {"iterations": 13, "budget_iterations": 13, "train_seconds": 13 * 300.0} == stats
+    monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "many")
+    with pytest.raises(ConfigError, match="MASKSAM_BUDGET_ITERATIONS = 'many'"):
+        trainer()
+
+
+def test_nnunet_with_adamw_warms_up_and_decays() -> None:
+    plans = plain_plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = SMALL_UNET
+    plans["configurations"]["3d_fullres"]["architecture"]["_kw_requires_import"] = ["conv_op", "norm_op", "nonlin"]
+    made = nnUNetTrainer_adamw_budget(plans, "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    made.initialize()
+    assert isinstance(made.optimizer, torch.optim.AdamW)
+    rates = []
+    for done, seconds in ((0, 0.0), (19, 0.0), (50, 30.0)):
+        made.iterations_done, Timed.now = done, seconds
+        made.set_learning_rate()
+        rates.append(made.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3 / 20, 1e-3, 1e-3 * 0.5**0.9])
+
+
+def test_short_trainings_of_litemedsam_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("masksam_nnunet.plans.architecture.training_cost", simple_cost)
+    made = MaskSAMTrainer_lite_medsam_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    assert (made.config.backbone, made.initial_lr, made.warmup_iterations) == ("lite_medsam", 1e-3, 30)
 
 
 @pytest.mark.parametrize("text", ["", "0", "soon", "inf"])

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import tiny_config
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from plain_plans import plain_plans
+from rich.console import Console
 
 from masksam_nnunet.benchmarks import demo
-from masksam_nnunet.benchmarks.definition import Benchmark
-from masksam_nnunet.benchmarks.demo import TRAINERS, next_commands, run_demo
-from masksam_nnunet.errors import DataError, MaskSAMError, UsageError
+from masksam_nnunet.benchmarks.definition import FOLDERS, Benchmark
+from masksam_nnunet.benchmarks.demo import FLOOR, next_commands, run_demo
+from masksam_nnunet.benchmarks.jobs import FoldJob
+from masksam_nnunet.errors import DataError, MaskSAMError, UsageError, WeightsError
+from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
+from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import place_raw_dataset, read_raw_dataset
 
 
@@ -29,60 +37,112 @@ def raw(tmp_path: Path, phantoms: Path) -> Path:
 
 @pytest.fixture
 def nnunet(monkeypatch: pytest.MonkeyPatch, phantoms: Path) -> list[Any]:
-    """Commands of nnU-Net, and the benchmark, that would have run."""
+    """Commands of nnU-Net, and benchmarks, that would have run. An iteration takes 2 seconds, of LiteMedSAM 4."""
     ran: list[Any] = []
 
     def run_nnunet(command: str, arguments: list[str], environment: object, log: Path) -> None:
         ran.append(command)
         preprocessed = log.parents[1] / "nnUNet_preprocessed" / demo.DATASET_NAME
         preprocessed.mkdir(parents=True, exist_ok=True)
-        configurations = {"2d": {"batch_size": 99}, "3d_fullres": {"batch_size": 9}}
-        (preprocessed / "nnUNetPlans.json").write_text(json.dumps({"configurations": configurations}))
+        plans = plain_plans((6, 80, 80), batch_size=9)
+        plans["configurations"]["2d"] = plans["configurations"]["3d_fullres"]
+        (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+
+    def train(job: FoldJob) -> None:
+        assert job.iterations is not None
+        job.folder.mkdir(parents=True)
+        seconds = job.iterations * (4.0 if "lite_medsam" in job.method.trainer else 2.0)
+        (job.folder / "training_stats.json").write_text(json.dumps({"train_seconds": seconds}))
+
+    def run_local(jobs: Sequence[FoldJob], devices: Sequence[str]) -> dict[str, str]:
+        ran.append("measured")
+        for job in jobs:
+            assert "measurement" in job.folder.parts
+            train(job)
+        return {}
 
     def run_benchmark(benchmark: Benchmark, out: Path, devices: list[str], console: object) -> Path:
         ran.append(benchmark)
+        for job in benchmark.jobs():
+            if not job.folder.exists():
+                train(job)
         return out / "report.html"
 
     monkeypatch.setattr(demo, "run_nnunet", run_nnunet)
+    monkeypatch.setattr(demo, "run_local", run_local)
     monkeypatch.setattr(demo, "run_benchmark", run_benchmark)
+    monkeypatch.setattr(demo, "find", lambda backbone: Path(backbone))
+    monkeypatch.setattr(demo, "derive_config", lambda *plans: tiny_config(patch_size=(6, 80, 80)))
     monkeypatch.setattr(demo, "require_sound_dataset", lambda folder: None)
     monkeypatch.setattr(demo, "write_phantom_dataset", lambda raw, seed: shutil.copytree(phantoms, raw / phantoms.name))
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: False)
     return ran
 
 
-def test_the_demo_is_a_benchmark_of_one_fold_and_prepares_its_data_once(tmp_path: Path, nnunet: list[Any]) -> None:
-    out = tmp_path / "out"
-    (out.parent / "out").mkdir()  # an empty folder will do
-    page = run_demo(out, minutes=0.5, batch_size=3, fold=1)
-    assert page == out / "report.html"
-    command, benchmark = nnunet
-    assert command == "nnUNetv2_plan_and_preprocess"
-    assert [method.trainer for method in benchmark.methods] == list(TRAINERS)
-    assert (benchmark.folds, benchmark.minutes, benchmark.ensembles) == ((1,), 0.5, False)
-    preprocessed = out / "nnUNet_preprocessed" / demo.DATASET_NAME
-    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
-    assert plans["configurations"]["3d_fullres"]["batch_size"] == 3
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path / "out" / name))
+    return tmp_path / "out"
 
-    run_demo(out, minutes=0.5, batch_size=3, fold=1)
-    assert nnunet == [command, benchmark, benchmark]
-    with pytest.raises(UsageError, match=r"minutes was 0\.5, is 2\.0"):
+
+def test_the_demo_is_a_benchmark_of_one_fold_and_prepares_its_data_once(out: Path, nnunet: list[Any]) -> None:
+    """6 seconds an iteration of both, so that 15 minutes are enough for more than the fewest."""
+    out.mkdir()  # an empty folder will do
+    console = Console(record=True, width=200)
+    page = run_demo(out, minutes=15, batch_size=3, fold=1, console=console)
+    assert page == out / "report.html"
+    command, measured, benchmark = nnunet
+    assert (command, measured) == ("nnUNetv2_plan_and_preprocess", "measured")
+    assert [m.trainer for m in benchmark.methods] == ["nnUNetTrainer_adamw_budget", "MaskSAMTrainer_lite_medsam_budget"]
+    assert (benchmark.folds, benchmark.minutes, benchmark.ensembles) == ((1,), None, False)
+    assert FLOOR < benchmark.iterations < 15 * 60 / 6
+    preprocessed = out / "nnUNet_preprocessed" / demo.DATASET_NAME
+    for method in benchmark.methods:
+        plans = json.loads((preprocessed / f"{method.plans}.json").read_text())
+        assert plans["plans_name"] == method.plans and plans["configurations"]["3d_fullres"]["batch_size"] == 3
+    config = read_config(PlansManager(plans).get_configuration("3d_fullres"))
+    assert config is not None and (config.backbone, config.resolution) == ("lite_medsam", 0.5)
+    printed = console.export_text()
+    assert "LiteMedSAM" in printed
+    assert f"nnUNetTrainer, AdamW: {benchmark.iterations} iterations in " in printed
+
+    run_demo(out, minutes=15, batch_size=3, fold=1)
+    assert nnunet == [command, measured, benchmark, benchmark]
+    with pytest.raises(UsageError, match=r"minutes was 15, is 2\.0"):
         run_demo(out, minutes=2.0, batch_size=3, fold=1)
     (out / "demo.json").write_text("{")
     with pytest.raises(UsageError, match=r"demo\.json"):
         run_demo(out)
 
 
+def test_too_few_iterations_take_longer_and_tiny_takes_the_place_of_missing_weights(
+    out: Path, nnunet: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(backbone: str) -> Path:
+        raise WeightsError(f"no SAM checkpoint for {backbone}")
+
+    monkeypatch.setattr(demo, "find", find)
+    console = Console(record=True, width=200)
+    run_demo(out, minutes=1, console=console)
+    benchmark = nnunet[-1]
+    assert benchmark.iterations == FLOOR and benchmark.methods[1].trainer == "MaskSAMTrainer_tiny_budget"
+    printed = console.export_text()
+    assert "not SAM" in printed and "longer than the 1 asked for" in printed
+    assert "not SAM" in benchmark.notes[0]
+
+
 @pytest.mark.usefixtures("nnunet")
-def test_folds_are_drawn_by_patient(tmp_path: Path, raw: Path) -> None:
+def test_folds_are_drawn_by_patient(out: Path, raw: Path) -> None:
     for file in [*raw.glob("*Tr/*.nii.gz")]:
         for frame in ("a", "b"):
             file.with_name(f"patient{file.name[8:11]}_{frame}{file.name[11:]}").hardlink_to(file)
         file.unlink()
     description = json.loads((raw / "dataset.json").read_text()) | {"numTraining": 10}
     (raw / "dataset.json").write_text(json.dumps(description))
-    run_demo(tmp_path / "out", raw)
-    assert (tmp_path / "out" / "nnUNet_raw" / raw.name).is_symlink()
-    splits = json.loads((tmp_path / "out" / "nnUNet_preprocessed" / raw.name / "splits_final.json").read_text())
+    run_demo(out, raw)
+    assert (out / "nnUNet_raw" / raw.name).is_symlink()
+    splits = json.loads((out / "nnUNet_preprocessed" / raw.name / "splits_final.json").read_text())
     for split in splits:
         train, val = ({case[:-2] for case in split[part]} for part in ("train", "val"))
         assert not train & val
@@ -99,12 +159,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_next_commands_predict_with_both_and_ensemble(raw: Path) -> None:
-    lines = next_commands(read_raw_dataset(raw), "3d_fullres", 0, ["A", "B"], "cpu")
+    methods = [Method("A", "nnUNetPlans", "3d_fullres"), Method("B", "MaskSAMPlans", "3d_fullres")]
+    lines = next_commands(read_raw_dataset(raw), methods, 0, "cpu")
     assert lines[0] == 'export nnUNet_raw="$OUT/nnUNet_raw"' and lines[3] == 'eval "$(masksam env)"'
     assert "imagesTr" in lines[4]  # no test images
     assert [line.split()[0] for line in lines[4:]] == ["nnUNetv2_predict", "nnUNetv2_predict", "nnUNetv2_ensemble"]
     (raw / "imagesTs" / "x_0000.nii.gz").write_bytes(b"")
-    assert "imagesTs" in next_commands(read_raw_dataset(raw), "3d_fullres", 0, ["A"], "cpu")[4]
+    assert "imagesTs" in next_commands(read_raw_dataset(raw), methods, 0, "cpu")[4]
 
 
 # ---- raw datasets ----------------------------------------------------------------------------------------------------
