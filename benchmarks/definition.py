@@ -106,10 +106,12 @@ class Benchmark(BaseModel):
     def jobs(self) -> tuple[FoldJob, ...]:
         """One job for each method and fold, fold by fold."""
         environment, npz = self.environment(), self.ensembles and len(self.methods) > 1
-        budget = self.minutes, self.iterations
         return tuple(
             FoldJob(
-                self.dataset, method, fold, self.device, environment, *(budget if has_budget(method) else ()), npz=npz
+                *(self.dataset, method, fold, self.device, environment),
+                minutes=self.minutes if has_budget(method) else None,
+                iterations=self.iterations if has_budget(method) else None,
+                npz=npz,
             )
             for fold in self.folds
             for method in self.methods
