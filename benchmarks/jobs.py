@@ -165,6 +165,8 @@ class FoldJob:
         environment.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
         if self.device == "cpu":
             environment.setdefault("nnUNet_n_proc_DA", "0")  # the training itself uses every core
+            # Beside another busy process, threads that spin while they wait make a step take twice as long.
+            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if budget := budget_variables(self.minutes, self.iterations):
             environment.pop(BUDGET_ITERATIONS, None)  # it would take the place of the minutes
             environment |= budget

@@ -113,7 +113,6 @@ def test_a_number_of_iterations_takes_the_place_of_the_minutes(monkeypatch: pyte
     made.load_checkpoint(str(Path(made.output_folder) / "checkpoint_latest.pth"))
     made.run_training()
     assert [step[:2] for step in made.steps] == [(n // 7, n + 1) for n in range(13)]
-    assert made.steps[-1][3] < 0.3 * max(step[3] for step in made.steps), "the learning rate"
     stats = json.loads((Path(made.output_folder) / "training_stats.json").read_text())
     assert stats | {"iterations": 13, "budget_iterations": 13, "train_seconds": 13 * 300.0} == stats
     monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "many")

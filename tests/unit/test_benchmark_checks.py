@@ -66,6 +66,7 @@ class Results:
         write_json(self.preprocessed / "dataset.json", DESCRIPTION)
         write_json(self.preprocessed / "splits_final.json", self.splits)
         self.seconds: dict[str, float] = {}
+        self.iterations: int | None = None
 
     def fold(self, method: Method, fold: int) -> Path:
         return self.results / method.key / f"fold_{fold}"
@@ -95,6 +96,7 @@ class Results:
 
     def check(self, *methods: Method) -> tuple[Finding, ...]:
         none: dict[str, Any] = dict.fromkeys(field.name for field in fields(FoldCompute))
+        none["iterations"] = self.iterations
         compute = {
             name: [
                 FoldCompute(**none | {"fold": fold, "seconds": self.seconds.get(f"{name} {fold}", 600.0)})
@@ -187,6 +189,9 @@ def test_time_budgets_must_be_the_same(results: Results) -> None:
     results.seconds["Mine_budget 1"] = 700.0
     (text,) = severe(results.check(*BUDGETS))
     assert "Mine_budget, fold 1: 700 s" in text
+    results.iterations = 80
+    findings = results.check(*BUDGETS)
+    assert not severe(findings) and stated(findings, "80 iterations", "Mine_budget, fold 1: 700 s")
 
 
 # ---- data and weights ------------------------------------------------------------------------------------------------

@@ -179,6 +179,8 @@ def test_options_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"methods": (BUDGET,)}, "--minutes"),
         ({"minutes": 3.0}, "--minutes 3"),
         ({"methods": (BUDGET,), "minutes": -1.0}, "--minutes -1"),
+        ({"methods": (BUDGET,), "minutes": 1.0, "iterations": 9}, "--minutes 1 and --iterations 9"),
+        ({"methods": (BUDGET,), "iterations": 0}, "--iterations 0"),
         ({"folds": (0, 0)}, "--folds 0, 0"),
         ({"folds": (5,)}, "--folds 5"),
         ({"methods": (Method("nnUNetTrainer", "nnUNetPlans", "4d"),)}, "-c 4d"),

@@ -71,6 +71,7 @@ def nnunet(monkeypatch: pytest.MonkeyPatch, phantoms: Path) -> list[Any]:
     monkeypatch.setattr(demo, "run_nnunet", run_nnunet)
     monkeypatch.setattr(demo, "run_local", run_local)
     monkeypatch.setattr(demo, "run_benchmark", run_benchmark)
+    monkeypatch.setattr(Benchmark, "check", lambda benchmark: [])
     monkeypatch.setattr(demo, "find", lambda backbone: Path(backbone))
     monkeypatch.setattr(demo, "derive_config", lambda *plans: tiny_config(patch_size=(6, 80, 80)))
     monkeypatch.setattr(demo, "require_sound_dataset", lambda folder: None)
