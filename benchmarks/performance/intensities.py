@@ -26,23 +26,28 @@ from masksam_nnunet.sam_weights import find
 SIZE = 256  # LiteMedSAM's own
 
 
+def z_scores(image: np.ndarray) -> np.ndarray:
+    """nnU-Net's default."""
+    return (image - image.mean()) / image.std()
+
+
 def between(black: float, white: float) -> Callable[[np.ndarray], np.ndarray]:
     """z-scores as shares of the way from black to white."""
-    return lambda z: (z - black) / (white - black)
+    return lambda image: (z_scores(image) - black) / (white - black)
 
 
-def percentiles(z: np.ndarray) -> np.ndarray:
-    """MedSAM's own rule, which needs the whole image: its 0.5th and 99.5th percentiles, clipped."""
-    low, high = np.percentile(z, [0.5, 99.5])
-    return np.clip((z - low) / (high - low), 0, 1)
+def percentiles(image: np.ndarray) -> np.ndarray:
+    """MedSAM's own rule, which needs the whole image: the 0.5th and 99.5th percentiles of what is above 0, clipped."""
+    low, high = np.percentile(image[image > 0], [0.5, 99.5])
+    return np.clip((image - low) / (high - low), 0, 1)
 
 
 RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "percentiles of the image": percentiles,
     "-1 to 3.5": between(*Z_SCORES),
-    "-1 to 3.5, clipped": lambda z: np.clip(between(*Z_SCORES)(z), 0, 1),
+    "-1 to 3.5, clipped": lambda image: np.clip(between(*Z_SCORES)(image), 0, 1),
     "-2 to 3": between(-2, 3),
-    "z-scores": lambda z: z,
+    "z-scores": z_scores,
 }
 
 
@@ -83,8 +88,9 @@ def main() -> None:
     parser.add_argument("datasets", nargs="+", type=Path, help="raw datasets in nnU-Net's format")
     parser.add_argument("--cases", type=int, default=10)
     options = parser.parse_args()
-    sam = build_lite_medsam().eval().requires_grad_(False)
+    sam = build_lite_medsam()
     sam.load_state_dict(torch.load(find("lite_medsam"), weights_only=True))
+    sam.eval().requires_grad_(False)  # after loading: it then keeps what it makes of the attention's biases
     for folder in options.datasets:
         files = sorted((folder / "imagesTr").glob("*_0000.nii.gz"))
         scores: dict[str, list[float]] = defaultdict(list)
@@ -93,11 +99,10 @@ def main() -> None:
             images = [_read(file) for file in sorted(first.parent.glob(f"{case}_*"))]
             labels = _read(folder / "labelsTr" / f"{case}.nii.gz").astype(int)
             place = int((labels > 0).sum((1, 2)).argmax())
-            z = [(image - image.mean()) / image.std() for image in images]
-            if len(z) == 1:
-                shown = {name: np.stack([rule(z[0])[place]] * 3) for name, rule in RULES.items()}
+            if len(images) == 1:
+                shown = {name: np.stack([rule(images[0])[place]] * 3) for name, rule in RULES.items()}
             else:
-                shown = mixes(between(*Z_SCORES)(np.stack(z)[:, place]))
+                shown = mixes(np.stack([between(*Z_SCORES)(image)[place] for image in images]))
             for name, rgb in shown.items():
                 scores[name] += dice_in_boxes(sam, rgb, labels[place])
         for name, values in scores.items():
