@@ -48,7 +48,7 @@ FLOOR = 60
 """Fewest iterations: with fewer, there is no mask to look at."""
 MEASURED = 4
 """Iterations of each method that tell how long it takes."""
-REPORT_SECONDS = 60.0
+REPORT_SHARE = 1.5  # the report's time, against that of starting and validating both
 CPU_MEMORY_GB = 1.0  # what nnU-Net plans for: patches, and steps, that suit a CPU
 CPU_PIXELS = 2**15
 """Most pixels in a batch that SAM sees on a CPU, which take a few seconds a step on two cores."""
@@ -172,7 +172,7 @@ def _measured(benchmark: Benchmark, out: Path, minutes: float, started: float, c
     training = sum(read_json(job.folder / TRAINING_STATS_FILE)["train_seconds"] for job in jobs)
     shutil.rmtree(results)
     step = training / MEASURED  # of both methods
-    rest = time.monotonic() - started + wall - training + REPORT_SECONDS  # all but the iterations
+    rest = time.monotonic() - started + (1 + REPORT_SHARE) * max(0.0, wall - training)  # all but the iterations
     fitting = int((60 * minutes - rest) / step)
     chosen = max(FLOOR, fitting)
     needed = (rest + chosen * step) / 60
