@@ -43,7 +43,7 @@ from .run import raise_failures, run_benchmark
 
 SETTINGS_FILE = "demo.json"
 NNUNET = "nnUNetTrainer_adamw_budget"
-MASKSAM_PLANS = "MaskSAMPlans"
+OUR_PLANS = "MaskSAMPlans"
 FLOOR = 60
 """Fewest iterations: with fewer, there is no mask to look at."""
 MEASURED = 4
@@ -117,7 +117,7 @@ def run_demo(
             configuration=configuration,
             methods=(
                 Method(NNUNET, BASE_PLANS, configuration),
-                Method(f"MaskSAMTrainer_{backbone}_budget", MASKSAM_PLANS, configuration),
+                Method(f"MaskSAMTrainer_{backbone}_budget", OUR_PLANS, configuration),
             ),
             folds=(fold,),
             iterations=iterations or MEASURED,
@@ -268,7 +268,7 @@ def _prepare(dataset: RawDataset, out: Path, batch_size: int, backbone: str, dev
     write_json(folder / f"{BASE_PLANS}.json", plans)
     config = _config(plans, configuration, dataset.dataset_json, backbone, device)
     write_config(plans, configuration, config)
-    write_json(folder / f"{MASKSAM_PLANS}.json", plans | {"plans_name": MASKSAM_PLANS})
+    write_json(folder / f"{OUR_PLANS}.json", plans | {"plans_name": OUR_PLANS})
     groups = group_by_patient(dataset.images)
     if groups is not None:
         write_json(folder / "splits_final.json", patient_folds(groups))

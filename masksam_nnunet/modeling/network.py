@@ -125,26 +125,24 @@ class MaskSAM(nn.Module):
     def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
 
-        Queries are independent, and the embedding of a mask prompt is large. So they are decoded a few at a time, and
+        Queries are independent, and the embedding of a mask prompt is large. So many are decoded a few at a time, and
         again in the backward pass. Only a network that is trained throughout decodes all at once, which is faster.
         """
         pe = self.prompt_encoder.dense_pe()  # (D, P, g_h, g_w)
-        given = prompts.boxes, prompts.mask_logits, prompts.class_tokens
-        if self.training and not (self.config.checkpointing or self.config.needs_sam):
-            return self._decode(neck, pe, *given)
-        size = max(1, TOKENS_PER_CHUNK // (neck.numel() // neck.shape[2]))
-        chunks = zip(*(x.split(size, dim=1) for x in given), strict=True)
-        masks, classes = zip(
-            *(recomputed(self.training, self._decode, neck, pe, *chunk) for chunk in chunks), strict=True
-        )
-        return torch.cat(masks, dim=1), torch.cat(classes, dim=1)
 
-    def _decode(
-        self, neck: Tensor, pe: Tensor, boxes: Tensor, masks: Tensor, class_tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        sparse, dense = self.prompt_encoder(boxes, masks)
-        decoded: tuple[Tensor, Tensor] = self.mask_decoder(neck, pe, sparse, dense, class_tokens)
-        return decoded
+        def decode(boxes: Tensor, masks: Tensor, class_tokens: Tensor) -> tuple[Tensor, Tensor]:
+            sparse, dense = self.prompt_encoder(boxes, masks)
+            decoded: tuple[Tensor, Tensor] = self.mask_decoder(neck, pe, sparse, dense, class_tokens)
+            return decoded
+
+        given = prompts.boxes, prompts.mask_logits, prompts.class_tokens
+        saving = self.config.checkpointing or self.config.needs_sam
+        size = max(1, TOKENS_PER_CHUNK // (neck.numel() // neck.shape[2]))
+        if size >= self.config.num_queries or (self.training and not saving):
+            return recomputed(self.training and self.config.checkpointing, decode, *given)  # type: ignore[no-any-return]
+        chunks = zip(*(x.split(size, dim=1) for x in given), strict=True)
+        masks, classes = zip(*(recomputed(self.training, decode, *chunk) for chunk in chunks), strict=True)
+        return torch.cat(masks, dim=1), torch.cat(classes, dim=1)
 
     def _as_volume(self, x: Tensor) -> Tensor:
         expected = (self.in_channels, *self.config.patch_size)
