@@ -139,7 +139,7 @@ class MaskSAM(nn.Module):
         saving = self.config.checkpointing or self.config.needs_sam
         size = max(1, TOKENS_PER_CHUNK // (neck.numel() // neck.shape[2]))
         if size >= self.config.num_queries or (self.training and not saving):
-            return recomputed(self.training and self.config.checkpointing, decode, *given)  # type: ignore[no-any-return]
+            return recomputed(self.training and self.config.checkpointing, decode, *given)
         chunks = zip(*(x.split(size, dim=1) for x in given), strict=True)
         masks, classes = zip(*(recomputed(self.training, decode, *chunk) for chunk in chunks), strict=True)
         return torch.cat(masks, dim=1), torch.cat(classes, dim=1)
