@@ -111,7 +111,8 @@ def training_cost(
     most = min(num_classes if targets_per_slice is None else targets_per_slice, config.num_queries)
     low = precision == "bfloat16"
     with Meter() as meter:
-        network = MaskSAM(config, in_channels, num_classes).train()
+        # A cascade's channels come after those of the image.
+        network = MaskSAM(config, in_channels, num_classes, len(config.intensity_ranges) or None).train()
         if low:
             _norms_in_float32(network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)

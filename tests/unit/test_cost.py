@@ -28,6 +28,11 @@ def test_more_of_anything_costs_more() -> None:
         assert dearer.peak_bytes > base.peak_bytes and dearer.flops > base.flops
 
 
+def test_a_cascade_adds_channels_to_the_image() -> None:
+    config = tiny_config(intensity_ranges=((0.0, 1.0),))
+    assert training_cost(config, 3, 2, 2).flops > training_cost(config, 1, 2, 2).flops
+
+
 def test_a_meter_counts_as_pytorch_does() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
     x = torch.randn(2, 3, 16, 16)
