@@ -53,9 +53,8 @@ class Profile:
 
 # The paper's ACDC setting takes 37. 40 are two days of 1000 epochs on a card with 60 TFLOP/s.
 SAM_PROFILE = Profile(32, (256, 128, 64), 32, max_tflop=40.0)
-TINY_PROFILE = Profile(
-    16, (64, 32, 16), 16, max_tflop=0.15, resolutions=(2,)
-)  # a second or two a step on two CPU cores
+# A second or two a step on two CPU cores.
+TINY_PROFILE = Profile(16, (64, 32, 16), 16, max_tflop=0.15, resolutions=(2, 1))
 # A SAM of fine stride makes masks as large as its input: there channels are dear.
 FINE_PROFILE = Profile(16, (64, 48, 32), 16, max_tflop=20.0, resolutions=(4, 2, 1, 0.5, 0.25))
 

@@ -55,7 +55,7 @@ class Device:
     source: str
     """Where that number comes from."""
 
-    def hours(self, tflop: float, epochs: int) -> float:
+    def hours(self, tflop: float, epochs: float) -> float:
         """Of a training whose steps take so many operations."""
         return tflop * ITERATIONS * epochs / self.tflops / 3600
 
@@ -65,7 +65,7 @@ class Device:
 
     def epochs(self, tflop: float, hours: float) -> int:
         """As many as the hours allow, in tens, from :data:`LEAST_EPOCHS` to :data:`FULL_EPOCHS`."""
-        possible = hours * 3600 * self.tflops / (ITERATIONS * tflop)
+        possible = hours / self.hours(tflop, 1)
         return max(LEAST_EPOCHS, min(FULL_EPOCHS, math.floor(possible / 10) * 10))
 
 

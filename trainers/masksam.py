@@ -33,7 +33,7 @@ from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, read_config
-from masksam_nnunet.plans.speed import FULL_EPOCHS, expected_device
+from masksam_nnunet.plans.speed import FULL_EPOCHS, ITERATIONS, expected_device
 from masksam_nnunet.plans.training_inputs import training_config
 from masksam_nnunet.sam_files import published, seen_before
 from masksam_nnunet.sam_weights import find
@@ -254,7 +254,7 @@ class MaskSAMTrainer(ResumableTrainer):
         if device is None:
             text += f"; how long that takes is known after {TIMED} iterations."
         else:
-            hours = cost.tflop * self._iterations_left / device.tflops / 3600
+            hours = device.hours(cost.tflop, self._iterations_left / ITERATIONS)
             text += (
                 f"; {self._iterations_left} of them at {device.tflops:.3g} TFLOP/s ({device.name}, {device.source}) "
                 f"take about {_duration(hours)}. This is corrected after {TIMED} iterations."

@@ -73,3 +73,11 @@ def grow(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 def norm(layer: LayerNorm2d, x: Tensor) -> Tensor:
     """segment-anything's norm over channels, for (..., C); at least float32, as autocast has it on CUDA."""
     return F.layer_norm(full_precision(x), layer.weight.shape, layer.weight, layer.bias, layer.eps)
+
+
+def neck(layers: Any, x: Tensor) -> Tensor:
+    """SAM's neck, [1x1 convolution, norm, 3x3 convolution, norm], of an encoder: (M, h, w, E) to (M, P, h, w)."""
+    project, norm_1, convolution, norm_2 = layers
+    x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (M, h, w, P)
+    x = convolution(x.permute(0, 3, 1, 2))
+    return norm(norm_2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

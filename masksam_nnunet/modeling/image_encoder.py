@@ -13,7 +13,7 @@ from ..backbones import Backbone
 from ..config import Grid, MaskSAMConfig
 from .attention import self_attention
 from .blocks import DepthEmbedding
-from .compute import in_pieces, norm, recomputed, shrink
+from .compute import in_pieces, neck, recomputed, shrink
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # SAM's
 
@@ -102,11 +102,4 @@ class AdaptedImageEncoder(ImageEncoderViT):
             x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once, adapters_again)
             if index in self.global_blocks:
                 levels.append(x)
-        return levels, self._neck(x.flatten(0, 1)).unflatten(0, lead)
-
-    def _neck(self, x: Tensor) -> Tensor:
-        """(B D, g_h, g_w, E) to (B D, P, g_h, g_w)."""
-        project, norm_1, convolution, norm_2 = self.neck
-        x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (B D, g_h, g_w, P)
-        x = convolution(x.permute(0, 3, 1, 2))
-        return norm(norm_2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return levels, neck(self.neck, x.flatten(0, 1)).unflatten(0, lead)

@@ -160,9 +160,8 @@ class MaskSAM(nn.Module):
         if not self.config.needs_sam:
             return {}
         new = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Trainable))
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        kept = [name for name in self.state_dict() if name.split(".")[0] in PARTS and not name.startswith(new)]
-        return {name: tensors[name] for name in kept}
+        tensors = self.state_dict(keep_vars=True).items()
+        return {name: x for name, x in tensors if name.split(".")[0] in PARTS and not name.startswith(new)}
 
     def load_sam(self, path: Path) -> list[str]:
         """Load SAM's weights from a published checkpoint, or a fine-tuned one in such a format: all of it, or nothing.

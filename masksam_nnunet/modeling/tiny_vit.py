@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..config import Grid, MaskSAMConfig
 from .blocks import DepthEmbedding
-from .compute import in_pieces, norm, recomputed, shrink
+from .compute import in_pieces, neck, recomputed
 
 WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
 PIXELS_AT_ONCE = 2**16
@@ -122,7 +122,7 @@ class AdaptedTinyViT(nn.Module):
                 x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once)
             levels.append(x)
             level = x.flatten(0, 1)
-        return levels, self._neck(level).unflatten(0, lead)
+        return levels, neck(self.neck, level).unflatten(0, lead)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Stem and first stage, (M, S_h, S_w, 3) to (M, 4 g_h, 4 g_w, 64)."""
@@ -133,14 +133,6 @@ class AdaptedTinyViT(nn.Module):
             y = _convolved(block.conv2, _gelu(_convolved(block.conv1, x)))
             x = _gelu(_convolved(block.conv3, _gelu(y)) + x)
         return x
-
-    def _neck(self, x: Tensor) -> Tensor:
-        """(M, g_h, g_w, 320) to (M, P, g_h, g_w)."""
-        layers: Any = self.neck
-        project, norm_1, convolution, norm_2 = layers
-        x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (M, g_h, g_w, P)
-        x = convolution(x.permute(0, 3, 1, 2))
-        return norm(norm_2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _merged(merge: Any, x: Tensor) -> Tensor:
