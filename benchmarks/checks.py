@@ -22,7 +22,8 @@ from masksam_nnunet.inference.scoring import cases_in
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
 from masksam_nnunet.plans.splits import overlaps, read_splits, split_warning
-from masksam_nnunet.sam_files import published, seen_before
+from masksam_nnunet.sam_files import seen_before
+from masksam_nnunet.sam_weights import identified
 
 from .folds import FoldRecord, read_logs
 from .results import Finding, FoldCompute, row_names
@@ -200,7 +201,7 @@ def _check_start(
     if unknown := [fold for fold, log in logs.items() if not log]:
         return Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")
     hashes = {found for log in logs.values() for found in re.findall(r"SAM weights from .*SHA-256 ([0-9a-f]{64})", log)}
-    files = [published(sha256) for sha256 in sorted(hashes)]
+    files = [identified(sha256) for sha256 in sorted(hashes)]
     if not files or None in files:
         what = "a file that is no published SAM" if files else f"{config.sam}, or a file in its place"
         return Finding(False, f"{name} starts from {what}; its training data are not known.")

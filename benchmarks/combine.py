@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ensemble_name
@@ -24,7 +25,7 @@ from .results import Row, row_names
 
 
 def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tuple[list[Row], str, str | None]:
-    """Combine the folds of each method, and of all pairs if wanted, each with nnU-Net's post-processing.
+    """Combine the folds of each method, and of all pairs if wanted, each with nnU-Net's post-processing if wanted.
 
     Args:
         benchmark: all folds are trained and validated, with probabilities (``--npz``) if methods are ensembled.
@@ -45,7 +46,8 @@ def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tu
     for a, b in combinations(names, 2) if benchmark.ensembles else ():
         folder = results / "ensembles" / get_ensemble_name(str(results / a.key), str(results / b.key), folds)
         rows.append(Row(f"{names[a]} + {names[b]}", "ensemble", (a, b), folder))
-    if any(not (row.predictions / "postprocessing.json").is_file() for row in rows):
+    last = "postprocessing.json" if benchmark.postprocessing else "summary.json"
+    if any(not (row.predictions / last).is_file() for row in rows):
         mark.unlink(missing_ok=True)
 
     def work() -> str | None:
@@ -61,7 +63,10 @@ def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tu
                 ) from error
 
     folders = [truths, *(results / method.key / f"fold_{fold}" / "validation" for method in names for fold in folds)]
-    chosen = once(mark, [file for folder in folders for file in sorted(folder.iterdir())], benchmark.ensembles, work)
+    wanted = benchmark.ensembles, benchmark.postprocessing
+    chosen = once(mark, [file for folder in folders for file in sorted(folder.iterdir())], wanted, work)
+    if not benchmark.postprocessing:
+        return rows, "None.", None
     best = next((row.name for row in rows if str(row.predictions) == chosen), None)
     kept = "; ".join(f"{row.name}: {', then '.join(kept_components(row.predictions, classes))}" for row in rows)
     rows += [
@@ -86,6 +91,10 @@ def _run_nnunet(benchmark: Benchmark, folders: Sequence[Path], truths: Path) -> 
         shutil.rmtree(folder, ignore_errors=True)  # nnU-Net leaves an ensemble's old files there
     models = [{"plans": m.plans, "configuration": m.configuration, "trainer": m.trainer} for m in benchmark.methods]
     processes, best = benchmark.processes, None
+    if not benchmark.postprocessing:
+        for method, folder in zip(benchmark.methods, folders, strict=True):
+            accumulate_cv_results(str(benchmark.results / method.key), str(folder), benchmark.folds, processes)
+        return None
     try:
         found = find_best_configuration(
             benchmark.results.name,

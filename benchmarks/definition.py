@@ -41,6 +41,7 @@ class Benchmark(BaseModel):
     iterations: int | None = None  # for them, in place of minutes
     device: str = "cuda"  # cpu, cuda or mps
     ensembles: bool = True  # of all pairs; validation then saves probabilities
+    postprocessing: bool = True  # nnU-Net's, chosen and reported; ensembles need it
     accept_unfair: bool = False  # report an unfair comparison too
     processes: int = 2  # workers that score and ensemble
     notes: tuple[str, ...] = ()  # what a reader must know about this run; they open its report
@@ -86,6 +87,7 @@ class Benchmark(BaseModel):
         words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
         words += [] if self.iterations is None else ["--iterations", str(self.iterations)]
         words += [] if self.ensembles or len(self.methods) < 2 else ["--no-ensembles"]
+        words += [] if self.postprocessing else ["--no-postprocessing"]
         words += [] if self.group is None else ["--group", self.group]
         words += ["--accept-unfair"] if self.accept_unfair else []
         return shlex.join(words)

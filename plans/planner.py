@@ -194,7 +194,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             largest_batch=largest_batch,
         )
         if self.preset is not None:
-            return preset_sizes(self.preset, wanted, self.limits.memory_gb)
+            return preset_sizes(self.preset, wanted, self.limits)
         return choose_sizes(wanted, self.backbones, self.limits)
 
 

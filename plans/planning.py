@@ -73,9 +73,10 @@ def plan_dataset(
     _check_fingerprint(preprocessed / "dataset_fingerprint.json", len(raw.images), number_of(name))
     splits = _splits(raw, preprocessed)
     backbones = LARGEST_FIRST if backbone == "auto" else (backbone,)
+    with console.status("measuring the device"):
+        device = find_device(gpu)
     try:
         with console.status("planning; estimates of memory and time take some seconds"):
-            device = find_device(gpu)
             limits = Limits(device.memory_gb if gpu_memory_gb is None else gpu_memory_gb, hours, device)
             planner = MaskSAMPlanner(raw, limits, plans_name, backbones, configurations, recipe)
             planner.plan_experiment()

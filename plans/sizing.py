@@ -83,7 +83,7 @@ class Sizes:
         seen = f"the encoder sees {config.resolution * height:g} x {config.resolution * width:g}"
         excess = f"; more than --hours {limits.hours:g}" if hours > limits.hours else ""
         why = {
-            "memory": "estimated, for a training step in bfloat16",
+            "memory": f"estimated, for a training step in {device.precision}",
             "operations": f"a step; nnU-Net's takes {theirs:.3g} TFLOP",
             "epochs": "nnU-Net's own"
             if epochs == FULL_EPOCHS
@@ -147,7 +147,7 @@ def _explained(sizes: Sizes, why: str, wanted: Requirements, candidates: int) ->
     return replace(sizes, reasons=reasons)
 
 
-def preset_sizes(preset: Preset, wanted: Requirements, memory_gb: float) -> Sizes:
+def preset_sizes(preset: Preset, wanted: Requirements, limits: Limits) -> Sizes:
     """The published setting, whatever memory it takes; only checkpointing, which changes no result, is chosen."""
     config = config_for(
         preset.backbone,
@@ -158,18 +158,18 @@ def preset_sizes(preset: Preset, wanted: Requirements, memory_gb: float) -> Size
         resolution=preset.resolution,
         loss=preset.loss,
     )
-    inputs = (wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most)
+    inputs = wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most, limits.device.precision
     cost = training_cost(config, *inputs)
     without = cost.peak_gib
-    if without > memory_gb * USABLE:
+    if without > limits.memory_gib:
         config = replace(config, checkpointing=True)
         cost = training_cost(config, *inputs)
     keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "r": "resolution"}
-    keys |= {"N": "num_queries", "batch size": "batch_size"}
+    keys |= {"N": "num_queries", "batch size": "batch_size", "epochs": "epochs"}
     reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
     reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
-    if cost.peak_gib > memory_gb * USABLE:
-        reasons["memory"] = f"more than --gpu-memory {memory_gb:g} leaves; the published setting was kept"
+    if cost.peak_gib > limits.memory_gib:
+        reasons["memory"] = f"more than --gpu-memory {limits.memory_gb:g} leaves; the published setting was kept"
     return Sizes(config, preset.batch_size, cost, reasons)
 
 
@@ -179,7 +179,7 @@ class _Search:
     def __init__(self, wanted: Requirements, backbone: str, limits: Limits) -> None:
         self.wanted = wanted
         self.backbone = backbone
-        self.memory_gib = limits.memory_gib
+        self.memory_gib, self.precision = limits.memory_gib, limits.device.precision
         profile = profile_of(backbone)
         # More than a second or two a step is too much for the tiny encoder, anywhere.
         largest = profile.max_tflop if backbone == "tiny" else math.inf
@@ -253,7 +253,7 @@ class _Search:
             intensity_ranges=wanted.intensity_ranges,
             resolution=resolution,
         )
-        inputs = (wanted.channels, wanted.classes, batch, wanted.targets.most)
+        inputs = wanted.channels, wanted.classes, batch, wanted.targets.most, self.precision
         plain = training_cost(config, *inputs)
         reasons = {"checkpointing": "not needed for this memory"}
         if plain.peak_gib <= self.memory_gib or plain.tflop > self.start_tflop:

@@ -11,7 +11,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from masksam_nnunet.cost import training_cost
+from masksam_nnunet.cost import Precision, training_cost
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM
@@ -55,6 +55,11 @@ class Device:
     source: str
     """Where that number comes from."""
 
+    @property
+    def precision(self) -> Precision:
+        """Of a training on it."""
+        return "float32" if self.name == CPU else "bfloat16"
+
     def hours(self, tflop: float, epochs: float) -> float:
         """Of a training whose steps take so many operations."""
         return tflop * ITERATIONS * epochs / self.tflops / 3600
@@ -73,8 +78,9 @@ def find_device(name: str | None) -> Device:
     """The named one; else the GPU at hand, which is measured, or :data:`ASSUMED` where there is none.
 
     Raises:
-        DataError: no such name.
+        DataError: no such name, or the GPU at hand is too busy to be measured.
     """
+    name = name and name.lower()
     if name in GPUS:
         return _from_table(name, "as asked")
     if name == CPU:
@@ -85,7 +91,11 @@ def find_device(name: str | None) -> Device:
     if not torch.cuda.is_available():
         return _from_table(ASSUMED, "no GPU here")
     properties = torch.cuda.get_device_properties(0)
-    return Device(properties.name, properties.total_memory / 1e9, measure(torch.device("cuda", 0), 10.0), "measured")
+    try:
+        tflops = measure(torch.device("cuda", 0), 10.0)
+    except torch.OutOfMemoryError as error:
+        raise DataError(f"{properties.name} has no memory free for a measurement; wait, or name it with --gpu") from error
+    return Device(properties.name, properties.total_memory / 1e9, tflops, "measured")
 
 
 def expected_device(device: torch.device) -> Device | None:
@@ -95,7 +105,8 @@ def expected_device(device: torch.device) -> Device | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    return next((_from_table(known, name) for known in GPUS if known in name), None)
+    of_desktops = () if "laptop" in name else GPUS
+    return next((_from_table(known, name) for known in of_desktops if known in name), None)
 
 
 def _from_table(name: str, why: str) -> Device:
@@ -126,7 +137,7 @@ def measure(device: torch.device, seconds: float) -> float:
         step()
         steps += 1
     taken = time.perf_counter() - start
-    precision = "bfloat16" if device.type == "cuda" else "float32"
+    precision: Precision = "bfloat16" if device.type == "cuda" else "float32"
     return steps * training_cost(config, 1, 4, 2, precision=precision).tflop / taken
 
 

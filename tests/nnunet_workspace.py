@@ -61,8 +61,8 @@ class Workspace:
         """Run several commands one after another; their output. Asserts that all work."""
         return "".join(f"$ {' '.join(map(str, words))}\n{self.run(*words, **env)}" for words in commands)
 
-    def model(self, dataset: str, trainer: str) -> Path:
-        return self.results / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
+    def model(self, dataset: str, trainer: str, plans: str = "nnUNetPlans") -> Path:
+        return self.results / dataset / f"{trainer}__{plans}__3d_fullres"
 
     def set_batch_size(self, dataset: str, batch_size: int) -> None:
         """nnU-Net plans large batches for images this small."""

@@ -104,13 +104,16 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
     (data / "case.b2nd").touch()
 
 
-def simple_cost(config: MaskSAMConfig, channels: int, classes: int, batch: int, targets: int = 0) -> TrainingCost:
+def simple_cost(
+    config: MaskSAMConfig, channels: int, classes: int, batch: int, targets: int = 0, precision: str = "bfloat16"
+) -> TrainingCost:
     """Linear in the pixels that SAM sees: a GiB for 2^20 of them, a fifth with checkpointing, and the weights.
 
     A stand-in for :func:`training_cost`, which takes seconds a time.
     """
-    weights = {"tiny": 0.1, "lite_medsam": 0.9, "vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}[config.backbone]
+    weights = {"tiny": 0.1, "lite_medsam": 0.9, "mobile_sam": 0.9, "medsam_vit_b": 1.0}
+    weights |= {"vit_b": 1.0, "vit_l": 2.0, "vit_h": 4.0}
     pixels = batch * math.prod(config.patch_size) * config.resolution**2
-    memory = weights + pixels / 2**20 * (0.2 if config.checkpointing else 1)
-    work = weights * pixels / 2**20 * (1.3 if config.checkpointing else 1)
+    memory = weights[config.backbone] + pixels / 2**20 * (0.2 if config.checkpointing else 1)
+    work = weights[config.backbone] * pixels / 2**20 * (1.3 if config.checkpointing else 1)
     return TrainingCost(int(memory * 2**30), int(work * 1e12))

@@ -35,8 +35,8 @@ from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, read_config
 from masksam_nnunet.plans.speed import FULL_EPOCHS, ITERATIONS, expected_device
 from masksam_nnunet.plans.training_inputs import training_config
-from masksam_nnunet.sam_files import published, seen_before
-from masksam_nnunet.sam_weights import find
+from masksam_nnunet.sam_files import seen_before
+from masksam_nnunet.sam_weights import find, identified
 
 from .finite_guard import FiniteGuard, Iteration, can_skip, ready_to_skip
 from .resumable import ResumableTrainer
@@ -94,7 +94,8 @@ class MaskSAMTrainer(ResumableTrainer):
         """Set learning rate, warm-up and number of epochs; called after nnU-Net's constructor has set its own."""
         self.initial_lr, self.warmup_iterations = SAM_RATE if self.config.needs_sam else TINY_RATE
         decisions = self.plans_manager.plans.get(DECISIONS, {})
-        planned = decisions.get(self.configuration_name, decisions.get("3d_fullres", {}))  # a cascade has none
+        own = "3d_fullres" if self.is_cascaded else self.configuration_name  # a cascade has 3d_fullres's network
+        planned = decisions.get(own, {})
         self.num_epochs = self.epochs or planned.get(EPOCHS, FULL_EPOCHS)
 
     # ---- network -------------------------------------------------------------------------------------------------
@@ -217,9 +218,11 @@ class MaskSAMTrainer(ResumableTrainer):
         elif not network.sam_is_loaded:
             for line in network.load_sam(find(sam)):
                 self.print_to_log_file(line)
-            file = published(network.sam_sha256())
-            if file is not None and (warning := seen_before(file, self.plans_manager.dataset_name)):
-                self.print_to_log_file(f"WARNING: {warning}.")
+        elif sha256 := network.sam_sha256():
+            self.print_to_log_file(f"SAM weights from a checkpoint of this network (SHA-256 {sha256})")
+        file = identified(network.sam_sha256())
+        if file is not None and (warning := seen_before(file, self.plans_manager.dataset_name)):
+            self.print_to_log_file(f"WARNING: {warning}.")
         if not switched_on(LEAN_CHECKPOINTS):
             return
         if sam is None:

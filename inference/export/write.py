@@ -27,7 +27,8 @@ from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_json
 from masksam_nnunet.modeling.network import LEAN, SHA256, hash_in_hex
 from masksam_nnunet.plans.architecture import open_configuration
-from masksam_nnunet.sam_files import published
+from masksam_nnunet.sam_files import seen_before
+from masksam_nnunet.sam_weights import identified
 
 from ..models import find_models
 from ..predictor import same_bits
@@ -230,7 +231,7 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
             mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
             files={file.name: file_entry(file) for file in sorted(folder.iterdir())},
             versions=versions(),
-            sam=_described(hash_in_hex(first.get(SHA256))),
+            sam=_described(hash_in_hex(first.get(SHA256)), plans["dataset_name"]),
         )
         write_json(folder / MODEL, description.model_dump(mode="json"))
         PortableModel(folder).read()
@@ -238,13 +239,16 @@ def _write(model: Path, folder: Path, checkpoints: Mapping[str, Mapping[str, Any
         raise ModelError(f"{model} cannot be exported: {error}") from error
 
 
-def _described(sha256: str | None) -> dict[str, str]:
-    """The SAM file of this hash; empty where there is none."""
+def _described(sha256: str | None, dataset: str) -> dict[str, str]:
+    """The SAM file of this hash, and whether it has seen the model's dataset; empty where there is none."""
     if sha256 is None:
         return {}
-    file = published(sha256)
-    known = {"name": file.name, "licence": file.licence, "training_data": file.data} if file else {}
-    return {"sha256": sha256, **known}
+    file = identified(sha256)
+    if file is None:
+        return {"sha256": sha256}
+    warning = seen_before(file, dataset)
+    known = {"name": file.name, "licence": file.licence, "training_data": file.data}
+    return {"sha256": sha256, **known, **({"warning": warning} if warning else {})}
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -57,6 +57,7 @@ def benchmark(
         typer.Option("--devices", help="cpu, cuda, or GPUs by number: a fold at a time on each.", show_default="cuda"),
     ] = None,
     ensembles: Annotated[bool, typer.Option(help="Ensemble all pairs; validation then saves probabilities.")] = True,
+    postprocessing: Annotated[bool, typer.Option(help="Choose nnU-Net's post-processing; ensembles need it.")] = True,
     group: Annotated[
         str | None,
         typer.Option(
@@ -98,7 +99,8 @@ def benchmark(
         minutes=minutes,
         iterations=iterations,
         device=device_kind(chosen),
-        ensembles=ensembles and len(trainers) > 1,
+        ensembles=ensembles and postprocessing and len(trainers) > 1,
+        postprocessing=postprocessing,
         accept_unfair=accept_unfair,
         processes=processes,
         group=group,

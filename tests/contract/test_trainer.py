@@ -94,6 +94,9 @@ def test_backbones_and_epochs() -> None:
     plans = plain_plans((2, 32, 32), batch_size=1)
     assert MaskSAMTrainer(plans, "3d_fullres", 0, dataset_json(), CPU).config.backbone == "vit_b"
     assert trainers.MaskSAMTrainer_vit_l.backbone == "vit_l"
+    for name, backbone in (("medsam", "medsam_vit_b"), ("mobile_sam", "mobile_sam"), ("lite_medsam", "lite_medsam")):
+        make, small = getattr(trainers, f"MaskSAMTrainer_{name}"), plain_plans((2, 32, 32), batch_size=1)
+        assert make(small, "3d_fullres", 0, dataset_json(), CPU).config.backbone == backbone
     assert trainer().num_epochs == 1000 and trainer().num_iterations_per_epoch == 250
     assert trainer(cls=trainers.MaskSAMTrainer_tiny_5epochs).num_epochs == 5
     plans = tiny_plans() | {DECISIONS: {"3d_fullres": {EPOCHS: 620}}}

@@ -15,6 +15,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from segment_anything import sam_model_registry
 
+from masksam_nnunet.config import Z_SCORES
+from masksam_nnunet.plans.architecture import config_for, write_config
+from masksam_nnunet.sam_files import CHECKPOINTS
+
 pytestmark = pytest.mark.integration
 MASKSAM, STOCK = "ShortMaskSAM", "ShortNNUNet"
 
@@ -212,3 +216,25 @@ def test_vit_b_on_a_small_patch_with_a_checkpoint_in_sams_format(
     saved = torch.load(full, weights_only=False)["network_weights"]
     name = "image_encoder.blocks.3.mlp.lin1.weight"
     assert torch.equal(saved[name], sam.state_dict()[name])
+
+
+def test_real_weights_of_sam_train_and_predict(
+    workspace: Workspace, dataset: Dataset, images: Path, tmp_path: Path
+) -> None:
+    """LiteMedSAM's, from the installed package, on plans that suit a CPU."""
+    preprocessed = workspace.preprocessed / dataset.name
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    patch = tuple(plans["configurations"]["3d_fullres"]["patch_size"])
+    config = config_for("lite_medsam", patch, 8, regions=False, resolution=1, intensity_ranges=(Z_SCORES,))
+    write_config(plans, "3d_fullres", config)
+    (preprocessed / "LitePlans.json").write_text(json.dumps(plans | {"plans_name": "LitePlans"}))
+    trainer = "MaskSAMTrainer_lite_medsam_budget"
+    chosen: list[object] = ["-tr", trainer, "-p", "LitePlans", "-device", "cpu"]
+    workspace.run("nnUNetv2_train", dataset.id, "3d_fullres", 0, *chosen, MASKSAM_BUDGET_ITERATIONS="2")
+    fold = workspace.model(dataset.name, trainer, "LitePlans") / "fold_0"
+    (log,) = (file.read_text() for file in fold.glob("training_log_*.txt"))
+    assert str(CHECKPOINTS["lite_medsam"].sha256) in log and "Epoch 0" in log
+    assert (fold / "validation" / "summary.json").is_file()
+    words = [*predict(images, tmp_path, "-f", 0, "-p", "LitePlans", "--disable_tta", trainer=trainer)]
+    workspace.run(*words)
+    assert_like_the_input(tmp_path, images, dataset.num_classes)

@@ -129,6 +129,8 @@ def test_a_definition_as_a_command() -> None:
     assert one.command_line == expected + " --accept-unfair"
     other = benchmark(STOCK, BUDGET, folds=(0, 1), minutes=2.5, ensembles=False, group="(p[0-9]+)_")
     assert other.command_line == expected + " --no-ensembles --group '(p[0-9]+)_'"
+    quick = benchmark(STOCK, BUDGET, folds=(0, 1), minutes=2.5, ensembles=False, postprocessing=False)
+    assert quick.command_line == expected + " --no-ensembles --no-postprocessing"
 
 
 def test_a_benchmark_has_a_job_for_each_fold(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

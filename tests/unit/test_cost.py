@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from masksam_nnunet import cost
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.metering import Meter
@@ -26,6 +27,13 @@ def test_more_of_anything_costs_more() -> None:
     )
     for dearer in (batch, queries):
         assert dearer.peak_bytes > base.peak_bytes and dearer.flops > base.flops
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_queries_that_are_decoded_one_by_one_are_counted_without_decoding_each(checkpointing: bool) -> None:
+    config = MaskSAMConfig("lite_medsam", (6, 128, 128), 4, 12, checkpointing=checkpointing)
+    quick, whole = training_cost(config, 1, 4, 2, 6), cost._run(config, 1, 4, 2, 6, "bfloat16")
+    assert (quick.peak_bytes, quick.flops) == pytest.approx((whole.peak_bytes, whole.flops), rel=1e-3)
 
 
 def test_a_cascade_adds_channels_to_the_image() -> None:
@@ -76,8 +84,8 @@ def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
     ],
 )
 def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: float, tflop: float) -> None:
-    cost = training_cost(MaskSAMConfig("vit_b", patch, 4, 8, checkpointing=checkpointing), 1, 4, 2)
-    assert (cost.peak_gib, cost.tflop) == pytest.approx((gib, tflop), rel=0.05)
+    found = training_cost(MaskSAMConfig("vit_b", patch, 4, 8, checkpointing=checkpointing), 1, 4, 2)
+    assert (found.peak_gib, found.tflop) == pytest.approx((gib, tflop), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def cancelled(name: str) -> bool:
     return name.endswith("conv.bias") and ("stem.features" in name or "mask_head.convs" in name)
 
 
-@pytest.mark.parametrize("backbone", ["vit_b", "lite_medsam"])
+@pytest.mark.parametrize("backbone", ["vit_b", "lite_medsam", "mobile_sam"])
 @pytest.mark.usefixtures("small_sam")
 def test_two_steps_move_every_new_parameter_and_nothing_of_sam(backbone: str) -> None:
     network = MaskSAM(tiny_config(backbone=backbone, patch_size=(3, 48, 32)), 2, 3).train()

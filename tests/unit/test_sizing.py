@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from plain_plans import simple_cost
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans import sizing
+from masksam_nnunet.plans import sizing, speed
 from masksam_nnunet.plans.architecture import USABLE
 from masksam_nnunet.plans.raw_check import TargetCount
 from masksam_nnunet.plans.sizing import LARGEST_FIRST, Limits, Requirements, Sizes, choose_sizes
-from masksam_nnunet.plans.speed import Device
+from masksam_nnunet.plans.speed import Device, expected_device, find_device, measure
 
 SAMS = ("vit_h", "vit_l", "vit_b")
 
@@ -136,3 +138,28 @@ class TestSearch:
             choose_sizes(requirements((4, 64, 64)), LARGEST_FIRST, limits(1.0))
         enough = float(str(refusal.value).split("give --gpu-memory ")[1].split(" or more")[0])
         assert choose((4, 64, 64), enough, "lite_medsam").cost.peak_gib <= enough * USABLE
+
+
+def test_a_device_is_named_measured_or_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure(torch.device("cpu"), 0.0) > 0
+    monkeypatch.setattr(speed, "measure", lambda device, seconds: 0.5)
+    assert (find_device("CPU").tflops, find_device("cpu").precision) == (0.5, "float32")
+    assert find_device("A100").memory_gb == 80 and find_device("a100").precision == "bfloat16"
+    with pytest.raises(DataError, match="gtx1080"):
+        find_device("gtx1080")
+    cuda = torch.device("cuda")
+    for name, known in (("NVIDIA GeForce RTX 4090", True), ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("T4", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert (expected_device(cuda) is not None) == known, name
+    assert expected_device(torch.device("cpu")) is not None and expected_device(torch.device("mps")) is None
+
+
+def test_a_busy_gpu_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(device: torch.device, seconds: float) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="A card", total_memory=1e9))
+    monkeypatch.setattr(speed, "measure", busy)
+    with pytest.raises(DataError, match="A card.*--gpu"):
+        find_device(None)

@@ -15,6 +15,7 @@ from small_sam import expect_release
 
 from masksam_nnunet import download
 from masksam_nnunet import sam_weights as weights
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.sam_files import CHECKPOINTS, seen_before
 
@@ -193,6 +194,21 @@ def test_a_dataset_that_a_checkpoint_may_have_seen_is_named(name: str, dataset: 
     assert warning is None if said is None else warning is not None and said in warning and dataset in warning
 
 
+def test_a_checkpoint_has_the_intensities_of_the_backbone_that_starts_from_it() -> None:
+    for backbone in BACKBONES.values():
+        if backbone.checkpoint:
+            assert CHECKPOINTS[backbone.checkpoint].intensities == backbone.intensities, backbone.name
+
+
+def test_a_file_without_a_published_hash_is_known_by_the_recorded_one() -> None:
+    file, tuned = weights.cache_dir() / "sam-med2d_b.pth", sha256(b"tuned")
+    assert weights.identified(tuned) is None and weights.identified(None) is None
+    file.parent.mkdir()
+    file.with_name("sam-med2d_b.pth.sha256").write_text(f"{tuned}  sam-med2d_b.pth\n")
+    assert weights.identified(tuned) is CHECKPOINTS["sam_med2d"]
+    assert weights.identified(CHECKPOINTS["lite_medsam"].sha256) is CHECKPOINTS["lite_medsam"]
+
+
 # --- find and verify --------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +241,7 @@ def test_find_takes_the_named_file_before_the_cached_one(monkeypatch: pytest.Mon
     assert weights.find("vit_b") == folder / FILE
 
     (folder / FILE).rename(folder / "sam_hq_vit_b.pth")
-    assert weights.find("medsam_vit_b") == folder / "sam_hq_vit_b.pth"
+    assert weights.find("vit_b") == cached, "SAM-HQ's file is another one, which only its own name chooses"
     assert weights.located(CHECKPOINTS["sam_hq_vit_b"]) and not weights.located(CHECKPOINTS["mobile_sam"])
     (folder / FILE).touch()
     monkeypatch.setenv("MASKSAM_WEIGHTS", str(folder / FILE))
@@ -238,10 +254,11 @@ def test_find_takes_the_named_file_before_the_cached_one(monkeypatch: pytest.Mon
 def test_verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, tuned = tmp_path / "tuned.pth", sha256(b"tuned")
     path.write_bytes(BODY)
-    for name in ("vit_b", "sam_hq_vit_b", "medsam_vit_b"):  # one architecture
+    for name in ("vit_b", "sam_hq_vit_b"):  # one architecture
         assert weights.verify(path, name) == sha256(BODY)
-    with pytest.raises(WeightsError, match="vit_b"):
-        weights.verify(path, "vit_l")
+    for name in ("vit_l", "medsam_vit_b"):  # another, and other intensities
+        with pytest.raises(WeightsError, match="vit_b"):
+            weights.verify(path, name)
     path.write_bytes(b"tuned")
     with pytest.raises(WeightsError, match=f"{sha256(BODY)}.*{tuned}"):
         weights.verify(path, "vit_b")
