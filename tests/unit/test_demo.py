@@ -63,6 +63,7 @@ def nnunet(monkeypatch: pytest.MonkeyPatch, phantoms: Path) -> list[Any]:
     monkeypatch.setattr(demo, "run_benchmark", run_benchmark)
     monkeypatch.setattr(Benchmark, "check", lambda benchmark: [])
     monkeypatch.setattr(demo, "find", lambda backbone: Path(backbone))
+    monkeypatch.setattr(demo, "verify", lambda path, backbone: "")
     monkeypatch.setattr(demo, "derive_config", lambda *plans: tiny_config(patch_size=(6, 80, 80)))
     monkeypatch.setattr(demo, "require_sound_dataset", lambda folder: None)
     monkeypatch.setattr(demo, "write_phantom_dataset", lambda raw, seed: shutil.copytree(phantoms, raw / phantoms.name))
@@ -86,7 +87,7 @@ def test_the_demo_is_a_benchmark_of_one_fold_and_prepares_its_data_once(out: Pat
     *before, benchmark = nnunet
     assert before == ["nnUNetv2_plan_and_preprocess", "measured", "measured"]
     assert [m.trainer for m in benchmark.methods] == ["nnUNetTrainer_adamw_budget", "MaskSAMTrainer_lite_medsam_budget"]
-    assert (benchmark.folds, benchmark.minutes, benchmark.ensembles) == ((1,), None, False)
+    assert (benchmark.folds, benchmark.minutes, benchmark.ensembles, benchmark.postprocessing) == ((1,), None, False, False)
     assert FLOOR < benchmark.iterations < 15 * 60 / 6
     preprocessed = out / "nnUNet_preprocessed" / demo.DATASET_NAME
     for method in benchmark.methods:
