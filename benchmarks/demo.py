@@ -52,6 +52,7 @@ FLOOR = 60
 MEASURED = 3
 """Iterations of each method that tell how long it takes."""
 VALIDATION = 12  # iterations that take as long as the validation
+SLOWER = 1.1  # an iteration within a training, which also saves and validates, against a measured one
 REST = 2.5  # time of starting both trainings and of the report, against that of planning and preprocessing
 CPU_MEMORY_GB = 1.0  # what nnU-Net plans for: patches, and steps, that suit a CPU
 CPU_PIXELS = 2**15
@@ -170,7 +171,7 @@ def _measured(benchmark: Benchmark, minutes: float, started: float, console: Con
     benchmark.check()  # writes the folds
     with console.status("measuring the first iterations of both methods"):
         began = time.monotonic()
-        step = sum(step_seconds(job) for job in benchmark.jobs())
+        step = SLOWER * sum(step_seconds(job) for job in benchmark.jobs())
         rest += time.monotonic() - began + VALIDATION * step
     fitting = int((60 * minutes - rest) / step)
     chosen = max(FLOOR, fitting)
@@ -186,8 +187,8 @@ def _measured(benchmark: Benchmark, minutes: float, started: float, console: Con
 
 def step_seconds(job: FoldJob) -> float:
     """Of a training step of this fold, from the first few; nothing of them is kept."""
-    preprocessed = job.preprocessed
-    arguments = read_json(preprocessed / f"{job.method.plans}.json"), job.method.configuration, job.fold
+    plans = read_json(job.preprocessed / f"{job.method.plans}.json") | {"continue_training": False}
+    description = read_json(job.preprocessed / "dataset.json")
     with (
         variable(BUDGET_ITERATIONS, str(MEASURED)),
         variable("nnUNet_n_proc_DA", "0"),
@@ -195,7 +196,7 @@ def step_seconds(job: FoldJob) -> float:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         made = getattr(trainers, job.method.trainer)
-        trainer = made(*arguments, read_json(preprocessed / "dataset.json"), torch.device(job.device))
+        trainer = made(plans, job.method.configuration, job.fold, description, torch.device(job.device))
         try:
             trainer.on_train_start()
             seconds = []

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from masksam_nnunet import cost
-from masksam_nnunet.config import MaskSAMConfig
+from masksam_nnunet.config import Z_SCORES, MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.plans.architecture import config_for
 
 
 def test_more_of_anything_costs_more() -> None:
@@ -89,9 +90,17 @@ def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: f
 
 
 @pytest.mark.parametrize(
-    ("backbone", "total", "trained"), [("vit_b", 107.5, 13.7), ("vit_l", 344.6, 32.2), ("vit_h", 701.0, 59.9)]
+    ("backbone", "resolution", "total", "trained"),
+    [
+        ("vit_b", 4, 107.5, 13.7),
+        ("vit_l", 4, 344.6, 32.2),
+        ("vit_h", 4, 701.0, 59.9),
+        ("lite_medsam", 1, 11.2, 1.4),
+        ("mobile_sam", 4, 17.6, 7.8),
+    ],
 )
-def test_the_readmes_numbers_of_parameters(backbone: str, total: float, trained: float) -> None:
+def test_the_documented_numbers_of_parameters(backbone: str, resolution: float, total: float, trained: float) -> None:
+    config = config_for(backbone, (4, 256, 256), 8, False, intensity_ranges=(Z_SCORES,), resolution=resolution)
     with FakeTensorMode():
-        *_, (_, everything, moving) = count_parameters(MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8), 1, 4))
+        *_, (_, everything, moving) = count_parameters(MaskSAM(config, 1, 4))
     assert (everything / 1e6, moving / 1e6) == pytest.approx((total, trained), abs=0.06)
