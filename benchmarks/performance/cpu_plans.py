@@ -1,4 +1,4 @@
-"""Write plans for short trainings on a CPU: batch size 2, a patch of one's own, and LiteMedSAM at r, or nnU-Net's network.
+"""Plans for short trainings on a CPU: batch size 2, a patch of one's own, and LiteMedSAM at r, or nnU-Net's network.
 
     python benchmarks/performance/cpu_plans.py Dataset027_ACDC LitePlans 4x160x160 0.5
     python benchmarks/performance/cpu_plans.py Dataset027_ACDC SmallPlans 4x160x160 --from nnUNetCPUPlans

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +15,10 @@ import pytest
 from nnunet_workspace import Dataset, Workspace
 
 from masksam_nnunet.benchmarks.definition import Benchmark
+from masksam_nnunet.benchmarks.demo import step_seconds
 from masksam_nnunet.benchmarks.folds import FoldRecord, read_fold_compute
 from masksam_nnunet.benchmarks.jobs import FoldJob, run_local
+from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.provenance import History
 
@@ -123,3 +126,22 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
     assert 0 < body.index("splits_final.json") < body.index("<table"), "the reason comes first"
     assert len(kept) == 4 * 2 + 3
     assert files_in(bench.results, "*.pth") | files_in(page.parent / "test_set", "*.nii.gz") == kept
+
+    # One fold without post-processing, as in the demo.
+    splits.write_text(before)
+    shutil.rmtree(bench.raw / dataset.name / "labelsTs")
+    quick = bench.root / "quick"
+    told = bench.run(*command[:7], "-f", 0, "--devices", "cpu", "-np", 1, "--no-postprocessing", "--out", quick)
+    assert "2 of 2 folds are done" in told
+    report = json.loads((quick / "report.json").read_text())
+    assert [row["kind"] for row in report["rows"]] == ["method", "method"]
+
+
+def test_the_first_steps_are_timed_and_leave_no_fold(jobs: tuple[FoldJob, ...], tmp_path: Path) -> None:
+    mine = [replace(job, environment={**job.environment, "nnUNet_results": str(tmp_path)}) for job in jobs[:2]]
+    assert step_seconds(mine) > 0
+    assert [job.method.trainer for job in mine] == ["ShortNNUNet", "ShortMaskSAM"]
+    assert len(list(tmp_path.glob("*/*/plans.json"))) == 2 and not any(job.folder.exists() for job in mine)
+    gone = replace(mine[0], method=Method("ShortNNUNet", "nnUNetPlans", "3d_fullres"), device="meta")
+    with pytest.raises(TrainingError, match="first training steps"):
+        step_seconds([gone])

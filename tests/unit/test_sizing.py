@@ -148,7 +148,8 @@ def test_a_device_is_named_measured_or_told_by_its_name(monkeypatch: pytest.Monk
     with pytest.raises(DataError, match="gtx1080"):
         find_device("gtx1080")
     cuda = torch.device("cuda")
-    for name, known in (("NVIDIA GeForce RTX 4090", True), ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("T4", False)):
+    names = {"NVIDIA GeForce RTX 4090": True, "NVIDIA GeForce RTX 4090 Laptop GPU": False, "Tesla T4": False}
+    for name, known in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert (expected_device(cuda) is not None) == known, name
     assert expected_device(torch.device("cpu")) is not None and expected_device(torch.device("mps")) is None
@@ -161,5 +162,5 @@ def test_a_busy_gpu_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="A card", total_memory=1e9))
     monkeypatch.setattr(speed, "measure", busy)
-    with pytest.raises(DataError, match="A card.*--gpu"):
+    with pytest.raises(DataError, match=r"A card.*--gpu"):
         find_device(None)
