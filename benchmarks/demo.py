@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.find_class_by_name import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
@@ -49,7 +49,7 @@ from .run import run_benchmark
 SETTINGS_FILE = "demo.json"
 NNUNET = "nnUNetTrainer_adamw_budget"
 OUR_PLANS = "MaskSAMPlans"
-FLOOR = 60
+FLOOR = 120
 """Fewest iterations: with fewer, there is no mask to look at."""
 MEASURED = 3
 """Iterations of each method that tell how long it takes."""
