@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
 from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
-from masksam_nnunet.environment import BUDGET_ITERATIONS, TRAINING_STATS_FILE, variable
+from masksam_nnunet.environment import TRAINING_STATS_FILE, variable
 from masksam_nnunet.errors import TrainingError, UsageError, WeightsError, in_short
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
@@ -193,9 +193,9 @@ def step_seconds(jobs: Sequence[FoldJob]) -> float:
     Raises:
         TrainingError: a step fails.
     """
-    settings = {BUDGET_ITERATIONS: str(MEASURED), "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
+    settings = jobs[0].whole_environment(None) | {"nnUNet_n_proc_DA": "0", "nnUNet_wandb_enabled": "0"}
     with contextlib.ExitStack() as stack:
-        for name, value in ({**jobs[0].environment} | settings | {"nnUNet_wandb_enabled": "0"}).items():
+        for name, value in settings.items():
             stack.enter_context(variable(name, value))
         # A process of its own gives all memory back.
         pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))

@@ -124,7 +124,7 @@ class FoldJob:
         arguments = [self.dataset, method.configuration, str(self.fold), "-tr", method.trainer, "-p", method.plans]
         arguments += ["-device", self.device, *options, *(["--npz"] if self.npz else [])]
         line = shlex.join([COMMAND, *arguments])
-        environment = self._whole_environment(gpu)
+        environment = self.whole_environment(gpu)
         if stage is not Stage.MISSING:
             self.require_unchanged()
         record = FoldRecord.read(self.folder)
@@ -160,7 +160,7 @@ class FoldJob:
             room = f"\nOnly {free / 2**20:.0f} MiB are free in {self.folder}: make room" if free < _LITTLE_ROOM else ""
             raise TrainingError(f"{self.name}: {failed(line, part.exit_status, self.log)}{room}")
 
-    def _whole_environment(self, gpu: str | None) -> dict[str, str]:
+    def whole_environment(self, gpu: str | None) -> dict[str, str]:
         environment = os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"}
         environment.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
         if self.device == "cpu":

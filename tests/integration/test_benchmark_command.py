@@ -14,6 +14,7 @@ import psutil
 import pytest
 from nnunet_workspace import Dataset, Workspace
 
+from masksam_nnunet.benchmarks import demo
 from masksam_nnunet.benchmarks.definition import Benchmark
 from masksam_nnunet.benchmarks.demo import step_seconds
 from masksam_nnunet.benchmarks.folds import FoldRecord, read_fold_compute
@@ -121,27 +122,38 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
     assert "splits_final.json" in told and "another_case" in told and "--accept-unfair" in told
     assert "Traceback" not in told
     stray.unlink()
-    bench.run("masksam", "report", page.parent, "--accept-unfair")
-    body = page.read_text().partition("<body")[2]
+    # One fold without ensembles and post-processing, as in the demo.
+    shutil.rmtree(bench.raw / dataset.name / "labelsTs")
+    changes = {"folds": (0,), "ensembles": False, "postprocessing": False}
+    quick = bench.root / "quick"
+    quick.mkdir()
+    Benchmark.read(page.parent).model_copy(update=changes).write(quick)
+    bench.run("masksam", "report", quick, "--accept-unfair")
+    assert [row["kind"] for row in json.loads((quick / "report.json").read_text())["rows"]] == ["method", "method"]
+    body = (quick / "report.html").read_text().partition("<body")[2]
     assert 0 < body.index("splits_final.json") < body.index("<table"), "the reason comes first"
     assert len(kept) == 4 * 2 + 3
     assert files_in(bench.results, "*.pth") | files_in(page.parent / "test_set", "*.nii.gz") == kept
-
-    # One fold without post-processing, as in the demo.
-    splits.write_text(before)
-    shutil.rmtree(bench.raw / dataset.name / "labelsTs")
-    quick = bench.root / "quick"
-    told = bench.run(*command[:7], "-f", 0, "--devices", "cpu", "-np", 1, "--no-postprocessing", "--out", quick)
-    assert "2 of 2 folds are done" in told
-    report = json.loads((quick / "report.json").read_text())
-    assert [row["kind"] for row in report["rows"]] == ["method", "method"]
 
 
 def test_the_first_steps_are_timed_and_leave_no_fold(jobs: tuple[FoldJob, ...], tmp_path: Path) -> None:
     mine = [replace(job, environment={**job.environment, "nnUNet_results": str(tmp_path)}) for job in jobs[:2]]
     assert step_seconds(mine) > 0
-    assert [job.method.trainer for job in mine] == ["ShortNNUNet", "ShortMaskSAM"]
     assert len(list(tmp_path.glob("*/*/plans.json"))) == 2 and not any(job.folder.exists() for job in mine)
-    gone = replace(mine[0], method=Method("ShortNNUNet", "nnUNetPlans", "3d_fullres"), device="meta")
-    with pytest.raises(TrainingError, match="first training steps"):
-        step_seconds([gone])
+
+
+def test_first_steps_that_fail(jobs: tuple[FoldJob, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *workers: object) -> None: ...
+
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def submit(self, *work: object) -> None:
+            raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", Broken)
+    with pytest.raises(TrainingError, match="CUDA out of memory"):
+        step_seconds(jobs)
