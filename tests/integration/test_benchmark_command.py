@@ -134,6 +134,7 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
     assert 0 < body.index("splits_final.json") < body.index("<table"), "the reason comes first"
     assert len(kept) == 4 * 2 + 3
     assert files_in(bench.results, "*.pth") | files_in(page.parent / "test_set", "*.nii.gz") == kept
+    splits.write_text(before)
 
 
 def test_the_first_steps_are_timed_and_leave_no_fold(jobs: tuple[FoldJob, ...], tmp_path: Path) -> None:
