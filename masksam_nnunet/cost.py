@@ -18,7 +18,7 @@ from .losses.matching import Matches
 from .losses.targets import Targets
 from .metering import Meter
 from .modeling import MaskSAM
-from .modeling.network import TOKENS_PER_CHUNK
+from .modeling.network import queries_at_once
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
 
@@ -109,8 +109,7 @@ def training_cost(
     queries = config.num_queries
     most = max(1, min(num_classes if targets_per_slice is None else targets_per_slice, queries))
     tokens = batch_size * math.prod((Grid.of(config).patch[0], *Grid.of(config).tokens))
-    one_by_one = 2 * tokens > TOKENS_PER_CHUNK and (config.needs_sam or config.checkpointing)
-    if queries <= 4 or not one_by_one:
+    if queries <= 4 or queries_at_once(config, tokens, training=True) > 1:
         return _run(config, in_channels, num_classes, batch_size, most, precision)
     # Linear in N, and half of the time would be spent on decoding one query after another.
     two, three = (

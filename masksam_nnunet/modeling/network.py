@@ -34,6 +34,17 @@ TOKENS_PER_CHUNK = 2**15
 """Image tokens over all masks that are decoded at once: 8 masks of a 64x64 grid."""
 
 
+def queries_at_once(config: MaskSAMConfig, tokens: int, training: bool) -> int:
+    """How many queries are decoded together; ``tokens``: of the image, over all slices of the batch.
+
+    The embedding of a mask prompt is large, so many are decoded a few at a time, and again in the backward pass. Only a
+    network that is trained throughout decodes all at once, which is faster.
+    """
+    if training and not (config.checkpointing or config.needs_sam):
+        return config.num_queries
+    return min(config.num_queries, max(1, TOKENS_PER_CHUNK // tokens))
+
+
 class MaskSAMOutput(NamedTuple):
     """What the losses see."""
 
@@ -123,11 +134,7 @@ class MaskSAM(nn.Module):
         return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
 
     def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
-
-        Queries are independent, and the embedding of a mask prompt is large. So many are decoded a few at a time, and
-        again in the backward pass. Only a network that is trained throughout decodes all at once, which is faster.
-        """
+        """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1). Queries are independent."""
         pe = self.prompt_encoder.dense_pe()  # (D, P, g_h, g_w)
 
         def decode(boxes: Tensor, masks: Tensor, class_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,9 +143,8 @@ class MaskSAM(nn.Module):
             return decoded
 
         given = prompts.boxes, prompts.mask_logits, prompts.class_tokens
-        saving = self.config.checkpointing or self.config.needs_sam
-        size = max(1, TOKENS_PER_CHUNK // (neck.numel() // neck.shape[2]))
-        if size >= self.config.num_queries or (self.training and not saving):
+        size = queries_at_once(self.config, neck.numel() // neck.shape[2], self.training)
+        if size == self.config.num_queries:
             return recomputed(self.training and self.config.checkpointing, decode, *given)
         chunks = zip(*(x.split(size, dim=1) for x in given), strict=True)
         masks, classes = zip(*(recomputed(self.training, decode, *chunk) for chunk in chunks), strict=True)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,17 +145,10 @@ def test_the_first_steps_are_timed_and_leave_no_fold(jobs: tuple[FoldJob, ...], 
 
 
 def test_first_steps_that_fail(jobs: tuple[FoldJob, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def __init__(self, *workers: object) -> None: ...
+    def fail(jobs: object) -> float:
+        raise RuntimeError("CUDA out of memory")
 
-        def __enter__(self) -> Broken:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        def submit(self, *work: object) -> None:
-            raise RuntimeError("CUDA out of memory")
-
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(demo, "_all_steps", fail)
     with pytest.raises(TrainingError, match="CUDA out of memory"):
         step_seconds(jobs)
