@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # Two test files at a time, each on one core: most tests are one process that waits for another. PASSIVE: threads that
 # wait leave the cores to the other file, because nnU-Net predicts with as many threads as there are cores.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 LOCK_ARGS ?=

@@ -193,7 +193,7 @@ def _check_start(
     config = read_config(configuration)
     if config is None:
         return None
-    if not config.needs_sam:
+    if not config.sam:
         return Finding(False, f"{name} has {config.backbone}, which is not SAM: it says nothing about SAM.")
     logs = {fold: "".join(read_logs(folder)) for fold, folder in folds.items()}
     if random := [fold for fold, log in logs.items() if f"{RANDOM_INIT} is set" in log]:

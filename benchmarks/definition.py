@@ -128,7 +128,7 @@ class Benchmark(BaseModel):
         Raises:
             MaskSAMError: what is missing or wrong, and the remedy.
         """
-        name = find_benchmark_dataset(self.dataset)
+        name = find_dataset(self.dataset, FOLDERS)
         own_schedule = [method.trainer for method in self.methods if not has_budget(method)]
         given = [name for name in ("minutes", "iterations") if getattr(self, name) is not None]
         if len(given) != (len(own_schedule) < len(self.methods)):
@@ -185,11 +185,3 @@ class Benchmark(BaseModel):
         if len(there) < NUM_FOLDS:
             raise DataError(f"{self.dataset} has {len(there)} cases, five folds need five; write {file} yourself")
         write_json(file, patient_folds({case: [case] for case in there}))
-
-
-def find_benchmark_dataset(dataset: str) -> str:
-    """The full name of a dataset given by number or name, once nnU-Net's three variables are seen to be set."""
-    for variable in FOLDERS:
-        if not os.environ.get(variable):
-            raise UsageError(f"{variable} is not set: export nnU-Net's three folders, {', '.join(FOLDERS)}, first")
-    return find_dataset(dataset)

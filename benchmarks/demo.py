@@ -12,12 +12,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from rich.console import Console
 
 from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
@@ -26,14 +26,7 @@ from masksam_nnunet.errors import TrainingError, UsageError, WeightsError, in_sh
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
-from masksam_nnunet.plans.architecture import (
-    BASE_PLANS,
-    config_for,
-    derive_config,
-    intensity_ranges,
-    num_queries,
-    write_config,
-)
+from masksam_nnunet.plans.architecture import BASE_PLANS, config_of_plans, derive_config, write_config
 from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 from masksam_nnunet.plans.splits import group_by_patient, patient_folds
@@ -326,18 +319,10 @@ def _config(
     """As derived from the plans; but on a CPU, SAM sees no more than suits it."""
     if backbone == "tiny" or device != "cpu":
         return derive_config(plans, configuration, dataset_json, backbone)
-    manager = PlansManager(plans)
-    labels, settings = manager.get_label_manager(dataset_json), manager.get_configuration(configuration)
-    patch = tuple(int(size) for size in settings.patch_size)
-    fits = [r for r in RESOLUTIONS if settings.batch_size * math.prod(patch) * r**2 <= CPU_PIXELS]
-    return config_for(
-        backbone,
-        patch,
-        num_queries(labels.num_segmentation_heads, backbone),
-        labels.has_regions,
-        resolution=max(fits, default=RESOLUTIONS[0]),
-        intensity_ranges=intensity_ranges(plans, settings.normalization_schemes, settings.use_mask_for_norm),
-    )
+    config = config_of_plans(plans, configuration, dataset_json, backbone)
+    pixels = plans["configurations"][configuration]["batch_size"] * math.prod(config.patch_size)
+    fits = [r for r in RESOLUTIONS if pixels * r**2 <= CPU_PIXELS]
+    return replace(config, resolution=max(fits, default=RESOLUTIONS[0]))
 
 
 def _preprocessed(out: Path, dataset: RawDataset) -> Path:

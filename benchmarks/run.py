@@ -15,8 +15,9 @@ from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.report.html import number
 from masksam_nnunet.inference.scoring import cases_in
+from masksam_nnunet.plans.planning import find_dataset
 
-from .definition import Benchmark, find_benchmark_dataset
+from .definition import FOLDERS, Benchmark
 from .evaluate import evaluate
 from .folds import FoldRecord, Stage, locked
 from .jobs import FoldJob, budget_variables, require_devices, run_local
@@ -103,7 +104,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     benchmark = Benchmark.read(out)
     if accept_unfair is not None:
         benchmark = benchmark.model_copy(update={"accept_unfair": accept_unfair})
-    find_benchmark_dataset(benchmark.dataset)
+    find_dataset(benchmark.dataset, FOLDERS)
     try:
         ending = read_json(benchmark.preprocessed / "dataset.json")["file_ending"]
         jobs = benchmark.jobs()

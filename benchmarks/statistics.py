@@ -44,7 +44,7 @@ class Interval(NamedTuple):
 # ---- estimates from the values of patients ---------------------------------------------------------------------------
 
 
-def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESAMPLES) -> Interval:
     """The mean of ``values`` (N,), without NaN, with its BCa bootstrap interval, drawing whole ``patients`` (N,).
 
     The interval is NaN with fewer than two patients, or the same mean in all of them.
@@ -66,7 +66,7 @@ def bootstrap_mean(values: ArrayLike, patients: ArrayLike, resamples: int = RESA
             batch=_BATCH,
             confidence_level=CONFIDENCE,
             method="BCa",
-            rng=np.random.default_rng(seed),
+            rng=np.random.default_rng(SEED),
         ).confidence_interval
     return Interval(estimate, float(interval.low), float(interval.high))
 
@@ -110,9 +110,9 @@ def averaged(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([means, values], ignore_index=True)[list(scores.columns)]
 
 
-def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
+def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Mean, its 95 % interval and median of every method, metric and class in the long table of scores, and of the mean
-    over classes. The same seed gives the same intervals.
+    over classes. The same scores give the same intervals.
 
     Returns:
         Columns ``method, kind, metric, class, mean, low, high, median, cases``; ``cases`` counts those with a value.
@@ -120,21 +120,19 @@ def summarise(scores: pd.DataFrame, resamples: int = RESAMPLES, seed: int = SEED
     lines = []
     for keys, group in averaged(scores).groupby(["method", "kind", "metric", "class"], sort=False):
         defined = group.dropna(subset="value")
-        mean = bootstrap_mean(defined["value"], defined["patient"], resamples, seed)
+        mean = bootstrap_mean(defined["value"], defined["patient"], resamples)
         lines.append((*keys, *mean, defined["value"].median(), len(defined)))
     columns = ["method", "kind", "metric", "class", "mean", "low", "high", "median", "cases"]
     return pd.DataFrame(lines, columns=columns)
 
 
-def compare(
-    scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], resamples: int = RESAMPLES, seed: int = SEED
-) -> pd.DataFrame:
+def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], resamples: int = RESAMPLES) -> pd.DataFrame:
     """Compare pairs of methods in every metric and class, and in the mean over the classes that both have in a case.
 
     Args:
         scores: the long table of scores.
         pairs: names (a, b) of methods.
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Returns:
         A line for each pair, metric and class, the mean over classes first: ``metric, class, a, b, cases`` (with the
@@ -144,18 +142,18 @@ def compare(
         only_b`` (cases left out because only one method has the metric; in the mean over classes, cases in which a
         class is left out).
     """
-    tables = [_compare(scores, metric, a, b, resamples, seed) for a, b in pairs for metric in METRICS]
+    tables = [_compare(scores, metric, a, b, resamples) for a, b in pairs for metric in METRICS]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COMPARISON_COLUMNS))
 
 
-def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int, seed: int) -> pd.DataFrame:
+def _compare(scores: pd.DataFrame, metric: str, a: str, b: str, resamples: int) -> pd.DataFrame:
     one, other = (_by_class(scores, metric, name) for name in (a, b))
     in_a, in_b = one.notna() & other.isna(), one.isna() & other.notna()
     in_a[MEAN], in_b[MEAN] = in_a.any(axis=1), in_b.any(axis=1)
     lines = []
     for name, column in differences(scores, metric, a, b).items():
         found = column.dropna()
-        mean = bootstrap_mean(found, found.index.get_level_values("patient"), resamples, seed)
+        mean = bootstrap_mean(found, found.index.get_level_values("patient"), resamples)
         p, effect = signed_rank_test(found.groupby("patient").mean())
         only = in_a[name].sum(), in_b[name].sum()
         lines.append((metric, name, a, b, len(found), *mean, found.median(), p, p, effect, None, *only))

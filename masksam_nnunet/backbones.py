@@ -155,7 +155,8 @@ def register_backbone(backbone: Backbone) -> None:
     """
     if backbone.name in _OWN:
         raise ValueError(f"backbone {backbone.name!r} is this project's own: register yours under another name")
-    if backbone.checkpoint is not None and backbone.encoder != Backbone.encoder:
+    ours = [BACKBONES[name].encoder for name in _OWN]
+    if backbone.checkpoint is not None and backbone.encoder not in ours:
         raise ValueError(
             f"backbone {backbone.name!r}: checkpoint = {backbone.checkpoint} does not fit an encoder of your own: "
             "leave it out, and load and freeze what you have in the function that makes the encoder"

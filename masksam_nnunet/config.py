@@ -199,11 +199,6 @@ class MaskSAMConfig(_Json):
         """Which of SAM's published checkpoints a training starts from; None for none."""
         return self.encoder.checkpoint
 
-    @property
-    def needs_sam(self) -> bool:
-        """Whether training starts from one of SAM's published checkpoints."""
-        return self.sam is not None
-
 
 @dataclasses.dataclass(frozen=True)
 class Grid:

@@ -39,7 +39,6 @@ def fetch_verified(
     *,
     source: Path | None = None,
     force: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Bring a published file into the cache, unless it is there and passes ``check``.
 
@@ -53,7 +52,6 @@ def fetch_verified(
         kind: the error to raise.
         source: a local file to copy instead of downloading.
         force: fetch from the beginning, whatever is in the cache.
-        progress: show a progress bar on stderr.
 
     Returns:
         The cached file.
@@ -77,7 +75,7 @@ def fetch_verified(
             elif force or not _passes(target, check):
                 if force:
                     part.unlink(missing_ok=True)
-                _download(address, part, kind, progress)
+                _download(address, part, kind)
                 try:
                     check(part, address)
                 except MaskSAMError:
@@ -102,11 +100,11 @@ def _passes(target: Path, check: Callable[[Path, str], None]) -> bool:
     return True
 
 
-def _download(url: str, part: Path, kind: type[MaskSAMError], progress: bool) -> None:
+def _download(url: str, part: Path, kind: type[MaskSAMError]) -> None:
     """Fetch ``url`` into ``part``, continuing after the bytes that it already holds."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _attempt(url, part, progress)
+            return _attempt(url, part)
         except requests.RequestException as error:
             status = 500 if error.response is None else error.response.status_code
             refused = status < 500 and status not in (408, 425, 429)
@@ -119,7 +117,7 @@ def _download(url: str, part: Path, kind: type[MaskSAMError], progress: bool) ->
             time.sleep(2**attempt)
 
 
-def _attempt(url: str, part: Path, progress: bool) -> None:
+def _attempt(url: str, part: Path) -> None:
     """One request, from the end of ``part`` to the end of the file."""
     held = part.stat().st_size if part.exists() else 0
     # Identity: a compressed answer has neither the file's length nor its offsets.
@@ -131,10 +129,7 @@ def _attempt(url: str, part: Path, progress: bool) -> None:
         start = held if response.status_code == 206 else 0  # else the server sends all of it
         length = response.headers.get("Content-Length", "")
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with (
-            part.open("ab" if start else "wb") as file,
-            Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
-        ):
+        with part.open("ab" if start else "wb") as file, Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(part.stem, total=start + int(length or 0) or None, completed=start)
             for chunk in response.iter_content(CHUNK_BYTES):
                 bar.advance(task, file.write(chunk))

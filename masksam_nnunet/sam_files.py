@@ -121,11 +121,6 @@ CHECKPOINTS = {
 """Every published checkpoint by its name."""
 
 
-def published(sha256: str | None) -> Checkpoint | None:
-    """The published checkpoint with this hash in hex."""
-    return next((x for x in CHECKPOINTS.values() if sha256 and x.sha256 == sha256), None)
-
-
 def seen_before(checkpoint: Checkpoint, dataset: str) -> str | None:
     """A warning if the images of ``dataset``, by its name for nnU-Net, may be among those of the checkpoint."""
     teacher = CHECKPOINTS.get(checkpoint.teacher or "")

@@ -21,7 +21,7 @@ from .backbones import BACKBONES
 from .download import cache_dir, fetch_verified
 from .errors import WeightsError
 from .files import atomic_write
-from .sam_files import CHECKPOINTS, Checkpoint, published
+from .sam_files import CHECKPOINTS, Checkpoint
 
 
 def find(name: str) -> Path:
@@ -137,9 +137,10 @@ def located(checkpoint: Checkpoint) -> Path | None:
 
 def identified(sha256: str | None) -> Checkpoint | None:
     """The published checkpoint with this hash in hex, or the one that ``fetch`` recorded with it."""
-    unlisted = (x for x in CHECKPOINTS.values() if x.sha256 is None)
-    fetched = (x for x in unlisted if sha256 and _recorded(cache_dir() / x.file_name) == sha256)
-    return published(sha256) or next(fetched, None)
+    if sha256 is None:
+        return None
+    known = (x for x in CHECKPOINTS.values() if sha256 == (x.sha256 or _recorded(cache_dir() / x.file_name)))
+    return next(known, None)
 
 
 def released(name: str) -> Checkpoint:
@@ -190,11 +191,13 @@ def _recorded(path: Path) -> str | None:
 def _wrong(origin: object, expected: str | None, received: str) -> WeightsError:
     names = {x.sha256: f" ({x.name})" for x in CHECKPOINTS.values() if x.sha256}
     wanted = f"expected {expected}{names.get(expected, '')}" if expected else "no published file is expected here"
-    return WeightsError(
-        f"wrong SHA-256 for {origin}: {wanted}, received {received}{names.get(received, '')}; fetch the file again "
-        "with: masksam weights; or, for a fine-tuned checkpoint that you trust, set MASKSAM_WEIGHTS to it and "
-        "MASKSAM_WEIGHTS_SHA256 to the received value"
+    remedy = (
+        "give that file: MASKSAM_WEIGHTS, if set, names it or a folder that holds it"
+        if received in names
+        else "fetch the file again with: masksam weights; or, for a fine-tuned checkpoint that you trust, set "
+        "MASKSAM_WEIGHTS to it and MASKSAM_WEIGHTS_SHA256 to the received value"
     )
+    return WeightsError(f"wrong SHA-256 for {origin}: {wanted}, received {received}{names.get(received, '')}; {remedy}")
 
 
 def _sha256(path: Path) -> str:

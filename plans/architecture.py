@@ -98,6 +98,22 @@ def round_up(number: float, step: int) -> int:
     return math.ceil(number / step) * step
 
 
+def config_of_plans(
+    plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str
+) -> MaskSAMConfig:
+    """A config of ``backbone`` at r = 1 with the patch, classes and intensities of a configuration of plain plans."""
+    manager = PlansManager(plans)
+    configuration, labels = manager.get_configuration(configuration_name), manager.get_label_manager(dataset_json)
+    return config_for(
+        backbone,
+        tuple(int(size) for size in configuration.patch_size),
+        # Plain plans do not say how many classes one slice holds: K is a bound.
+        min(num_queries(labels.num_segmentation_heads, backbone), MAX_QUERIES),
+        labels.has_regions,
+        intensity_ranges=intensity_ranges(plans, configuration.normalization_schemes, configuration.use_mask_for_norm),
+    )
+
+
 def derive_config(
     plans: dict[str, Any], configuration_name: str, dataset_json: dict[str, Any], backbone: str
 ) -> MaskSAMConfig:
@@ -108,17 +124,12 @@ def derive_config(
     """
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name)
-    labels = manager.get_label_manager(dataset_json)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
-    classes = labels.num_segmentation_heads
-    patch_size = tuple(int(size) for size in configuration.patch_size)
-    # Plain plans do not say how many classes one slice holds: K is a bound.
-    queries = min(num_queries(classes, backbone), MAX_QUERIES)
-    ranges = intensity_ranges(plans, configuration.normalization_schemes, configuration.use_mask_for_norm)
-    config = config_for(backbone, patch_size, queries, labels.has_regions, intensity_ranges=ranges)
+    classes = manager.get_label_manager(dataset_json).num_segmentation_heads
+    config = config_of_plans(plans, configuration_name, dataset_json, backbone)
     profile = profile_of(backbone)
     for resolution in profile.resolutions:
-        if resolution * max(patch_size[-2:]) > config.encoder.image_size:
+        if resolution * max(config.patch_size[-2:]) > config.encoder.image_size:
             continue
         for checkpointing in (False, True):
             candidate = replace(config, resolution=resolution, checkpointing=checkpointing)

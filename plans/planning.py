@@ -23,7 +23,7 @@ from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import load_preset
 from .raw_data import RawDataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST, Limits
-from .speed import find_device
+from .speed import CPU, find_device
 from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
 from .training_inputs import preprocessed_cases
 
@@ -184,7 +184,8 @@ def _print(console: Console, planner: MaskSAMPlanner, warnings: Sequence[str]) -
     # The results of the tiny encoder must say that it is not SAM.
     own = "MaskSAMTrainer_tiny" if backbones[first] == "tiny" else "MaskSAMTrainer"
     trainer = recipe.trainer if recipe else own
-    steps.append(f"nnUNetv2_train {number} {first} 0 -p {plans['plans_name']} -tr {trainer}")
+    device = " -device cpu" if planner.limits.device.name == CPU else ""
+    steps.append(f"nnUNetv2_train {number} {first} 0 -p {plans['plans_name']} -tr {trainer}{device}")
     say("Next:")
     for step in steps:
         say(f"  {step}")

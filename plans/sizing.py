@@ -130,7 +130,7 @@ def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], limits: Limit
     search = searches[-1]
     found = search.anyhow()
     if found is not None:
-        return _explained(found, "the smallest SAM: none finishes in time", wanted, len(backbones))
+        return _explained(found, f"the smallest SAM: none fits with {FEW_EPOCHS} epochs", wanted, len(backbones))
     least = search.smallest
     needed = least.cost.peak_gib / USABLE + 0.1
     smaller = "" if backbones[-1] in (LARGEST_FIRST[-1], "tiny") else ", or a smaller --backbone"
@@ -182,9 +182,10 @@ class _Search:
         self.memory_gib, self.precision = limits.memory_gib, limits.device.precision
         profile = profile_of(backbone)
         # More than a second or two a step is too much for the tiny encoder, anywhere.
-        largest = profile.max_tflop if backbone == "tiny" else math.inf
+        self.most_anywhere = profile.max_tflop if backbone == "tiny" else math.inf
         self.max_tflop, self.start_tflop = (
-            min(largest, limits.device.most_tflop(limits.hours, epochs)) for epochs in (FULL_EPOCHS, FEW_EPOCHS)
+            min(self.most_anywhere, limits.device.most_tflop(limits.hours, epochs))
+            for epochs in (FULL_EPOCHS, FEW_EPOCHS)
         )
         self.least_tflop = 0.0
         """What the start of the next smaller r takes at least."""
@@ -294,26 +295,29 @@ class _Search:
     def _polish(self, sizes: Sizes, reasons: dict[str, str]) -> Sizes:
         """Where the patch is whole, a larger batch."""
         depth = 1 if self.is_2d else sizes.config.patch_size[0]
+        slow = sizes.cost.tflop > self.max_tflop
         if not self.is_2d:
-            reasons["D"] = (
-                f"all {self.depth} slices of the median image"
-                if depth == self.depth
-                else f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
-            )
+            reasons["D"] = f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
+            if depth == self.depth:
+                reasons["D"] = f"all {self.depth} slices of the median image"
+            elif slow and depth == FEW_SLICES:
+                reasons["D"] = f"{depth} of {self.depth} slices: with more, the hours allow even fewer epochs"
         make = partial(self._sizes, depth, sizes.config.patch_size[-2:], sizes.config.resolution)
         largest = self.wanted.largest_batch(math.prod(sizes.config.patch_size))
         reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"
-        if largest > MIN_BATCH and depth == self.depth:
+        if largest > MIN_BATCH and depth == self.depth and not slow:
             sizes = self._largest(sizes, MIN_BATCH, largest, make)
             at_most = "nnU-Net's own, or 5 % of the data"
             reasons["batch size"] = at_most if sizes.batch_size == largest else f"fits {self._bound(sizes.cost)}"
         return replace(sizes, reasons=reasons | sizes.reasons)
 
     def _bound(self, cost: TrainingCost) -> str:
-        """Which of the two bounds is nearer."""
-        if cost.peak_gib / self.memory_gib >= cost.tflop / self.max_tflop:
+        """Which of the two bounds is nearer; a broken one bounds nothing."""
+        time = cost.tflop / self.max_tflop
+        if time > 1 or cost.peak_gib / self.memory_gib >= time:
             return f"{self.memory_gib:.1f} GiB"
-        return f"{self.max_tflop:.3g} TFLOP a step, which all {FULL_EPOCHS} epochs allow"
+        why = "the tiny encoder's most" if self.max_tflop == self.most_anywhere else f"for all {FULL_EPOCHS} epochs"
+        return f"{self.max_tflop:.3g} TFLOP a step, {why}"
 
 
 def _share(low: float, high: float, target: float) -> float:

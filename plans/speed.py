@@ -84,7 +84,7 @@ def find_device(name: str | None) -> Device:
     if name in GPUS:
         return _from_table(name, "as asked")
     if name == CPU:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         return Device(CPU, memory, measure(torch.device("cpu"), 3.0), "measured")
     if name is not None:
         raise DataError(f"--gpu {name}: choose one of {', '.join((*GPUS, CPU))}")
@@ -96,7 +96,7 @@ def find_device(name: str | None) -> Device:
     except torch.OutOfMemoryError as error:
         busy = f"{properties.name} has no memory free for a measurement"
         raise DataError(f"{busy}; wait, or name it with --gpu") from error
-    return Device(properties.name, properties.total_memory / 1e9, tflops, "measured")
+    return Device(properties.name, properties.total_memory / 2**30, tflops, "measured")
 
 
 def expected_device(device: torch.device) -> Device | None:

@@ -31,6 +31,7 @@ class Kind:
         empty: indices of cases without any foreground.
         ignored: the ignore label, drawn over a corner.
         more: further entries of dataset.json.
+        case: its cases' names, with the number's place.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Kind:
     empty: Sequence[int] = ()
     ignored: int | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    case: str = "case_{:02d}"
 
     @property
     def dataset(self) -> str:
@@ -51,7 +53,7 @@ class Kind:
 
     @property
     def cases(self) -> list[str]:
-        return [f"case_{index:02d}" for index in range(len(self.sizes))]
+        return [self.case.format(index) for index in range(len(self.sizes))]
 
     def write(self, raw: Path) -> Path:
         """Write it below nnUNet_raw."""

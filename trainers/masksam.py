@@ -92,7 +92,7 @@ class MaskSAMTrainer(ResumableTrainer):
 
     def set_recipe(self) -> None:
         """Set learning rate, warm-up and number of epochs; called after nnU-Net's constructor has set its own."""
-        self.initial_lr, self.warmup_iterations = SAM_RATE if self.config.needs_sam else TINY_RATE
+        self.initial_lr, self.warmup_iterations = SAM_RATE if self.config.sam else TINY_RATE
         decisions = self.plans_manager.plans.get(DECISIONS, {})
         own = "3d_fullres" if self.is_cascaded else self.configuration_name  # a cascade has 3d_fullres's network
         planned = decisions.get(own, {})

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from masksam_nnunet.files import read_json, write_json
-from masksam_nnunet.plans.architecture import BASE_PLANS, config_for, intensity_ranges, num_queries, write_config
+from masksam_nnunet.plans.architecture import BASE_PLANS, config_of_plans, write_config
 
 BATCH_SIZE = 2
 BACKBONE = "lite_medsam"
@@ -28,18 +27,8 @@ def main(dataset: str, name: str, patch: str, resolution: float | None, base: st
     configuration |= {"patch_size": [int(size) for size in patch.split("x")], "batch_size": BATCH_SIZE}
     configuration["data_identifier"] = f"{BASE_PLANS}_3d_fullres"
     if resolution is not None:
-        manager = PlansManager(plans)
-        settings = manager.get_configuration("3d_fullres")
-        labels = manager.get_label_manager(read_json(folder / "dataset.json"))
-        config = config_for(
-            BACKBONE,
-            tuple(settings.patch_size),
-            num_queries(labels.num_segmentation_heads, BACKBONE),
-            labels.has_regions,
-            resolution=resolution,
-            intensity_ranges=intensity_ranges(plans, settings.normalization_schemes, settings.use_mask_for_norm),
-        )
-        write_config(plans, "3d_fullres", config)
+        config = config_of_plans(plans, "3d_fullres", read_json(folder / "dataset.json"), BACKBONE)
+        write_config(plans, "3d_fullres", replace(config, resolution=resolution))
     write_json(folder / f"{name}.json", plans | {"plans_name": name})
 
 

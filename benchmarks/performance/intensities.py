@@ -93,6 +93,8 @@ def main() -> None:
     sam.eval().requires_grad_(False)  # after loading: it then keeps what it makes of the attention's biases
     for folder in options.datasets:
         files = sorted((folder / "imagesTr").glob("*_0000.nii.gz"))
+        if not files:
+            parser.error(f"{folder} holds no imagesTr/*_0000.nii.gz")
         scores: dict[str, list[float]] = defaultdict(list)
         for first in files[:: max(1, len(files) // options.cases)][: options.cases]:
             case = first.name.removesuffix("_0000.nii.gz")

@@ -83,16 +83,17 @@ def benchmark(
     """Compare methods on identical folds. Missing folds are trained first, with nnU-Net's own commands."""
     announce_trainers()
     from masksam_nnunet.benchmarks import run
-    from masksam_nnunet.benchmarks.definition import Benchmark, find_benchmark_dataset
+    from masksam_nnunet.benchmarks.definition import FOLDERS, Benchmark
     from masksam_nnunet.benchmarks.jobs import device_kind
     from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
     from masksam_nnunet.inference.methods import parse_methods
+    from masksam_nnunet.plans.planning import find_dataset
 
     if executor is Executor.local and (slurm or partition or wait):
         raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
     chosen = devices or ["cuda"]
     defined = Benchmark(
-        dataset=find_benchmark_dataset(dataset),
+        dataset=find_dataset(dataset, FOLDERS),
         configuration=configuration,
         methods=parse_methods(trainers, plans or (), configuration),
         folds=tuple(folds or range(5)),

@@ -79,7 +79,7 @@ class AdaptedImageEncoder(ImageEncoderViT):
         self.global_blocks = backbone.global_blocks
         self.checkpointing = config.checkpointing
         # Where blocks are not recomputed, adapters are: a twentieth of a block's work, a third of what it would keep.
-        self.recompute_adapters = config.needs_sam and not config.checkpointing
+        self.recompute_adapters = config.sam is not None and not config.checkpointing
         self.slices_at_once: int | None = None
         """How many of a batch's B·D slices SAM's frozen layers take at a time; None for all.
 

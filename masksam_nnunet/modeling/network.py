@@ -40,7 +40,7 @@ def queries_at_once(config: MaskSAMConfig, tokens: int, training: bool) -> int:
     The embedding of a mask prompt is large, so many are decoded a few at a time, and again in the backward pass. Only a
     network that is trained throughout decodes all at once, which is faster.
     """
-    if training and not (config.checkpointing or config.needs_sam):
+    if training and not (config.checkpointing or config.sam):
         return config.num_queries
     return min(config.num_queries, max(1, TOKENS_PER_CHUNK // tokens))
 
@@ -105,7 +105,7 @@ class MaskSAM(nn.Module):
 
     def _freeze(self) -> None:
         """Train what is new beside a frozen SAM; else all whose output is read."""
-        if self.config.needs_sam:
+        if self.config.sam:
             self.requires_grad_(False)
             for module in self.modules():
                 if isinstance(module, Trainable):
@@ -163,7 +163,7 @@ class MaskSAM(nn.Module):
 
     def sam_tensors(self) -> dict[str, Tensor]:
         """SAM's own parameters and buffers, under the names that ``read_checkpoint`` gives them."""
-        if not self.config.needs_sam:
+        if not self.config.sam:
             return {}
         new = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Trainable))
         tensors = self.state_dict(keep_vars=True).items()

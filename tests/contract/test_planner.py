@@ -23,7 +23,7 @@ from masksam_nnunet.cli.app import app
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans import sizing
+from masksam_nnunet.plans import sizing, speed
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.planner import MaskSAMPlanner
 from masksam_nnunet.plans.planning import plan_dataset
@@ -175,7 +175,7 @@ def test_plans_move_between_datasets(preprocessed: Path, tmp_path: Path) -> None
         MaskSAMTrainer(plans, "3d_fullres", 0, description, torch.device("cpu"))
 
 
-def test_the_report_says_what_comes_next(preprocessed: Path, tmp_path: Path) -> None:
+def test_the_report_says_what_comes_next(preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where patients have cases on both sides of a fold."""
     raw = tmp_path / "nnUNet_raw" / KIND.dataset
     patients = [f"patient{index // 2:03d}_frame{index % 2:02d}" for index in range(6)]
@@ -192,8 +192,10 @@ def test_the_report_says_what_comes_next(preprocessed: Path, tmp_path: Path) -> 
     for patient in patients:
         (preprocessed / "nnUNetPlans_3d_fullres" / f"{patient}.b2nd").touch()
     console = Console(record=True, width=200, file=io.StringIO())
-    plan("43", ["3d_fullres"], console=console)
-    assert "No preprocessing is needed" in console.export_text()
+    monkeypatch.setattr(speed, "measure", lambda device, seconds: 0.05)
+    plan("43", ["3d_fullres"], console=console, gpu="cpu")
+    text = console.export_text()
+    assert "No preprocessing is needed" in text and "MaskSAMTrainer_tiny -device cpu" in text
 
 
 def test_plans_that_are_not_masksams_are_never_overwritten(preprocessed: Path) -> None:

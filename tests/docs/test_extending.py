@@ -91,6 +91,12 @@ def test_the_encoder_with_the_new_adapter_equals_sam_at_step_0(module: ModuleTyp
     assert any(isinstance(part, module.SliceAttention) for part in other.image_encoder.modules())
 
 
+def test_an_own_adapter_fits_every_sam(module: ModuleType) -> None:
+    register_backbone(replace(BACKBONES["lite_medsam"], name="lite_medsam_slices", adapter=module.SliceAttention))
+    network = MaskSAM(replace(tiny_config(), backbone="lite_medsam_slices"), 1, 3)
+    assert any(isinstance(part, module.SliceAttention) for part in network.image_encoder.modules())
+
+
 def test_plans_import_the_module_of_an_own_backbone(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

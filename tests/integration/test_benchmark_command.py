@@ -32,7 +32,7 @@ METHODS = tuple(Method(trainer, "nnUNetPlans", "3d_fullres") for trainer in ("Sh
 @pytest.fixture(scope="module")
 def bench(workspace: Workspace, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The small dataset with a labelled test case, in a workspace of its own."""
-    extra = {"TEST_MIRRORING": "0", "TEST_EPOCHS": str(EPOCHS)}
+    extra = {"TEST_MIRRORING": "0", "TEST_EPOCHS": str(EPOCHS), "nnUNet_npp": "0", "nnUNet_nps": "0"}
     mine = Workspace(tmp_path_factory.mktemp("benchmark"), extra=extra)
     for name in ("raw", "preprocessed"):
         shutil.copytree(getattr(workspace, name) / dataset.name, getattr(mine, name) / dataset.name)

@@ -33,7 +33,6 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     output = workspace.run_all(
         ["nnUNetv2_plan_and_preprocess", *d, *LITTLE, "-np", 1, "-npfp", 1],
         ["nnUNetv2_plan_experiment", *d, *LITTLE, "-pl", "nnUNetPlannerResEncM"],
-        ["nnUNetv2_preprocess", *d, "-plans_name", RESENC, "-c", "3d_lowres", "-np", 1],
         ["masksam", "plan", *d, "--backbone", "tiny"],
     )
     assert "No preprocessing is needed" in output
@@ -56,8 +55,8 @@ def test_masksam_plans_share_nnunets_data(planned: Workspace) -> None:
 def test_all_configurations(planned: Workspace) -> None:
     """Each of nnU-Net's configurations on MaskSAM's plans, and ResEnc's plans without MaskSAM's."""
     d, images = str(KIND.id), planned.raw / KIND.dataset / "imagesTr"
-    cascade = ["3d_lowres 0", "3d_lowres 1", "3d_cascade_fullres 0"]
-    wanted = {RESENC: ["3d_fullres 0"], "MaskSAMPlans": ["2d 0", "3d_fullres 0", *cascade]}
+    cascade = ["3d_lowres all", "3d_cascade_fullres 0"]  # the second needs the first's predictions of all cases
+    wanted = {RESENC: ["3d_fullres 0"], "MaskSAMPlans": ["2d 0", *cascade]}
     commands: list[list[object]] = []
     for plans, folds in wanted.items():
         file = planned.preprocessed / KIND.dataset / f"{plans}.json"
@@ -72,7 +71,7 @@ def test_all_configurations(planned: Workspace) -> None:
         predict = ("masksam", "predict", "--batch-size", 3, "--disable_tta", "-i", images, "-d", d, *model)
         low, high = planned.root / plans / "low", planned.root / plans / "high"
         commands += [
-            [*predict, "-npp", 1, "-nps", 1, "-c", "3d_lowres", "-o", low, "-f", 0, 1],
+            [*predict, "-npp", 1, "-nps", 1, "-c", "3d_lowres", "-o", low, "-f", "all"],
             [*predict, "-npp", 0, "-nps", 0, "-c", "3d_cascade_fullres", "-o", high, "-f", 0,
              "-prev_stage_predictions", low],
         ]  # fmt: skip

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from masksam_nnunet.benchmarks.definition import Benchmark
 from masksam_nnunet.benchmarks.folds import FoldRecord, input_hashes
 from masksam_nnunet.cli.app import app
-from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
+from masksam_nnunet.errors import DataError, MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.inference import methods as methods_module
 from masksam_nnunet.inference.methods import Method, parse_methods
 
@@ -192,7 +192,7 @@ def test_options_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(MaskSAMError, match=named):
             benchmark(**changes).check()
     monkeypatch.delenv("nnUNet_results")
-    with pytest.raises(UsageError, match="nnUNet_results"):
+    with pytest.raises(DataError, match="nnUNet_results"):
         benchmark().check()
 
 

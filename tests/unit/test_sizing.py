@@ -67,6 +67,14 @@ class TestSearch:
         sizes = choose_sizes(requirements((500, 256, 256)), ("vit_h",), limits(48.0))
         assert 130 < sizes.cost.tflop <= 138.24 and "138 TFLOP" in sizes.reasons["D"]
 
+    def test_what_takes_more_than_the_hours_is_not_said_to_fit_them(self) -> None:
+        """Four slices take 8 TFLOP; 1000 epochs allow 5.2."""
+        sizes = choose_sizes(requirements((10, 256, 256)), ("vit_b",), limits(24.0, 15.0))
+        assert sizes.config.patch_size[0] == 4 and "hours" in sizes.reasons["D"] and "TFLOP" not in sizes.reasons["D"]
+        whole = requirements((4, 256, 256), largest_batch=lambda voxels: 9)
+        sizes = choose_sizes(whole, ("vit_b",), limits(24.0, 15.0))
+        assert sizes.batch_size == 2 and "TFLOP" not in sizes.reasons["batch size"]
+
     def test_hours_choose_the_resolution_before_the_backbone(self) -> None:
         """Four slices take 8 TFLOP with ViT-B at r = 4 and four times as much with ViT-H."""
         for tflops, expected in (
@@ -78,7 +86,7 @@ class TestSearch:
             config = choose_sizes(requirements((4, 256, 256)), SAMS, limits(24.0, tflops)).config
             assert (config.backbone, config.resolution) == expected
         slow = choose_sizes(requirements((4, 256, 256)), SAMS, limits(24.0, 0.1))
-        assert (slow.config.backbone, slow.config.resolution) == ("vit_b", 1) and "none finishes" in slow.reasons[
+        assert (slow.config.backbone, slow.config.resolution) == ("vit_b", 1) and "none fits" in slow.reasons[
             "backbone"
         ]
 
@@ -160,7 +168,8 @@ def test_a_busy_gpu_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="A card", total_memory=1e9))
+    card = SimpleNamespace(name="A card", total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(speed, "measure", busy)
     with pytest.raises(DataError, match=r"A card.*--gpu"):
         find_device(None)
