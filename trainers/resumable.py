@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from masksam_nnunet.environment import TRAINING_STATS_FILE, cpu_name
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import write_json
+from masksam_nnunet.modeling.compute import keep_freed_memory
 from masksam_nnunet.stop_signals import REQUEUE, handling, leave_at_once
 
 from . import checkpoint_files as files
@@ -62,6 +63,11 @@ class ResumableTrainer(nnUNetTrainer):
                 plot(folder)
 
         self.logger.plot_progress_png = plot_if_possible
+
+    def on_train_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        super().on_train_start()
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import torch
 
+from masksam_nnunet.modeling.compute import keep_freed_memory
+
 Step = Callable[[], object]
 Builder = Callable[[torch.device], Step]
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -61,6 +63,8 @@ def in_a_process(script: str, *words: str, **environment: str) -> Any:
 
 def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
     """Median time of each variant; they take turns, so that a noisy moment meets all."""
+    if device.type == "cpu":  # as trainings do
+        keep_freed_memory()
     steps = {name: build(device) for name, build in case.variants.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats + case.warm_up):

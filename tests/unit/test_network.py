@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 from configs import tiny_config
 from small_sam import SMALL_SAM
-from torch import Tensor
+from torch import Tensor, nn
 
 from masksam_nnunet.backbones import BACKBONES, Backbone
 from masksam_nnunet.config import Grid
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.modeling.adapters import DConvAdapter
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
 from masksam_nnunet.modeling.stem import InputStem
 
@@ -169,3 +174,36 @@ def test_a_checkpoint_of_another_config_is_refused_in_words() -> None:
     for changes in ({"num_queries": 5}, {"prompts": "hard"}):  # the second one has the same shapes
         with pytest.raises(WeightsError, match="=".join(map(str, *changes.items()))):
             network.load_state_dict(MaskSAM(tiny_config(**changes), 1, 3).state_dict())
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_an_adapter_trained_on_a_cpu_computes_the_depth_wise_convolution_of_pytorch(depth: int) -> None:
+    adapter, x = DConvAdapter(16), torch.randn(2, depth, 5, 6, 16, requires_grad=True)
+    nn.init.normal_(adapter.up.weight)
+
+    def gradients(convolve: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        x_down = adapter.act(adapter.down(x))
+        y = adapter.up(x_down + adapter.act(adapter.norm(convolve(x_down))))
+        return y, *torch.autograd.grad(y.square().sum(), [x, *adapter.parameters()])
+
+    plain = gradients(lambda x: adapter.conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))
+    torch.testing.assert_close(gradients(adapter._convolve), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapter(x), plain[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_training_on_a_cpu_keeps_freed_memory() -> None:
+    code = """
+import psutil, torch
+from masksam_nnunet.modeling.compute import keep_freed_memory
+grown = []
+for _ in range(2):
+    before = psutil.Process().memory_info().rss
+    x = torch.ones(2**26)
+    del x
+    grown.append(psutil.Process().memory_info().rss - before)
+    keep_freed_memory()
+print(*grown)
+"""
+    first, second = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert first < 2**27 < second
