@@ -192,7 +192,8 @@ def _wrong(origin: object, expected: str | None, received: str) -> WeightsError:
     names = {x.sha256: f" ({x.name})" for x in CHECKPOINTS.values() if x.sha256}
     wanted = f"expected {expected}{names.get(expected, '')}" if expected else "no published file is expected here"
     remedy = (
-        "give that file: MASKSAM_WEIGHTS, if set, names it or a folder that holds it"
+        "that is another SAM's file: give the expected one (--from, --url or MASKSAM_WEIGHTS), or correct "
+        "MASKSAM_WEIGHTS_SHA256"
         if received in names
         else "fetch the file again with: masksam weights; or, for a fine-tuned checkpoint that you trust, set "
         "MASKSAM_WEIGHTS to it and MASKSAM_WEIGHTS_SHA256 to the received value"

@@ -300,8 +300,10 @@ class _Search:
             reasons["D"] = f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
             if depth == self.depth:
                 reasons["D"] = f"all {self.depth} slices of the median image"
-            elif slow and depth == FEW_SLICES:
-                reasons["D"] = f"{depth} of {self.depth} slices: with more, the hours allow even fewer epochs"
+            elif depth < FEW_SLICES:
+                reasons["D"] = f"as many of {self.depth} slices as fit {self.memory_gib:.1f} GiB"
+            elif slow:
+                reasons["D"] = f"of {self.depth} slices; even these take more than {self._most_tflop()}"
         make = partial(self._sizes, depth, sizes.config.patch_size[-2:], sizes.config.resolution)
         largest = self.wanted.largest_batch(math.prod(sizes.config.patch_size))
         reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"
@@ -312,12 +314,14 @@ class _Search:
         return replace(sizes, reasons=reasons | sizes.reasons)
 
     def _bound(self, cost: TrainingCost) -> str:
-        """Which of the two bounds is nearer; a broken one bounds nothing."""
-        time = cost.tflop / self.max_tflop
-        if time > 1 or cost.peak_gib / self.memory_gib >= time:
+        """Which of the two bounds is nearer."""
+        if cost.peak_gib / self.memory_gib >= cost.tflop / self.max_tflop:
             return f"{self.memory_gib:.1f} GiB"
-        why = "the tiny encoder's most" if self.max_tflop == self.most_anywhere else f"for all {FULL_EPOCHS} epochs"
-        return f"{self.max_tflop:.3g} TFLOP a step, {why}"
+        return self._most_tflop()
+
+    def _most_tflop(self) -> str:
+        tiny = self.max_tflop == self.most_anywhere
+        return f"{self.max_tflop:.3g} TFLOP a step, the most for {'this encoder' if tiny else f'{FULL_EPOCHS} epochs'}"
 
 
 def _share(low: float, high: float, target: float) -> float:

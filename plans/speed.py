@@ -15,7 +15,7 @@ from masksam_nnunet.cost import Precision, training_cost
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.compute import autocast
+from masksam_nnunet.modeling.compute import autocast, keep_freed_memory
 
 from .architecture import config_for
 
@@ -121,6 +121,7 @@ def measure(device: torch.device, seconds: float) -> float:
         config = config_for("vit_b", (2, 256, 256), 8, regions=False, resolution=4, checkpointing=True)
     else:
         config = config_for("lite_medsam", (2, 64, 64), 8, regions=False)
+        keep_freed_memory()  # as trainings do
     with device:
         network = MaskSAM(config, 1, 4).train()
         x = torch.randn(2, 1, *config.patch_size)

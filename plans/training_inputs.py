@@ -16,7 +16,7 @@ from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import read_json
 
-from .architecture import BASE_PLANS, DECISIONS, EPOCHS, derive_config, read_config, write_config
+from .architecture import BASE_PLANS, DECISIONS, derive_config, read_config, write_config
 
 _DATA_SETTINGS = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "preprocessor_name")
 
@@ -152,7 +152,7 @@ def _check_shared_data(plans: dict[str, Any], settings: ConfigurationManager, wh
 def _check_results_folder(
     plans: dict[str, Any], configuration: str, fold: int | str, config: MaskSAMConfig, trainer: str
 ) -> None:
-    """All folds of a results folder share one plans.json, so they must share the config and the epochs."""
+    """All folds of a results folder share one plans.json, so they must share the config."""
     results = Path(os.environ.get("nnUNet_results", ""))
     folder = results / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
     file = folder / "plans.json"
@@ -160,15 +160,12 @@ def _check_results_folder(
     started = other_folds or any(folder.glob("fold_*/checkpoint_*.pth"))
     if not file.is_file() or not started:
         return
-    before = read_json(file)
-    trained = read_config(PlansManager(before).get_configuration(configuration))
-    theirs, ours = (
-        {} if c is None else c.to_json() | {EPOCHS: p.get(DECISIONS, {}).get(configuration, {}).get(EPOCHS)}
-        for c, p in ((trained, before), (config, plans))
-    )
-    if names := [k for k in ours if theirs.get(k) != ours[k]]:
+    trained = read_config(PlansManager(read_json(file)).get_configuration(configuration))
+    if trained != config:
+        theirs, ours = ({} if c is None else c.to_json() for c in (trained, config))
+        names = [k for k in ours if theirs.get(k) != ours[k]]
         changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {ours[k]!r} now" for k in names)
         raise ConfigError(
-            f"{folder} holds folds trained with other settings of MaskSAM ({changes}). Train with their plans, move "
-            "the folder away, or plan under another name."
+            f"{folder} holds folds trained with another MaskSAM config ({changes}). Train with their plans, move the "
+            "folder away, or plan under another name."
         )

@@ -65,9 +65,9 @@ class ResumableTrainer(nnUNetTrainer):
         self.logger.plot_progress_png = plot_if_possible
 
     def on_train_start(self) -> None:
-        if self.device.type == "cpu":
-            keep_freed_memory()
         super().on_train_start()
+        if self.device.type == "cpu":  # not before: the loaders' processes are forked from this one
+            keep_freed_memory()
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 

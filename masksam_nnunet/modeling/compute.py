@@ -38,8 +38,7 @@ def full_precision(x: Tensor) -> Tensor:
 def keep_freed_memory() -> None:
     """Make glibc reuse freed memory instead of giving that of each large tensor back; for trainings on a CPU.
 
-    Else every step gets fresh pages from the system, which takes a quarter of its time. No effect under another C
-    library.
+    Else every step gets fresh pages from the system, which takes time. No effect under another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # constants of malloc.h
