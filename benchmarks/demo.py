@@ -47,7 +47,7 @@ FLOOR = 120
 MEASURED = 3
 """Iterations of each method that tell how long it takes."""
 VALIDATION = 3  # iterations that take as long as the validation of a case
-SLOWER = 1.1  # an iteration within a training, which also saves and validates, against a measured one
+SLOWER = 1.2  # an iteration within a training, which also saves and validates, against a measured one
 REST = 2.5  # time of starting both trainings and of the report, against that of planning and preprocessing
 CPU_MEMORY_GB = 1.0  # what nnU-Net plans for: patches, and steps, that suit a CPU
 CPU_PIXELS = 2**15
