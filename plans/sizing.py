@@ -297,13 +297,14 @@ class _Search:
         depth = 1 if self.is_2d else sizes.config.patch_size[0]
         slow = sizes.cost.tflop > self.max_tflop
         if not self.is_2d:
-            reasons["D"] = f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
             if depth == self.depth:
                 reasons["D"] = f"all {self.depth} slices of the median image"
             elif depth < FEW_SLICES:
                 reasons["D"] = f"as many of {self.depth} slices as fit {self.memory_gib:.1f} GiB"
             elif slow:
                 reasons["D"] = f"of {self.depth} slices; even these take more than {self._most_tflop()}"
+            else:
+                reasons["D"] = f"as many of {self.depth} slices as fit {self._bound(sizes.cost)}"
         make = partial(self._sizes, depth, sizes.config.patch_size[-2:], sizes.config.resolution)
         largest = self.wanted.largest_batch(math.prod(sizes.config.patch_size))
         reasons["batch size"] = f"nnU-Net's least is {MIN_BATCH}"

@@ -30,6 +30,13 @@ KINDS = [
         more={"regions_class_order": [1, 2, 3]},
     ),
     Kind(
+        id=22,
+        name="ManyLabels",
+        sizes=[(12, 40, 40)] * 5,
+        labels={"background": 0, **{f"organ {value}": value for value in range(1, 121)}},
+        values=tuple(range(1, 121)),
+    ),
+    Kind(
         # Natural images: three channels in one file.
         id=24,
         name="Pictures",
@@ -42,7 +49,9 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["Regions", "Pictures"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=str(kind.id), marks=[pytest.mark.long] * (kind.id == 22)) for kind in KINDS]
+)
 def test_plan_train_validate_predict_export(kind: Kind, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "Ä b'c [1] 数据")
     raw = kind.write(workspace.raw)

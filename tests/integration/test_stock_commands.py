@@ -63,6 +63,7 @@ def output(workspace: Workspace, dataset: Dataset, trained: Path, images: Path) 
         [*train, "--val"],
         ["nnUNetv2_find_best_configuration", 4, "-p", "nnUNetPlans", "-c", "3d_fullres", "-tr", MASKSAM, STOCK,
          "-f", 0, "-np", 1],
+        predict(images, root / "mirrored", "-f", 0, 1),
         predict(images, root / "ours", "-f", 0, *one_window),
         predict(images, root / "both_folds", "-f", 0, 1, *one_window),
         predict(images, root / "theirs", "-f", 0, *one_window, trainer=STOCK),
@@ -125,7 +126,7 @@ def test_training_leaves_what_nnunet_leaves(trained: Path, output: str, workspac
 def test_predictions_are_like_the_input_and_the_same_by_folder(
     workspace: Workspace, dataset: Dataset, images: Path, output: str
 ) -> None:
-    for name in ("ours", "both_folds", "ensembled"):
+    for name in ("mirrored", "ours", "both_folds", "ensembled"):
         assert_like_the_input(workspace.root / name, images, dataset.num_classes)
     assert_same_labels(workspace.root / "ours", workspace.root / "by_folder")
 
