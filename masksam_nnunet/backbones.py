@@ -69,7 +69,8 @@ class Backbone:
     description: str = "a registered encoder. It is not SAM, and no file of SAM is read"
 
     def make_adapter(self, width: int, ratio: float) -> Any:
-        return _resolved(self.adapter)(width, ratio)
+        """An adapter, or with a ratio of 0 one that is always zero and costs nothing."""
+        return _resolved(self.adapter if ratio else "masksam_nnunet.modeling.adapters:NoAdapter")(width, ratio)
 
     @property
     def fed_levels(self) -> tuple[Level, ...]:

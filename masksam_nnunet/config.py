@@ -11,7 +11,16 @@ import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from .backbones import BACKBONES, Backbone
@@ -77,7 +86,10 @@ class _Json:
             raise _config_error(cls.__name__, error) from None
         # Every option must be there: a default of this version need not be that of the version that wrote the file.
         whole = config.to_json()
-        missing = [*(whole.keys() - data.keys()), *(whole.get("loss", {}).keys() - data.get("loss", {}).keys())]
+        missing = [*(whole.keys() - data.keys())]
+        for part, content in whole.items():
+            if isinstance(content, dict):
+                missing += content.keys() - data.get(part, {}).keys()
         if missing:
             raise ConfigError(
                 f"{cls.__name__} lacks {', '.join(sorted(missing))}: the config was edited or written by another "
@@ -108,15 +120,66 @@ class LossConfig(_Json):
     """Weight of the class "no object" in the classification."""
     semantic: Weight = 1.0
     """Weight of nnU-Net's own Dice + cross-entropy on the semantic log-probabilities; 0 leaves it out."""
+    generator: Weight = 1.0
+    """Weight of nnU-Net's loss on the prompt generator's class maps, which only matching "class" has."""
     num_points: Count = 2 * 128 * 128
     """Voxels of a slice at which masks are compared; a slice with fewer is compared at all of them."""
     oversample: Annotated[Weight, Field(ge=1)] = 2.0
     """Candidates drawn for each point that is chosen by uncertainty."""
     uncertain_fraction: Annotated[Weight, Field(le=1)] = 0.75
     """Share of the points that are chosen by uncertainty; the others are uniform."""
-    matching: Literal["slice", "volume"] = "slice"
-    """One assignment for each slice (the paper), or for each volume, so that a query keeps its class along depth
-    (ours)."""
+
+
+@_raises_config_errors
+@dataclass(frozen=True, config=_STRICT)
+class LightConfig(_Json):
+    """A prompt generator that decodes SAM's features alone."""
+
+    widths: tuple[Size, Size, Size] = (256, 128, 64)
+    """Channels at once, twice and four times the token grid."""
+    kind: Literal["light"] = "light"
+
+    @property
+    def line(self) -> str:
+        """All of it in short."""
+        return f"light:{'-'.join(map(str, self.widths))}"
+
+
+Triple = tuple[Size, Size, Size]
+
+
+@_raises_config_errors
+@dataclass(frozen=True, config=_STRICT)
+class UNetConfig(_Json):
+    """A prompt generator that is nnU-Net's planned U-Net, SAM's features added to its skips.
+
+    Stages are listed from the finest to the bottleneck; kernels and strides are (depth, height, width).
+    """
+
+    features: tuple[Size, ...]
+    kernel_sizes: tuple[Triple, ...]
+    strides: tuple[Triple, ...]
+    blocks: tuple[Size, ...]
+    """Convolutions, or residual blocks, of each stage of the encoder."""
+    residual: StrictBool = False
+    """nnU-Net's residual encoder instead of its plain one."""
+    kind: Literal["unet"] = "unet"
+
+    @model_validator(mode="after")
+    def _has_stages(self) -> Self:
+        lengths = {len(x) for x in (self.features, self.kernel_sizes, self.strides, self.blocks)}
+        if len(lengths) != 1 or lengths < {2}:
+            raise ValueError("features, kernel_sizes, strides and blocks need one entry for each of two or more stages")
+        return self
+
+    @property
+    def line(self) -> str:
+        """All of it in short."""
+        kernels, strides = (
+            ",".join("x".join(map(str, sizes)) for sizes in listed) for listed in (self.kernel_sizes, self.strides)
+        )
+        features, blocks = ("-".join(map(str, numbers)) for numbers in (self.features, self.blocks))
+        return f"{'residual ' if self.residual else ''}unet:{features}:{kernels}:{strides}:{blocks}"
 
 
 @_raises_config_errors
@@ -132,8 +195,13 @@ class MaskSAMConfig(_Json):
     patch_size: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)]
     resolution: float
     """r: how much larger in-plane SAM sees the patch; one of :data:`RESOLUTIONS`."""
-    num_queries: Size
-    """N: masks predicted for each slice."""
+    num_queries: Size = 1
+    """Queries of each class and slice with matching "class"; else of each slice, whatever their class."""
+    matching: Literal["class", "slice", "volume"] = "class"
+    """class: queries belong to classes from the start, and the generator's masks are class maps (ours); slice: an
+    assignment of queries to targets for each slice (the paper); volume: for each volume, so that a query keeps its
+    class along depth (ours)."""
+    generator: LightConfig | UNetConfig = Field(default_factory=LightConfig, discriminator="kind")
     intensity_ranges: tuple[tuple[Finite, Finite], ...] = ()
     """For each image channel, the values after nnU-Net's normalisation that reach SAM as black and as white; () for
     :data:`Z_SCORES` in all channels."""
@@ -141,12 +209,12 @@ class MaskSAMConfig(_Json):
     """Whether the dataset's classes are overlapping regions, for which nnU-Net applies a sigmoid."""
     stem_width: Size = 32
     """Channels of the stem's features at patch resolution."""
-    generator_widths: tuple[Size, Size, Size] = (256, 128, 64)
-    """Channels of the prompt generator at once, twice and four times the token grid."""
     head_width: Size = 32
     """Channels of the mask head's residual."""
     adapter_ratio: Annotated[Weight, Field(gt=0, le=1)] = 0.25
     """Bottleneck of the adapters as a share of the width they adapt."""
+    encoder_adapters: StrictBool = True
+    """Whether the image encoder has adapters; without them, a frozen one is run forward only."""
     prompts: Literal["soft", "hard"] = "soft"
     """soft: logits and differentiable boxes prompt the mask decoder (ours); hard: thresholded ones (released code)."""
     checkpointing: StrictBool = False
@@ -174,6 +242,12 @@ class MaskSAMConfig(_Json):
             raise ValueError("black must lie below white")
         return ranges
 
+    @model_validator(mode="after")
+    def _unet_makes_class_maps(self) -> Self:
+        if self.generator.kind == "unet" and not self.anchored:
+            raise ValueError(f"matching = {self.matching!r} goes with the light generator only")
+        return self
+
     @property
     def architecture(self) -> str:
         """What decides the shape and meaning of the parameters, in one line: networks share weights if these agree.
@@ -181,13 +255,32 @@ class MaskSAMConfig(_Json):
         K, C and all that only training sees are left out.
         """
         patch = "x".join(map(str, self.patch_size))
-        widths = "-".join(map(str, (self.stem_width, *self.generator_widths, self.head_width)))
         ranges = ",".join(f"{low:.4g}:{high:.4g}" for low, high in self.intensity_ranges)
         return (
-            f"backbone={self.backbone} patch_size={patch} resolution={self.resolution:g} "
-            f"num_queries={self.num_queries} widths={widths} adapter_ratio={self.adapter_ratio:g} "
+            f"backbone={self.backbone} patch_size={patch} resolution={self.resolution:g} matching={self.matching} "
+            f"num_queries={self.num_queries} generator={self.generator.line} "
+            f"widths={self.stem_width}-{self.head_width} adapters={self.encoder_ratio:g}-{self.adapter_ratio:g} "
             f"prompts={self.prompts} regions={self.regions} ranges={ranges}"
         )
+
+    @property
+    def anchored(self) -> bool:
+        """Whether each query belongs to a class."""
+        return self.matching == "class"
+
+    def queries(self, num_classes: int) -> int:
+        """N: masks predicted for each slice, for K classes. Those of a class follow each other."""
+        return self.num_queries * (num_classes if self.anchored else 1)
+
+    @property
+    def encoder_ratio(self) -> float:
+        """Bottleneck of the image encoder's adapters; 0 for none."""
+        return self.adapter_ratio if self.encoder_adapters else 0.0
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether no gradient enters the image encoder."""
+        return self.sam is not None and not self.encoder_adapters
 
     @property
     def encoder(self) -> Backbone:

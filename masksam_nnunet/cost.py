@@ -63,14 +63,14 @@ class _GivenTargets(MaskSAMCriterion):
         _, height, width = self.grid.patch
         slices = segmentation.shape[0] * self.grid.patch[0]
         return Targets(
-            torch.zeros(slices, self.targets_per_slice, dtype=torch.long),
+            torch.arange(self.targets_per_slice).clamp(max=self.num_classes - 1).expand(slices, -1),
             torch.zeros(slices, self.targets_per_slice, height, width, dtype=torch.bool),
             torch.zeros(slices, self.targets_per_slice, 4),
             None,
             self.num_classes,
         )
 
-    def assign(self, cost: Tensor, targets: Targets) -> Matches:
+    def assign(self, cost: Tensor | None, targets: Targets) -> Matches:
         slices, number = targets.classes.shape
         column = torch.arange(number).repeat(slices)
         return Matches(torch.arange(slices).repeat_interleave(number), column, column)
@@ -93,7 +93,6 @@ def training_cost(
     in_channels: int,
     num_classes: int,
     batch_size: int,
-    targets_per_slice: int | None = None,
     precision: Precision = "bfloat16",
 ) -> TrainingCost:
     """Peak memory and operations of a training step, without a GPU and without allocating.
@@ -103,21 +102,24 @@ def training_cost(
         in_channels: C.
         num_classes: K.
         batch_size: B.
-        targets_per_slice: the most targets that one slice holds; K where it is not known, but no more than N.
         precision: bfloat16 as on a GPU, whose autocast is followed; or float32 throughout, as on a CPU.
     """
-    queries = config.num_queries
-    most = max(1, min(num_classes if targets_per_slice is None else targets_per_slice, queries))
+    queries = config.queries(num_classes)
+    most = max(1, min(num_classes, queries))  # targets in a slice
     tokens = batch_size * math.prod((Grid.of(config).patch[0], *Grid.of(config).tokens))
-    if queries <= 4 or queries_at_once(config, tokens, training=True) > 1:
+    if queries <= 4 or queries_at_once(config, queries, tokens, training=True) > 1:
         return _run(config, in_channels, num_classes, batch_size, most, precision)
     # Linear in N, and half of the time would be spent on decoding one query after another.
-    two, three = (
-        _run(replace(config, num_queries=n), in_channels, num_classes, batch_size, most, precision) for n in (2, 3)
-    )
+    if config.anchored:  # N follows from K
+        number = num_classes
+        two, three = (_run(config, in_channels, n, batch_size, min(most, n), precision) for n in (2, 3))
+    else:
+        number = queries
+        settings = in_channels, num_classes, batch_size, most, precision
+        two, three = (_run(replace(config, num_queries=n), *settings) for n in (2, 3))
     return TrainingCost(
-        two.peak_bytes + (queries - 2) * (three.peak_bytes - two.peak_bytes),
-        two.flops + (queries - 2) * (three.flops - two.flops),
+        two.peak_bytes + (number - 2) * (three.peak_bytes - two.peak_bytes),
+        two.flops + (number - 2) * (three.flops - two.flops),
     )
 
 
@@ -135,9 +137,7 @@ def _run(
         if low:
             _norms_in_float32(network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        criterion = _GivenTargets(
-            config.loss, network.grid, num_classes, config.regions, semantic_loss=dice_and_cross_entropy
-        )
+        criterion = _GivenTargets(config, num_classes, semantic_loss=dice_and_cross_entropy)
         criterion.targets_per_slice = targets
         criterion.piece = GPU_PIECE if low else CPU_PIECE
         x = torch.zeros(batch_size, in_channels, *config.patch_size)

@@ -12,16 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from masksam_nnunet.backbones import BACKBONES
-from masksam_nnunet.config import Z_SCORES, ConfigError, MaskSAMConfig
+from masksam_nnunet.config import Z_SCORES, ConfigError, LightConfig, MaskSAMConfig, UNetConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import in_short
 
+UNET_IS_DEFAULT = False
+"""Whether the prompt generator is nnU-Net's U-Net where nobody asks for one of the two."""
 BASE_PLANS = "nnUNetPlans"
 """nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
 NETWORK_CLASS = "masksam_nnunet.modeling.MaskSAM"
@@ -32,9 +36,13 @@ EPOCHS = "epochs"
 _CONFIG_KEY = "config"
 _READ = ("patch_size", "batch_size", "spacing", "normalization_schemes", "data_identifier", "architecture")
 
+MIN_EDGE = 4
+"""Voxels along the edge of a U-Net's coarsest map, at least: nnU-Net's number."""
+RESIDUAL_BLOCKS = (1, 3, 4, *(6,) * 10)
+"""Of nnU-Net's residual encoder, by stage."""
+
 USABLE = 7 / 8  # of a card's memory: the rest is for the driver and fragmentation
 MEMORY_GIB = 24 * USABLE  # a common research card
-MAX_QUERIES = 64
 MASKED_Z_SCORES = (-2.5, 2.5)  # what lies outside the mask is 0, the mean of what lies inside
 
 
@@ -66,31 +74,43 @@ def profile_of(backbone: str) -> Profile:
     return FINE_PROFILE if BACKBONES[backbone].stride < 16 else SAM_PROFILE
 
 
-def config_for(backbone: str, patch_size: tuple[int, ...], queries: int, regions: bool, **more: Any) -> MaskSAMConfig:
+def config_for(backbone: str, patch_size: tuple[int, ...], regions: bool, **more: Any) -> MaskSAMConfig:
     """A config with the backbone's widths, at r = 1 unless ``more`` says otherwise."""
     profile = profile_of(backbone)
-    return MaskSAMConfig(
-        backbone=backbone,
-        patch_size=patch_size,
-        num_queries=queries,
-        regions=regions,
-        stem_width=profile.stem_width,
-        generator_widths=profile.generator_widths,
-        head_width=profile.head_width,
-        **{"resolution": 1, **more},
-    )
+    settings: dict[str, Any] = {
+        "resolution": 1,
+        "generator": LightConfig(widths=profile.generator_widths),
+        "stem_width": profile.stem_width,
+        "head_width": profile.head_width,
+    }
+    return MaskSAMConfig(backbone=backbone, patch_size=patch_size, regions=regions, **settings | more)
 
 
-def num_queries(targets: int, backbone: str) -> int:
-    """N from the most targets that a slice may hold.
+def unet_config(spacing: Sequence[float], patch_size: Sequence[int], residual: bool = False) -> UNetConfig:
+    """The U-Net that nnU-Net's planner makes for a patch; one stage less wherever it would change the patch.
 
-    Half as many again, in multiples of eight, as in the paper's recipes (8 for ACDC's 4, 24 for 14 and 16), but no more
-    than :data:`MAX_QUERIES` for headroom alone. Multiples let weights of one dataset fit another with nearly as many
-    classes. The tiny encoder gets at least one spare query, in multiples of four.
+    A 2D patch is one slice. Numbers as in nnU-Net's ``ExperimentPlanner`` and ``ResEncUNetPlanner``.
     """
-    if backbone == "tiny":
-        return round_up(targets + 1, 4)
-    return max(8, min(round_up(3 * targets / 2, 8), MAX_QUERIES), round_up(targets, 8))
+    flat = len(patch_size) == 2
+    patch = np.array(patch_size)
+    _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch_size, MIN_EDGE, 999999)
+    total, kept = np.ones_like(patch), []
+    for stride in strides:
+        allowed = np.where(patch % (total * stride) == 0, stride, 1)
+        total *= allowed
+        kept.append(allowed.tolist())
+    stages = [i for i, stride in enumerate(kept) if not i or max(stride) > 1]
+    while len(stages) < 2:  # nnU-Net's networks have two at least
+        stages.append(stages[-1])
+    blocks = RESIDUAL_BLOCKS[: len(stages)] if residual else (2,) * len(stages)
+    one = (1,) if flat else ()
+    return UNetConfig(
+        features=tuple(min(32 * 2**i, 512 if flat else 320) for i in range(len(stages))),
+        kernel_sizes=tuple((*one, *kernels[i]) for i in stages),
+        strides=tuple((*one, *kept[i]) for i in stages),
+        blocks=blocks,
+        residual=residual,
+    )
 
 
 def round_up(number: float, step: int) -> int:
@@ -104,12 +124,13 @@ def config_of_plans(
     """A config of ``backbone`` at r = 1 with the patch, classes and intensities of a configuration of plain plans."""
     manager = PlansManager(plans)
     configuration, labels = manager.get_configuration(configuration_name), manager.get_label_manager(dataset_json)
+    patch = tuple(int(size) for size in configuration.patch_size)
+    residual = configuration.network_arch_class_name.endswith("ResidualEncoderUNet")
     return config_for(
         backbone,
-        tuple(int(size) for size in configuration.patch_size),
-        # Plain plans do not say how many classes one slice holds: K is a bound.
-        min(num_queries(labels.num_segmentation_heads, backbone), MAX_QUERIES),
+        patch,
         labels.has_regions,
+        **({"generator": unet_config(configuration.spacing, patch, residual)} if UNET_IS_DEFAULT else {}),
         intensity_ranges=intensity_ranges(plans, configuration.normalization_schemes, configuration.use_mask_for_norm),
     )
 

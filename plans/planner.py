@@ -7,7 +7,6 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,16 @@ from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_text_atomically
 
-from .architecture import BASE_PLANS, DECISIONS, EPOCHS, intensity_ranges, open_configuration, write_config
+from .architecture import (
+    BASE_PLANS,
+    DECISIONS,
+    EPOCHS,
+    UNET_IS_DEFAULT,
+    intensity_ranges,
+    open_configuration,
+    write_config,
+)
 from .presets import Preset
-from .raw_check import TargetCount, count_targets
 from .raw_data import RawDataset
 from .sizing import Limits, Requirements, Sizes, choose_sizes, preset_sizes
 from .speed import unet_tflop
@@ -46,6 +52,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         backbones: to be tried in this order.
         configurations: to plan; all that nnU-Net has if empty.
         preset: a published setting, or None.
+        unet: whether the prompt generator is nnU-Net's U-Net.
     """
 
     def __init__(
@@ -56,11 +63,12 @@ class MaskSAMPlanner(ExperimentPlanner):
         backbones: tuple[str, ...],
         configurations: Sequence[str] = (),
         preset: Preset | None = None,
+        unet: bool = UNET_IS_DEFAULT,
     ) -> None:
         # The U-Net that nnU-Net plans first must be the one of nnUNetPlans: lowres spacing depends on it.
         super().__init__(raw.name, plans_name=plans_name)
         self.raw, self.limits = raw, limits
-        self.backbones, self.wanted, self.preset = backbones, tuple(configurations), preset
+        self.backbones, self.wanted, self.preset, self.unet = backbones, tuple(configurations), preset, unet
         self.folder = Path(nnUNet_preprocessed) / self.dataset_name
         self.file = self.folder / f"{plans_name}.json"
         self.planned: list[str] = []
@@ -76,8 +84,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         """Make the plans and save them atomically.
 
         Raises:
-            DataError: nnU-Net has no such configuration, labels cannot be read or do not fit a preset, a plans file of
-                that name is not this planner's, or memory is too small.
+            DataError: nnU-Net has no such configuration, labels do not fit a preset, a plans file of that name is not
+                this planner's, or memory is too small.
         """
         preset = self.preset
         if preset is not None:
@@ -86,7 +94,6 @@ class MaskSAMPlanner(ExperimentPlanner):
         earlier = self._earlier_plans()
         base = self._base_plans()
         names = self._configurations(base)
-        count = count_targets(self.raw, base["transpose_forward"][0])
 
         self.planned = [name for name in base["configurations"] if name in names]
         kept = {k: v for k, v in earlier.get("configurations", {}).items() if k not in self.planned}
@@ -102,7 +109,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         for name in self.planned:
             if name == CASCADE:
                 continue  # inherits all from 3d_fullres
-            sizes = self._sizes(base, name, count, cascade=CASCADE in configurations and name == FULL)
+            sizes = self._sizes(base, name, cascade=CASCADE in configurations and name == FULL)
             theirs = unet_tflop(
                 PlansManager(base).get_configuration(name), self.channels, self.labels.num_segmentation_heads
             )
@@ -115,7 +122,6 @@ class MaskSAMPlanner(ExperimentPlanner):
                 "gpu_memory_gb": self.limits.memory_gb,
                 "hours": self.limits.hours,
                 "preset": preset and preset.name,
-                "targets_per_slice": asdict(count),
                 EPOCHS: epochs,
                 "decided": sizes.table(epochs, self.limits, theirs),
             }
@@ -169,7 +175,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         # A cascade needs both of its configurations.
         return (FULL, LOW, *wanted) if CASCADE in wanted else wanted or available
 
-    def _sizes(self, base: dict[str, Any], name: str, count: TargetCount, cascade: bool) -> Sizes:
+    def _sizes(self, base: dict[str, Any], name: str, cascade: bool) -> Sizes:
         settings = PlansManager(base).get_configuration(name)
         # The cascade shares 3d_fullres's network, and adds one-hot maps of the previous stage.
         channels = self.channels + (len(self.labels.foreground_labels) if cascade else 0)
@@ -190,7 +196,8 @@ class MaskSAMPlanner(ExperimentPlanner):
             classes=self.labels.num_segmentation_heads,
             regions=self.labels.has_regions,
             intensity_ranges=intensity_ranges(base, settings.normalization_schemes, settings.use_mask_for_norm),
-            targets=count,
+            spacing=tuple(settings.spacing),
+            unet=self.unet,
             largest_batch=largest_batch,
         )
         if self.preset is not None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -49,6 +49,7 @@ class Preset:
     batch_size: int
     resolution: int
     num_queries: int
+    matching: Literal["slice", "volume"]
     foreground_classes: tuple[int, ...]
     trainer: str
     epochs: int

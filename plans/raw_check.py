@@ -1,4 +1,4 @@
-"""Reads every file of a raw dataset: all defects for ``masksam check``, and the targets per slice for planning.
+"""Reads every file of a raw dataset for ``masksam check`` and lists all defects.
 
 nnU-Net's ``--verify_dataset_integrity`` stops at the first kind of defect, misses NaN in a NIfTI file and truncated
 files, since ITK reads over both, and only warns where image and label lie at different places.
@@ -39,16 +39,6 @@ class _CaseCheck:
     image_hash: bytes | None = None
 
 
-@dataclass(frozen=True)
-class TargetCount:
-    """The most targets in one slice, the case and slice that hold them, and the number of cases read."""
-
-    most: int
-    case: str
-    slice: int
-    cases: int
-
-
 def check_raw_dataset(folder: Path, preprocessed: Path | None = None) -> RawCheck:
     """Read a raw dataset to its last voxel, and splits_final.json there and in its ``preprocessed`` folder.
 
@@ -83,34 +73,6 @@ def require_sound_dataset(folder: Path) -> None:
     defects = list(check_raw_dataset(folder).defects)
     if defects:
         raise DataError(f"{folder} cannot be used:\n  " + shortened(defects, "\n  "))
-
-
-def count_targets(dataset: RawDataset, slice_axis: int) -> TargetCount:
-    """Read all training labels and find the slice with the most targets, which the queries must cover.
-
-    A slice's targets are the labels in it, background included and the ignore label not; or the regions that it holds.
-
-    Args:
-        dataset: whose labels to read.
-        slice_axis: the axis of the reader's (z, y, x) arrays that becomes D: the first of ``transpose_forward``.
-
-    Raises:
-        DataError: a label map cannot be read or holds a label that dataset.json does not name.
-    """
-    manager = dataset.label_manager
-    targets = manager.foreground_regions if manager.has_regions else manager.all_labels
-    groups = [list(target) if isinstance(target, list | tuple) else [target] for target in targets]
-
-    def count(case: str) -> TargetCount:
-        try:
-            labels, _ = _read_known_labels(dataset, case)
-        except DataError as error:
-            raise DataError(f"case {case!r}: {error}") from error
-        slices = np.moveaxis(labels, slice_axis, 0)
-        counts = [sum(any(v in present for v in group) for group in groups) for present in map(label_values, slices)]
-        return TargetCount(max(counts), case, int(np.argmax(counts)), len(dataset.labels))
-
-    return max(in_threads(count, list(dataset.labels)), key=lambda found: found.most)
 
 
 def _read_known_labels(dataset: RawDataset, case: str) -> tuple[NDArray[np.int32], ImageGeometry]:

@@ -17,9 +17,8 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost, training_cost
 from masksam_nnunet.errors import DataError
 
-from .architecture import USABLE, config_for, num_queries, profile_of, round_up
+from .architecture import USABLE, config_for, profile_of, round_up, unet_config
 from .presets import Preset
-from .raw_check import TargetCount
 from .speed import FEW_EPOCHS, FULL_EPOCHS, Device
 
 FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do not fit
@@ -38,7 +37,8 @@ class Requirements:
         classes: K.
         regions: whether the classes are regions.
         intensity_ranges: black and white of each image channel.
-        targets: the slice with the most targets.
+        spacing: of the patch's axes.
+        unet: whether the prompt generator is nnU-Net's U-Net.
         largest_batch: gives the largest allowed batch for a patch of so many voxels.
     """
 
@@ -47,17 +47,19 @@ class Requirements:
     classes: int
     regions: bool
     intensity_ranges: tuple[tuple[float, float], ...]
-    targets: TargetCount
+    spacing: tuple[float, ...]
+    unet: bool
     largest_batch: Callable[[int], int]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A network, its batch size, its cost, and the reason for each of its sizes, by name."""
+    """A network for K classes, its batch size, its cost, and the reason for each of its sizes, by name."""
 
     config: MaskSAMConfig
     batch_size: int
     cost: TrainingCost
+    classes: int
     reasons: dict[str, str] = field(default_factory=dict)
 
     def table(self, epochs: int, limits: Limits, theirs: float) -> list[dict[str, Any]]:
@@ -72,7 +74,8 @@ class Sizes:
             **({"D": depth[0]} if depth else {}),
             "H x W": f"{height} x {width}",
             "r": f"{config.resolution:g}",
-            "N": config.num_queries,
+            "generator": config.generator.kind,
+            "N": config.queries(self.classes),
             "batch size": self.batch_size,
             "checkpointing": "on" if config.checkpointing else "off",
             "memory": f"{cost.peak_gib:.1f} GiB",
@@ -141,9 +144,9 @@ def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], limits: Limit
 
 
 def _explained(sizes: Sizes, why: str, wanted: Requirements, candidates: int) -> Sizes:
-    most = wanted.targets
-    queries = f"up to {most.most} targets in a slice ({most.case}, slice {most.slice}), and headroom"
-    reasons = {"backbone": why if candidates > 1 else "as asked", "N": queries, **sizes.reasons}
+    own = "nnU-Net's U-Net, with SAM's features" if wanted.unet else "over SAM's features alone"
+    queries = f"one for each {'region' if wanted.regions else 'class, background too'}"
+    reasons = {"backbone": why if candidates > 1 else "as asked", "generator": own, "N": queries, **sizes.reasons}
     return replace(sizes, reasons=reasons)
 
 
@@ -152,25 +155,26 @@ def preset_sizes(preset: Preset, wanted: Requirements, limits: Limits) -> Sizes:
     config = config_for(
         preset.backbone,
         preset.patch_size,
-        preset.num_queries,
         False,
+        num_queries=preset.num_queries,
+        matching=preset.matching,
         intensity_ranges=wanted.intensity_ranges,
         resolution=preset.resolution,
         loss=preset.loss,
     )
-    inputs = wanted.channels, wanted.classes, preset.batch_size, wanted.targets.most, limits.device.precision
+    inputs = wanted.channels, wanted.classes, preset.batch_size, limits.device.precision
     cost = training_cost(config, *inputs)
     without = cost.peak_gib
     if without > limits.memory_gib:
         config = replace(config, checkpointing=True)
         cost = training_cost(config, *inputs)
     keys = {"backbone": "backbone", "D": "patch_size", "H x W": "patch_size", "r": "resolution"}
-    keys |= {"N": "num_queries", "batch size": "batch_size", "epochs": "epochs"}
+    keys |= {"N": "num_queries", "generator": "matching", "batch size": "batch_size", "epochs": "epochs"}
     reasons = {name: f"--preset {preset.name}: {preset.sources[key]}" for name, key in keys.items()}
     reasons["checkpointing"] = f"without it {without:.1f} GiB" if config.checkpointing else "not needed for this memory"
     if cost.peak_gib > limits.memory_gib:
         reasons["memory"] = f"more than --gpu-memory {limits.memory_gb:g} leaves; the published setting was kept"
-    return Sizes(config, preset.batch_size, cost, reasons)
+    return Sizes(config, preset.batch_size, cost, wanted.classes, reasons)
 
 
 class _Search:
@@ -246,22 +250,23 @@ class _Search:
     def _sizes(self, depth: int, plane: tuple[int, ...], resolution: float = 1, batch: int = MIN_BATCH) -> Sizes:
         """With activation checkpointing where memory needs it and time allows it."""
         wanted = self.wanted
+        patch = plane if self.is_2d else (depth, *plane)
         config = config_for(
             self.backbone,
-            plane if self.is_2d else (depth, *plane),
-            num_queries(wanted.targets.most, self.backbone),
+            patch,
             wanted.regions,
             intensity_ranges=wanted.intensity_ranges,
             resolution=resolution,
+            **({"generator": unet_config(wanted.spacing, patch)} if wanted.unet else {}),
         )
-        inputs = wanted.channels, wanted.classes, batch, wanted.targets.most, self.precision
+        inputs = wanted.channels, wanted.classes, batch, self.precision
         plain = training_cost(config, *inputs)
         reasons = {"checkpointing": "not needed for this memory"}
         if plain.peak_gib <= self.memory_gib or plain.tflop > self.start_tflop:
-            return Sizes(config, batch, plain, reasons)
+            return Sizes(config, batch, plain, wanted.classes, reasons)
         config = replace(config, checkpointing=True)
         reasons = {"checkpointing": f"without it {plain.peak_gib:.1f} GiB"}
-        return Sizes(config, batch, training_cost(config, *inputs), reasons)
+        return Sizes(config, batch, training_cost(config, *inputs), wanted.classes, reasons)
 
     def _fits(self, sizes: Sizes, most_tflop: float = math.inf) -> bool:
         return sizes.cost.peak_gib <= self.memory_gib and sizes.cost.tflop <= most_tflop

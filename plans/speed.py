@@ -118,9 +118,9 @@ def _from_table(name: str, why: str) -> Device:
 def measure(device: torch.device, seconds: float) -> float:
     """Operations a second of training steps, in 10^12, of a network that suits the device."""
     if device.type == "cuda":
-        config = config_for("vit_b", (2, 256, 256), 8, regions=False, resolution=4, checkpointing=True)
+        config = config_for("vit_b", (2, 256, 256), regions=False, resolution=4, checkpointing=True)
     else:
-        config = config_for("lite_medsam", (2, 64, 64), 8, regions=False)
+        config = config_for("lite_medsam", (2, 64, 64), regions=False)
         keep_freed_memory()  # as trainings do
     with device:
         network = MaskSAM(config, 1, 4).train()
@@ -129,7 +129,7 @@ def measure(device: torch.device, seconds: float) -> float:
     def step() -> None:
         with autocast(device):
             output = network(x)
-        torch.stack([part.float().square().mean() for part in output]).sum().backward()
+        torch.stack([part.float().square().mean() for part in output[:4]]).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

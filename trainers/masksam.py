@@ -29,7 +29,7 @@ from masksam_nnunet.environment import (
     number_in,
     switched_on,
 )
-from masksam_nnunet.losses.criterion import MaskSAMCriterion
+from masksam_nnunet.losses.criterion import DECODER_DICE, MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, read_config
@@ -182,10 +182,8 @@ class MaskSAMTrainer(ResumableTrainer):
     def _build_loss(self) -> nn.Module:
         semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss
         self.criterion = MaskSAMCriterion(
-            self.config.loss,
-            self.masksam.grid,
+            self.config,
             self.label_manager.num_segmentation_heads,
-            self.label_manager.has_regions,
             self.label_manager.ignore_label,
             semantic,
         )
@@ -342,7 +340,15 @@ class MaskSAMTrainer(ResumableTrainer):
             dist.all_gather_object(gathered, means)
             means = {name: float(np.mean([m[name] for m in gathered])) for name in means}
         del means["loss"], means[SKIPPED]
+        added = means.pop(DECODER_DICE, None)
         self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        gain = self.masksam.mask_head.gain
+        if added is not None and gain is not None:
+            mean, largest = gain.detach().abs().mean().item(), gain.detach().abs().max().item()
+            self.print_to_log_file(
+                f"SAM's decoder: gain {mean:.4f} (largest {largest:.4f}); with it and the mask head the Dice of "
+                f"training patches is {added:+.4f} of that of the generator alone"
+            )
         for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only
             for name, value in means.items():
                 logger.log(f"train_losses/{name}", value, self.current_epoch)

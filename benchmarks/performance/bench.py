@@ -74,7 +74,7 @@ def shares_of_peak(measured: list[dict[str, Any]], device: str) -> list[dict[str
 
 
 def _training_step(slices: int, side: int, queries: int, classes: int) -> Builder:
-    config = MaskSAMConfig("vit_b", (slices, side, side), 4, queries)
+    config = MaskSAMConfig("vit_b", (slices, side, side), 4, queries, "slice")
     return training(config, blobs(2, slices, side, classes), classes)
 
 

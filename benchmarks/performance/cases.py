@@ -26,7 +26,7 @@ STEP = (2, 256, 8)
 def vit_b(slices: int, side: int, queries: int = 8, checkpointing: bool = False) -> MaskSAM:
     """ViT-B on patches of side x side, enlarged four times."""
     patch = (slices, side, side)
-    config = MaskSAMConfig("vit_b", patch, 4, queries, checkpointing=checkpointing, loss=WITHOUT_SEMANTIC)
+    config = MaskSAMConfig("vit_b", patch, 4, queries, "slice", checkpointing=checkpointing, loss=WITHOUT_SEMANTIC)
     return MaskSAM(config, 1, 4).train()
 
 
@@ -79,7 +79,7 @@ def _light_encoder(form: str) -> Builder:
     """LiteMedSAM's encoder: ``forward`` or ``training`` of ours, or the ``wheel``'s own, forward."""
 
     def build(device: torch.device) -> Step:
-        network = MaskSAM(MaskSAMConfig("lite_medsam", (8, 256, 256), 1, 8), 1, 4).to(device)
+        network = MaskSAM(MaskSAMConfig("lite_medsam", (8, 256, 256), 1, 8, "slice"), 1, 4).to(device)
         ours, images = network.image_encoder, torch.rand(1, 8, 3, 256, 256, device=device)
 
         def train() -> None:
@@ -107,10 +107,11 @@ def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
         tokens = side // 4
         levels = [torch.randn(1, slices, tokens, tokens, 768, device=device, requires_grad=True) for _ in range(4)]
         neck = torch.randn(1, slices, 256, tokens, tokens, device=device, requires_grad=True)
+        image = torch.zeros(1, 1, slices, side, side, device=device)  # not read by this generator
         encoder, decoder = network.prompt_encoder, network.mask_decoder
 
         def forward() -> tuple[Tensor, ...]:
-            prompts = network.prompt_generator(levels, neck)
+            prompts = network.prompt_generator(image, levels, neck)
             if not plain:
                 return network.decode(neck, prompts)
             sparse, dense = plain_prompt_encoder(encoder, prompts)
@@ -126,9 +127,9 @@ def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int
         network = vit_b(slices, side, queries, checkpointing).to(device)
         x = torch.randn(1, 1, slices, side, side, device=device)
 
-        def forward() -> MaskSAMOutput:
+        def forward() -> tuple[Tensor, ...]:
             network.zero_grad(set_to_none=True)
-            return plain_parts(network, x) if plain else network(x)
+            return (plain_parts(network, x) if plain else network(x))[:4]
 
         return forward
 
@@ -152,8 +153,9 @@ def _loss(
 ) -> Builder:
     def build(device: torch.device) -> Step:
         torch.manual_seed(0)
-        grid = Grid.of(MaskSAMConfig("vit_b", (slices // 4, side, side), 4, queries))
-        judge = make(WITHOUT_SEMANTIC, grid, classes)
+        config = MaskSAMConfig("vit_b", (slices // 4, side, side), 4, queries, "slice", loss=WITHOUT_SEMANTIC)
+        grid = Grid.of(config)
+        judge = make(config, classes)
         corner = torch.rand(4, queries, slices // 4, 2) / 2
         fields = (
             torch.randn(4, queries, slices // 4, classes + 1),
@@ -166,7 +168,7 @@ def _loss(
 
         def step() -> None:
             total, _ = judge(output, truth)
-            torch.autograd.grad(total, output)
+            torch.autograd.grad(total, output[:4])
 
         return step
 
@@ -184,7 +186,7 @@ def step_flops(device: torch.device) -> int:
         x = torch.randn(1, 1, STEP[0], STEP[1], STEP[1])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=device.type == "cuda"):  # the path that a GPU takes
             output = network(x)
-        _mean_squares([out.float() for out in output]).backward()
+        _mean_squares([out.float() for out in output[:4]]).backward()
     return meter.flops
 
 
@@ -200,7 +202,7 @@ def training(
 
     def build(device: torch.device) -> Step:
         network = MaskSAM(config, channels, classes).to(device).train()
-        judge = MaskSAMCriterion(config.loss, network.grid, classes, semantic_loss=semantic)
+        judge = MaskSAMCriterion(config, classes, semantic_loss=semantic)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
         x, labels = torch.randn(len(truth), channels, *config.patch_size, device=device), truth.to(device)
 
@@ -220,7 +222,7 @@ def training(
 def _large(checkpointing: bool) -> Builder:
     """The paper's AMOS setting: network, loss and optimizer."""
     loss = LossConfig(semantic=0.0, num_points=2 * 256**2)
-    config = MaskSAMConfig("vit_h", (9, 512, 512), 1, 24, checkpointing=checkpointing, loss=loss)
+    config = MaskSAMConfig("vit_h", (9, 512, 512), 1, 24, "slice", checkpointing=checkpointing, loss=loss)
     return lambda device: training(config, blobs(2, 9, 512, 16), 16, with_optimizer=True)(device)
 
 

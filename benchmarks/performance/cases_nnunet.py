@@ -87,7 +87,7 @@ def _unet_step(residual: bool) -> Builder:
 
 
 def _masksam_step(backbone: str, resolution: int) -> Builder:
-    config = MaskSAMConfig(backbone, PATCH, resolution, 6)
+    config = MaskSAMConfig(backbone, PATCH, resolution, 6, "slice")
     return training(config, torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES, _loss())
 
 
@@ -167,7 +167,7 @@ def _folds(ours: bool, number: int) -> Builder:
 
 
 def tiny() -> tuple[nn.Module, MaskSAMConfig]:
-    config = MaskSAMConfig("tiny", PATCH, 1, 6)
+    config = MaskSAMConfig("tiny", PATCH, 1, 6, "slice")
     return MaskSAM(config, 1, CLASSES).eval(), config
 
 
@@ -191,7 +191,7 @@ def _write_model(root: Path, folds: int, lean: bool) -> None:
     """A trained model of ViT-B in ``root``, folds of different trained weights, and the SAM file it came from."""
     _set_folders(root)
     torch.save(sam_model_registry["vit_b"]().state_dict(), root / "sam_vit_b.pth")
-    config = MaskSAMConfig("vit_b", FOLDS_PATCH, 4, 8)
+    config = MaskSAMConfig("vit_b", FOLDS_PATCH, 4, 8, "slice")
     network = MaskSAM(config, 1, CLASSES)
     network.load_sam(root / "sam_vit_b.pth")
     model = _model_folder(root)

@@ -62,7 +62,7 @@ GPU_PLANS = [
 
 def build(plan: list[Any]) -> tuple[MaskSAMConfig, int, int, int]:
     backbone, patch, resolution, queries, checkpointing, *sizes = plan
-    return MaskSAMConfig(backbone, tuple(patch), resolution, queries, checkpointing=checkpointing), *sizes
+    return MaskSAMConfig(backbone, tuple(patch), resolution, queries, "slice", checkpointing=checkpointing), *sizes
 
 
 def measure(plan: list[Any], device: torch.device) -> float:
@@ -87,7 +87,7 @@ def row(plan: list[Any], device: str) -> dict[str, Any]:
 def print_checkpoint_sizes() -> None:
     for backbone in reversed(LARGEST_FIRST):
         with torch.device("meta"):
-            network = MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8), 1, 4)
+            network = MaskSAM(MaskSAMConfig(backbone, (4, 256, 256), 4, 8, "slice"), 1, 4)
         moments = 2 * _bytes(p for p in network.parameters() if p.requires_grad)
         full = _bytes([*network.parameters(), *network.buffers()]) + moments
         lean = full - _bytes(x for x in network.sam_tensors().values() if not x.requires_grad)

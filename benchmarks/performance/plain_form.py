@@ -1,4 +1,4 @@
-"""The network's mathematics as SAM and a first implementation would write it: references for benchmarks and tests.
+"""The mathematics of the paper's form, written plainly: references for benchmarks and tests.
 
 Attention holds its matrix, image embeddings are repeated for every query, targets and losses go slice by slice, label
 by label (DETR, arXiv 2005.12872; Mask2Former, arXiv 2112.01527). Weights are the network's own, so that results and
@@ -14,7 +14,7 @@ from segment_anything.modeling import PromptEncoder
 from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from torch import Tensor
 
-from masksam_nnunet.config import Grid, LossConfig
+from masksam_nnunet.config import Grid, MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
 from masksam_nnunet.modeling.geometry import generalised_iou, to_patch
 from masksam_nnunet.modeling.image_encoder import AdaptedBlock, AdaptedImageEncoder
@@ -28,7 +28,7 @@ def plain_parts(network: MaskSAM, x: Tensor) -> MaskSAMOutput:
     """As ``network.parts(x)``; x is (B, C, D, H, W)."""
     images, stem = network.stem(x)
     levels, neck = plain_encoder(network.image_encoder, images)
-    prompts = network.prompt_generator(levels, neck)
+    prompts = network.prompt_generator(x, levels, neck)
     sparse, dense = plain_prompt_encoder(network.prompt_encoder, prompts)
     pe = network.prompt_encoder.dense_pe()
     masks, classes = plain_decoder(network.mask_decoder, neck, pe, sparse, dense, prompts.class_tokens)
@@ -39,8 +39,8 @@ def plain_parts(network: MaskSAM, x: Tensor) -> MaskSAMOutput:
 def _mask_head(head: MaskHead, masks: Tensor, generator: Tensor, stem: Tensor) -> Tensor:
     """One convolution of what is concatenated at patch resolution."""
     masks = to_patch(masks, head.grid)
-    joined = torch.cat([masks, to_patch(generator, head.grid), stem], dim=1)
-    parts = (head.from_masks, head.from_generator, head.from_stem)
+    joined = torch.cat([(masks / 2).tanh(), to_patch(generator, head.grid), stem], dim=1)
+    parts = (head.from_masks, *head.from_features)
     weight = torch.cat([part.weight for part in parts], dim=1)
     bias = torch.stack([part.bias for part in parts]).sum(0)
     return masks + head.residual(head.convs(F.conv3d(joined, weight, bias)))
@@ -144,9 +144,9 @@ def _attend(attention: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tens
 class PlainCriterion:
     """The mask classification loss for label maps without an ignore label, masks compared at every voxel."""
 
-    def __init__(self, loss: LossConfig, grid: Grid, num_classes: int) -> None:
-        self.loss = loss
-        self.grid = grid
+    def __init__(self, config: MaskSAMConfig, num_classes: int) -> None:
+        self.loss = config.loss
+        self.grid = Grid.of(config)
         self.num_classes = num_classes
 
     def __call__(self, output: MaskSAMOutput, segmentation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.compute import autocast
@@ -100,7 +102,7 @@ def look_into_windows(
         place = np.array([index, *centre]) + offset
         chosen.setdefault(nearest_window(corners, size, place.tolist(), spacing), []).append(index)
 
-    owner = np.zeros(padded.shape[1:], np.uint8 if network.config.num_queries < 256 else np.uint16)
+    owner = np.zeros(padded.shape[1:], np.uint8 if network.num_queries < 256 else np.uint16)
     nearness = np.full(padded.shape[1:], -1.0, np.float32)
     gaussian = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu"))
     weight = gaussian.float().numpy().reshape(size)
@@ -110,14 +112,14 @@ def look_into_windows(
         parts = run_network(network, padded[:, *where], predictor.device)
         nearer = weight > nearness[where]
         nearness[where][nearer] = weight[nearer]
-        owner[where][nearer] = owners(parts, network.config.regions)[nearer]
+        owner[where][nearer] = owners(parts, network.config)[nearer]
         d, h, w = (start - by for start, by in zip(corners[number], offset, strict=True))
         rows, columns = (
             slice(max(-start, 0), min(length, whole - start))
             for start, length, whole in zip((h, w), size[1:], data.shape[2:], strict=True)
         )
         for index in chosen.get(number, ()):
-            one = MaskSAMOutput(*(part[:, index - d : index - d + 1] for part in parts))
+            one = parts.changed(itemgetter((slice(None), slice(index - d, index - d + 1))))
             probabilities, boxes, drafts = read_prompts(one, network.grid.padded, size[1:])
             slices[index] = SliceQueries(
                 index=index,
@@ -149,7 +151,7 @@ def run_network(network: MaskSAM, window: Tensor, device: torch.device) -> MaskS
     flat = len(network.config.patch_size) == 2
     with autocast(device):
         parts = network.parts((window[:, 0] if flat else window)[None].to(device))
-    return MaskSAMOutput(*(part.float().cpu() for part in parts))
+    return parts.changed(lambda part: part.float().cpu())
 
 
 def read_prompts(
@@ -169,18 +171,19 @@ def read_prompts(
 
 
 @torch.inference_mode()
-def owners(parts: MaskSAMOutput, regions: bool) -> NDArray[np.int64]:
+def owners(parts: MaskSAMOutput, config: MaskSAMConfig) -> NDArray[np.int64]:
     """(D, H, W): the number, from 1, of the query that adds most to each voxel's class; 0 for background.
 
     Of several regions the last one counts, as in nnU-Net.
     """
-    scores = semantic_log_probabilities(parts.class_logits, parts.mask_logits, regions)[0]  # (K, D, H, W)
+    regions = config.regions
+    scores = semantic_log_probabilities(parts.class_logits, parts.mask_logits, regions, config.anchored)[0]
     classes = parts.class_logits[0].softmax(-1)  # (D, N, K + 1)
     if regions:  # a background before them wins where no region does
         order = torch.arange(1, len(scores) + 1).view(-1, 1, 1, 1)
         scores = torch.cat([torch.zeros_like(scores[:1]), (scores > 0) * order])
         classes = pad(classes, (1, 0))
-    winner = scores.argmax(0)
+    winner = scores.argmax(0)  # of (K, D, H, W)
     masks = parts.mask_logits[0]
     # A slice at a time: all queries' masks of a window are large.
     slices = [(classes[d][:, winner[d]] * masks[d].sigmoid()).argmax(0) + 1 for d in range(len(winner))]

@@ -31,6 +31,7 @@ app = typer.Typer(
 
 _NAMES = (*CHECKPOINTS, *(name for name, backbone in BACKBONES.items() if backbone.checkpoint))
 CheckpointName = StrEnum("CheckpointName", {name: name for name in _NAMES})  # type: ignore[misc]
+GeneratorName = StrEnum("GeneratorName", ["light", "unet"])
 BackboneName = StrEnum("BackboneName", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
 AUTO = BackboneName("auto")
 PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
@@ -142,13 +143,21 @@ def plan(
     ] = None,
     hours: Annotated[float, typer.Option(help="How long the training of a fold may take.")] = 24.0,
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.")] = None,
+    generator: Annotated[
+        GeneratorName | None,
+        typer.Option(
+            help="What makes SAM's prompts: light, a decoder over SAM's features; unet, nnU-Net's own U-Net with them.",
+            show_default="light",
+        ),
+    ] = None,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
 ) -> None:
-    """Plan MaskSAM for a dataset, a GPU and hours. This chooses backbone, patch, batch, resolution and queries."""
+    """Plan MaskSAM for a dataset, a GPU and hours. This chooses backbone, patch, batch and resolution."""
     from masksam_nnunet.plans.planning import plan_dataset
 
     published = preset and preset.value
-    plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, published, plans_name, hours, gpu)
+    wanted = generator and generator.value
+    plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, published, plans_name, hours, gpu, wanted)
 
 
 for group in (train, predict, benchmark, data, explain, export, submit):

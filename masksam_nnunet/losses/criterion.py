@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import Grid, LossConfig
+from ..config import Grid, MaskSAMConfig
 from ..modeling.compute import full_precision
 from ..modeling.geometry import generalised_iou, to_patch
 from ..modeling.network import MaskSAMOutput
 from ..semantic import semantic_log_probabilities
 from .masks import CPU_PIECE, GPU_PIECE, PairSums, draw, matched_mask_losses, pairwise_sums, uncertain_points
-from .matching import Matches, match, pairwise_cost
+from .matching import Matches, box_distance, match, pairwise_cost
 from .targets import Targets, make_targets
 
 SemanticLoss = Callable[[Tensor, Tensor], Tensor]
 
+DECODER_DICE = "decoder_dice"
+"""By how much the Dice of the batch differs from that of the generator's own maps: what SAM's decoder adds."""
 FEW_CLASSES = 32  # room for so many targets in every slice costs little
 
 
@@ -27,10 +29,8 @@ class MaskSAMCriterion(nn.Module):
     """Weighted sum of all terms.
 
     Args:
-        loss: weights and sampling.
-        grid: sizes of the network.
+        config: of the network, with weights and sampling.
         num_classes: K.
-        regions: whether the classes are overlapping regions.
         ignore_label: label without truth, if the dataset has one.
         semantic_loss: nnU-Net's loss of (log-probabilities (B, K, D, H, W), segmentation); needed if its weight is
             not 0.
@@ -38,27 +38,25 @@ class MaskSAMCriterion(nn.Module):
 
     def __init__(
         self,
-        loss: LossConfig,
-        grid: Grid,
+        config: MaskSAMConfig,
         num_classes: int,
-        regions: bool = False,
         ignore_label: int | None = None,
         semantic_loss: SemanticLoss | None = None,
     ) -> None:
         super().__init__()
+        loss = config.loss
         if loss.semantic and semantic_loss is None:
             raise ValueError(f"loss.semantic = {loss.semantic} needs a semantic_loss; pass one or set the weight to 0")
-        self.loss = loss
-        self.grid = grid
+        self.config, self.loss = config, loss
+        self.grid = Grid.of(config)
         self.num_classes = num_classes
-        self.regions = regions
         self.ignore_label = ignore_label
         self.semantic_loss = semantic_loss
         self.piece: int | None = None
         """Elements of masks that are worked on at once; None: as the device suggests."""
 
     def forward(self, output: MaskSAMOutput, segmentation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and each of its terms before weighting, detached.
+        """The loss, and each of its terms before weighting, detached; and :data:`DECODER_DICE`, which is no loss.
 
         Args:
             output: of the network.
@@ -67,24 +65,71 @@ class MaskSAMCriterion(nn.Module):
         with torch.autocast(segmentation.device.type, enabled=False):
             terms = self._mask_classification(output, segmentation)
             if self.loss.semantic and self.semantic_loss is not None:
-                semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, self.regions)
+                config = self.config
+                semantic = semantic_log_probabilities(
+                    output.class_logits, output.mask_logits, config.regions, config.anchored
+                )
                 if segmentation.ndim == 4:  # a 2D patch
                     semantic = semantic[:, :, 0]
                 terms["semantic"] = self.semantic_loss(semantic, segmentation)
+            if self.loss.generator and self.semantic_loss is not None and output.class_maps:
+                terms["generator"] = self._deeply_supervised(output.class_maps, segmentation)
         weights = {name: getattr(self.loss, "class_weight" if name == "class" else name) for name in terms}
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return total, {name: term.detach() for name, term in terms.items()}
+        found = {name: term.detach() for name, term in terms.items()}
+        if "semantic" in terms and output.class_maps:
+            dice = [self._foreground_dice(x.detach(), segmentation) for x in (semantic, output.class_maps[0])]
+            found[DECODER_DICE] = dice[0] - dice[1]
+        return total, found
+
+    def _deeply_supervised(self, maps: Sequence[Tensor], segmentation: Tensor) -> Tensor:
+        """nnU-Net's loss at all strides of the generator, halved from one to the next as nnU-Net does."""
+        assert self.semantic_loss is not None
+        total, weights = segmentation.new_zeros((), dtype=torch.float32), 0.0
+        for index, logits in enumerate(maps):
+            size = logits.shape[2:]
+            if segmentation.ndim == 4:
+                logits, size = logits[:, :, 0], size[1:]
+            truth = segmentation
+            if segmentation.shape[2:] != size:
+                truth = F.interpolate(segmentation.float(), size=size, mode="nearest-exact").to(segmentation.dtype)
+            total = total + self.semantic_loss(full_precision(logits), truth) / 2**index
+            weights += 1 / 2**index
+        return total / weights
+
+    def _foreground_dice(self, logits: Tensor, segmentation: Tensor) -> Tensor:
+        """Mean Dice over the foreground classes that the batch holds, or that are found in it."""
+        number, ignored = self.num_classes, self.ignore_label
+        logits = logits.reshape(len(logits), number, -1)  # (B, K, V)
+        truth = segmentation.reshape(len(segmentation), segmentation.shape[1], -1)
+        if self.config.regions:
+            known = truth[:, number:] == 0 if ignored is not None else torch.ones_like(truth[:, :1], dtype=torch.bool)
+            found, wanted = (logits > 0) & known, (truth[:, :number] > 0) & known
+            common, total = (found & wanted).sum((0, 2)), (found.sum((0, 2)) + wanted.sum((0, 2)))
+        else:
+            labels = truth[:, 0].long()
+            pairs = logits.argmax(1) * number + labels
+            if ignored is not None:
+                pairs = pairs.masked_fill(labels == ignored, number**2)
+            table = pairs.new_zeros(number**2 + 1).scatter_add_(0, pairs.flatten(), torch.ones_like(pairs).flatten())
+            table = table[:-1].view(number, number)
+            common, total = table.diagonal()[1:], (table.sum(0) + table.sum(1))[1:]
+        return (2 * common / total.clamp(min=1)).sum() / (total > 0).sum().clamp(min=1)
 
     def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
         """The targets of a batch, see :func:`make_targets`; ``on_host``: whether its device is the CPU."""
         on_host = segmentation.device.type == "cpu" if on_host is None else on_host
         # An accelerator would be waited for to learn how many targets a slice holds: it makes room for all instead.
         most = self.num_classes if self.num_classes <= FEW_CLASSES and not on_host else None
-        return make_targets(segmentation, self.num_classes, self.grid.padded, self.regions, self.ignore_label, most)
+        parts = self.config.num_queries if self.config.anchored else 1
+        regions = self.config.regions
+        return make_targets(segmentation, self.num_classes, self.grid.padded, regions, self.ignore_label, most, parts)
 
-    def assign(self, cost: Tensor, targets: Targets) -> Matches:
-        """The matched pairs, see :func:`match`."""
-        return match(cost, targets, self.grid.patch[0], self.loss.matching)
+    def assign(self, cost: Tensor | None, targets: Targets) -> Matches:
+        """The matched pairs, see :func:`match`; ``cost`` is None where each class has one query."""
+        if cost is None:
+            return Matches.of_classes(targets)
+        return match(cost, targets, self.grid.patch[0], self.config.matching)
 
     def _mask_classification(self, output: MaskSAMOutput, segmentation: Tensor) -> dict[str, Tensor]:
         targets = self.find_targets(segmentation)
@@ -99,21 +144,29 @@ class MaskSAMCriterion(nn.Module):
 
         size, number = masks.shape[-1], self.loss.num_points
         piece = self.piece or (CPU_PIECE if masks.device.type == "cpu" else GPU_PIECE)
-        points = draw(len(classes), size, number, valid, masks.device) if size > number else None  # (S, P)
-        sums = pairwise_sums([masks, aux_masks], truth, valid, points, piece)  # (S, N, T)
-        matches = self.assign(pairwise_cost(classes, boxes, sums[0], sums[1], targets, self.loss), targets)
+        sums: list[PairSums] | None = None
+        if self.config.anchored and self.config.num_queries == 1:
+            matches = self.assign(None, targets)
+        else:
+            points = None
+            if size > number:
+                points = draw(len(classes), size, number, valid, masks.device, truth)  # (S, P)
+            sums = pairwise_sums([masks, aux_masks], truth, valid, points, piece)  # (S, N, T)
+            matches = self.assign(pairwise_cost(classes, boxes, sums[0], sums[1], targets, self.loss), targets)
         total = _mean_over_ranks(targets.present.sum().float()).clamp(min=1)
         s, q, t = matches.slices, matches.queries, matches.targets
         terms = {"class": self._class_loss(classes, targets, matches)}
-        for name, logits, of_all in (("mask", masks, sums[0]), ("aux", aux_masks, sums[1])):
-            uncertain = self._uncertain_points(logits, (s, q), valid)  # (M, P)
+        for index, (name, logits) in enumerate((("mask", masks), ("aux", aux_masks))):
+            uncertain = self._uncertain_points(logits, matches, truth, valid)  # (M, P)
             # All voxels have been compared already, or these have not.
-            of_pairs = PairSums(*(x[s, q, t] for x in of_all)) if uncertain is None else None
+            of_pairs = None
+            if sums is not None and uncertain is None:
+                of_pairs = PairSums(*(x[s, q, t] for x in sums[index]))
             bce, dice = matched_mask_losses(logits, truth, valid, (s, q, t), uncertain, of_pairs, piece)
             terms[f"{name}_bce"], terms[f"{name}_dice"] = bce / total, dice / total
-        wanted, found = targets.boxes[s, t], boxes[s, q]
-        terms["box_l1"] = (found - wanted).abs().sum() / total
-        terms["box_giou"] = (1 - generalised_iou(found, wanted)).sum() / total
+        wanted, found, whole = targets.boxes[s, t], boxes[s, q], targets.whole[s]
+        terms["box_l1"] = box_distance(found, wanted, whole).sum() / total
+        terms["box_giou"] = ((1 - generalised_iou(found, wanted)) * whole).sum() / total
         return terms
 
     def _class_loss(self, logits: Tensor, targets: Targets, matches: Matches) -> Tensor:
@@ -125,13 +178,14 @@ class MaskSAMCriterion(nn.Module):
         losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         return (losses * weight).sum() / _mean_over_ranks(weight.sum()).clamp(min=1e-6)
 
-    def _uncertain_points(self, logits: Tensor, pairs: tuple[Tensor, Tensor], valid: Tensor | None) -> Tensor | None:
+    def _uncertain_points(self, logits: Tensor, matches: Matches, truth: Tensor, valid: Tensor | None) -> Tensor | None:
         """Voxels (M, P) at which matched masks are compared; None for all."""
-        loss = self.loss
+        loss, s = self.loss, matches.slices
         if logits.shape[-1] <= loss.num_points:
             return None
-        known = None if valid is None else valid[pairs[0]]
-        return uncertain_points(logits, pairs, known, loss.num_points, loss.oversample, loss.uncertain_fraction)
+        known = None if valid is None else valid[s]
+        sampling = loss.num_points, loss.oversample, loss.uncertain_fraction
+        return uncertain_points(logits, (s, matches.queries), known, *sampling, truth[s, matches.targets])
 
 
 def _mean_over_ranks(count: Tensor) -> Tensor:

@@ -21,17 +21,40 @@ GPU_PIECE = 2**24
 """Enough to fill a GPU."""
 
 
-def draw(rows: int, size: int, number: int, known: Tensor | None, device: torch.device) -> Tensor:
-    """``number`` voxels of ``size`` for each row, uniformly and with replacement: (rows, number).
+QUOTA = 1 / 8
+"""Share of the points that are drawn inside targets: a small one would have none in most steps."""
 
-    ``known`` (rows, size) is true where a voxel may be drawn; None for all.
+
+def draw(
+    rows: int, size: int, number: int, known: Tensor | None, device: torch.device, truth: Tensor | None = None
+) -> Tensor:
+    """``number`` voxels of ``size`` for each row, with replacement: (rows, number).
+
+    Args:
+        rows, size, number: as above.
+        known: (rows, size), true where a voxel may be drawn; None for all.
+        device: of the result.
+        truth: (rows, T, size) masks; a :data:`QUOTA` of the points, the last ones, is drawn inside them, the same for
+            each. The others, or all if there is none, are uniform.
     """
+    quota = 0 if truth is None else int(number * QUOTA) // truth.shape[1]
+    if truth is not None and quota and rows:
+        targets = truth.flatten(0, 1)
+        # The places of absent targets go to voxels that may be drawn at all.
+        where = targets if known is None else torch.where(targets.any(1, keepdim=True), targets, _every(known, truth))
+        inside = draw(len(targets), size, quota, where, device).view(rows, -1)
+        return torch.cat([draw(rows, size, number - inside.shape[1], known, device), inside], dim=1)
     if known is None:
         return torch.randint(size, (rows, number), device=device)
-    if not rows:
-        return torch.zeros(0, number, dtype=torch.long, device=device)
+    if not rows or not number:
+        return torch.zeros(rows, number, dtype=torch.long, device=device)
     weight = torch.where(known.any(1, keepdim=True), known, True).float()  # a row of nothing known counts nowhere
     return weight.multinomial(number, replacement=True)
+
+
+def _every(known: Tensor, truth: Tensor) -> Tensor:
+    """What is known of a row, for each of its targets: (rows, size) to (rows T, size)."""
+    return known[:, None].expand_as(truth).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -42,6 +65,7 @@ def uncertain_points(
     number: int,
     oversample: float,
     fraction: float,
+    truth: Tensor,
 ) -> Tensor:
     """For each pair, ``number`` voxels, the given fraction of them those of ``oversample`` times as many whose logits
     are nearest to 0: (M, number).
@@ -50,6 +74,7 @@ def uncertain_points(
         logits: (B, D, N, V).
         pairs: slice and query of each pair, (M,).
         known: (M, V), False at voxels that must not be drawn; None for all.
+        truth: (M, V), the target's mask: a part of the other points lies in it.
     """
     s, q = pairs
     _, depth, _, size = logits.shape
@@ -57,7 +82,7 @@ def uncertain_points(
     at = (s // depth)[:, None], (s % depth)[:, None], q[:, None], candidates
     chosen = int(number * fraction)
     nearest = full_precision(logits[at]).abs().topk(chosen, dim=1, largest=False, sorted=False).indices
-    others = draw(len(s), size, number - chosen, known, logits.device) if chosen < number else candidates[:, :0]
+    others = draw(len(s), size, number - chosen, known, logits.device, truth[:, None])
     return torch.cat([candidates.gather(1, nearest), others], dim=1)
 
 

@@ -25,10 +25,18 @@ class Matches:
     queries: Tensor
     targets: Tensor
 
+    @classmethod
+    def of_classes(cls, targets: Targets) -> Matches:
+        """Each target with the one query of its class."""
+        slices, columns = targets.present.nonzero(as_tuple=True)
+        return cls(slices, targets.classes[slices, columns], columns)
+
 
 @torch.no_grad()
 def match(cost: Tensor, targets: Targets, depth: int, matching: str) -> Matches:
     """The assignment of least cost, for each slice or, with ``matching`` "volume", for each volume.
+
+    With "class", for each slice among the queries of each class.
 
     Costs and classes go to the host in one copy, pairs come back in one.
 
@@ -36,12 +44,15 @@ def match(cost: Tensor, targets: Targets, depth: int, matching: str) -> Matches:
         cost: of every query for every target of its slice, (S, N, T).
         targets: the targets of the same slices.
         depth: D, slices of a volume.
-        matching: as in :class:`LossConfig`.
+        matching: as in :class:`MaskSAMConfig`.
     """
     cost = cost.nan_to_num(IMPOSSIBLE, IMPOSSIBLE, IMPOSSIBLE)
     shapes = cost.shape, targets.classes.shape
     table = torch.cat([cost.flatten(), targets.classes.flatten().to(cost.dtype)]).cpu().numpy()
     costs, classes = (part.reshape(shape) for part, shape in zip(np.split(table, [cost.numel()]), shapes, strict=True))
+    if matching == "class":
+        owner = np.arange(costs.shape[1]) // (costs.shape[1] // targets.num_classes)
+        costs = costs + IMPOSSIBLE * (owner[:, None] != classes[:, None])
     assign = _by_volume if matching == "volume" else _by_slice
     pairs = assign(costs, classes.astype(np.int64), targets.num_classes, depth)
     return Matches(*torch.from_numpy(pairs).to(cost.device))
@@ -93,5 +104,16 @@ def pairwise_cost(
     cost = -loss.class_weight * probabilities.gather(2, columns)
     cost = cost + loss.mask_bce * masks.entropy + loss.mask_dice * masks.dice_loss
     cost = cost + loss.aux_bce * aux_masks.entropy + loss.aux_dice * aux_masks.dice_loss
-    a, b = boxes[:, :, None], targets.boxes[:, None]  # (S, N, 1, 4), (S, 1, T, 4)
-    return cost + loss.box_l1 * (a - b).abs().sum(-1) + loss.box_giou * (1 - generalised_iou(a, b))
+    a, b, whole = boxes[:, :, None], targets.boxes[:, None], targets.whole[:, None, None]  # (S, N, 1, 4), (S, 1, T, 4)
+    cost = cost + loss.box_giou * (1 - generalised_iou(a, b)) * whole
+    return cost + loss.box_l1 * box_distance(a, b, whole).sum(-1)
+
+
+def box_distance(boxes: Tensor, targets: Tensor, whole: Tensor) -> Tensor:
+    """By how much each side of a box x0 y0 x1 y1 (..., 4) is off.
+
+    Where a target is not known as a whole, ``whole`` (...) is False: the known part must lie inside, no more.
+    """
+    off = boxes - targets
+    cuts = torch.cat([off[..., :2], -off[..., 2:]], dim=-1).clamp(min=0)
+    return torch.where(whole[..., None], off.abs(), cuts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from ..modeling.geometry import mask_extent, scaled_boxes
@@ -26,6 +28,13 @@ class Targets:
     """K"""
 
     @property
+    def whole(self) -> Tensor:
+        """(S,) bool: slices without ignored voxels, into which a target might extend."""
+        if self.valid is None:
+            return torch.ones(len(self.classes), dtype=torch.bool, device=self.classes.device)
+        return self.valid.flatten(1).all(1)
+
+    @property
     def present(self) -> Tensor:
         """(S, T) bool: where a target is."""
         return self.classes < self.num_classes
@@ -38,6 +47,7 @@ def make_targets(
     regions: bool = False,
     ignore_label: int | None = None,
     most: int | None = None,
+    parts: int = 1,
 ) -> Targets:
     """Build the targets of a batch for all slices at once.
 
@@ -49,6 +59,8 @@ def make_targets(
         regions: whether the classes are regions; each is then a target of its own.
         ignore_label: the label that is ignored, if there is one.
         most: T, if it is known that no slice holds more; else it is looked up, which an accelerator waits for.
+        parts: targets of a class in a slice, at most: its largest connected parts, the last one with all that is left;
+            background is one.
 
     Raises:
         ValueError: for another number of channels. Labels outside 0..K-1 are nnU-Net's to find, before training.
@@ -80,7 +92,32 @@ def make_targets(
         classes = _padded_classes(found.scatter_(1, labels.flatten(1), True)[:, :num_classes], most)
         wanted = torch.where(classes < num_classes, classes, -1)  # ignored voxels are K here
         masks = labels[:, None] == wanted[:, :, None, None]
+    if parts > 1:
+        classes, masks = _split(classes, masks, num_classes, parts, first=0 if regions else 1)
     return Targets(classes, masks, _boxes(masks, padded), valid, num_classes)
+
+
+def _split(classes: Tensor, masks: Tensor, num_classes: int, parts: int, first: int) -> tuple[Tensor, Tensor]:
+    """Connected parts of the masks of classes from ``first``, as targets of their own; found on the host."""
+    found: list[list[tuple[int, np.ndarray]]] = []
+    for row, of_slice in zip(classes.tolist(), masks.cpu().numpy(), strict=True):
+        found.append([])
+        for number, mask in zip(row, of_slice, strict=True):
+            if number == num_classes:
+                continue
+            labels, count = ndimage.label(mask) if number >= first else (mask.astype(np.int32), 1)
+            rank = np.argsort(-np.bincount(labels.ravel(), minlength=count + 1)[1:], kind="stable") + 1
+            kept = [labels == label for label in rank[: parts - 1 if count > parts else parts]]
+            rest = [np.isin(labels, rank[parts - 1 :])] if count > parts else []
+            found[-1] += [(number, part) for part in kept + rest]
+    most = max(1, *map(len, found))
+    new_classes = classes.new_full((len(classes), most), num_classes)
+    new_masks = masks.new_zeros(len(masks), most, *masks.shape[2:])
+    for index, targets in enumerate(found):
+        for column, (number, part) in enumerate(targets):
+            new_classes[index, column] = number
+            new_masks[index, column] = torch.from_numpy(part)
+    return new_classes, new_masks
 
 
 def _padded_classes(present: Tensor, most: int | None) -> Tensor:

@@ -13,6 +13,16 @@ def _bottleneck(width: int, ratio: float) -> int:
     return max(1, int(width * ratio))
 
 
+class NoAdapter(nn.Module):
+    """Takes the place of an adapter that is left out; adds zero."""
+
+    def __init__(self, _: int, __: float) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+
 class DConvAdapter(Trainable):
     """Linear down, GELU, a residual depth-wise 3x3x3 convolution over (D, h, w), Linear up (zero at first).
 

@@ -15,6 +15,11 @@ def to_patch(x: Tensor, grid: Grid) -> Tensor:
     return _resize(x, grid.padded)[..., :height, :width]
 
 
+def to_masks(x: Tensor, grid: Grid) -> Tensor:
+    """Bring (..., H, W) to SAM's mask size (..., 4 g_h, 4 g_w), padded with zeros."""
+    return _resize(pad(x, grid), grid.masks)
+
+
 def to_image(x: Tensor, grid: Grid) -> Tensor:
     """Bring (..., H, W) to SAM's input (..., S_h, S_w): padded with zeros at the lower right, then resized by r."""
     return _resize(pad(x, grid), grid.image)

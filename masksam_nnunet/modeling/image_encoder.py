@@ -72,7 +72,7 @@ class AdaptedImageEncoder(ImageEncoderViT):
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid.tokens, backbone.width))
         nn.init.normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(
-            AdaptedBlock(backbone, index in backbone.global_blocks, grid.tokens, config.adapter_ratio)
+            AdaptedBlock(backbone, index in backbone.global_blocks, grid.tokens, config.encoder_ratio)
             for index in range(backbone.depth)
         )
         self.depth_embedding = DepthEmbedding(grid.patch[0], backbone.width)

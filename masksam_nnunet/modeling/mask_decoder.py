@@ -8,10 +8,14 @@ from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
 
 from ..backbones import Backbone
+from ..config import MaskSAMConfig
 from .adapters import DConvAdapter, DMLPAdapter
 from .attention import decoder_attention, image_to_token, token_to_image
-from .blocks import Trainable
+from .blocks import Trainable, zero_
 from .compute import grow, norm
+
+SURE = 6.0
+"""The logit at which a query is of its class at first."""
 
 
 class ClassToken(Trainable):
@@ -35,6 +39,22 @@ class Classifier(Trainable):
 
     def forward(self, token: Tensor) -> Tensor:
         return self.seg_layers[0](token)
+
+
+class PresenceClassifier(Trainable):
+    """As :class:`Classifier`, for queries that belong to classes: each is of its own class, or "no object".
+
+    All start sure of their class; "no object" is learned as a correction.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layer = nn.Linear(width, 1)
+        zero_(layer)
+        self.seg_layers = nn.ModuleList([layer])
+
+    def forward(self, token: Tensor) -> Tensor:
+        return SURE + self.seg_layers[0](token)
 
 
 class AdaptedTwoWayBlock(TwoWayAttentionBlock):
@@ -98,7 +118,8 @@ class AdaptedMaskDecoder(MaskDecoder):
     Queries do not see each other: they are a batch axis, as different prompts are in SAM.
     """
 
-    def __init__(self, backbone: Backbone, depth: int, num_classes: int, adapter_ratio: float) -> None:
+    def __init__(self, config: MaskSAMConfig, depth: int, num_classes: int) -> None:
+        backbone, adapter_ratio = config.encoder, config.adapter_ratio
         width = backbone.prompt_width
         super().__init__(
             transformer_dim=width,
@@ -106,7 +127,7 @@ class AdaptedMaskDecoder(MaskDecoder):
             iou_head_hidden_dim=width,
         )
         self.class_token = ClassToken(width)
-        self.classifier = Classifier(width, num_classes)
+        self.classifier = PresenceClassifier(width) if config.anchored else Classifier(width, num_classes)
 
     def unused(self) -> list[nn.Module]:
         """Parts of SAM whose output is never read."""
@@ -125,7 +146,8 @@ class AdaptedMaskDecoder(MaskDecoder):
             class_tokens: (B, N, D, P).
 
         Returns:
-            Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1).
+            Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1), or (B, N, D, 1) of a query's own
+            class against "no object".
         """
         b, n, d = sparse.shape[:3]
         grid = h, w = image.shape[-2:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from ..config import Grid
@@ -10,34 +13,47 @@ from .geometry import to_patch
 
 
 class MaskHead(Trainable):
-    """Brings masks to the patch and adds a residual, zero at first, that sees the image at full resolution.
+    """Brings SAM's masks to the patch and adds a residual, zero at first, that sees the image at full resolution.
 
-    Everything before works on SAM's token grid or is upsampled from there; fine structures need early
-    features (HQ-SAM, arXiv 2306.01567). The three inputs are projected to one width and added, which is a 1x1x1
-    convolution of their concatenation without ever holding it.
+    Everything in SAM works on its token grid or is upsampled from there; fine structures need early features (HQ-SAM,
+    arXiv 2306.01567). The inputs are projected to one width and added, which is a 1x1x1 convolution of their
+    concatenation without ever holding it. Masks enter as numbers in [-1, 1]: logits of 20 would drown the features.
+
+    Args:
+        num_queries: N.
+        feature_widths: channels of the features.
+        width: channels of the residual.
+        grid: sizes of the network.
+        gains: whether SAM's masks are added to the generator's with a gain for each query, zero at first.
     """
 
-    def __init__(self, num_queries: int, fine_width: int, stem_width: int, width: int, grid: Grid) -> None:
+    def __init__(self, num_queries: int, feature_widths: Sequence[int], width: int, grid: Grid, gains: bool) -> None:
         super().__init__()
         self.grid = grid
         self.from_masks = nn.Conv3d(num_queries, width, kernel_size=1)
-        self.from_generator = nn.Conv3d(fine_width, width, kernel_size=1)
-        self.from_stem = nn.Conv3d(stem_width, width, kernel_size=1)
+        self.from_features = nn.ModuleList(nn.Conv3d(w, width, kernel_size=1) for w in feature_widths)
         self.convs = conv_block(width, width, num_convs=2, norm=VoxelNorm)
         self.residual = nn.Conv3d(width, num_queries, kernel_size=1)
         zero_(self.residual)
+        self.gain = nn.Parameter(torch.zeros(num_queries)) if gains else None
 
-    def forward(self, masks: Tensor, generator: Tensor, stem: Tensor) -> Tensor:
+    def forward(self, masks: Tensor, start: Tensor | None, *features: Tensor) -> Tensor:
         """Refine the masks.
 
         Args:
-            masks: logits (B, N, D, 4 g_h, 4 g_w).
-            generator: the prompt generator's finest features (B, w_2, D, 4 g_h, 4 g_w).
-            stem: features at patch resolution (B, stem_width, D, H, W).
+            masks: SAM's logits (B, N, D, 4 g_h, 4 g_w).
+            start: the generator's logits (B, N, D, H, W) with gains, else None.
+            features: (B, width, D, 4 g_h, 4 g_w), or of the patch.
 
         Returns:
             Mask logits (B, N, D, H, W).
         """
         masks = to_patch(masks, self.grid)  # (B, N, D, H, W)
-        x = self.from_masks(masks) + to_patch(self.from_generator(generator), self.grid) + self.from_stem(stem)
-        return masks + self.residual(self.convs(x))
+        x = self.from_masks((masks / 2).tanh())
+        for project, each in zip(self.from_features, features, strict=True):
+            each = project(each)
+            x = x + (each if each.shape[2:] == self.grid.patch else to_patch(each, self.grid))
+        residual = self.residual(self.convs(x))
+        if self.gain is None or start is None:
+            return masks + residual
+        return start + self.gain.view(-1, 1, 1, 1) * masks + residual

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Grid, MaskSAMConfig
 from ..errors import WeightsError
 from ..sam_checkpoint import PARTS, read_checkpoint, remap_sam_state_dict
 from ..sam_weights import find_exact, verify
-from ..semantic import semantic_log_probabilities
+from ..semantic import semantic_log_probabilities, union_logits
 from .blocks import Trainable
 from .compute import autocast, recomputed
 from .mask_decoder import AdaptedMaskDecoder
@@ -30,19 +31,21 @@ SHA256 = "sam_file_sha256"
 """The buffer (32,) of uint8 with the hash of SAM's file; zeros where SAM's weights do not come from a file."""
 LEAN = "sam_is_left_out"
 """The key of a state dict without SAM's frozen weights, which ``load_state_dict`` takes from SAM's own file."""
+FOREIGN = -1e4
+"""The logit of a class that a query does not belong to; finite also in float16."""
 TOKENS_PER_CHUNK = 2**15
 """Image tokens over all masks that are decoded at once: 8 masks of a 64x64 grid."""
 
 
-def queries_at_once(config: MaskSAMConfig, tokens: int, training: bool) -> int:
-    """How many queries are decoded together; ``tokens``: of the image, over all slices of the batch.
+def queries_at_once(config: MaskSAMConfig, queries: int, tokens: int, training: bool) -> int:
+    """How many of N queries are decoded together; ``tokens``: of the image, over all slices of the batch.
 
     The embedding of a mask prompt is large, so many are decoded a few at a time, and again in the backward pass. Only a
     network that is trained throughout decodes all at once, which is faster.
     """
     if training and not (config.checkpointing or config.sam):
-        return config.num_queries
-    return min(config.num_queries, max(1, TOKENS_PER_CHUNK // tokens))
+        return queries
+    return min(queries, max(1, TOKENS_PER_CHUNK // tokens))
 
 
 class MaskSAMOutput(NamedTuple):
@@ -56,6 +59,15 @@ class MaskSAMOutput(NamedTuple):
     """(B, D, N, 4 g_h, 4 g_w): the prompt generator's masks, over the padded patch."""
     aux_boxes: Tensor
     """(B, D, N, 4): x0 y0 x1 y1 in [0, 1] of the padded patch, as given to SAM."""
+    class_maps: tuple[Tensor, ...] = ()
+    """Where queries belong to classes: the generator's own semantic output at its strides, the finest first, logits
+    (B, K, d, h, w) for nnU-Net's loss."""
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> MaskSAMOutput:
+        """What queries give, each tensor changed; without the class maps."""
+        queries = self.class_logits, self.mask_logits, self.aux_mask_logits, self.aux_boxes
+        classes, masks, aux_masks, boxes = map(change, queries)
+        return MaskSAMOutput(classes, masks, aux_masks, boxes)
 
 
 class MaskSAM(nn.Module):
@@ -91,12 +103,12 @@ class MaskSAM(nn.Module):
 
         self.stem = InputStem(config, in_channels, image_channels)
         self.image_encoder = backbone.make_encoder(config)
-        self.prompt_generator = PromptGenerator(backbone, config.generator_widths, depth, config.num_queries)
+        self.num_queries = config.queries(num_classes)
+        self.prompt_generator = PromptGenerator(config, in_channels, self.num_queries)
         self.prompt_encoder = AdaptedPromptEncoder(config)
-        self.mask_decoder = AdaptedMaskDecoder(backbone, depth, num_classes, config.adapter_ratio)
-        self.mask_head = MaskHead(
-            config.num_queries, config.generator_widths[-1], config.stem_width, config.head_width, grid
-        )
+        self.mask_decoder = AdaptedMaskDecoder(config, depth, num_classes)
+        widths = self.prompt_generator.decoder.widths[:1] + ((config.stem_width,) if self.stem.features else ())
+        self.mask_head = MaskHead(self.num_queries, widths, config.head_width, grid, config.anchored)
         self.register_buffer(ARCHITECTURE, _as_bytes(config.architecture))
         self.register_buffer(SHA256, torch.zeros(32, dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(_before_loading)
@@ -110,7 +122,13 @@ class MaskSAM(nn.Module):
             for module in self.modules():
                 if isinstance(module, Trainable):
                     module.requires_grad_(True)
-        for module in (*self.mask_decoder.unused(), *self.prompt_encoder.unused()):
+        if self.config.forward_only:
+            self.image_encoder.requires_grad_(False)
+        for module in (
+            *self.mask_decoder.unused(),
+            *self.prompt_encoder.unused(),
+            *self.prompt_generator.decoder.unused(),
+        ):
             module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> MaskSAMOutput | Tensor:
@@ -120,18 +138,44 @@ class MaskSAM(nn.Module):
         with_gpu = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
         with autocast(x.device) if with_gpu else contextlib.nullcontext():
             output = self.parts(x)
-        semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, self.config.regions)
+        config = self.config
+        semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, config.regions, config.anchored)
         return semantic[:, :, 0] if x.ndim == 4 else semantic
 
     def parts(self, x: Tensor) -> MaskSAMOutput:
         """The outputs that losses see, in training and evaluation mode, for (B, C, D, H, W) or (B, C, H, W)."""
         saving = self.config.checkpointing and self.training
-        images, stem = self.stem(self._as_volume(x))  # (B, D, 3, S_h, S_w), (B, w, D, H, W)
+        volume = self._as_volume(x)
+        images, stem = self.stem(volume)  # (B, D, 3, S_h, S_w), (B, w, D, H, W) or None
         levels, neck = self.image_encoder(images)
-        prompts: Prompts = recomputed(saving, self.prompt_generator, levels, neck)
+        generator = self.prompt_generator
+        prompts: Prompts = recomputed(saving, generator, volume, levels, neck)
         masks, classes = self.decode(neck, prompts)
-        masks = recomputed(saving, self.mask_head, masks, prompts.features, stem)  # (B, N, D, H, W)
-        return MaskSAMOutput(*(t.transpose(1, 2) for t in (classes, masks, prompts.mask_logits, prompts.boxes)))
+        start = generator.against_rest(prompts.maps[0]) if prompts.maps else None
+        features = (prompts.features,) if stem is None else (prompts.features, stem)
+        masks = recomputed(saving, self.mask_head, masks, start, *features)  # (B, N, D, H, W)
+        if self.config.anchored:
+            classes = self._of_all_classes(classes)
+        return MaskSAMOutput(
+            class_logits=classes.transpose(1, 2),
+            mask_logits=masks.transpose(1, 2),
+            aux_mask_logits=prompts.mask_logits.transpose(1, 2),
+            aux_boxes=prompts.boxes.transpose(1, 2),
+            class_maps=tuple(map(self._class_map, prompts.maps)),
+        )
+
+    def _of_all_classes(self, own: Tensor) -> Tensor:
+        """Class logits (B, N, D, K + 1), from those of each query's own class against "no object", (B, N, D, 1)."""
+        owner = torch.arange(self.num_queries, device=own.device) // self.config.num_queries
+        foreign = F.one_hot(owner, self.num_classes)[:, None] == 0  # (N, 1, K)
+        logits = own.expand(-1, -1, -1, self.num_classes).masked_fill(foreign, FOREIGN)
+        return F.pad(logits, (0, 1))
+
+    def _class_map(self, queries: Tensor) -> Tensor:
+        """Logits of classes, (B, K, ...), from those of their queries."""
+        if self.config.regions or self.num_queries == self.num_classes:
+            return union_logits(queries, self.num_classes, dim=1)
+        return queries.unflatten(1, (self.num_classes, -1)).logsumexp(2)
 
     def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1). Queries are independent."""
@@ -143,8 +187,8 @@ class MaskSAM(nn.Module):
             return decoded
 
         given = prompts.boxes, prompts.mask_logits, prompts.class_tokens
-        size = queries_at_once(self.config, neck.numel() // neck.shape[2], self.training)
-        if size == self.config.num_queries:
+        size = queries_at_once(self.config, self.num_queries, neck.numel() // neck.shape[2], self.training)
+        if size == self.num_queries:
             return recomputed(self.training and self.config.checkpointing, decode, *given)
         chunks = zip(*(x.split(size, dim=1) for x in given), strict=True)
         masks, classes = zip(*(recomputed(self.training, decode, *chunk) for chunk in chunks), strict=True)
@@ -227,7 +271,7 @@ class MaskSAM(nn.Module):
 def check_sam_file(path: Path, backbone: str) -> None:
     """Raise WeightsError unless the checkpoint at ``path`` has all that a network with ``backbone`` needs of SAM."""
     with torch.device("meta"):
-        network = MaskSAM(MaskSAMConfig(backbone, (1, 64, 64), 1, 1), 1, 1)
+        network = MaskSAM(MaskSAMConfig(backbone, (1, 64, 64), 1), 1, 1)
     remap_sam_state_dict(read_checkpoint(path).tensors, {name: x.shape for name, x in network.sam_tensors().items()})
 
 

@@ -19,7 +19,7 @@ class InputStem(Trainable):
     The values of each channel become shares of the way from black to white, and SAM's R, G, B a mix of them: at first
     one channel each, in turn, as the mean of channels cancels what they show with opposite signs. 3D convolutions make
     the residual, where the backbone learns its input. ``forward`` takes (B, C, D, H, W) and returns the SAM input
-    (B, D, 3, S_h, S_w) and the features at patch resolution (B, stem_width, D, H, W).
+    (B, D, 3, S_h, S_w) and the features at patch resolution (B, stem_width, D, H, W), None where nobody needs them.
     """
 
     low: Tensor
@@ -37,15 +37,17 @@ class InputStem(Trainable):
         self.image_channels = image_channels  # a cascade's one-hot channels come after these
         self.grid = Grid.of(config)
         self.as_imagenet = config.encoder.intensities == "imagenet"
-        self.features = conv_block(in_channels, config.stem_width, num_convs=2, norm=VoxelNorm)
+        learns = config.encoder.learns_input and not config.forward_only
+        wanted = learns or config.generator.kind == "light"  # the U-Net has features at patch resolution itself
+        self.features = conv_block(in_channels, config.stem_width, num_convs=2, norm=VoxelNorm) if wanted else None
         for name, values in zip(("low", "high"), zip(*ranges, strict=True), strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
         mix = torch.eye(image_channels)[torch.arange(3) % image_channels]  # (3, image channels)
-        if image_channels == 1:
+        if image_channels == 1 or config.forward_only:
             self.register_buffer("mix", mix, persistent=False)
         else:
             self.mix = nn.Parameter(mix)
-        self.residual = self._residual(config) if config.encoder.learns_input else None
+        self.residual = self._residual(config) if learns else None
 
     @staticmethod
     def _residual(config: MaskSAMConfig) -> nn.Module:
@@ -63,10 +65,10 @@ class InputStem(Trainable):
         zero_(last)
         return nn.Sequential(*layers, last)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features(x)  # (B, stem_width, D, H, W)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = None if self.features is None else self.features(x)  # (B, stem_width, D, H, W)
         images = to_image(self._plain(x[:, : self.image_channels]), self.grid)  # (B, 3, D, S_h, S_w)
-        if self.residual is not None:
+        if self.residual is not None and features is not None:
             images = images + self.residual(pad(features, self.grid))
         return images.transpose(1, 2), features
 

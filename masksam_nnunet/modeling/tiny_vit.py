@@ -78,7 +78,7 @@ class AdaptedTinyViT(nn.Module):
         merges[-1].conv2.conv.stride = (1, 1)
         self.merges = nn.ModuleList(merges)
         self.stages = nn.ModuleList(
-            nn.ModuleList(AdaptedBlock(backbone, stage, config.adapter_ratio) for _ in range(DEPTHS[stage]))
+            nn.ModuleList(AdaptedBlock(backbone, stage, config.encoder_ratio) for _ in range(DEPTHS[stage]))
             for stage in (1, 2, 3)
         )
         width = backbone.prompt_width
