@@ -140,7 +140,8 @@ class UNetDecoder(nn.Module):
             for skip, fed, add in zip(skips, self.fed, self.sam, strict=True)
         ]
         decoder = self.unet.decoder
-        x, features = skips[-1], []
+        x = skips[-1]
+        features: list[Tensor] = []
         for up, stage, skip in zip(decoder.transpconvs, decoder.stages, skips[-2::-1], strict=True):
             x = stage(torch.cat([up(x), skip], dim=1))
             features.insert(0, x)
