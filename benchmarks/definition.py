@@ -46,6 +46,8 @@ class Benchmark(BaseModel):
     processes: int = 2  # workers that score and ensemble
     notes: tuple[str, ...] = ()  # what a reader must know about this run; they open its report
     group: str | None = None  # regular expression that finds the patient in a case's name, as masksam split --group
+    train_patients: int | None = None  # of each fold, in a few-label study; None is all of them
+    seed: int | None = None  # of the draw of these patients
 
     @classmethod
     def read(cls, out: Path) -> Benchmark:
@@ -89,6 +91,8 @@ class Benchmark(BaseModel):
         words += [] if self.ensembles or len(self.methods) < 2 else ["--no-ensembles"]
         words += [] if self.postprocessing else ["--no-postprocessing"]
         words += [] if self.group is None else ["--group", self.group]
+        words += [] if self.train_patients is None else ["--train-cases", str(self.train_patients)]
+        words += [] if self.seed is None else ["--seeds", str(self.seed)]
         words += ["--accept-unfair"] if self.accept_unfair else []
         return shlex.join(words)
 
@@ -128,6 +132,14 @@ class Benchmark(BaseModel):
         Raises:
             MaskSAMError: what is missing or wrong, and the remedy.
         """
+        notes = self.check_inputs()
+        for job in self.jobs():
+            if any(job.folder.glob("checkpoint_*.pth")):
+                job.require_unchanged()
+        return notes
+
+    def check_inputs(self) -> list[str]:
+        """:meth:`check` without the folds whose training has begun."""
         name = find_dataset(self.dataset, FOLDERS)
         own_schedule = [method.trainer for method in self.methods if not has_budget(method)]
         given = [name for name in ("minutes", "iterations") if getattr(self, name) is not None]
@@ -151,9 +163,6 @@ class Benchmark(BaseModel):
         findings = check_splits(splits, self.folds, cases, name, self.patients(cases))
         notes = [finding.text for finding in findings if finding.severe]
         refuse_unfair(notes, self.accept_unfair, "these folds make no fair comparison")
-        for job in self.jobs():
-            if any(job.folder.glob("checkpoint_*.pth")):
-                job.require_unchanged()
         if given and own_schedule:
             notes.append(f"--{given[0]} does not limit {', '.join(own_schedule)}: their time may differ")
         return notes

@@ -89,7 +89,7 @@ def _boxes(results: BenchmarkResults, panels: Mapping[str, tuple[str, pd.DataFra
     axes[0, 0].set_yticks(range(len(names)), [wrapped(name, 30) for name in names])
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    return _tidy_png(figure)
+    return tidy_png(figure)
 
 
 def draw_differences(results: BenchmarkResults) -> list[Picture]:
@@ -129,7 +129,7 @@ def _differences(results: BenchmarkResults, a: str, b: str) -> bytes:
             ax.axhspan(compared["low"], compared["high"], color="black", alpha=0.12, lw=0)
         ax.set_xlabel(f"better in {(gains > 0).sum()}, worse in {(gains < 0).sum()}, of {len(found)}")
     axes[0, 0].set_ylabel("difference")
-    return _tidy_png(figure)
+    return tidy_png(figure)
 
 
 # ---- learning curves -------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def draw_curves(results: BenchmarkResults) -> list[Picture]:
         ax.set(title="Pseudo-Dice on validation patches", ylim=(0, 1))
     axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
     about = f"nnU-Net's estimate on random validation patches, once an epoch. {lines}"
-    pictures = [Picture("Dice during training", about, _tidy_png(figure))]
+    pictures = [Picture("Dice during training", about, tidy_png(figure))]
     about = f"{lines} Losses of different methods are not comparable: each trains with its own."
     for start in range(0, len(names), _LOSSES_IN_FIGURE):
         part = names[start : start + _LOSSES_IN_FIGURE]
@@ -160,7 +160,7 @@ def draw_curves(results: BenchmarkResults) -> list[Picture]:
                 _curve(ax, curves[name], x, "val_loss", "black", "dashed", "validation")
                 ax.set_title(f"Losses of {wrapped(name, 60, 1)}")
             panes[1].legend(frameon=False, fontsize=8)
-        pictures.append(Picture("Losses", about, _tidy_png(figure)))
+        pictures.append(Picture("Losses", about, tidy_png(figure)))
     return pictures
 
 
@@ -248,7 +248,7 @@ def _panels(
     return figure, figure.subplots(lines, columns, squeeze=False, sharey=sharey)
 
 
-def _tidy_png(figure: Figure) -> bytes:
+def tidy_png(figure: Figure) -> bytes:
     """Small labels, no frame above and right, a faint grid."""
     for ax in figure.axes:
         ax.title.set_fontsize(10)

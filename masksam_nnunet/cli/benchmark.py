@@ -50,7 +50,10 @@ def benchmark(
     iterations: Annotated[int | None, typer.Option(help="The same, in place of minutes.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The benchmark's folder.", show_default="benchmark_CONFIGURATION in the results"),
+        typer.Option(
+            help="The benchmark's folder.",
+            show_default="benchmark_CONFIGURATION, or few_labels_CONFIGURATION, in the results",
+        ),
     ] = None,
     devices: Annotated[
         list[str] | None,
@@ -65,6 +68,18 @@ def benchmark(
             help="Finds the patient in a case's name, as in masksam split.",
             show_default="names such as patient007_ED",
         ),
+    ] = None,
+    train_cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train-cases",
+            metavar="N|all",
+            help="Train on N patients of each fold, with all their cases. Several N: Dice is drawn against them.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seeds", min=0, max=2**32 - 1, help="Draws of the N patients, one or more.", show_default="0"),
     ] = None,
     accept_unfair: AcceptUnfair = False,
     processes: Annotated[int, typer.Option("-np", "--processes", min=1, help="Workers that score and ensemble.")] = 2,
@@ -82,7 +97,7 @@ def benchmark(
 ) -> None:
     """Compare methods on identical folds. Missing folds are trained first, with nnU-Net's own commands."""
     announce_trainers()
-    from masksam_nnunet.benchmarks import run
+    from masksam_nnunet.benchmarks import few_labels, run
     from masksam_nnunet.benchmarks.definition import FOLDERS, Benchmark
     from masksam_nnunet.benchmarks.jobs import device_kind
     from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
@@ -91,6 +106,10 @@ def benchmark(
 
     if executor is Executor.local and (slurm or partition or wait):
         raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")
+    if seeds and not train_cases:
+        raise UsageError("--seeds draws the patients of --train-cases: add it, for example --train-cases 2 4 8 all")
+    if train_cases and executor is Executor.slurm:
+        raise UsageError("--train-cases trains on this machine only: leave out --executor slurm")
     chosen = devices or ["cuda"]
     defined = Benchmark(
         dataset=find_dataset(dataset, FOLDERS),
@@ -107,7 +126,9 @@ def benchmark(
         group=group,
     )
     page: Path | None
-    if executor is Executor.local:
+    if train_cases:
+        page = few_labels.run_few_labels(defined, out, chosen, train_cases, seeds or [0])
+    elif executor is Executor.local:
         page = run.run_benchmark(defined, out, chosen)
     else:
         wanted = gpus if gpus is not None else int(defined.device == "cuda")
@@ -123,9 +144,10 @@ def report(
 ) -> None:
     """Evaluate a benchmark again and write its report."""
     announce_trainers()
-    from masksam_nnunet.benchmarks import run
+    from masksam_nnunet.benchmarks import few_labels, run
 
-    typer.echo(run.report(folder, accept_unfair=accept_unfair or None))
+    with few_labels.own_folders(folder):
+        typer.echo(run.report(folder, accept_unfair=accept_unfair or None))
 
 
 def demo(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from empty_dataset import DATASET, place_dataset
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from plain_plans import dataset_json, plain_plans
 from typer.testing import CliRunner
 
 from masksam_nnunet.benchmarks.definition import Benchmark
@@ -18,33 +18,9 @@ from masksam_nnunet.errors import DataError, MaskSAMError, TrainingError, UsageE
 from masksam_nnunet.inference import methods as methods_module
 from masksam_nnunet.inference.methods import Method, parse_methods
 
-DATASET = "Dataset004_Small"
 CASES = [f"case_{n:03d}" for n in range(10)]
 STOCK = Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
 BUDGET = Method("nnUNetTrainer_budget", "nnUNetPlans", "3d_fullres")
-
-
-def place_dataset(root: Path, monkeypatch: pytest.MonkeyPatch, cases: list[str]) -> Path:
-    """A planned and preprocessed dataset of empty files; returns its folder in nnUNet_preprocessed."""
-    for name in ("raw", "preprocessed", "results"):
-        (root / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(root / name))
-    raw, preprocessed = root / "raw" / DATASET, root / "preprocessed" / DATASET
-    description = dataset_json() | {"file_ending": ".nii.gz", "numTraining": len(cases)}
-    plans = plain_plans() | {"dataset_name": DATASET}
-    data = preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
-    for folder in (raw / "imagesTr", raw / "labelsTr", data):
-        folder.mkdir(parents=True)
-    for case in cases:
-        for channel in range(len(description["channel_names"])):
-            (raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz").touch()
-        (raw / "labelsTr" / f"{case}.nii.gz").touch()
-        for ending in (".b2nd", "_seg.b2nd", ".pkl"):
-            (data / f"{case}{ending}").touch()
-    for folder in (raw, preprocessed):
-        (folder / "dataset.json").write_text(json.dumps(description))
-    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
-    return preprocessed
 
 
 @pytest.fixture
