@@ -26,6 +26,7 @@ from masksam_nnunet import __version__
 from masksam_nnunet.config import MaskSAMConfig, UNetConfig
 from masksam_nnunet.environment import BUDGET_ITERATIONS, RANDOM_INIT
 from masksam_nnunet.files import read_json
+from masksam_nnunet.losses.matching import Matches
 from masksam_nnunet.plans.architecture import DECISIONS, config_of_plans, unet_config, write_config
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -62,6 +63,8 @@ class Variant:
     trainer: str = MASKSAM
     random: bool = False
     """Whether SAM keeps random weights."""
+    free: bool = False
+    """Whether there are K free queries."""
 
 
 def _forward_only(config: MaskSAMConfig) -> MaskSAMConfig:
@@ -83,11 +86,37 @@ def _random_decoder(trainer: Any) -> None:
                 module.reset_parameters()
 
 
+def _rates(rate: float, warmup: int = 30) -> Callable[[Any], None]:
+    def prepare(trainer: Any) -> None:
+        trainer.initial_lr, trainer.warmup_iterations = rate, warmup
+
+    return prepare
+
+
+def _match_by_class(trainer: Any) -> None:
+    """Free queries, each of which is given the targets of one class."""
+    trainer.criterion.assign = lambda cost, targets: Matches.of_classes(targets)
+
+
+def _match_by_slice(trainer: Any) -> None:
+    """Queries of classes with dense maps, but matched to targets of any class."""
+    judge = trainer.criterion
+    judge.config = replace(judge.config, matching="slice", num_queries=judge.num_classes)
+
+
 VARIANTS = {
     "nnunet_adamw": Variant(trainer=NNUNET),
     "nnunet_sgd": Variant(trainer="nnUNetTrainer_budget"),
     "paper": Variant(lambda config: replace(config, matching="slice", num_queries=8)),
+    "anchors_without_maps": Variant(
+        lambda config: replace(config, matching="slice"), prepare=_match_by_class, free=True
+    ),
+    "maps_without_anchors": Variant(prepare=_match_by_slice),
     "light": Variant(),
+    "light_rate_2": Variant(prepare=_rates(2e-3)),
+    "light_rate_3": Variant(prepare=_rates(3e-3)),
+    "light_warmup_10": Variant(prepare=_rates(1e-3, 10)),
+    "light_two_queries": Variant(lambda config: replace(config, num_queries=2)),
     "light_without_dense_loss": Variant(_loss(generator=0.0)),
     "light_without_aux": Variant(_loss(aux_bce=0.0, aux_dice=0.0)),
     "light_without_gain": Variant(prepare=_no_decoder),
@@ -110,9 +139,12 @@ def make_plans(setting: Setting, name: str, variant: Variant, resolution: float)
     configuration |= {"patch_size": list(setting.patch), "batch_size": BATCH_SIZE}
     unet = unet_config(configuration["spacing"], setting.patch)
     if variant.trainer == MASKSAM:
-        config = config_of_plans(plans, "3d_fullres", read_json(folder / "dataset.json"), "lite_medsam")
-        config = replace(config, resolution=resolution, **({"generator": unet} if variant.unet else {}))
-        write_config(plans, "3d_fullres", variant.change(config))
+        description = read_json(folder / "dataset.json")
+        config = config_of_plans(plans, "3d_fullres", description, "lite_medsam")
+        config = variant.change(replace(config, resolution=resolution, **({"generator": unet} if variant.unet else {})))
+        if variant.free:
+            config = replace(config, num_queries=len(description["labels"]))
+        write_config(plans, "3d_fullres", config)
     else:
         configuration["architecture"]["arch_kwargs"] |= _nnunet_sizes(unet)
     plans |= {"plans_name": name, DECISIONS: {}}
