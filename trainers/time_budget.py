@@ -48,7 +48,7 @@ class nnUNetTrainer_budget(ResumableTrainer):
     """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``, or for ``MASKSAM_BUDGET_ITERATIONS`` where that is set.
 
     Its polynomial schedule ends with the budget, which is divided into at most ten epochs, each of which ends with a
-    short validation that counts too. ``budget_progress.json`` in the fold's folder shows how far the training is. A
+    short validation that counts too; the validation after it does without mirroring. ``budget_progress.json`` in the fold's folder shows how far the training is. A
     resumed training (``--c``) continues with the seconds and iterations that its checkpoint had used. Writing
     checkpoints does not count.
     """
@@ -129,6 +129,14 @@ class nnUNetTrainer_budget(ResumableTrainer):
     def on_epoch_end(self) -> None:
         self._write_progress(None)
         super().on_epoch_end()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Without mirroring, which would take several times as long as a short training itself."""
+        axes, self.inference_allowed_mirroring_axes = self.inference_allowed_mirroring_axes, None
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.inference_allowed_mirroring_axes = axes
 
     def save(self, file: Path, must: bool) -> None:
         """The clock stands still meanwhile."""

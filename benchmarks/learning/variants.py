@@ -3,8 +3,8 @@
     python benchmarks/learning/variants.py light acdc --fold 1 --iterations 120
 
 Patch, batch size and r are those of the dataset's setting below, for all variants alike. The fold's validation cases
-are predicted by nnU-Net's own validation, without mirroring. nnU-Net's folders hold the data preprocessed for
-nnUNetPlans.
+are predicted by nnU-Net's own validation, which these trainers do without mirroring. nnU-Net's folders hold the data
+preprocessed for nnUNetPlans.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class Variant:
 
 def _forward_only(config: MaskSAMConfig) -> MaskSAMConfig:
     return replace(config, encoder_adapters=False)
+
+
+def _free(config: MaskSAMConfig) -> MaskSAMConfig:
+    return replace(config, matching="slice")
 
 
 def _loss(**weights: float) -> Change:
@@ -183,7 +187,6 @@ def train(name: str, variant: Variant, setting: Setting, plans: dict[str, Any], 
     plans = plans | {"continue_training": False}
     trainer = trainer_class(plans, "3d_fullres", fold, read_json(folder / "dataset.json"), torch.device("cpu"))
     trainer.run_training()
-    trainer.inference_allowed_mirroring_axes = None
     trainer.perform_actual_validation()
     return trainer
 

@@ -172,9 +172,12 @@ class MaskSAMCriterion(nn.Module):
     def _class_loss(self, logits: Tensor, targets: Targets, matches: Matches) -> Tensor:
         wanted = torch.full(logits.shape[:2], self.num_classes, device=logits.device)  # (S, N): "no object"
         wanted[matches.slices, matches.queries] = targets.classes[matches.slices, matches.targets]
-        weight = torch.where(wanted == self.num_classes, self.loss.no_object, 1.0)
+        none = wanted == self.num_classes
+        weight = torch.where(none, self.loss.no_object, 1.0)
         if targets.valid is not None:
             weight = weight * targets.valid.flatten(1).any(1)[:, None]  # not slices that are wholly ignored
+            if self.config.anchored:  # a class that is not labelled may be there
+                weight = weight.masked_fill(none & ~targets.whole[:, None], 0.0)
         losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
         return (losses * weight).sum() / _mean_over_ranks(weight.sum()).clamp(min=1e-6)
 
