@@ -48,9 +48,9 @@ class nnUNetTrainer_budget(ResumableTrainer):
     """Stock nnU-Net, trained for ``MASKSAM_BUDGET_MINUTES``, or for ``MASKSAM_BUDGET_ITERATIONS`` where that is set.
 
     Its polynomial schedule ends with the budget, which is divided into at most ten epochs, each of which ends with a
-    short validation that counts too; the validation after it does without mirroring. ``budget_progress.json`` in the fold's folder shows how far the training is. A
-    resumed training (``--c``) continues with the seconds and iterations that its checkpoint had used. Writing
-    checkpoints does not count.
+    short validation that counts too; the validation after them does without mirroring. ``budget_progress.json`` in the
+    fold's folder shows how far the training is. A resumed training (``--c``) continues with the seconds and iterations
+    that its checkpoint had used. Writing checkpoints does not count.
     """
 
     save_default = (1, None)

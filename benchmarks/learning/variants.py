@@ -31,6 +31,7 @@ from masksam_nnunet.plans.architecture import DECISIONS, config_of_plans, unet_c
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 BATCH_SIZE = 2
+MASKS = dict.fromkeys(("mask_bce", "mask_dice", "aux_bce", "aux_dice"), 0.0)
 MASKSAM, NNUNET = "MaskSAMTrainer_lite_medsam_budget", "nnUNetTrainer_adamw_budget"
 
 
@@ -56,6 +57,8 @@ Change = Callable[[MaskSAMConfig], MaskSAMConfig]
 class Variant:
     """What differs from the light generator with all its parts."""
 
+    text: str
+    """The same in words."""
     change: Change = lambda config: config
     unet: bool = False
     prepare: Callable[[Any], None] = lambda trainer: None
@@ -79,7 +82,11 @@ def _loss(**weights: float) -> Change:
     return lambda config: replace(config, loss=replace(config.loss, **weights))
 
 
-def _no_decoder(trainer: Any) -> None:
+def _both(first: Change, second: Change) -> Change:
+    return lambda config: second(first(config))
+
+
+def _no_gain(trainer: Any) -> None:
     trainer.masksam.mask_head.gain.requires_grad_(False)
 
 
@@ -109,29 +116,30 @@ def _match_by_slice(trainer: Any) -> None:
 
 
 VARIANTS = {
-    "nnunet_adamw": Variant(trainer=NNUNET),
-    "nnunet_sgd": Variant(trainer="nnUNetTrainer_budget"),
-    "paper": Variant(lambda config: replace(config, matching="slice", num_queries=8)),
-    "anchors_without_maps": Variant(
-        lambda config: replace(config, matching="slice"), prepare=_match_by_class, free=True
+    "nnunet_adamw": Variant("nnU-Net with AdamW, same patch and batch", trainer=NNUNET),
+    "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
+    "paper": Variant(
+        "8 free queries, matched by slice", lambda config: replace(config, matching="slice", num_queries=8)
     ),
-    "maps_without_anchors": Variant(prepare=_match_by_slice),
-    "light": Variant(),
-    "light_rate_2": Variant(prepare=_rates(2e-3)),
-    "light_rate_3": Variant(prepare=_rates(3e-3)),
-    "light_warmup_10": Variant(prepare=_rates(1e-3, 10)),
-    "light_two_queries": Variant(lambda config: replace(config, num_queries=2)),
-    "light_without_dense_loss": Variant(_loss(generator=0.0)),
-    "light_without_aux": Variant(_loss(aux_bce=0.0, aux_dice=0.0)),
-    "light_without_gain": Variant(prepare=_no_decoder),
-    "light_random_decoder": Variant(prepare=_random_decoder),
-    "light_random": Variant(random=True),
-    "light_forward_only": Variant(_forward_only),
-    "unet": Variant(_forward_only, unet=True),
-    "unet_adapters": Variant(unet=True),
-    "unet_random": Variant(_forward_only, unet=True, random=True),
-    "unet_without_gain": Variant(_forward_only, unet=True, prepare=_no_decoder),
-    "unet_without_aux": Variant(lambda config: _loss(aux_bce=0.0, aux_dice=0.0)(_forward_only(config)), unet=True),
+    "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
+    "maps_without_anchors": Variant("queries of classes, matched by slice", prepare=_match_by_slice),
+    "light": Variant("the default"),
+    "light_rate_2": Variant("learning rate 2e-3", prepare=_rates(2e-3)),
+    "light_rate_3": Variant("learning rate 3e-3", prepare=_rates(3e-3)),
+    "light_warmup_10": Variant("warm-up of 10 iterations", prepare=_rates(1e-3, 10)),
+    "light_two_queries": Variant("two queries a class", lambda config: replace(config, num_queries=2)),
+    "light_without_dense_loss": Variant("no loss on the generator's maps", _loss(generator=0.0)),
+    "light_without_aux": Variant("no auxiliary mask losses", _loss(aux_bce=0.0, aux_dice=0.0)),
+    "light_without_masks": Variant("no mask losses", _loss(**MASKS)),
+    "light_without_gain": Variant("SAM's masks never added (gain 0)", prepare=_no_gain),
+    "light_random_decoder": Variant("SAM's decoder with random weights", prepare=_random_decoder),
+    "light_random": Variant("all of SAM with random weights", random=True),
+    "light_forward_only": Variant("no adapters in the encoder", _forward_only),
+    "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
+    "unet_adapters": Variant("the same with adapters", unet=True),
+    "unet_random": Variant("the same with SAM's weights random", _forward_only, unet=True, random=True),
+    "unet_without_gain": Variant("the same, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain),
+    "unet_without_masks": Variant("the same without mask losses", _both(_forward_only, _loss(**MASKS)), unet=True),
 }
 
 

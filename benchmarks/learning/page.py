@@ -1,0 +1,38 @@
+"""The tables of docs/learning.md, from results.jsonl, which variants.py writes.
+
+python benchmarks/learning/page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from variants import RESULTS, VARIANTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "learning.md"
+BEGIN, END = "<!-- measured: written by benchmarks/learning/page.py -->", "<!-- end of what page.py writes -->"
+
+
+def tables(results: pd.DataFrame) -> str:
+    """One table for each dataset, fold and number of iterations; the best variant comes first."""
+    parts = []
+    for (data, fold, iterations), rows in results.groupby(["data", "fold", "iterations"]):
+        parts.append(f"### {data}, fold {fold}, {iterations} iterations\n")
+        parts.append("| variant | what differs | r | mean Dice | classes | runs |\n|---|---|---|--:|---|--:|")
+        groups = rows.groupby(["variant", "resolution"])
+        for (variant, resolution), runs in sorted(groups, key=lambda group: -group[1]["dice"].mean()):
+            classes = pd.DataFrame(list(runs["classes"])).mean()
+            shown = ", ".join(f"{value:.3f}" for value in classes)
+            parts.append(
+                f"| `{variant}` | {VARIANTS[variant].text} | {resolution:g} | {runs['dice'].mean():.3f} | {shown} | "
+                f"{len(runs)} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text().split(BEGIN)
+    written = tables(pd.read_json(RESULTS, lines=True, dtype={"seed": int}))
+    PAGE.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{rest.split(END)[1]}")
