@@ -81,7 +81,7 @@ class SAMFeatures(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """nnU-Net's planned U-Net; each skip is given the finest of SAM's levels that are no finer than the skip itself.
+    """nnU-Net's planned U-Net; each skip is given the coarsest of SAM's levels that are no coarser than the skip.
 
     Without SAM's features, which enter through gains that are zero at first, it is nnU-Net.
     """
