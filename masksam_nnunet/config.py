@@ -65,6 +65,11 @@ def _config_error(kind: str, error: ValidationError) -> ConfigError:
     return ConfigError(f"{option} = {first['input']!r} is not allowed: {reason}.")
 
 
+_OTHER_VERSION = (
+    "The config was edited or written by another version of masksam-nnunet: plan again, or use that version."
+)
+
+
 class _Json:
     """Strict conversion between a config and plain JSON types."""
 
@@ -83,7 +88,7 @@ class _Json:
         try:
             config = TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            raise _config_error(cls.__name__, error) from None
+            raise ConfigError(f"{_config_error(cls.__name__, error)} {_OTHER_VERSION}") from None
         # Every option must be there: a default of this version need not be that of the version that wrote the file.
         whole = config.to_json()
         missing = [*(whole.keys() - data.keys())]
@@ -91,10 +96,7 @@ class _Json:
             if isinstance(content, dict):
                 missing += content.keys() - data.get(part, {}).keys()
         if missing:
-            raise ConfigError(
-                f"{cls.__name__} lacks {', '.join(sorted(missing))}: the config was edited or written by another "
-                "version of masksam-nnunet: plan again."
-            )
+            raise ConfigError(f"{cls.__name__} lacks {', '.join(sorted(missing))}. {_OTHER_VERSION}")
         return config
 
 
