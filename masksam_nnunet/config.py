@@ -28,6 +28,8 @@ from .errors import ConfigError
 
 MAX_SIZE = 2**15
 """Limit of anything counted in voxels, channels or queries: no memory holds more, so more is a typing error."""
+MOST_PARTS = 32
+"""Limit of a U-Net's stages, and of the blocks of a stage: those that nnU-Net plans have ten and six."""
 
 RESOLUTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes at which SAM may see a patch, in-plane, as multiples of the patch."""
@@ -161,7 +163,7 @@ class UNetConfig(_Json):
     features: tuple[Size, ...]
     kernel_sizes: tuple[Triple, ...]
     strides: tuple[Triple, ...]
-    blocks: tuple[Size, ...]
+    blocks: tuple[Annotated[int, Field(strict=True, ge=1, le=MOST_PARTS)], ...]
     """Convolutions, or residual blocks, of each stage of the encoder."""
     residual: StrictBool = False
     """nnU-Net's residual encoder instead of its plain one."""
@@ -170,8 +172,10 @@ class UNetConfig(_Json):
     @model_validator(mode="after")
     def _has_stages(self) -> Self:
         lengths = {len(x) for x in (self.features, self.kernel_sizes, self.strides, self.blocks)}
-        if len(lengths) != 1 or lengths < {2}:
-            raise ValueError("features, kernel_sizes, strides and blocks need one entry for each of two or more stages")
+        if len(lengths) != 1 or not 2 <= min(lengths) <= MOST_PARTS:
+            raise ValueError(
+                f"features, kernel_sizes, strides and blocks need one entry for each of 2 to {MOST_PARTS} stages"
+            )
         return self
 
     @property

@@ -373,6 +373,18 @@ def test_json_that_cannot_be(model: Path, file: str, key: str, value: Any) -> No
     assert is_portable(model) == (key != "format")
 
 
+def test_a_unet_that_would_take_ages_to_build(model: Path) -> None:
+    content = json.loads((model / "plans.json").read_text())
+    arguments = content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    for stages, blocks in ((2, 10**4), (10**4, 1)):
+        sizes = {"features": 8, "kernel_sizes": [1] * 3, "strides": [1] * 3, "blocks": blocks}
+        large = {name: [size] * stages for name, size in sizes.items()}
+        arguments["config"]["generator"] = {**large, "kind": "unet", "residual": False}
+        (model / "plans.json").write_text(json.dumps(content))
+        sign(model)
+        refused(model, "generator.unet")
+
+
 def test_weights_of_another_network_and_endless_json(model: Path) -> None:
     file = model / "fold_1.safetensors"
     tensors = safetensors.torch.load_file(file)
