@@ -28,6 +28,8 @@ from .errors import ConfigError
 
 MAX_SIZE = 2**15
 """Limit of anything counted in voxels, channels or queries: no memory holds more, so more is a typing error."""
+MOST_PARTS = 32
+"""Limit of a U-Net's stages, and of the blocks of a stage: those that nnU-Net plans have ten and six."""
 
 RESOLUTIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes at which SAM may see a patch, in-plane, as multiples of the patch."""
@@ -65,6 +67,11 @@ def _config_error(kind: str, error: ValidationError) -> ConfigError:
     return ConfigError(f"{option} = {first['input']!r} is not allowed: {reason}.")
 
 
+_OTHER_VERSION = (
+    "The config was edited or written by another version of masksam-nnunet: plan again, or use that version."
+)
+
+
 class _Json:
     """Strict conversion between a config and plain JSON types."""
 
@@ -83,7 +90,7 @@ class _Json:
         try:
             config = TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            raise _config_error(cls.__name__, error) from None
+            raise ConfigError(f"{_config_error(cls.__name__, error)} {_OTHER_VERSION}") from None
         # Every option must be there: a default of this version need not be that of the version that wrote the file.
         whole = config.to_json()
         missing = [*(whole.keys() - data.keys())]
@@ -91,10 +98,7 @@ class _Json:
             if isinstance(content, dict):
                 missing += content.keys() - data.get(part, {}).keys()
         if missing:
-            raise ConfigError(
-                f"{cls.__name__} lacks {', '.join(sorted(missing))}: the config was edited or written by another "
-                "version of masksam-nnunet: plan again."
-            )
+            raise ConfigError(f"{cls.__name__} lacks {', '.join(sorted(missing))}. {_OTHER_VERSION}")
         return config
 
 
@@ -159,7 +163,7 @@ class UNetConfig(_Json):
     features: tuple[Size, ...]
     kernel_sizes: tuple[Triple, ...]
     strides: tuple[Triple, ...]
-    blocks: tuple[Size, ...]
+    blocks: tuple[Annotated[int, Field(strict=True, ge=1, le=MOST_PARTS)], ...]
     """Convolutions, or residual blocks, of each stage of the encoder."""
     residual: StrictBool = False
     """nnU-Net's residual encoder instead of its plain one."""
@@ -168,8 +172,10 @@ class UNetConfig(_Json):
     @model_validator(mode="after")
     def _has_stages(self) -> Self:
         lengths = {len(x) for x in (self.features, self.kernel_sizes, self.strides, self.blocks)}
-        if len(lengths) != 1 or lengths < {2}:
-            raise ValueError("features, kernel_sizes, strides and blocks need one entry for each of two or more stages")
+        if len(lengths) != 1 or not 2 <= min(lengths) <= MOST_PARTS:
+            raise ValueError(
+                f"features, kernel_sizes, strides and blocks need one entry for each of 2 to {MOST_PARTS} stages"
+            )
         return self
 
     @property

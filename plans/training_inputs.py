@@ -160,7 +160,12 @@ def _check_results_folder(
     started = other_folds or any(folder.glob("fold_*/checkpoint_*.pth"))
     if not file.is_file() or not started:
         return
-    trained = read_config(PlansManager(read_json(file)).get_configuration(configuration))
+    try:
+        trained = read_config(PlansManager(read_json(file)).get_configuration(configuration))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} holds folds whose plans cannot be used ({error}). Move the folder away, or plan under another name."
+        ) from error
     if trained != config:
         theirs, ours = ({} if c is None else c.to_json() for c in (trained, config))
         names = [k for k in ours if theirs.get(k) != ours[k]]

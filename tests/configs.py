@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from masksam_nnunet.config import LossConfig, MaskSAMConfig
+from typing import Any
 
-TINY_WIDTHS = {"stem_width": 8, "generator_widths": (16, 8, 8), "head_width": 8}
+from masksam_nnunet.config import LightConfig, LossConfig, MaskSAMConfig, UNetConfig
 
-
-def tiny_config(**changes: object) -> MaskSAMConfig:
-    """A tiny config that builds and runs in a blink."""
-    settings: dict[str, object] = {
-        "backbone": "tiny",
-        "patch_size": (3, 32, 48),
-        "resolution": 1,
-        "num_queries": 4,
-        **TINY_WIDTHS,
-        **changes,
-    }
-    return MaskSAMConfig(**settings)  # type: ignore[arg-type]
+TINY_WIDTHS: dict[str, Any] = {"stem_width": 8, "head_width": 8, "generator": LightConfig((16, 8, 8))}
+PAPER: dict[str, Any] = {"matching": "slice", "num_queries": 4}
+"""The paper's form: free queries, assigned to the targets of a slice."""
+UNET = UNetConfig((4, 8, 8, 8), ((1, 3, 3), *[(3, 3, 3)] * 3), ((1, 1, 1), *[(1, 2, 2)] * 3), (1, 1, 1, 1))
+"""In-plane strides of 1, 2, 4 and 8."""
 
 
-def loss_config(**changes: object) -> LossConfig:
-    return LossConfig(**{"semantic": 0.0, **changes})  # type: ignore[arg-type]
+def tiny_config(**changes: Any) -> MaskSAMConfig:
+    """A tiny config that builds and runs in a blink: one query for each class."""
+    settings: dict[str, Any] = {"backbone": "tiny", "patch_size": (3, 32, 48), "resolution": 1, **TINY_WIDTHS}
+    return MaskSAMConfig(**{**settings, **changes})
+
+
+def loss_config(**changes: Any) -> LossConfig:
+    """Without the terms that are nnU-Net's own loss."""
+    return LossConfig(**{"semantic": 0.0, "generator": 0.0, **changes})

@@ -180,10 +180,10 @@ def trained(network: nn.Module) -> nn.Module:
     return network
 
 
-def masksam_model(results: Path, backbone: str = "tiny", folds: int = 2, sam: Path | None = None) -> Path:
+def masksam_model(results: Path, backbone: str = "tiny", folds: int = 2, sam: Path | None = None, **form: Any) -> Path:
     """Folds of MaskSAM as in nnUNet_results; with a file of SAM, the first one's checkpoint is lean."""
     plans = _plans(PATCH)
-    write_config(plans, "3d_fullres", tiny_config(patch_size=PATCH, backbone=backbone))
+    write_config(plans, "3d_fullres", tiny_config(patch_size=PATCH, backbone=backbone, **form))
     folder = _folder(results, MASKSAM, plans)
     network: Any = build_network(plans, 1)
     if sam is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -68,11 +70,14 @@ def plain_plans(
 
 
 def tiny_plans(
-    patch: tuple[int, ...] = (4, 32, 32), regions: bool = False, queries: int = 4, **more: Any
+    patch: tuple[int, ...] = (4, 32, 32), form: Mapping[str, Any] = MappingProxyType({}), **more: Any
 ) -> dict[str, Any]:
-    """Plain plans that name a tiny network, so that none has to be derived, which takes seconds."""
+    """Plain plans that name a tiny network, so that none has to be derived, which takes seconds.
+
+    ``form`` are options of its config, such as ``PAPER``.
+    """
     plans = plain_plans(patch, **more)
-    write_config(plans, "3d_fullres", tiny_config(patch_size=patch, regions=regions, num_queries=queries))
+    write_config(plans, "3d_fullres", tiny_config(patch_size=patch, **form))
     return plans
 
 
@@ -105,7 +110,7 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def simple_cost(
-    config: MaskSAMConfig, channels: int, classes: int, batch: int, targets: int = 0, precision: str = "bfloat16"
+    config: MaskSAMConfig, channels: int, classes: int, batch: int, precision: str = "bfloat16"
 ) -> TrainingCost:
     """Linear in the pixels that SAM sees: a GiB for 2^20 of them, a fifth with checkpointing, and the weights.
 

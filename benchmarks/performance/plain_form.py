@@ -40,10 +40,10 @@ def _mask_head(head: MaskHead, masks: Tensor, generator: Tensor, stem: Tensor) -
     """One convolution of what is concatenated at patch resolution."""
     masks = to_patch(masks, head.grid)
     joined = torch.cat([(masks / 2).tanh(), to_patch(generator, head.grid), stem], dim=1)
-    parts = (head.from_masks, *head.from_features)
+    parts = (head.seg_layers["from_masks"], *head.from_features)
     weight = torch.cat([part.weight for part in parts], dim=1)
     bias = torch.stack([part.bias for part in parts]).sum(0)
-    return masks + head.residual(head.convs(F.conv3d(joined, weight, bias)))
+    return masks + head.seg_layers["residual"](head.convs(F.conv3d(joined, weight, bias)))
 
 
 def plain_encoder(encoder: AdaptedImageEncoder, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -84,6 +84,7 @@ def explain(
     out = Path(f"explain_{found.case.name}") if out is None else out
     with fresh_folder(out) as folder:
         predictor = load_predictor(model, torch_device, mirroring)
+        num_queries = config.queries(predictor.label_manager.num_segmentation_heads)
         prepared = prepare_case(predictor, found, classes, stage_before)
         if beyond := [index for index in wanted or () if index not in prepared.kept]:
             kept = f"{prepared.kept.start} to {prepared.kept.stop - 1}"
@@ -112,7 +113,8 @@ def explain(
             "folds": fold_names,
             "checkpoint": checkpoint,
             "backbone": config.backbone,
-            "num_queries": config.num_queries,
+            "num_queries": num_queries,
+            "anchored": config.anchored,
             "regions": classes.has_regions,
             "ignored": classes.ignore_label is not None,
             "mirrored": mirroring and bool(predictor.allowed_mirroring_axes),
@@ -125,7 +127,7 @@ def explain(
             "colours": colour_of(classes),
             "styles": style_of(classes),
             "chosen": wanted is None,
-            "overlays": _write_overlays(folder, prepared, measured, owner, model, config.num_queries),
+            "overlays": _write_overlays(folder, prepared, measured, owner, model, num_queries),
             "seconds": time.perf_counter() - started,
             "versions": versions(),
         }

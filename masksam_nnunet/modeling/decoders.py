@@ -21,11 +21,14 @@ Decoded = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 class LightDecoder(nn.Module):
     """A 3D decoder over the encoder's levels, from the neck upwards: to once, twice and four times the token grid.
 
-    ``num_maps``: at so many of these three it makes maps, from the finest.
+    ``num_maps``: at so many of these three it makes maps, from the finest; ``deep``: which all are supervised.
     """
 
-    def __init__(self, backbone: Backbone, widths: tuple[int, int, int], num_queries: int, num_maps: int) -> None:
+    def __init__(
+        self, backbone: Backbone, widths: tuple[int, int, int], num_queries: int, num_maps: int, deep: bool
+    ) -> None:
         super().__init__()
+        self.wanted = num_maps if deep else 1
         coarse, middle, fine = widths
         self.widths = (fine, middle, coarse)
         self.levels = backbone.fed_levels
@@ -46,13 +49,13 @@ class LightDecoder(nn.Module):
         self.coarse = conv_block(joined(1) * coarse, coarse)
         self.middle = conv_block(joined(2) * middle, middle)
         self.fine = conv_block(joined(4) * fine, fine)
-        self.to_masks = nn.ModuleList(
+        self.seg_layers = nn.ModuleList(
             nn.Conv3d(width, num_queries, kernel_size=1) for width in (fine, middle, coarse)[:num_maps]
         )
 
     def unused(self) -> list[nn.Module]:
         """Modules whose output is never read."""
-        return []
+        return list(self.seg_layers)[self.wanted :]
 
     def forward(self, _: Tensor, levels: list[Tensor], neck: Tensor) -> Decoded:
         """See :meth:`PromptGenerator.forward`."""
@@ -63,8 +66,8 @@ class LightDecoder(nn.Module):
         middle = self.middle(torch.cat([self.up_middle(coarse), *joining[2]], dim=1))  # scale 2
         fine = self.fine(torch.cat([self.up_fine(middle), *joining[4]], dim=1))  # scale 4
         features = (fine, middle, coarse)
-        wanted = len(self.to_masks) if self.training else 1
-        return features, tuple(head(x) for head, x in zip(self.to_masks[:wanted], features, strict=False))
+        wanted = self.wanted if self.training else 1
+        return features, tuple(head(x) for head, x in zip(self.seg_layers[:wanted], features, strict=False))
 
 
 class SAMFeatures(nn.Module):
@@ -81,12 +84,15 @@ class SAMFeatures(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """nnU-Net's planned U-Net; each skip is given the finest of SAM's levels that are no finer than the skip itself.
+    """nnU-Net's planned U-Net; each skip is given the coarsest of SAM's levels that are no coarser than the skip.
 
-    Without SAM's features, which enter through gains that are zero at first, it is nnU-Net.
+    Without SAM's features, which enter through gains that are zero at first, it is nnU-Net. ``deep``: all its maps are
+    supervised but the coarsest, to which nnU-Net gives no weight.
     """
 
-    def __init__(self, backbone: Backbone, config: UNetConfig, grid: Grid, in_channels: int, num_queries: int) -> None:
+    def __init__(
+        self, backbone: Backbone, config: UNetConfig, grid: Grid, in_channels: int, num_queries: int, deep: bool
+    ) -> None:
         super().__init__()
         stages = len(config.features)
         sizes = dict(
@@ -111,6 +117,7 @@ class UNetDecoder(nn.Module):
             decoder = (2,) * (stages - 1)
             self.unet = PlainConvUNet(n_conv_per_stage=config.blocks, n_conv_per_stage_decoder=decoder, **sizes)
         self.unet.apply(self.unet.initialize)
+        self.wanted = max(1, stages - 2) if deep else 1
         self.widths = config.features[:-1]
         self.grid = grid
 
@@ -128,8 +135,8 @@ class UNetDecoder(nn.Module):
         self.sam = nn.ModuleList(sam)
 
     def unused(self) -> list[nn.Module]:
-        """The head of the coarsest map, to which nnU-Net gives no weight."""
-        return list(self.unet.decoder.seg_layers)[:-1][:1]
+        """The heads of maps that are not supervised."""
+        return list(self.unet.decoder.seg_layers)[::-1][self.wanted :]
 
     def forward(self, image: Tensor, levels: list[Tensor], neck: Tensor) -> Decoded:
         """See :meth:`PromptGenerator.forward`."""
@@ -145,7 +152,7 @@ class UNetDecoder(nn.Module):
         for up, stage, skip in zip(decoder.transpconvs, decoder.stages, skips[-2::-1], strict=True):
             x = stage(torch.cat([up(x), skip], dim=1))
             features.insert(0, x)
-        wanted = max(1, len(features) - 1) if self.training else 1
+        wanted = self.wanted if self.training else 1
         heads = list(decoder.seg_layers)[::-1]
         return tuple(features), tuple(head(x) for head, x in zip(heads[:wanted], features, strict=False))
 

@@ -30,12 +30,20 @@ class MaskHead(Trainable):
     def __init__(self, num_queries: int, feature_widths: Sequence[int], width: int, grid: Grid, gains: bool) -> None:
         super().__init__()
         self.grid = grid
-        self.from_masks = nn.Conv3d(num_queries, width, kernel_size=1)
         self.from_features = nn.ModuleList(nn.Conv3d(w, width, kernel_size=1) for w in feature_widths)
         self.convs = conv_block(width, width, num_convs=2, norm=VoxelNorm)
-        self.residual = nn.Conv3d(width, num_queries, kernel_size=1)
-        zero_(self.residual)
-        self.gain = nn.Parameter(torch.zeros(num_queries)) if gains else None
+        from_masks = nn.Conv3d(num_queries, width, kernel_size=1)
+        residual = nn.Conv3d(width, num_queries, kernel_size=1)
+        zero_(residual)
+        gain = nn.ParameterList([torch.zeros(num_queries)] if gains else [])
+        # Named as what nnU-Net leaves out of pre-trained weights: another dataset has other classes.
+        self.seg_layers = nn.ModuleDict({"from_masks": from_masks, "residual": residual, "gain": gain})
+
+    @property
+    def gain(self) -> Tensor | None:
+        """That of SAM's masks, (N,); None where there is none."""
+        gains: list[Tensor] = [*self.seg_layers["gain"].parameters()]
+        return gains[0] if gains else None
 
     def forward(self, masks: Tensor, start: Tensor | None, *features: Tensor) -> Tensor:
         """Refine the masks.
@@ -49,11 +57,12 @@ class MaskHead(Trainable):
             Mask logits (B, N, D, H, W).
         """
         masks = to_patch(masks, self.grid)  # (B, N, D, H, W)
-        x = self.from_masks((masks / 2).tanh())
+        x = self.seg_layers["from_masks"]((masks / 2).tanh())
         for project, each in zip(self.from_features, features, strict=True):
             each = project(each)
             x = x + (each if each.shape[2:] == self.grid.patch else to_patch(each, self.grid))
-        residual = self.residual(self.convs(x))
-        if self.gain is None or start is None:
+        residual: Tensor = self.seg_layers["residual"](self.convs(x))
+        gain = self.gain
+        if gain is None or start is None:
             return masks + residual
-        return start + self.gain.view(-1, 1, 1, 1) * masks + residual
+        return start + gain.view(-1, 1, 1, 1) * masks + residual

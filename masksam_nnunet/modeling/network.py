@@ -33,6 +33,8 @@ LEAN = "sam_is_left_out"
 """The key of a state dict without SAM's frozen weights, which ``load_state_dict`` takes from SAM's own file."""
 FOREIGN = -1e4
 """The logit of a class that a query does not belong to; finite also in float16."""
+LARGEST = 50.0
+"""Bound of what is predicted: nnU-Net adds up windows, weighted up to 10, in float16."""
 TOKENS_PER_CHUNK = 2**15
 """Image tokens over all masks that are decoded at once: 8 masks of a 64x64 grid."""
 
@@ -140,7 +142,7 @@ class MaskSAM(nn.Module):
             output = self.parts(x)
         config = self.config
         semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, config.regions, config.anchored)
-        return semantic[:, :, 0] if x.ndim == 4 else semantic
+        return (semantic[:, :, 0] if x.ndim == 4 else semantic).clamp(-LARGEST, LARGEST)
 
     def parts(self, x: Tensor) -> MaskSAMOutput:
         """The outputs that losses see, in training and evaluation mode, for (B, C, D, H, W) or (B, C, H, W)."""

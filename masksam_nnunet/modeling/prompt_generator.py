@@ -48,18 +48,21 @@ class PromptGenerator(Trainable):
             raise ValueError(
                 f"prompt_width = {config.encoder.prompt_width} must be a square number: class tokens are square maps"
             )
+        deep = config.loss.generator > 0
         self.decoder: LightDecoder | UNetDecoder
         if isinstance(config.generator, LightConfig):
             maps = 3 if self.anchored else 1
-            self.decoder = LightDecoder(config.encoder, config.generator.widths, num_queries, maps)
+            self.decoder = LightDecoder(config.encoder, config.generator.widths, num_queries, maps, deep)
         else:
-            self.decoder = UNetDecoder(config.encoder, config.generator, grid, in_channels, num_queries)
+            self.decoder = UNetDecoder(config.encoder, config.generator, grid, in_channels, num_queries, deep)
         width = sum(self.decoder.widths)
         # One weight for each of four cells: a 1x1x1 convolution would show each coordinate one quadrant only.
-        self.to_boxes = nn.Linear(4 * width, 4 * num_queries)
+        boxes = nn.Linear(4 * width, 4 * num_queries)
         with torch.no_grad():  # the first boxes are the middle: x0 y0 x1 y1 = .25 .25 .75 .75
-            self.to_boxes.bias.copy_(torch.tensor([1 / 4, 1 / 4, 2 / 3, 2 / 3]).logit().repeat(num_queries))
-        self.to_tokens = nn.Conv3d(width, num_queries, kernel_size=3, padding=1)
+            boxes.bias.copy_(torch.tensor([1 / 4, 1 / 4, 2 / 3, 2 / 3]).logit().repeat(num_queries))
+        tokens = nn.Conv3d(width, num_queries, kernel_size=3, padding=1)
+        # Named as what nnU-Net leaves out of pre-trained weights: another dataset has other classes.
+        self.seg_layers = nn.ModuleDict({"to_boxes": boxes, "to_tokens": tokens})
 
     def forward(self, image: Tensor, levels: list[Tensor], neck: Tensor) -> Prompts:
         """``image``: the patch (B, C, D, H, W); ``levels``: as the backbone declares them, (B, D, h, w, E); ``neck``:
@@ -85,7 +88,7 @@ class PromptGenerator(Trainable):
     def _boxes(self, features: tuple[Tensor, ...], mask_logits: Tensor) -> Tensor:
         pooled = torch.cat([F.adaptive_avg_pool3d(x, (self.depth, 2, 2)) for x in features], dim=1)
         cells = pooled.permute(0, 2, 1, 3, 4).flatten(2)  # (B, D, 4 sum(widths))
-        raw = self.to_boxes(cells).float().sigmoid().unflatten(-1, (self.num_queries, 4)).transpose(1, 2)
+        raw = self.seg_layers["to_boxes"](cells).float().sigmoid().unflatten(-1, (self.num_queries, 4)).transpose(1, 2)
         corner, share = raw[..., :2], raw[..., 2:]
         boxes = torch.cat([corner, corner + (1 - corner) * share], dim=-1)  # (B, N, D, 4)
         extent, found = mask_extent(mask_logits.detach() > 0)
@@ -94,4 +97,5 @@ class PromptGenerator(Trainable):
     def _tokens(self, features: tuple[Tensor, ...]) -> Tensor:
         size = (self.depth, self.token_side, self.token_side)
         pooled = torch.cat([F.adaptive_avg_pool3d(x, size) for x in features], dim=1)
-        return self.to_tokens(pooled).flatten(3)  # (B, N, D, P)
+        tokens: Tensor = self.seg_layers["to_tokens"](pooled).flatten(3)  # (B, N, D, P)
+        return tokens

@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from configs import UNET, loss_config
 from plain_plans import dataset_json, folders, tiny_plans
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,11 +30,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def make_trainer() -> MaskSAMTrainer_tiny:
+def make_trainer(**form: Any) -> MaskSAMTrainer_tiny:
     torch.manual_seed(1)
-    trainer = MaskSAMTrainer_tiny(tiny_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    trainer = MaskSAMTrainer_tiny(tiny_plans(form=form), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     trainer.initialize()
-    trainer.criterion.semantic_loss = None  # nnU-Net's own Dice is normalised per rank, by its design
     trainer.on_train_epoch_start()
     return trainer
 
@@ -54,11 +55,13 @@ class Loader:
 
 def rank_main(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    trainer = make_trainer()  # before the group exists: nnU-Net would ask for CUDA
+    # Before the group exists: nnU-Net would ask for CUDA.
+    trainer, unet = make_trainer(loss=loss_config()), make_trainer(generator=UNET)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    trainer.is_ddp, trainer.local_rank = True, rank
-    trainer.network = DistributedDataParallel(trainer.network)
+    for made in (trainer, unet):
+        made.is_ddp, made.local_rank = True, rank
+        made.network = DistributedDataParallel(made.network)
     x, y = data()
     outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
     gradients = {n: p.grad for n, p in trainer.masksam.named_parameters() if p.grad is not None}
@@ -67,10 +70,9 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     trainer.logger.loggers = []
     trainer.on_train_epoch_end(outputs)
 
-    trainer.iteration = 0
-    trainer.dataloader_train = trainer.dataloader_val = Loader(rank, trainer)
-    trainer.on_train_start = lambda: None
-    trainer.run_training()
+    unet.dataloader_train = unet.dataloader_val = Loader(rank, unet)
+    unet.on_train_start = lambda: None
+    unet.run_training()
 
 
 def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,7 @@ def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypat
     (gradients, state), (_, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
     for name, value in state.items():
         assert torch.equal(value, other[name]), f"{name} differs between ranks"
-    single = make_trainer()
+    single = make_trainer(loss=loss_config())  # nnU-Net's own Dice is normalised per rank, by its design
     x, y = data()
     for _ in range(2):
         single.train_step({"data": x, "target": y})

@@ -21,7 +21,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
-from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json
+from plain_plans import DATASET, dataset_json, folders, plain_plans, region_dataset_json, tiny_plans
 from typer.testing import CliRunner, Result
 
 from masksam_nnunet.cli import app as cli
@@ -30,7 +30,6 @@ from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.inference.explain.run import draw_preprocessed
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.network import MaskSAMOutput
-from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.trainers import MaskSAMTrainer
 
 TRAINER = "MaskSAMTrainer_tiny"
@@ -82,11 +81,9 @@ def write_model(
     return model
 
 
-def plans_with(patch: tuple[int, ...] = PATCH, queries: int = 4, regions: bool = False, **more: Any) -> dict[str, Any]:
-    plans = plain_plans(patch)
-    plans.update(foreground_intensity_properties_per_channel={"0": {}}, **more)
-    config = tiny_config(patch_size=patch, num_queries=queries, regions=regions)
-    write_config(plans, "3d_fullres", config)
+def plans_with(patch: tuple[int, ...] = PATCH, **form: Any) -> dict[str, Any]:
+    plans = tiny_plans(patch, form)
+    plans.update(foreground_intensity_properties_per_channel={"0": {}})
     return plans
 
 
@@ -128,7 +125,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 def made_up_parts(network: MaskSAM, x: torch.Tensor) -> MaskSAMOutput:
     """Query 3 is sure of the first organ and finds what is bright, query 5 of the second one; 14 others are idle."""
-    batch, number, size = len(x), network.config.num_queries, x.shape[2:]
+    batch, number, size = len(x), network.num_queries, x.shape[2:]
     classes = torch.zeros(batch, size[0], number, network.num_classes + 1)
     classes[..., -1] = 12.0
     masks = torch.full((batch, size[0], number, *size[1:]), -12.0)
@@ -144,7 +141,8 @@ def made_up_parts(network: MaskSAM, x: torch.Tensor) -> MaskSAMOutput:
 
 def test_page_pictures_and_overlays_say_what_the_network_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes, patch, slices = [2, 0, 1], (32, 8, 32), (15, 18)
-    plans = plans_with(patch, queries=16, transpose_forward=axes, transpose_backward=[1, 2, 0])
+    plans = plans_with(patch, matching="slice", num_queries=16)
+    plans |= {"transpose_forward": axes, "transpose_backward": [1, 2, 0]}
     write_model(tmp_path, plans, dataset_json())
     source = write_case(tmp_path)
     image, labels = made_up_image()
@@ -226,6 +224,7 @@ def test_the_result_is_nnunets_and_folds_disagree(tmp_path: Path) -> None:
     assert disagreement.min() >= 0 and not entropy[0].any()  # nnU-Net cuts it off
     facts = record(out)
     assert facts["folds"] == ["0", "1"] and facts["label"] is None and len(facts["slices"]) == 4
+    assert facts["num_queries"] == (out / "queries.label").read_text().count('"query ') == 3
     assert "IoU with label" not in (out / "explain.html").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 from itertools import pairwise
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from configs import PAPER, UNET
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from plain_plans import dataset_json, folders, tiny_plans
@@ -70,8 +73,8 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
 
 
-def trainer(cls: type[ResumableTrainer] = Short, go_on: bool = False) -> Any:
-    made = cls(tiny_plans() | {"continue_training": go_on}, "3d_fullres", 0, dataset_json(), CPU)
+def trainer(cls: type[ResumableTrainer] = Short, go_on: bool = False, **form: Any) -> Any:
+    made = cls(tiny_plans(form=form) | {"continue_training": go_on}, "3d_fullres", 0, dataset_json(), CPU)
     maybe_load_checkpoint(made, go_on, False)
     if not made.was_initialized:
         made.initialize()
@@ -163,6 +166,33 @@ def test_a_part_of_an_epoch_is_saved_and_gone_on_from(undisturbed: Any) -> None:
     starts, ends = (final["logging"][f"epoch_{edge}_timestamps"] for edge in ("start", "end"))
     assert all(0 < end - start < 60 for start, end in zip(starts, ends, strict=True))
     assert {file.name for file in Path(made.output_folder).glob("checkpoint*")} == {FINAL, BEST}
+
+
+@pytest.mark.parametrize("form", [{"generator": UNET}, PAPER])
+def test_other_forms_train_go_on_and_predict(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(**form)
+    made.run_training()
+    expected = weights(made)
+    final_of(made).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Short, "stop_after", 6)
+        with pytest.raises(SystemExit):
+            trainer(**form).run_training()
+    made = trainer(go_on=True, **form)
+    made.run_training()
+    assert_same(weights(made), expected)
+
+    folder = Path(made.output_folder_base)
+    (folder / "plans.json").write_text(json.dumps(made.plans_manager.plans))
+    (folder / "dataset.json").write_text(json.dumps(made.dataset_json))
+    found = "nnunetv2.inference.predict_from_raw_data.recursive_find_trainer_class_by_name"
+    monkeypatch.setattr(found, lambda name: {"Short": Short}[name])
+    predictor = nnUNetPredictor(use_gaussian=False, use_mirroring=False, device=CPU, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(folder), (0,))
+    x = torch.randn(1, 4, 32, 32)
+    with torch.no_grad():
+        alone = made.network.eval()(x[None])[0]
+    torch.testing.assert_close(predictor.predict_logits_from_preprocessed_data(x).float(), alone, atol=0.01, rtol=0.01)
 
 
 def test_minutes_and_epochs_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,22 +9,29 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from configs import tiny_config
 from kinds_of_data import Kind
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    ResEncUNetPlanner,
+)
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import folders, simple_cost
 from rich.console import Console
 from typer.testing import CliRunner
 
 from masksam_nnunet.cli.app import app
-from masksam_nnunet.config import ConfigError
+from masksam_nnunet.config import ConfigError, UNetConfig
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans import sizing, speed
-from masksam_nnunet.plans.architecture import read_config
+from masksam_nnunet.modeling import MaskSAM
+from masksam_nnunet.plans import architecture, sizing, speed
+from masksam_nnunet.plans.architecture import config_of_plans, read_config, unet_config
 from masksam_nnunet.plans.planner import MaskSAMPlanner
 from masksam_nnunet.plans.planning import plan_dataset
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -110,14 +117,68 @@ def test_the_base_is_nnunets_plans_where_they_are(preprocessed: Path) -> None:
     assert ours["patch_size"] == [8, 32, 32]
 
 
-def test_queries_cover_the_fullest_slice(preprocessed: Path) -> None:
+def test_decisions_have_reasons(preprocessed: Path) -> None:
     decisions = plan("43", ["3d_fullres"]).plans["masksam"]["3d_fullres"]
-    count = decisions["targets_per_slice"]
-    assert (count["most"], count["cases"]) == (3, 6)
     rows = {row["what"]: row for row in decisions["decided"]}
     assert decisions["epochs"] == rows["epochs"]["value"] == 1000
     assert "rtx4090 (no GPU here" in rows["time"]["why"] and "nnU-Net by the same rule" in rows["time"]["why"]
-    assert rows["N"]["value"] == 4 and count["case"] in rows["N"]["why"]
+    assert (rows["N"]["value"], rows["N"]["why"]) == (3, "one for each class, background too")
+    assert rows["generator"]["value"] == "light"
+
+
+BLOCKS = ("n_conv_per_stage", "n_blocks_per_stage")
+NETWORKS = [((4.0, 1.0, 1.0), (10, 48, 40)), ((1.0, 1.0), (48, 40))]
+NETWORKS += [((10.0, 1.5, 1.5), (10, 256, 216)), ((1.0, 1.0, 1.0), (36, 50, 35)), ((0.7, 0.7), (512, 512))]
+
+
+@pytest.mark.usefixtures("preprocessed")
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("spacing", "shape"), NETWORKS)
+def test_the_unet_is_the_one_that_nnunet_plans(
+    spacing: tuple[float, ...], shape: tuple[int, ...], residual: bool
+) -> None:
+    planner = (ResEncUNetPlanner if residual else ExperimentPlanner)(KIND.dataset)
+    planned = planner.get_plans_for_configuration(np.array(spacing), np.array(shape), "data", 1e9, {})
+    patch, planned = tuple(map(int, planned["patch_size"])), planned["architecture"]
+    wanted, flat = planned["arch_kwargs"], len(shape) == 2
+    ours = unet_config(spacing, patch, residual)
+    for sizes, theirs in ((ours.kernel_sizes, wanted["kernel_sizes"]), (ours.strides, wanted["strides"])):
+        assert sizes == tuple((1,) * flat + tuple(map(int, stage)) for stage in theirs)
+    assert (ours.features, ours.blocks) == (wanted["features_per_stage"], tuple(wanted[BLOCKS[residual]]))
+
+    with torch.device("meta"):
+        theirs = get_network_from_plans(
+            planned["network_class_name"], wanted, planned["_kw_requires_import"], 1, 3, deep_supervision=True
+        )
+        network = MaskSAM(tiny_config(patch_size=patch, generator=ours), 1, 3)
+    unets = network.prompt_generator.decoder.unet, theirs
+    sizes = [{name: p.numel() for name, p in unet.named_parameters()} for unet in unets]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_plans_with_a_unet(preprocessed: Path, configuration: str) -> None:
+    words = ["plan", "-d", "43", "-c", configuration, "--backbone", "tiny", "--generator", "unet"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "nnU-Net's U-Net, with SAM's features" in done.output
+    manager = PlansManager(str(preprocessed / "MaskSAMPlans.json"))
+    settings = manager.get_configuration(configuration)
+    config = read_config(settings)
+    assert config is not None and config.generator == unet_config(settings.spacing, config.patch_size)
+    network = MaskSAMTrainer.build_network_architecture(manager, settings, 1, 3, False).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 1, *config.patch_size)).shape == (1, 3, *config.patch_size)
+
+
+def test_a_unet_for_plain_plans_is_that_of_the_plans(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architecture, "UNET_IS_DEFAULT", True)
+    description = json.loads((preprocessed / "dataset.json").read_text())
+    for planner, residual in ((ExperimentPlanner, False), (ResEncUNetPlanner, True)):
+        plans = planner(KIND.dataset).plan_experiment()
+        generator = config_of_plans(plans, "3d_fullres", description, "tiny").generator
+        theirs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        assert isinstance(generator, UNetConfig) and generator.residual == residual
+        assert [list(stride) for stride in generator.strides] == [[*stride] for stride in theirs["strides"]]
 
 
 def test_few_hours_leave_few_epochs(preprocessed: Path) -> None:
@@ -205,6 +266,12 @@ def test_plans_that_are_not_masksams_are_never_overwritten(preprocessed: Path) -
     (preprocessed / "MaskSAMPlans.json").write_text("{")
     with pytest.raises(DataError, match=r"MaskSAMPlans\.json"):
         plan()
+    earlier = plan(plans_name="Earlier")
+    config = earlier.plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["config"]
+    config["generator_widths"] = config.pop("generator")
+    earlier.file.write_text(json.dumps(earlier.plans))
+    with pytest.raises(DataError, match=r"Earlier\.json .*generator_widths.*; remove it and plan again"):
+        plan("43", ["3d_fullres"], plans_name="Earlier")
 
 
 def test_different_folds_in_raw_and_preprocessed(preprocessed: Path, tmp_path: Path) -> None:
@@ -238,6 +305,7 @@ def test_the_command(preprocessed: Path) -> None:
         (("43",), {"plans_name": "nnUNetPlans"}, "--plans-name 'nnUNetPlans'"),
         (("43",), {"plans_name": "a/b"}, "--plans-name 'a/b'"),
         (("43",), {"preset": "acdc"}, "--backbone tiny: --preset acdc .* vit_b"),
+        (("43",), {"preset": "acdc", "backbone": "auto", "generator": "unet"}, "--generator unet: --preset acdc"),
         (("43",), {"preset": "acdc", "backbone": "auto"}, "--preset acdc .* 2 labels"),
     ],
 )

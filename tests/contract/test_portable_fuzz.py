@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import UNET
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up_models import masksam_model, sign, stock_model
@@ -62,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(EXT_TRAINER, str(trainer_folder()))
-        made = [masksam_model(root / "results", folds=1), stock_model(root / "results")]
+        made = [masksam_model(root / "results", folds=1, generator=UNET), stock_model(root / "results")]
         yield [write_portable(folder, root / str(number), ("0",)).output for number, folder in enumerate(made)]
     torch.set_num_threads(threads)
 

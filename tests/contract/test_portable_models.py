@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import safetensors.torch
 import torch
+from configs import UNET
 from made_up_models import MASKSAM, masksam_model, sign, stock_model, write_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from plain_plans import DATASET
@@ -107,14 +108,14 @@ def refused(folder: Path, said: str) -> None:
     assert str(folder) in str(error.value) and said in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["tiny", "ViT, lean", "U-Net"])
+@pytest.mark.parametrize("kind", ["tiny", "tiny and a U-Net", "ViT, lean", "U-Net"])
 def test_predictions_are_nnunets_bit_for_bit(
     kind: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "U-Net":
         folder = stock_model(results)
-    elif kind == "tiny":
-        folder = masksam_model(results)
+    elif kind.startswith("tiny"):
+        folder = masksam_model(results, **({"generator": UNET} if "U-Net" in kind else {}))
     else:
         monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
         folder = masksam_model(results, "vit_b", sam=install_small_sam(tmp_path / "cache", monkeypatch))
@@ -136,8 +137,8 @@ def test_predictions_are_nnunets_bit_for_bit(
         frozen = {name for name, p in one.network.named_parameters() if not p.requires_grad}
         assert frozen and frozen <= shared.keys() and not frozen & state.keys()
         assert not {name for name, p in one.network.named_parameters() if p.requires_grad and p.any()} & shared.keys()
-    if kind == "U-Net":
-        assert not any(name.startswith("decoder.encoder.") for name in state), "a tensor with two names is stored once"
+    if "U-Net" in kind:
+        assert not any(".all_modules." in name or "decoder.encoder." in name for name in state), "stored once"
     installed, _ = import_model(output, results)
     assert installed == results / DATASET / folder.name
     assert torch.equal(logits(from_nnunet(installed)), expected)
@@ -335,7 +336,7 @@ def test_damaged_headers_of_weights(model: Path) -> None:
         refused(model, "fold_1.safetensors")
 
 
-UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+PLAIN_UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 
 
 def network(name: str, imported: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]:
@@ -357,8 +358,8 @@ def network(name: str, imported: tuple[str, ...] = (), **arguments: Any) -> dict
         ("3d_fullres", "normalization_schemes", ["np"]), ("3d_fullres", "patch_size", [4096] * 3),
         ("3d_fullres", "architecture", network("subprocess.Popen", args=["touch", "made"])),
         ("3d_fullres", "architecture", network("dynamic_network_architectures.architectures.unet.torch")),
-        ("3d_fullres", "architecture", network(UNET, ("conv_op",), conv_op="os.system")),
-        ("3d_fullres", "architecture", network(UNET, n_stages=10**9)),
+        ("3d_fullres", "architecture", network(PLAIN_UNET, ("conv_op",), conv_op="os.system")),
+        ("3d_fullres", "architecture", network(PLAIN_UNET, n_stages=10**9)),
     ],
 )  # fmt: skip
 def test_json_that_cannot_be(model: Path, file: str, key: str, value: Any) -> None:
@@ -370,6 +371,18 @@ def test_json_that_cannot_be(model: Path, file: str, key: str, value: Any) -> No
         sign(model)
     refused(model, "dataset.json" if file == "dataset" else key)
     assert is_portable(model) == (key != "format")
+
+
+def test_a_unet_that_would_take_ages_to_build(model: Path) -> None:
+    content = json.loads((model / "plans.json").read_text())
+    arguments = content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    for stages, blocks, said in ((2, 10**4, "generator.unet.blocks.0 = 10000"), (10**4, 1, "2 to 32 stages")):
+        sizes = {"features": 8, "kernel_sizes": [1] * 3, "strides": [1] * 3, "blocks": blocks}
+        large = {name: [size] * stages for name, size in sizes.items()}
+        arguments["config"]["generator"] = {**large, "kind": "unet", "residual": False}
+        (model / "plans.json").write_text(json.dumps(content))
+        sign(model)
+        refused(model, said)
 
 
 def test_weights_of_another_network_and_endless_json(model: Path) -> None:

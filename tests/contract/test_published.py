@@ -54,11 +54,9 @@ def test_plan_and_trainer_are_the_published_setting(
 
     trainer = getattr(trainers, recipe.trainer)(plans, "3d_fullres", 0, description, CPU)
     config = trainer.config
-    assert (config.backbone, config.resolution, config.num_queries) == (
-        recipe.backbone,
-        recipe.resolution,
-        recipe.num_queries,
-    )
+    published = recipe.backbone, recipe.resolution, recipe.num_queries, recipe.matching
+    assert (config.backbone, config.resolution, config.num_queries, config.matching) == published
+    assert config.matching == "slice" and config.generator.kind == "light"
     assert config.loss == recipe.loss and config.prompts == "soft"
     assert (trainer.num_epochs, trainer.gradient_clip) == (recipe.epochs, 12.0)
     trainer.network = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from configs import PAPER, UNET
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -21,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
 
 from masksam_nnunet import trainers
-from masksam_nnunet.config import ConfigError
+from masksam_nnunet.config import ConfigError, LossConfig, UNetConfig
 from masksam_nnunet.environment import RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
@@ -183,6 +185,8 @@ def test_plain_plans_cannot_be_predicted_from() -> None:
         MaskSAMTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 2)
 
 
+REGIONS = {"form": {"regions": True}}
+FLAT = {"generator": UNetConfig((4, 8), ((1, 3, 3),) * 2, ((1, 1, 1), (1, 2, 2)), (1, 1), residual=True)}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "3d": ({}, dataset_json()),
     "2d": ({"patch": (32, 48)}, dataset_json()),
@@ -190,19 +194,25 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one slice": ({"patch": (1, 32, 32)}, dataset_json()),
     "small": ({"patch": (3, 8, 12)}, dataset_json()),
     "ignore": ({}, dataset_json(ignore=True)),
-    "regions": ({}, region_dataset_json()),
-    "regions and ignore": ({}, region_dataset_json(ignore=True)),
+    "regions": (REGIONS, region_dataset_json()),
+    "regions and ignore": (REGIONS, region_dataset_json(ignore=True)),
     "one foreground class": ({}, dataset_json(2)),
-    "120 labels": ({"queries": 124}, dataset_json(121)),
+    "120 labels": ({}, dataset_json(121)),
+    "the paper's form": ({"form": PAPER}, dataset_json()),
+    "maps without a loss": ({"form": {"loss": LossConfig(generator=0.0)}}, dataset_json()),
+    "a U-Net": ({"form": {"generator": UNET}}, dataset_json()),
+    "a U-Net, maps without a loss": ({"form": {"generator": UNET, "loss": LossConfig(generator=0.0)}}, dataset_json()),
+    "a U-Net, 2d, four channels": ({"patch": (32, 48), "channels": 4, "form": FLAT}, dataset_json(channels=4)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_of_training_and_validation(case: str) -> None:
     kwargs, description = deepcopy(CASES[case])
-    made = trainer(tiny_plans(regions="regions" in case, **kwargs), description)
+    made = trainer(tiny_plans(**kwargs), description)
     before = {n: p.detach().clone() for n, p in made.network.named_parameters()}
     first = made.train_step(batch(made))
+    assert all((p.grad is not None) == p.requires_grad for p in made.network.parameters()), "DDP would wait for it"
     second = made.train_step(batch(made, empty=True))
     assert all(torch.isfinite(v) for outputs in (first, second) for v in outputs.values()), (first, second)
     assert {"loss", "class", "mask_bce", "aux_dice", "box_giou"} <= set(first)
@@ -211,7 +221,11 @@ def test_a_step_of_training_and_validation(case: str) -> None:
     made.logger.loggers.append(SimpleNamespace(log=lambda key, value, step: seen.update({key: value})))
     made.on_train_epoch_end([first, second])
     assert {"train_losses/mask_dice", "train_losses/semantic", "train_losses/class"} <= set(seen)
-    assert "loss terms" in Path(made.log_file).read_text()
+    dense = made.config.anchored
+    assert ("train_losses/generator" in seen) == (dense and made.config.loss.generator > 0)
+    log = Path(made.log_file).read_text()
+    assert "loss terms" in log
+    assert bool(re.search(r"SAM's decoder: gain 0\.0\d+ \(largest .*\); .* Dice .* is [+-]0\.\d+ ", log)) == dense
     made.logger.loggers = []
     made.on_validation_epoch_start()
     with torch.no_grad():
@@ -234,8 +248,11 @@ def test_only_what_is_new_is_trained_and_sam_never_moves(monkeypatch: pytest.Mon
             assert not parameter.requires_grad and torch.equal(parameter, sam[name]), name
 
 
-def test_checkpoints_bring_sam_and_serve_as_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainer()
+@pytest.mark.parametrize("form", [{}, {"generator": UNET}])
+def test_checkpoints_bring_sam_and_serve_as_pretrained_weights(
+    form: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tiny_plans(form=form))
     made.train_step(batch(made))
     file = tmp_path / "checkpoint.pth"
     made.local_rank = 1
@@ -243,16 +260,18 @@ def test_checkpoints_bring_sam_and_serve_as_pretrained_weights(tmp_path: Path, m
     assert not file.exists(), "rank 0 writes"
     made.local_rank = 0
     made.save_checkpoint(str(file))
-    other = trainer()
+    other = trainer(tiny_plans(form=form))
     other.load_checkpoint(str(file))
     assert other.masksam.sam_is_loaded
     for a, b in zip(made.network.state_dict().values(), other.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     monkeypatch.setattr("masksam_nnunet.trainers.masksam.find", lambda backbone: pytest.fail("SAM was looked for"))
     other._load_sam()
-    fewer = trainer(description=dataset_json(2)).network  # -pretrained_weights, with another number of classes
+    fewer = trainer(
+        tiny_plans(form=form), dataset_json(2)
+    ).network  # -pretrained_weights, with another number of classes
     load_pretrained_weights(fewer, str(file))
-    name = "mask_head.residual.weight"
+    name = "mask_head.convs.convs.0.conv.weight"
     assert torch.equal(fewer.get_parameter(name), made.network.get_parameter(name))
 
 
@@ -261,10 +280,34 @@ def test_another_config_in_the_results_folder_is_refused() -> None:
     Path(made.output_folder_base, "plans.json").write_text(json.dumps(made.plans_manager.plans))
     Path(made.output_folder, "checkpoint_final.pth").touch()
     trainer()  # the same config may go on
-    with pytest.raises(ConfigError, match="num_queries: 4 there, 9 now"):
+    with pytest.raises(ConfigError, match="num_queries: 1 there, 9 now"):
         plans = plain_plans()
         write_config(plans, "3d_fullres", replace(made.config, num_queries=9))
         trainer(plans)
+
+
+def test_what_an_earlier_version_left_is_refused() -> None:
+    """Its plans, its results folder, and its checkpoint: the message says what to do."""
+    made = trainer()
+    earlier = tiny_plans(form=PAPER)
+    config = earlier["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["config"]
+    for option in ("generator", "matching", "encoder_adapters"):
+        del config[option]
+    del config["loss"]["generator"]
+    for change in ({}, {"generator_widths": [16, 8, 8]}, {"loss": config["loss"] | {"matching": "slice"}}):
+        config.update(change)
+        with pytest.raises(ConfigError, match="another version of masksam-nnunet: plan again, or"):
+            trainer(deepcopy(earlier))
+    Path(made.output_folder_base, "plans.json").write_text(json.dumps(earlier))
+    made.save_checkpoint(str(Path(made.output_folder, "checkpoint_final.pth")))
+    with pytest.raises(ConfigError, match=r"matching.* Move the folder away, or plan under another name"):
+        trainer()
+
+    state = made.network.state_dict()
+    line = made.config.architecture.replace("matching=class ", "").replace("light:", "")
+    state["architecture"] = torch.tensor(list(line.encode().ljust(512, b"\0")))
+    with pytest.raises(WeightsError, match=r"it is for backbone=tiny .*generator=16-8-8 .* Use the plans"):
+        made.network.load_state_dict(state)
 
 
 def test_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ def test_wrong_lines_are_refused() -> None:
     for line in (
         "masksam plan -d 4 --backbones vit_b",
         "masksam plan -d 4 --backbone vit_x",
+        "masksam plan -d 4 --generator heavy",
         "masksam train 4 2d 0 --npy",
         "masksam portray",
         "nnUNetv2_train 4 2d",

@@ -62,6 +62,7 @@ def test_plan_train_validate_predict_export(kind: Kind, tmp_path: Path) -> None:
     one_fold = ("-d", d, "-c", configuration, "-f", 0, *planned)
     plan = ["masksam", "plan", "-d", d, "-c", configuration, "--backbone", "tiny"]
     if kind.name == "Pictures":  # without nnU-Net's plans: MaskSAM's are preprocessed for by themselves
+        plan += ["--generator", "unet"]
         prepare = [
             ["nnUNetv2_extract_fingerprint", "-d", d, "-np", 1, "--verify_dataset_integrity"],
             plan,

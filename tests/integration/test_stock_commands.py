@@ -110,7 +110,7 @@ def test_training_leaves_what_nnunet_leaves(trained: Path, output: str, workspac
     for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation/summary.json"):
         assert (fold / name).is_file(), name
     first, *_ = (file.read_text() for file in sorted(fold.glob("training_log_*.txt")))
-    assert "mask_dice" in first and "Epoch 1" not in first
+    assert "mask_dice" in first and "SAM's decoder: gain" in first and "Epoch 1" not in first
     summary = json.loads((fold / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(dataset.cases) // 5
     assert list((fold / "validation").glob("*.npz"))
@@ -225,7 +225,7 @@ def test_real_weights_of_sam_train_and_predict(
     preprocessed = workspace.preprocessed / dataset.name
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
     patch = tuple(plans["configurations"]["3d_fullres"]["patch_size"])
-    config = config_for("lite_medsam", patch, 8, regions=False, resolution=1, intensity_ranges=(Z_SCORES,))
+    config = config_for("lite_medsam", patch, regions=False, intensity_ranges=(Z_SCORES,))
     write_config(plans, "3d_fullres", config)
     (preprocessed / "LitePlans.json").write_text(json.dumps(plans | {"plans_name": "LitePlans"}))
     trainer = "MaskSAMTrainer_lite_medsam_budget"

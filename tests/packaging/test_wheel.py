@@ -43,13 +43,13 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_source_file_in_its_place(site: Path) -> None:
-    """But neither benchmarks/performance nor the files that build the container."""
+    """But not benchmarks/performance and learning, nor the files that build the container."""
     expected = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes()
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
-        and "performance" not in path.parts
+        and not {"performance", "learning"} & {*path.parts}
         and not re.search(r"\.pyc$|/\.|/Dockerfile$|\.sh$", f"/{path.relative_to(ROOT / folder).as_posix()}")
     }
     shipped = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}

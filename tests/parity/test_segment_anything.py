@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sam, Path]:
 def lite_medsam() -> Pair:
     theirs = build_lite_medsam()
     theirs.load_state_dict(torch.load(find("lite_medsam"), weights_only=True))
-    ours = MaskSAM(MaskSAMConfig("lite_medsam", (1, 64, 64), resolution=4, num_queries=2), 1, 3).eval()
+    ours = MaskSAM(MaskSAMConfig("lite_medsam", (1, 64, 64), resolution=4), 1, 3).eval()
     ours.load_sam(find("lite_medsam"))
     return Pair(ours, theirs.eval(), 256)
 
@@ -74,7 +74,7 @@ def pair(request: pytest.FixtureRequest, checkpoint: tuple[Sam, Path], lite_meds
     if size == "lite_medsam":
         yield lite_medsam
         return
-    config = MaskSAMConfig("vit_b", (1, size // 4, size // 4), resolution=4, num_queries=2)
+    config = MaskSAMConfig("vit_b", (1, size // 4, size // 4), resolution=4)
     ours = MaskSAM(config, 1, 3).eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
@@ -124,6 +124,7 @@ def prompts(pair: Pair) -> Prompts:
         boxes=boxes.reshape(1, 2, 1, 4),
         class_tokens=torch.randn(1, 2, 1, 256),
         features=torch.zeros(0),
+        maps=(),
     )
 
 
@@ -179,7 +180,7 @@ def test_tiny_vit_on_images_that_are_no_squares(lite_medsam: Pair, tmp_path: Pat
         if name.endswith(("running_mean", "running_var", "attention_biases", "bn.weight")):
             value.uniform_(0.5, 1.5)
     torch.save(mobile.state_dict(), tmp_path / "mobile_sam.pt")
-    ours = MaskSAM(MaskSAMConfig("mobile_sam", (1, 240, 288), resolution=1, num_queries=2), 1, 3).eval()
+    ours = MaskSAM(MaskSAMConfig("mobile_sam", (1, 240, 288), resolution=1), 1, 3).eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASKSAM_WEIGHTS_SHA256", "skip")
         said = ours.load_sam(tmp_path / "mobile_sam.pt")
@@ -236,7 +237,7 @@ def test_a_box_in_a_real_case_gives_the_same_mask(lite_medsam: Pair) -> None:
         multimask_output=False,
     )
     shares = (box / 256).reshape(1, 1, 1, 4)
-    prompted = Prompts(first[None], shares, torch.zeros(1, 1, 1, 256), torch.zeros(0))
+    prompted = Prompts(first[None], shares, torch.zeros(1, 1, 1, 256), torch.zeros(0), ())
     masks, _ = ours.decode(ours.image_encoder(images)[1], prompted)
     torch.testing.assert_close(masks[0, 0], expected[0], atol=1e-3, rtol=0)
     mask = masks[0, 0, 0] > 0

@@ -90,7 +90,7 @@ class Results:
     def plans(self, method: Method, backbone: str) -> dict[str, Any]:
         configuration: dict[str, Any] = dict(CONFIGURATION)
         if method.trainer.startswith("MaskSAM"):
-            config = MaskSAMConfig(backbone, (8, 16, 16), resolution=4, num_queries=8).to_json()
+            config = MaskSAMConfig(backbone, (8, 16, 16), resolution=4).to_json()
             configuration["architecture"] = {"network_class_name": NETWORK_CLASS, "arch_kwargs": {"config": config}}
         return {"plans_name": method.plans, "dataset_name": DATASET, "configurations": {"3d_fullres": configuration}}
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from configs import tiny_config
+from configs import PAPER, UNET, tiny_config
 
 from masksam_nnunet.config import ConfigError, Grid, LossConfig, MaskSAMConfig
 
 
 def test_round_trip_through_text() -> None:
-    config = tiny_config(loss=LossConfig(semantic=0.25, matching="volume"), regions=True)
-    assert MaskSAMConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for changes in ({"matching": "volume", "regions": True}, {"generator": UNET, "encoder_adapters": False}):
+        config = tiny_config(loss=LossConfig(semantic=0.25), **changes)
+        assert MaskSAMConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 @pytest.mark.parametrize(
@@ -27,11 +28,16 @@ def test_round_trip_through_text() -> None:
         ("patch_size", (0, 8, 8)),
         ("adapter_ratio", 0.0),
         ("prompts", "medium"),
+        ("matching", "batch"),
+        ("generator", {**UNET.to_json(), "blocks": [1, 1]}),
+        ("generator", {**UNET.to_json(), "kind": "heavy"}),
     ],
 )
 def test_a_bad_value_is_named(option: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{option}\b.* = "):
         tiny_config(**{option: value})
+    with pytest.raises(ConfigError, match="matching = 'slice'"):
+        tiny_config(**PAPER, generator=UNET)
     with pytest.raises(ConfigError, match="mask_dice"):
         LossConfig(mask_dice=float("nan"))
 
@@ -43,10 +49,11 @@ def test_unknown_and_missing_keys_are_named() -> None:
     del data["resolution"]
     with pytest.raises(ConfigError, match="resolution"):
         MaskSAMConfig.from_json(data)
-    data = tiny_config().to_json()
-    del data["loss"]["no_object"]
-    with pytest.raises(ConfigError, match="no_object"):
-        MaskSAMConfig.from_json(data)
+    for part, option in (("loss", "no_object"), ("generator", "widths")):
+        data = tiny_config().to_json()
+        del data[part][option]
+        with pytest.raises(ConfigError, match=option):
+            MaskSAMConfig.from_json(data)
     with pytest.raises(ConfigError, match="vit_b"):
         MaskSAMConfig.from_json(["vit_b"])  # type: ignore[arg-type]
 
@@ -81,4 +88,13 @@ def test_grid(
 def test_architecture_tells_what_shares_weights() -> None:
     config = tiny_config()
     assert config.architecture == tiny_config(checkpointing=True, loss=LossConfig(mask_bce=9)).architecture
-    assert config.architecture != tiny_config(num_queries=5).architecture
+    for changes in ({"num_queries": 5}, {"matching": "volume"}, {"generator": UNET}, {"encoder_adapters": False}):
+        assert config.architecture != tiny_config(**changes).architecture
+
+
+def test_queries_of_a_slice() -> None:
+    assert [tiny_config(num_queries=m).queries(5) for m in (1, 2)] == [5, 10]
+    assert tiny_config(**PAPER).queries(5) == 4
+    config = tiny_config(backbone="lite_medsam", encoder_adapters=False)
+    assert config.forward_only and config.encoder_ratio == 0 and config.adapter_ratio == 0.25
+    assert not tiny_config(encoder_adapters=False).forward_only  # not SAM: it is trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,19 +22,20 @@ from masksam_nnunet.plans.architecture import config_for
 
 def test_more_of_anything_costs_more() -> None:
     config = tiny_config(patch_size=(2, 32, 32))
-    base, batch, queries = (
+    base, *more = (
         training_cost(config, 1, 3, 1),
         training_cost(config, 1, 3, 2),
-        training_cost(replace(config, num_queries=8), 1, 3, 1),
+        training_cost(config, 1, 8, 1),
+        training_cost(replace(config, num_queries=4), 1, 3, 1),
     )
-    for dearer in (batch, queries):
+    for dearer in more:
         assert dearer.peak_bytes > base.peak_bytes and dearer.flops > base.flops
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_queries_that_are_decoded_one_by_one_are_counted_without_decoding_each(checkpointing: bool) -> None:
-    config = MaskSAMConfig("lite_medsam", (6, 128, 128), 4, 12, checkpointing=checkpointing)
-    quick, whole = training_cost(config, 1, 4, 2, 6), cost._run(config, 1, 4, 2, 6, "bfloat16")
+@pytest.mark.parametrize("more", [{}, {"matching": "slice", "num_queries": 12, "checkpointing": True}])
+def test_queries_that_are_decoded_one_by_one_are_counted_without_decoding_each(more: dict[str, Any]) -> None:
+    config = MaskSAMConfig("lite_medsam", (6, 128, 128), 4, **more)
+    quick, whole = training_cost(config, 1, 9, 2), cost._run(config, 1, 9, 2, 9, "bfloat16")
     assert (quick.peak_bytes, quick.flops) == pytest.approx((whole.peak_bytes, whole.flops), rel=1e-3)
 
 
@@ -85,7 +87,7 @@ def test_what_it_counts_as_saved_is_what_autograd_saves() -> None:
     ],
 )
 def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: float, tflop: float) -> None:
-    found = training_cost(MaskSAMConfig("vit_b", patch, 4, 8, checkpointing=checkpointing), 1, 4, 2)
+    found = training_cost(MaskSAMConfig("vit_b", patch, 4, 8, "slice", checkpointing=checkpointing), 1, 4, 2)
     assert (found.peak_gib, found.tflop) == pytest.approx((gib, tflop), rel=0.05)
 
 
@@ -100,7 +102,8 @@ def test_the_readmes_figures(patch: tuple[int, ...], checkpointing: bool, gib: f
     ],
 )
 def test_the_documented_numbers_of_parameters(backbone: str, resolution: float, total: float, trained: float) -> None:
-    config = config_for(backbone, (4, 256, 256), 8, False, intensity_ranges=(Z_SCORES,), resolution=resolution)
+    paper = {"matching": "slice", "num_queries": 8}
+    config = config_for(backbone, (4, 256, 256), False, intensity_ranges=(Z_SCORES,), resolution=resolution, **paper)
     with FakeTensorMode():
         *_, (_, everything, moving) = count_parameters(MaskSAM(config, 1, 4))
     assert (everything / 1e6, moving / 1e6) == pytest.approx((total, trained), abs=0.06)

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from configs import PAPER, tiny_config
 from kinds_of_data import OBLIQUE
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
@@ -278,9 +279,9 @@ def test_who_gives_a_voxel_its_class() -> None:
         classes.log()[None, None], masks.logit().reshape(1, 1, 3, 1, 4), torch.empty(0), torch.empty(0)
     )
     # 0.72 against 0.3; 0.08 against 0.54; the third query's class; nothing covers the last.
-    assert owners(parts, regions=False).flatten().tolist() == [1, 2, 3, 0]
+    assert owners(parts, tiny_config(**PAPER)).flatten().tolist() == [1, 2, 3, 0]
     # Here the first of the four heads is a region too: it is never above one half.
-    assert owners(parts, regions=True).flatten().tolist() == [1, 2, 3, 0]
+    assert owners(parts, tiny_config(**PAPER, regions=True)).flatten().tolist() == [1, 2, 3, 0]
 
 
 def made_up_queries(count: int = 24, corner: tuple[int, int, int] = (-1, 2, -3)) -> SliceQueries:

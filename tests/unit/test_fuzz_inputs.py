@@ -15,14 +15,14 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from configs import tiny_config
+from configs import UNET, tiny_config
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import json_values, mutated, nifti_files
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from plain_plans import DATASET, dataset_json, plain_plans, region_dataset_json
 
-from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig
+from masksam_nnunet.config import ConfigError, LossConfig, MaskSAMConfig, UNetConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.plans.architecture import open_configuration, write_config
@@ -53,7 +53,7 @@ def dumped(value: Any, folder: Path) -> Path:
 
 
 def config(value: Any, folder: Path) -> None:
-    for kind in (MaskSAMConfig, LossConfig):
+    for kind in (MaskSAMConfig, LossConfig, UNetConfig):
         try:
             made = kind.from_json(value)
         except ConfigError:
@@ -114,7 +114,14 @@ WHOLE = nibabel.Nifti1Image(
 ).to_bytes()
 FOLDS = [{"train": ["a", "b", "c"], "val": ["d"]}, {"train": ["a", "d"], "val": ["b", "c"]}]
 KINDS: dict[str, tuple[Callable[[Any, Path], None], st.SearchStrategy[Any]]] = {
-    "config": (config, mutated(tiny_config().to_json()) | mutated(LossConfig().to_json()) | json_values),
+    "config": (
+        config,
+        mutated(tiny_config().to_json())
+        | mutated(tiny_config(generator=UNET).to_json())
+        | mutated(LossConfig().to_json())
+        | mutated(UNET.to_json())
+        | json_values,
+    ),
     "plans": (plans, mutated(masksam_plans()) | mutated(plain_plans()) | json_values),
     "dataset.json": (
         description,

@@ -6,20 +6,24 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from configs import tiny_config
+from configs import PAPER, UNET, loss_config, tiny_config
 from small_sam import SMALL_SAM
 from torch import Tensor, nn
 
 from masksam_nnunet.backbones import BACKBONES, Backbone
 from masksam_nnunet.config import Grid
 from masksam_nnunet.errors import WeightsError
-from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.losses.criterion import MaskSAMCriterion
+from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, count_parameters
 from masksam_nnunet.modeling.adapters import DConvAdapter
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
+from masksam_nnunet.modeling.network import LARGEST
 from masksam_nnunet.modeling.stem import InputStem
+from masksam_nnunet.semantic import semantic_log_probabilities
 
 
 def image(network: MaskSAM, batch: int = 1) -> Tensor:
@@ -31,6 +35,12 @@ def randomise(network: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def some_loss(output: MaskSAMOutput) -> Tensor:
+    """Of everything that a network returns."""
+    parts = (*output[:4], *output.class_maps)
+    return torch.stack([(part - torch.linspace(-1, 1, part.shape[-1])).square().mean() for part in parts]).sum()
 
 
 def test_another_input_or_number_of_channels_is_refused() -> None:
@@ -60,11 +70,11 @@ def test_sam_sees_each_image_channel_from_black_to_white(backbone: str, mean: fl
 
 def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:
     for prompts, carried in (("soft", True), ("hard", False)):
-        network = MaskSAM(tiny_config(prompts=prompts), 1, 3)
+        network = MaskSAM(tiny_config(**PAPER, prompts=prompts), 1, 3)
         randomise(network)
         network.train()(image(network)).mask_logits.square().mean().backward()
         generator = network.prompt_generator
-        for head in (generator.to_masks, generator.to_boxes):
+        for head in (generator.decoder.to_masks[0], generator.to_boxes):
             moved = head.weight.grad is not None and bool(head.weight.grad.abs().sum() > 0)
             assert moved == carried
 
@@ -78,29 +88,126 @@ def small_sam(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def cancelled(name: str) -> bool:
     """Biases whose effect the normalisation that follows takes away: instance norm, channel by channel."""
-    return name.endswith("conv.bias") and ("stem.features" in name or "mask_head.convs" in name)
+    within = ("stem.features", "mask_head.convs", "decoder.unet", "decoder.sam")
+    return name.endswith(("conv.bias", "project.bias")) and any(part in name for part in within)
 
 
-@pytest.mark.parametrize("backbone", ["vit_b", "lite_medsam", "mobile_sam"])
+@pytest.mark.parametrize(
+    ("backbone", "steps", "changes"),
+    [
+        ("vit_b", 2, PAPER),
+        ("mobile_sam", 2, PAPER),
+        ("vit_b", 4, {"generator": UNET, "resolution": 4}),
+        ("lite_medsam", 4, {"num_queries": 2}),
+        ("lite_medsam", 4, {"generator": UNET, "encoder_adapters": False}),
+    ],
+)
 @pytest.mark.usefixtures("small_sam")
-def test_two_steps_move_every_new_parameter_and_nothing_of_sam(backbone: str) -> None:
-    network = MaskSAM(tiny_config(backbone=backbone, patch_size=(3, 48, 32)), 2, 3).train()
+def test_few_steps_move_every_new_parameter_and_nothing_of_sam(
+    backbone: str, steps: int, changes: dict[str, Any]
+) -> None:
+    """SAM's decoder has no gradient before its gains have moved, its adapters none before their last layers have."""
+    network = MaskSAM(tiny_config(**{"backbone": backbone, "patch_size": (3, 48, 32), **changes}), 2, 3).train()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-2)
     x = image(network, 2)
-    for _ in range(2):
+    for _ in range(steps):
         optimizer.zero_grad()
-        output = network(x)
-        loss = sum((part - torch.linspace(-1, 1, part.shape[-1])).square().mean() for part in output)
-        loss.backward()
+        some_loss(network(x)).backward()
         optimizer.step()
-    sam = network.sam_tensors()
+    sam, frozen = network.sam_tensors(), network.prompt_generator.decoder.unused()
+    never = {p for module in frozen for p in module.parameters()}
+    if network.config.forward_only:
+        never |= set(network.image_encoder.parameters())
     for name, parameter in network.named_parameters():
         moved = not torch.equal(parameter, before[name])
-        if name in sam:
+        assert parameter.isfinite().all()
+        if name in sam or parameter in never:
             assert not moved and not parameter.requires_grad, name
         elif not cancelled(name):
             assert moved, name
+
+
+@pytest.mark.parametrize("patch", [(3, 32, 48), (24, 40)])
+@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("generator", ["light", "unet"])
+def test_at_the_start_the_output_is_the_generators_map(
+    generator: str, regions: bool, each: int, patch: tuple[int, ...]
+) -> None:
+    changes = {"generator": UNET} if generator == "unet" else {}
+    config = tiny_config(patch_size=patch, resolution=4, num_queries=each, regions=regions, **changes)
+    network = MaskSAM(config, 1, 3).train()
+    with torch.no_grad():
+        for name, parameter in network.prompt_generator.decoder.named_parameters():
+            if "to_masks" in name or "seg_layers" in name:
+                parameter *= 20  # of any size, as after a training
+        x = image(network, 2)
+        output = network(x)
+        semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, regions, True)
+        predicted = network.eval()(x)
+    logits, constant = output.class_maps[0], torch.tensor(6.0).sigmoid().log()
+    assert logits.shape == (2, 3, *network.grid.patch) and len(output.class_maps) == (2 if generator == "unet" else 3)
+    if not regions:
+        torch.testing.assert_close(semantic, logits.log_softmax(1), atol=1e-5, rtol=1e-5)
+    elif each == 1:
+        torch.testing.assert_close(semantic, logits + constant, atol=1e-5, rtol=1e-5)
+    else:
+        assert ((logits - semantic) >= -1e-5).all() and ((logits - semantic) <= -each * constant + 1e-5).all()
+    assert logits.std() > 1
+    semantic = semantic.clamp(-LARGEST, LARGEST)
+    torch.testing.assert_close(predicted, semantic[:, :, 0] if len(patch) == 2 else semantic)
+
+
+@pytest.mark.usefixtures("small_sam")
+def test_without_adapters_the_encoder_is_sams_and_nothing_in_it_is_trained() -> None:
+    for backbone in ("vit_b", "lite_medsam"):
+        ours, adapted = (
+            MaskSAM(tiny_config(backbone=backbone, encoder_adapters=adapters), 2, 3).train()
+            for adapters in (False, True)
+        )
+        sam = adapted.sam_tensors()
+        assert ours.sam_tensors().keys() == sam.keys()
+        ours.load_state_dict({name: x.detach() for name, x in sam.items()}, strict=False)
+        x = image(ours)
+        levels, neck = ours.image_encoder(ours.stem(x)[0])
+        expected_levels, expected = adapted.image_encoder(adapted.stem(x)[0])  # adapters add zero at first
+        torch.testing.assert_close([*levels, neck], [*expected_levels, expected], rtol=0, atol=0)
+        assert not any(part.requires_grad for part in (*levels, neck)) and expected.requires_grad
+        assert not any(p.requires_grad for p in ours.image_encoder.parameters())
+        ours_alone = {name for name, _ in ours.named_parameters() if name.startswith("image_encoder.")} - sam.keys()
+        assert ours_alone == {"image_encoder.depth_embedding.weight"}
+
+
+def test_the_first_boxes_are_the_middle() -> None:
+    generator = MaskSAM(tiny_config(), 1, 3).prompt_generator
+    nn.init.zeros_(generator.to_boxes.weight)
+    features = tuple(torch.randn(2, width, 3, 8, 8) for width in generator.decoder.widths)
+    boxes = generator._boxes(features, torch.full((2, 3, 3, 8, 12), -1.0))  # of empty masks
+    torch.testing.assert_close(boxes, torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(2, 3, 3, 4))
+
+
+def test_what_is_predicted_fits_into_float16() -> None:
+    """nnU-Net sums windows, weighted up to 10, in float16."""
+    network = MaskSAM(tiny_config(), 1, 3).eval()
+    with torch.no_grad():
+        network.prompt_generator.decoder.to_masks[0].weight *= 1e4
+        predicted = network(image(network))
+    assert predicted.min() < -40 and torch.isfinite((predicted * 10 * 64).half()).all()
+
+
+def test_120_classes() -> None:
+    config = tiny_config(patch_size=(2, 32, 32), loss=loss_config())
+    network = MaskSAM(config, 1, 120).train()
+    output = network(image(network))
+    assert output.class_logits.shape == (1, 2, 120, 121) and output.mask_logits.shape == (1, 2, 120, 32, 32)
+    loss, terms = MaskSAMCriterion(config, 120)(output, torch.randint(120, (1, 1, 2, 32, 32)))
+    loss.backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+    with torch.no_grad():
+        probabilities = network.eval()(image(network)).exp()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(1, 2, 32, 32))
 
 
 @pytest.mark.parametrize(("channels", "kept"), [(1, False), (2, True)])
@@ -130,18 +237,19 @@ def test_a_fine_encoder_takes_every_resolution(resolution: float, patch: tuple[i
         semantic = network.eval()(image(network))
     assert output.mask_logits.shape[-2:] == patch[-2:] and semantic.shape == (1, 3, *patch)
     assert output.aux_mask_logits.shape[-2:] == network.grid.masks
-    assert all(part.isfinite().all() for part in (*output, semantic))
+    assert all(part.isfinite().all() for part in (*output[:4], semantic))
 
 
-def test_the_tiny_network_trains_all_but_what_is_never_used() -> None:
-    network = MaskSAM(tiny_config(), 1, 3).train()
-    output = network(image(network))
-    sum(part.square().mean() for part in output).backward()
+@pytest.mark.parametrize("changes", [{}, {"generator": UNET}, PAPER])
+def test_the_tiny_network_trains_all_but_what_is_never_used(changes: dict[str, Any]) -> None:
+    network = MaskSAM(tiny_config(**changes), 1, 3).train()
+    some_loss(network(image(network))).backward()
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
     frozen = [n for n, p in network.named_parameters() if not p.requires_grad]
     assert frozen and all(
-        any(part in n for part in ("iou_prediction_head", "hypernetworks", "point", "no_mask")) for n in frozen
+        any(part in n for part in ("iou_prediction_head", "hypernetworks", "point", "no_mask", "seg_layers.0"))
+        for n in frozen
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masksam_nnunet.losses.masks import at_points, matched_mask_losses, pairwise_sums
+from masksam_nnunet.losses.masks import QUOTA, at_points, draw, matched_mask_losses, pairwise_sums, uncertain_points
 
 B, D, N, T, V = 2, 3, 4, 3, 150
 PAIRS = torch.tensor([0, 0, 1, 3, 5, 5]), torch.tensor([2, 0, 3, 1, 0, 2]), torch.tensor([0, 2, 1, 1, 2, 0])
@@ -79,3 +79,33 @@ def test_certain_logits_in_low_precision() -> None:
     sums = pairwise_sums([logits], truth, None, None, 10**6)[0]
     assert sums.entropy.dtype == torch.float32
     assert float(sums.entropy) == pytest.approx((230 + 0.6931472) / 5, rel=1e-6)
+
+
+def test_uncertain_points_are_preferred() -> None:
+    logits = torch.randn(2, 2, 5, 384)
+    pairs = torch.tensor([0, 1, 3]), torch.tensor([2, 0, 4])
+    truth = torch.zeros(3, 384, dtype=torch.bool)
+    points = uncertain_points(logits, pairs, None, 64, oversample=2.0, fraction=0.75, truth=truth)
+    assert points.shape == (3, 64)
+    values = logits.flatten(0, 1)[pairs].gather(1, points).abs()
+    assert values[:, :48].mean() < 0.75 * values[:, 48:].mean()
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_quota_of_points_lies_in_targets_and_none_at_ignored_voxels(ignore: bool) -> None:
+    size, number = 2000, 320
+    truth = torch.zeros(3, 2, size, dtype=torch.bool)
+    truth[0, 0, 7:12] = truth[0, 1, 1500:] = truth[1, 0, 3] = True  # two targets, one, none
+    known = torch.rand(3, size) < 0.5 if ignore else torch.ones(3, size, dtype=torch.bool)
+    known |= truth.any(1)
+    given = known if ignore else None
+    points = draw(3, size, number, given, truth.device, truth)
+    each = int(number * QUOTA) // 2
+    assert points.shape == (3, number) and known.gather(1, points).all()
+    for row, target, first in ((0, 0, number - 2 * each), (0, 1, number - each), (1, 0, number - 2 * each)):
+        assert truth[row, target][points[row, first : first + each]].all()
+    assert not truth[0].any(0)[points[0, : number - 2 * each]].all()
+    pairs = torch.arange(3), torch.zeros(3, dtype=torch.long)
+    points = uncertain_points(torch.randn(1, 3, 1, size), pairs, given, number, 2.0, 0.75, truth[:, 0])
+    assert points.shape == (3, number) and known.gather(1, points).all()
+    assert truth[:2, 0].gather(1, points[:2, -number // 4 :]).sum(1).ge(number // 4 * QUOTA).all()

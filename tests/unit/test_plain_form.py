@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from configs import loss_config, tiny_config
+from configs import PAPER, UNET, loss_config, tiny_config
 from plain_form import PlainCriterion, plain_parts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,12 +58,13 @@ def labels(grid: Grid, batch: int) -> Tensor:
 
 @pytest.mark.parametrize("resolution", [1, 4])
 def test_targets_matching_and_loss_equal_loops_over_slices(resolution: int) -> None:
-    grid = Grid.of(tiny_config(patch_size=(3, 20, 24), resolution=resolution))
+    config = tiny_config(patch_size=(3, 20, 24), resolution=resolution, loss=loss_config(), **PAPER)
+    grid = Grid.of(config)
     output, truth = outputs(grid, batch=2, queries=6), labels(grid, batch=2)
     results = []
-    for judge in (MaskSAMCriterion(loss_config(), grid, K), PlainCriterion(loss_config(), grid, K)):
+    for judge in (MaskSAMCriterion(config, K), PlainCriterion(config, K)):
         total, terms = judge(output, truth)
-        gradients = torch.autograd.grad(total, output)
+        gradients = torch.autograd.grad(total, output[:4])
         results.append((total, {name: term.detach() for name, term in terms.items()}, gradients))
     torch.testing.assert_close(*results)
 
@@ -82,7 +83,7 @@ def test_the_network_equals_its_plain_form(
     frozen: bool, changes: dict[str, object], slices_at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A narrow SAM with windows, on a grid that is not square and that windows do not divide."""
-    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), resolution=4, **changes)
+    config = tiny_config(**{"backbone": "vit_l", "patch_size": (3, 20, 28), "resolution": 4, **PAPER, **changes})
     network = MaskSAM(config, 2, K).train()
     network.image_encoder.slices_at_once = slices_at_once
     monkeypatch.setattr(network_module, "TOKENS_PER_CHUNK", 2 * 6 * 5 * 7)  # two queries
@@ -96,7 +97,7 @@ def test_the_network_equals_its_plain_form(
     for compute in (network, lambda x: plain_parts(network, x)):
         network.zero_grad()
         output = compute(x)
-        sum(field.float().square().mean() for field in output).backward()
+        sum(field.float().square().mean() for field in output[:4]).backward()
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         results.append((dict(output._asdict()), gradients))
     (ours, our_gradients), (plain, plain_gradients) = results
@@ -109,7 +110,11 @@ def test_the_network_equals_its_plain_form(
 
 @pytest.mark.parametrize(
     ("changes", "training"),
-    [({"patch_size": (3, 20, 28), "checkpointing": True}, True), ({"patch_size": (20, 28)}, False)],
+    [
+        ({"patch_size": (3, 20, 28), "checkpointing": True}, True),
+        ({"patch_size": (3, 16, 32), "generator": UNET}, True),
+        ({"patch_size": (20, 28), **PAPER}, False),
+    ],
 )
 def test_torch_compile_finds_no_graph_break(changes: dict[str, object], training: bool) -> None:
     network = MaskSAM(tiny_config(backbone="vit_l", resolution=2, **changes), 1, K)
@@ -123,16 +128,17 @@ def test_torch_compile_finds_no_graph_break(changes: dict[str, object], training
 
 def test_low_precision_is_as_near_as_the_plain_forms() -> None:
     """Under autocast, which on a CPU has PyTorch's fused attention instead of blocks, as a GPU has."""
-    network = MaskSAM(tiny_config(backbone="vit_l", patch_size=(3, 20, 28), resolution=4), 1, K).train()
+    config = tiny_config(backbone="vit_l", patch_size=(3, 20, 28), resolution=4, loss=loss_config(), **PAPER)
+    network = MaskSAM(config, 1, K).train()
     x = torch.randn(2, 1, 3, 20, 28)
     exact = plain_parts(network, x)
     for compute in (network, lambda x: plain_parts(network, x)):
         network.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = compute(x)
-        for field, expected in zip(output, exact, strict=True):
+        for field, expected in zip(output[:4], exact[:4], strict=True):
             assert (field.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
-        MaskSAMCriterion(loss_config(), network.grid, K)(output, labels(network.grid, 2))[0].backward()
+        MaskSAMCriterion(config, K)(output, labels(network.grid, 2))[0].backward()
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         assert gradients and all(torch.isfinite(g).all() for g in gradients)
 
@@ -157,23 +163,23 @@ class HostCopies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("matching", ["slice", "volume"])
+@pytest.mark.parametrize("matching", ["slice", "volume", "class"])
 @pytest.mark.parametrize("num_points", [64, 10**6])
 def test_an_accelerator_is_waited_for_once_a_step(
     num_points: int, matching: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = Grid.of(tiny_config(patch_size=(3, 20, 24)))
-    judge = MaskSAMCriterion(loss_config(num_points=num_points, matching=matching), grid, K)
+    """For the assignment, or to learn which classes are there."""
+    config = tiny_config(patch_size=(3, 20, 24), matching=matching, loss=loss_config(num_points=num_points))
+    grid, judge = Grid.of(config), MaskSAMCriterion(config, K)
     find, copies = judge.find_targets, []
     monkeypatch.setattr(judge, "find_targets", lambda seg: find(seg, on_host=False))
     to_host = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda x: copies.append(x.shape) or to_host(x))
-    output, truth = outputs(grid, batch=2, queries=6), labels(grid, batch=2)
+    output, truth = outputs(grid, batch=2, queries=K if matching == "class" else 6), labels(grid, batch=2)
     with HostCopies() as counter:
         total, _ = judge(output, truth)
         total.backward()
-    assert counter.found == []
-    assert len(copies) == 1
+    assert (counter.found, len(copies)) == ((["nonzero"], 0) if matching == "class" else ([], 1))
     with HostCopies() as counter:
         find(truth, on_host=True)
     assert counter.found == ["_local_scalar_dense"]

@@ -23,7 +23,8 @@ def test_values(name: str, expected: tuple[object, ...]) -> None:
     p = load_preset(name)
     sizes = p.backbone, p.num_queries, p.patch_size, p.resolution, p.batch_size, p.epochs, p.dice
     assert (*sizes, p.optimizer.name, p.loss.mask_bce, p.loss.num_points) == expected
-    assert p.loss.mask_dice == p.loss.mask_bce and p.loss.semantic == 0 and p.notes
+    assert p.loss.mask_dice == p.loss.mask_bce and p.loss.semantic == p.loss.generator == 0 and p.notes
+    assert p.matching == "slice"
     rate = p.optimizer.learning_rate, p.optimizer.weight_decay, p.optimizer.gradient_clip
     assert rate == (1e-3, 3e-5, 12.0)
 

@@ -55,6 +55,26 @@ def test_regions_are_targets_of_their_own_and_may_overlap() -> None:
     assert not targets.valid[0, 0, 0] and targets.valid.sum() == 31
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_connected_parts_are_targets_of_their_own(regions: bool) -> None:
+    """A class of three parts, and one that is whole, in the first slice; background, in two parts, stays one."""
+    labels = torch.zeros(1, 1, 2, 6, 12, dtype=torch.long)
+    labels[0, 0, 0, :, 3] = 1  # 6 voxels, all the height
+    labels[0, 0, 0, 1, 5:9] = 1  # 4
+    labels[0, 0, 0, 4, 6] = 1  # 1
+    labels[0, 0, 0, 3:5, 9:11] = 2
+    if regions:
+        labels = torch.cat([labels == c for c in range(3)], dim=1)
+    for parts, sizes in ((2, [6, 5]), (3, [6, 4, 1]), (5, [6, 4, 1])):
+        targets = make_targets(labels, 3, (6, 12), regions, parts=parts)
+        background = [57] if not regions else [39, 18][:parts]
+        assert targets.classes[0].tolist() == [0] * len(background) + [1] * len(sizes) + [2]
+        assert targets.masks[0].sum((1, 2)).tolist() == [*background, *sizes, 4]
+        assert targets.present[1].tolist() == [True] + [False] * (targets.classes.shape[1] - 1)
+    rest = make_targets(labels, 3, (6, 12), regions, parts=2).boxes[0, len(background) + 1]
+    torch.testing.assert_close(rest, torch.tensor([5 / 12, 1 / 6, 9 / 12, 5 / 6]))
+
+
 @pytest.mark.parametrize(("shape", "regions"), [((1, 2, 3, 4, 4), False), ((1, 1, 3, 4, 4), True), ((1, 4, 4), False)])
 def test_a_wrong_segmentation_is_named(shape: tuple[int, ...], regions: bool) -> None:
     with pytest.raises(ValueError, match="segmentation of shape"):
