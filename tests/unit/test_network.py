@@ -74,7 +74,7 @@ def test_soft_prompts_carry_gradients_and_hard_ones_do_not() -> None:
         randomise(network)
         network.train()(image(network)).mask_logits.square().mean().backward()
         generator = network.prompt_generator
-        for head in (generator.decoder.to_masks[0], generator.to_boxes):
+        for head in (generator.decoder.seg_layers[0], generator.seg_layers["to_boxes"]):
             moved = head.weight.grad is not None and bool(head.weight.grad.abs().sum() > 0)
             assert moved == carried
 
@@ -140,7 +140,7 @@ def test_at_the_start_the_output_is_the_generators_map(
     network = MaskSAM(config, 1, 3).train()
     with torch.no_grad():
         for name, parameter in network.prompt_generator.decoder.named_parameters():
-            if "to_masks" in name or "seg_layers" in name:
+            if "seg_layers" in name:
                 parameter *= 20  # of any size, as after a training
         x = image(network, 2)
         output = network(x)
@@ -181,7 +181,7 @@ def test_without_adapters_the_encoder_is_sams_and_nothing_in_it_is_trained() -> 
 
 def test_the_first_boxes_are_the_middle() -> None:
     generator = MaskSAM(tiny_config(), 1, 3).prompt_generator
-    nn.init.zeros_(generator.to_boxes.weight)
+    nn.init.zeros_(generator.seg_layers["to_boxes"].weight)
     features = tuple(torch.randn(2, width, 3, 8, 8) for width in generator.decoder.widths)
     boxes = generator._boxes(features, torch.full((2, 3, 3, 8, 12), -1.0))  # of empty masks
     torch.testing.assert_close(boxes, torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(2, 3, 3, 4))
@@ -191,7 +191,7 @@ def test_what_is_predicted_fits_into_float16() -> None:
     """nnU-Net sums windows, weighted up to 10, in float16."""
     network = MaskSAM(tiny_config(), 1, 3).eval()
     with torch.no_grad():
-        network.prompt_generator.decoder.to_masks[0].weight *= 1e4
+        network.prompt_generator.decoder.seg_layers[0].weight *= 1e4
         predicted = network(image(network))
     assert predicted.min() < -40 and torch.isfinite((predicted * 10 * 64).half()).all()
 
