@@ -22,14 +22,17 @@ class MaskHead(Trainable):
     Args:
         num_queries: N.
         feature_widths: channels of the features.
+        on_grid: how many of the features, the first ones, are on SAM's grid; the others are of the patch.
         width: channels of the residual.
         grid: sizes of the network.
         gains: whether SAM's masks are added to the generator's with a gain for each query, zero at first.
     """
 
-    def __init__(self, num_queries: int, feature_widths: Sequence[int], width: int, grid: Grid, gains: bool) -> None:
+    def __init__(
+        self, num_queries: int, feature_widths: Sequence[int], on_grid: int, width: int, grid: Grid, gains: bool
+    ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.on_grid = grid, on_grid
         self.from_features = nn.ModuleList(nn.Conv3d(w, width, kernel_size=1) for w in feature_widths)
         self.convs = conv_block(width, width, num_convs=2, norm=VoxelNorm)
         from_masks = nn.Conv3d(num_queries, width, kernel_size=1)
@@ -51,16 +54,16 @@ class MaskHead(Trainable):
         Args:
             masks: SAM's logits (B, N, D, 4 g_h, 4 g_w).
             start: the generator's logits (B, N, D, H, W) with gains, else None.
-            features: (B, width, D, 4 g_h, 4 g_w), or of the patch.
+            features: (B, width, D, 4 g_h, 4 g_w) those on SAM's grid, (B, width, D, H, W) those of the patch.
 
         Returns:
             Mask logits (B, N, D, H, W).
         """
         masks = to_patch(masks, self.grid)  # (B, N, D, H, W)
         x = self.seg_layers["from_masks"]((masks / 2).tanh())
-        for project, each in zip(self.from_features, features, strict=True):
+        for index, (project, each) in enumerate(zip(self.from_features, features, strict=True)):
             each = project(each)
-            x = x + (each if each.shape[2:] == self.grid.patch else to_patch(each, self.grid))
+            x = x + (to_patch(each, self.grid) if index < self.on_grid else each)
         residual: Tensor = self.seg_layers["residual"](self.convs(x))
         gain = self.gain
         if gain is None or start is None:

@@ -110,7 +110,8 @@ class MaskSAM(nn.Module):
         self.prompt_encoder = AdaptedPromptEncoder(config)
         self.mask_decoder = AdaptedMaskDecoder(config, depth, num_classes)
         widths = self.prompt_generator.decoder.widths[:1] + ((config.stem_width,) if self.stem.features else ())
-        self.mask_head = MaskHead(self.num_queries, widths, config.head_width, grid, config.anchored)
+        on_grid = int(config.generator.kind == "light")  # the generator's own; the stem's are of the patch
+        self.mask_head = MaskHead(self.num_queries, widths, on_grid, config.head_width, grid, config.anchored)
         self.register_buffer(ARCHITECTURE, _as_bytes(config.architecture))
         self.register_buffer(SHA256, torch.zeros(32, dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(_before_loading)
