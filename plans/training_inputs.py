@@ -164,7 +164,8 @@ def _check_results_folder(
         trained = read_config(PlansManager(read_json(file)).get_configuration(configuration))
     except ConfigError as error:
         raise ConfigError(
-            f"{folder} holds folds whose plans cannot be used ({error}). Move the folder away, or plan under another name."
+            f"{folder} holds folds whose plans cannot be used ({error}). Move the folder away, or plan under another "
+            "name."
         ) from error
     if trained != config:
         theirs, ours = ({} if c is None else c.to_json() for c in (trained, config))

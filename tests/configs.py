@@ -9,7 +9,8 @@ from masksam_nnunet.config import LightConfig, LossConfig, MaskSAMConfig, UNetCo
 TINY_WIDTHS: dict[str, Any] = {"stem_width": 8, "head_width": 8, "generator": LightConfig((16, 8, 8))}
 PAPER: dict[str, Any] = {"matching": "slice", "num_queries": 4}
 """The paper's form: free queries, assigned to the targets of a slice."""
-UNET = UNetConfig((4, 8, 8), ((1, 3, 3), (3, 3, 3), (3, 3, 3)), ((1, 1, 1), (1, 2, 2), (1, 2, 2)), (1, 1, 1))
+UNET = UNetConfig((4, 8, 8, 8), ((1, 3, 3), *[(3, 3, 3)] * 3), ((1, 1, 1), *[(1, 2, 2)] * 3), (1, 1, 1, 1))
+"""In-plane strides of 1, 2, 4 and 8."""
 
 
 def tiny_config(**changes: Any) -> MaskSAMConfig:
