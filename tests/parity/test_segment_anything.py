@@ -67,7 +67,7 @@ def lite_medsam() -> Pair:
     return Pair(ours, theirs.eval(), 256)
 
 
-@pytest.fixture(scope="module", params=[1024, 512, "lite_medsam"])
+@pytest.fixture(scope="module", params=[pytest.param(1024, marks=pytest.mark.long), 512, "lite_medsam"])
 def pair(request: pytest.FixtureRequest, checkpoint: tuple[Sam, Path], lite_medsam: Pair) -> Iterator[Pair]:
     sam, path = checkpoint
     size = request.param
