@@ -110,7 +110,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
 
     images, stem = found["stem"]
     *levels, neck = found["image_encoder"]
-    masks, boxes, tokens, _ = found["prompt_generator"]
+    masks, boxes, tokens, *_ = found["prompt_generator"]
     sparse, dense = found["prompt_encoder"]
     low, classes = found["mask_decoder"]
     d = Drawing(13.2, 5.6)

@@ -151,12 +151,10 @@ class MaskSAM(nn.Module):
         volume = self._as_volume(x)
         images, stem = self.stem(volume)  # (B, D, 3, S_h, S_w), (B, w, D, H, W) or None
         levels, neck = self.image_encoder(images)
-        generator = self.prompt_generator
-        prompts: Prompts = recomputed(saving, generator, volume, levels, neck)
+        prompts: Prompts = recomputed(saving, self.prompt_generator, volume, levels, neck)
         masks, classes = self.decode(neck, prompts)
-        start = generator.against_rest(prompts.maps[0]) if prompts.maps else None
         features = (prompts.features,) if stem is None else (prompts.features, stem)
-        masks = recomputed(saving, self.mask_head, masks, start, *features)  # (B, N, D, H, W)
+        masks = recomputed(saving, self.mask_head, masks, prompts.start, *features)  # (B, N, D, H, W)
         if self.config.anchored:
             classes = self._of_all_classes(classes)
         return MaskSAMOutput(

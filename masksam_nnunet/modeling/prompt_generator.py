@@ -29,6 +29,8 @@ class Prompts(NamedTuple):
     maps: tuple[Tensor, ...]
     """Where queries belong to classes: logits (B, N, d, h, w) of the patch at the generator's strides, the finest
     first, which has the patch's size. Only that one in evaluation mode."""
+    start: Tensor | None = None
+    """Where there are maps: what the final mask logits start as, (B, N, D, H, W)."""
 
 
 class PromptGenerator(Trainable):
@@ -68,14 +70,17 @@ class PromptGenerator(Trainable):
         """``image``: the patch (B, C, D, H, W); ``levels``: as the backbone declares them, (B, D, h, w, E); ``neck``:
         (B, D, P, g_h, g_w)."""
         features, maps = self.decoder(image, levels, neck)
+        start = None
         if not self.anchored:
             (logits,), maps = maps, ()
         elif isinstance(self.decoder, LightDecoder):
             logits = self.against_rest(maps[0])
             maps = tuple(to_patch(x, self.grid) for x in maps)
+            start = self.against_rest(maps[0])
         else:
-            logits = to_masks(self.against_rest(maps[0]), self.grid)
-        return Prompts(logits, self._boxes(features, logits), self._tokens(features), features[0], maps)
+            start = self.against_rest(maps[0])
+            logits = to_masks(start, self.grid)
+        return Prompts(logits, self._boxes(features, logits), self._tokens(features), features[0], maps, start)
 
     def against_rest(self, maps: Tensor) -> Tensor:
         """The logit of each query's share, (B, N, ...), from a map."""
