@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, count_parameters
 
-CONFIG = MaskSAMConfig(backbone="vit_b", patch_size=(4, 256, 256), resolution=4)
+CONFIG = MaskSAMConfig(backbone="vit_b", patch_size=(4, 256, 256), resolution=4, num_queries=8, matching="slice")
 BATCH, CHANNELS, CLASSES = 1, 1, 4
 NEW, SAM, PLAIN, INK = "#f6c177", "#bcd7ea", "#eeeeee", "#222222"
 
@@ -114,7 +114,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     sparse, dense = found["prompt_encoder"]
     low, classes = found["mask_decoder"]
     d = Drawing(13.2, 5.6)
-    n = k = CLASSES
+    n, k = CONFIG.num_queries, CLASSES
 
     d.box(0.2, 3.4, 1.3, 1.15, "patch", f"{words(found['input'][0])}\nC×D×H×W", PLAIN)
     d.box(
