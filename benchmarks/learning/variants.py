@@ -13,20 +13,26 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from masksam_nnunet import __version__
-from masksam_nnunet.config import MaskSAMConfig, UNetConfig
+from masksam_nnunet.config import LightConfig, MaskSAMConfig, UNetConfig
 from masksam_nnunet.environment import BUDGET_ITERATIONS, RANDOM_INIT
 from masksam_nnunet.files import read_json
 from masksam_nnunet.losses.matching import Matches
+from masksam_nnunet.modeling import MaskSAMOutput
+from masksam_nnunet.modeling.adapters import NoAdapter
+from masksam_nnunet.modeling.geometry import pad, to_patch
 from masksam_nnunet.plans.architecture import DECISIONS, config_of_plans, unet_config, write_config
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -46,6 +52,7 @@ class Setting:
 
 SETTINGS = {
     "acdc": Setting("Dataset027_ACDC", (4, 160, 160), 0.5),
+    "acdc_small": Setting("Dataset027_ACDC", (4, 112, 112), 0.5),
     "hippocampus": Setting("Dataset004_Hippocampus", (8, 56, 40), 1),
     "chaos": Setting("Dataset101_CHAOST2", (4, 192, 192), 0.5),
 }
@@ -61,6 +68,8 @@ class Variant:
     """The same in words."""
     change: Change = lambda config: config
     unet: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the trainer, set before its training starts."""
     prepare: Callable[[Any], None] = lambda trainer: None
     """Called with the trainer when its network holds SAM's weights."""
     trainer: str = MASKSAM
@@ -82,6 +91,10 @@ def _loss(**weights: float) -> Change:
     return lambda config: replace(config, loss=replace(config.loss, **weights))
 
 
+def _widths(*widths: int) -> Change:
+    return lambda config: replace(config, generator=LightConfig(widths))
+
+
 def _both(first: Change, second: Change) -> Change:
     return lambda config: second(first(config))
 
@@ -97,11 +110,134 @@ def _random_decoder(trainer: Any) -> None:
                 module.reset_parameters()
 
 
-def _rates(rate: float, warmup: int = 30) -> Callable[[Any], None]:
+def _rate(rate: float, warmup: int = 30) -> dict[str, Any]:
+    return {"initial_lr": rate, "warmup_iterations": warmup}
+
+
+def _averaged(decay: float) -> Callable[[Any], None]:
+    """The mean of the trained weights, weighted by age, is what is validated."""
+
     def prepare(trainer: Any) -> None:
-        trainer.initial_lr, trainer.warmup_iterations = rate, warmup
+        trained = [p for p in trainer.masksam.parameters() if p.requires_grad]
+        mean = AveragedModel(nn.ParameterList(trained), multi_avg_fn=get_ema_multi_avg_fn(decay))
+        step, validate = trainer.train_step, trainer.perform_actual_validation
+
+        def train_step(batch: dict[str, Any]) -> dict[str, Any]:
+            outputs: dict[str, Any] = step(batch)
+            mean.update_parameters(nn.ParameterList(trained))
+            return outputs
+
+        def perform_actual_validation(*given: Any) -> None:
+            with torch.no_grad():
+                for parameter, value in zip(trained, mean.module.parameters(), strict=True):
+                    parameter.copy_(value)
+            validate(*given)
+
+        trainer.train_step, trainer.perform_actual_validation = train_step, perform_actual_validation
 
     return prepare
+
+
+def _no_decoder(trainer: Any) -> None:
+    """Nothing of SAM's masks reaches the output: neither they, nor as features of the mask head."""
+    _no_gain(trainer)
+    layer = trainer.masksam.mask_head.seg_layers["from_masks"]
+    nn.init.zeros_(layer.weight)
+    layer.weight.requires_grad_(False)
+
+
+def _prior(trainer: Any) -> None:
+    """Maps say background at first."""
+    for layer in trainer.masksam.prompt_generator.decoder.seg_layers:
+        with torch.no_grad():
+            layer.bias[1:] = -4.0
+
+
+def _fast_gain(trainer: Any) -> None:
+    """The gain of SAM's masks learns ten times as fast as the rest."""
+    gain, set_learning_rate = trainer.masksam.mask_head.gain, trainer.set_learning_rate
+    for group in trainer.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p is not gain]
+    trainer.optimizer.add_param_group({"params": [gain], "weight_decay": 0.0})
+
+    def set_learning_rates() -> None:
+        set_learning_rate()
+        trainer.optimizer.param_groups[-1]["lr"] *= 10
+
+    trainer.set_learning_rate = set_learning_rates
+
+
+def _supervised_decoder(trainer: Any) -> None:
+    """SAM's own masks have the mask losses too, beside the sum."""
+    network, judge = trainer.masksam, trainer.criterion
+    given: list[Tensor] = []
+    network.mask_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+
+    def masks(output: MaskSAMOutput, segmentation: Tensor) -> Tensor:
+        return given.pop()
+
+    _add_loss(judge, masks)
+
+
+def _denoising(trainer: Any) -> None:
+    """SAM's decoder is asked for the targets once more, prompted with their boxes and masks, both with errors.
+
+    After DN-DETR (arXiv 2203.01305) and Mask DINO (arXiv 2206.02777).
+    """
+    network, judge = trainer.masksam, trainer.criterion
+    given: list[Any] = []
+    for part in (network.image_encoder, network.prompt_generator):
+        part.register_forward_hook(lambda _, __, output: given.append(output))
+
+    def masks(output: MaskSAMOutput, segmentation: Tensor) -> Tensor:
+        (_, neck), prompts = given
+        given.clear()
+        targets = judge.find_targets(segmentation)
+        s, t = targets.present.nonzero(as_tuple=True)
+        lead, size = prompts.mask_logits.shape[:3], network.grid.masks  # (B, N, D)
+        where = s // lead[2], targets.classes[s, t], s % lead[2]
+        boxes, wanted = prompts.boxes.detach().clone(), prompts.mask_logits.detach().clone()
+        sides = (targets.boxes[s, t, 2:] - targets.boxes[s, t, :2]).repeat(1, 2)
+        boxes[where] = (targets.boxes[s, t] + 0.2 * sides * (torch.rand_like(sides) - 0.5)).clamp(0, 1)
+        inside = F.adaptive_avg_pool2d(pad(targets.masks[s, t].float(), network.grid), size)
+        flipped = F.interpolate(torch.rand(len(s), 1, *(side // 4 for side in size)), size=size)[:, 0] < 0.1
+        wanted[where] = 12 * (torch.where(flipped, 1 - inside, inside) - 0.5)
+        decoded, _ = network.decode(neck, prompts._replace(mask_logits=wanted, boxes=boxes))
+        return decoded
+
+    _add_loss(judge, masks)
+
+
+def _add_loss(judge: Any, masks: Callable[[MaskSAMOutput, Tensor], Tensor]) -> None:
+    """Add the mask losses of more masks of the queries, (B, N, D, 4 g_h, 4 g_w), to those of the criterion."""
+    forward = judge.forward
+
+    def with_more(output: MaskSAMOutput, segmentation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total, terms = forward(output, segmentation)
+        logits = to_patch(masks(output, segmentation), judge.grid).transpose(1, 2)
+        more = judge._mask_classification(output._replace(mask_logits=logits), segmentation)
+        return total + judge.loss.mask_bce * more["mask_bce"] + judge.loss.mask_dice * more["mask_dice"], terms
+
+    judge.forward = with_more
+
+
+def _late_adapters(trainer: Any) -> None:
+    """Only the last stage of the encoder keeps its adapters: the backward pass ends there."""
+    encoder = trainer.masksam.image_encoder
+    for stage in list(encoder.stages)[:-1]:
+        for block in stage:
+            block.attention_adapter = block.mlp_adapter = NoAdapter(0, 0)
+    encoder.depth_embedding.requires_grad_(False)
+
+
+def _train_norms(trainer: Any) -> None:
+    """The norms of SAM's encoder are trained too."""
+    kinds = nn.LayerNorm | nn.BatchNorm2d | LayerNorm2d
+    norms = [module for module in trainer.masksam.image_encoder.modules() if isinstance(module, kinds)]
+    frozen = [p for module in norms for p in module.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    trainer.optimizer.add_param_group({"params": frozen, "weight_decay": 0.0})
 
 
 def _match_by_class(trainer: Any) -> None:
@@ -124,9 +260,21 @@ VARIANTS = {
     "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
     "maps_without_anchors": Variant("queries of classes, matched by slice", prepare=_match_by_slice),
     "light": Variant("the default"),
-    "light_rate_2": Variant("learning rate 2e-3", prepare=_rates(2e-3)),
-    "light_rate_3": Variant("learning rate 3e-3", prepare=_rates(3e-3)),
-    "light_warmup_10": Variant("warm-up of 10 iterations", prepare=_rates(1e-3, 10)),
+    "light_rate_2": Variant("learning rate 2e-3", settings=_rate(2e-3)),
+    "light_rate_3": Variant("learning rate 3e-3", settings=_rate(3e-3)),
+    "light_warmup_10": Variant("warm-up of 10 iterations", settings=_rate(1e-3, 10)),
+    "light_rate_2_warmup_10": Variant("2e-3, warm-up of 10 iterations", settings=_rate(2e-3, 10)),
+    "light_averaged": Variant("mean of the weights with a decay of 0.95", prepare=_averaged(0.95)),
+    "light_without_decoder": Variant("SAM's masks used nowhere", prepare=_no_decoder),
+    "light_fast_gain": Variant("the gain of SAM's masks learns ten times as fast", prepare=_fast_gain),
+    "light_supervised_decoder": Variant("mask losses of SAM's own masks too", prepare=_supervised_decoder),
+    "light_denoising": Variant("mask losses of SAM's masks for noisy true prompts too", prepare=_denoising),
+    "light_prior": Variant("the generator's maps start as background", prepare=_prior),
+    "light_late_adapters": Variant("adapters in the encoder's last stage only", prepare=_late_adapters),
+    "light_norms": Variant("the norms of SAM's encoder trained too", prepare=_train_norms),
+    "light_foreground": Variant("all patches hold foreground", settings={"oversample_foreground_percent": 1.0}),
+    "light_narrow": Variant("generator of widths 32-24-16", _widths(32, 24, 16)),
+    "light_wide": Variant("generator of widths 128-96-64", _widths(128, 96, 64)),
     "light_two_queries": Variant("two queries a class", lambda config: replace(config, num_queries=2)),
     "light_without_dense_loss": Variant("no loss on the generator's maps", _loss(generator=0.0)),
     "light_without_aux": Variant("no auxiliary mask losses", _loss(aux_bce=0.0, aux_dice=0.0)),
@@ -194,6 +342,8 @@ def train(name: str, variant: Variant, setting: Setting, plans: dict[str, Any], 
     folder = Path(os.environ["nnUNet_preprocessed"]) / setting.dataset
     plans = plans | {"continue_training": False}
     trainer = trainer_class(plans, "3d_fullres", fold, read_json(folder / "dataset.json"), torch.device("cpu"))
+    for name, value in variant.settings.items():
+        setattr(trainer, name, value)
     trainer.run_training()
     trainer.perform_actual_validation()
     return trainer
@@ -205,7 +355,7 @@ def main(variant: str, setting: str, fold: int, iterations: int, seed: int, reso
     if chosen.random:
         os.environ[RANDOM_INIT] = "1"
     r = where.resolution if resolution is None else resolution
-    plans = make_plans(where, f"Variant_{variant}_{r:g}_{iterations}_{seed}", chosen, r)
+    plans = make_plans(where, f"Variant_{variant}_{setting}_{r:g}_{iterations}_{seed}", chosen, r)
     trainer = train(variant, chosen, where, plans, fold, seed)
     output = Path(trainer.output_folder)
     stats, summary = read_json(output / "training_stats.json"), read_json(output / "validation" / "summary.json")

@@ -1,4 +1,4 @@
-"""Draws the network with the shapes of the paper's ACDC setting: python docs/figures/network.py
+"""Draws the network with the sizes of the paper's ACDC setting: python docs/figures/network.py
 
 Every shape in it is read from a real network, built without memory and run on fake tensors.
 """
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, count_parameters
 
-CONFIG = MaskSAMConfig(backbone="vit_b", patch_size=(4, 256, 256), resolution=4, num_queries=8, matching="slice")
+CONFIG = MaskSAMConfig(backbone="vit_b", patch_size=(4, 256, 256), resolution=4)
 BATCH, CHANNELS, CLASSES = 1, 1, 4
 NEW, SAM, PLAIN, INK = "#f6c177", "#bcd7ea", "#eeeeee", "#222222"
 
@@ -110,11 +110,11 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
 
     images, stem = found["stem"]
     *levels, neck = found["image_encoder"]
-    masks, boxes, tokens, *_ = found["prompt_generator"]
+    masks, boxes, tokens, _, maps, *_ = found["prompt_generator"]
     sparse, dense = found["prompt_encoder"]
     low, classes = found["mask_decoder"]
-    d = Drawing(13.2, 5.6)
-    n, k = CONFIG.num_queries, CLASSES
+    d = Drawing(13.4, 5.6)
+    n, k = CONFIG.queries(CLASSES), CLASSES
 
     d.box(0.2, 3.4, 1.3, 1.15, "patch", f"{words(found['input'][0])}\nC×D×H×W", PLAIN)
     d.box(
@@ -154,8 +154,18 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
         f"frozen; adapters along\nslices; class token\n{millions('mask_decoder')}",
         SAM,
     )
-    d.box(11.3, 3.4, 1.65, 1.15, "mask head", f"to the patch, with\nearly features\n{millions('mask_head')}", NEW)
-    d.box(11.3, 1.15, 1.65, 1.15, "semantic output", f"log Σ class · mask\n{words(found['output'][0])}\nK×D×H×W", PLAIN)
+    d.box(
+        11.3,
+        3.4,
+        1.65,
+        1.15,
+        "mask head",
+        f"class maps + gain · masks\n+ residual at patch size\n{millions('mask_head')}",
+        NEW,
+    )
+    d.box(
+        11.3, 1.15, 1.65, 1.15, "semantic output", f"log of mask · class\n{words(found['output'][0])}\nK×D×H×W", PLAIN
+    )
     d.tag(5.3, 3.3, 1.4, "adapters")
     d.tag(9.1, 3.3, 0.85, "adapters")
 
@@ -173,6 +183,8 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     d.label(8.78, 2.79, f"boxes {words(sparse)}\nmasks {words(dense)}", ha="left")
     d.arrow((6.3, 1.15), (6.3, 0.55), (10.45, 0.55), (10.45, 3.6), (10.1, 3.6))
     d.label(8.4, 0.69, f"class tokens {words(tokens)}")
+    d.arrow((5.6, 1.15), (5.6, 0.25), (13.15, 0.25), (13.15, 3.97), (12.95, 3.97))
+    d.label(8.4, 0.39, f"class maps {words(maps)}, with a loss of their own")
     d.arrow((10.1, 4.2), (11.3, 4.2))
     d.label(10.7, 4.27, f"masks\n{words(low)}", va="bottom")
     d.arrow((2.85, 4.55), (2.85, 5.15), (12.12, 5.15), (12.12, 4.55))
@@ -189,9 +201,9 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     total, trained = rows["total"]
     d.label(
         0.2, 0.72,
-        f"The paper's ACDC setting: patch {words((0, *CONFIG.patch_size))}, r = {CONFIG.resolution:g},\n"
-        f"N = {n} queries, K = {k} classes, ViT-B. Shapes without\n"
-        f"the batch. Classes: K and “no object”.\n{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.",
+        f"The paper's sizes for ACDC: patch {words((0, *CONFIG.patch_size))}, r = {CONFIG.resolution:g},\n"
+        f"K = {k} classes, N = {n} queries, one a class, ViT-B. Shapes\n"
+        f"without the batch. Queries: their class or “no object”.\n{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.",
         ha="left",
     )  # fmt: skip
     return d

@@ -223,6 +223,7 @@ def test_a_step_of_training_and_validation(case: str) -> None:
     assert {"train_losses/mask_dice", "train_losses/semantic", "train_losses/class"} <= set(seen)
     dense = made.config.anchored
     assert ("train_losses/generator" in seen) == (dense and made.config.loss.generator > 0)
+    assert ("sam_decoder/gain" in seen) == ("sam_decoder/dice_change" in seen) == dense
     log = Path(made.log_file).read_text()
     assert "loss terms" in log
     assert bool(re.search(r"SAM's decoder: gain 0\.0\d+ \(largest .*\); .* Dice .* is [+-]0\.\d+ ", log)) == dense
