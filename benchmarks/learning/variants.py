@@ -46,8 +46,12 @@ class Setting:
     """A dataset, and what all variants see of it."""
 
     dataset: str
-    patch: tuple[int, int, int]
+    patch: tuple[int, ...]
     resolution: float
+
+    @property
+    def configuration(self) -> str:
+        return "3d_fullres" if len(self.patch) == 3 else "2d"
 
 
 SETTINGS = {
@@ -55,6 +59,8 @@ SETTINGS = {
     "acdc_small": Setting("Dataset027_ACDC", (4, 112, 112), 0.5),
     "hippocampus": Setting("Dataset004_Hippocampus", (8, 56, 40), 1),
     "chaos": Setting("Dataset101_CHAOST2", (4, 192, 192), 0.5),
+    "lgg": Setting("Dataset104_LGG3ch", (4, 192, 192), 0.5),
+    "chase": Setting("Dataset105_CHASEDB1", (320, 320), 0.5),
 }
 
 Change = Callable[[MaskSAMConfig], MaskSAMConfig]
@@ -146,13 +152,6 @@ def _no_decoder(trainer: Any) -> None:
     layer.weight.requires_grad_(False)
 
 
-def _prior(trainer: Any) -> None:
-    """Maps say background at first."""
-    for layer in trainer.masksam.prompt_generator.decoder.seg_layers:
-        with torch.no_grad():
-            layer.bias[1:] = -4.0
-
-
 def _fast_gain(trainer: Any) -> None:
     """The gain of SAM's masks learns ten times as fast as the rest."""
     gain, set_learning_rate = trainer.masksam.mask_head.gain, trainer.set_learning_rate
@@ -174,7 +173,9 @@ def _supervised_decoder(trainer: Any) -> None:
     network.mask_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
 
     def masks(output: MaskSAMOutput, segmentation: Tensor) -> Tensor:
-        return given.pop()
+        last = given[-1]  # before it, those of validation
+        given.clear()
+        return last
 
     _add_loss(judge, masks)
 
@@ -190,7 +191,7 @@ def _denoising(trainer: Any) -> None:
         part.register_forward_hook(lambda _, __, output: given.append(output))
 
     def masks(output: MaskSAMOutput, segmentation: Tensor) -> Tensor:
-        (_, neck), prompts = given
+        (_, neck), prompts = given[-2:]  # before them, those of validation
         given.clear()
         targets = judge.find_targets(segmentation)
         s, t = targets.present.nonzero(as_tuple=True)
@@ -219,6 +220,11 @@ def _add_loss(judge: Any, masks: Callable[[MaskSAMOutput, Tensor], Tensor]) -> N
         return total + judge.loss.mask_bce * more["mask_bce"] + judge.loss.mask_dice * more["mask_dice"], terms
 
     judge.forward = with_more
+
+
+def _uniform_start(trainer: Any) -> None:
+    for layer in trainer.masksam.prompt_generator.decoder.seg_layers:
+        nn.init.uniform_(layer.bias, -0.1, 0.1)
 
 
 def _late_adapters(trainer: Any) -> None:
@@ -269,7 +275,7 @@ VARIANTS = {
     "light_fast_gain": Variant("the gain of SAM's masks learns ten times as fast", prepare=_fast_gain),
     "light_supervised_decoder": Variant("mask losses of SAM's own masks too", prepare=_supervised_decoder),
     "light_denoising": Variant("mask losses of SAM's masks for noisy true prompts too", prepare=_denoising),
-    "light_prior": Variant("the generator's maps start as background", prepare=_prior),
+    "light_uniform_start": Variant("the generator's maps start as equal shares", prepare=_uniform_start),
     "light_late_adapters": Variant("adapters in the encoder's last stage only", prepare=_late_adapters),
     "light_norms": Variant("the norms of SAM's encoder trained too", prepare=_train_norms),
     "light_foreground": Variant("all patches hold foreground", settings={"oversample_foreground_percent": 1.0}),
@@ -295,30 +301,30 @@ def make_plans(setting: Setting, name: str, variant: Variant, resolution: float)
     """Plans for the variant, written beside nnUNetPlans, whose preprocessed data they use."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / setting.dataset
     plans = read_json(folder / "nnUNetPlans.json")
-    configuration = plans["configurations"]["3d_fullres"]
+    configuration = plans["configurations"][setting.configuration]
     configuration |= {"patch_size": list(setting.patch), "batch_size": BATCH_SIZE}
     unet = unet_config(configuration["spacing"], setting.patch)
     if variant.trainer == MASKSAM:
         description = read_json(folder / "dataset.json")
-        config = config_of_plans(plans, "3d_fullres", description, "lite_medsam")
+        config = config_of_plans(plans, setting.configuration, description, "lite_medsam")
         config = variant.change(replace(config, resolution=resolution, **({"generator": unet} if variant.unet else {})))
         if variant.free:
             config = replace(config, num_queries=len(description["labels"]))
-        write_config(plans, "3d_fullres", config)
+        write_config(plans, setting.configuration, config)
     else:
-        configuration["architecture"]["arch_kwargs"] |= _nnunet_sizes(unet)
+        configuration["architecture"]["arch_kwargs"] |= _nnunet_sizes(unet, len(setting.patch))
     plans |= {"plans_name": name, DECISIONS: {}}
     (folder / f"{name}.json").write_text(json.dumps(plans))
     return plans
 
 
-def _nnunet_sizes(unet: UNetConfig) -> dict[str, Any]:
+def _nnunet_sizes(unet: UNetConfig, axes: int) -> dict[str, Any]:
     stages = len(unet.features)
     return {
         "n_stages": stages,
         "features_per_stage": list(unet.features),
-        "kernel_sizes": [list(sizes) for sizes in unet.kernel_sizes],
-        "strides": [list(sizes) for sizes in unet.strides],
+        "kernel_sizes": [list(sizes[-axes:]) for sizes in unet.kernel_sizes],
+        "strides": [list(sizes[-axes:]) for sizes in unet.strides],
         "n_conv_per_stage": list(unet.blocks),
         "n_conv_per_stage_decoder": [2] * (stages - 1),
     }
@@ -341,7 +347,7 @@ def train(name: str, variant: Variant, setting: Setting, plans: dict[str, Any], 
     np.random.seed(seed)
     folder = Path(os.environ["nnUNet_preprocessed"]) / setting.dataset
     plans = plans | {"continue_training": False}
-    trainer = trainer_class(plans, "3d_fullres", fold, read_json(folder / "dataset.json"), torch.device("cpu"))
+    trainer = trainer_class(plans, setting.configuration, fold, read_json(folder / "dataset.json"), torch.device("cpu"))
     for name, value in variant.settings.items():
         setattr(trainer, name, value)
     trainer.run_training()

@@ -14,6 +14,10 @@ from .blocks import Trainable
 from .decoders import LightDecoder, UNetDecoder
 from .geometry import mask_extent, to_masks, to_patch
 
+RARE = -4.0
+"""The logit at which foreground starts in the light decoder's maps: most voxels are background, and to learn that first
+costs a short training much."""
+
 
 class Prompts(NamedTuple):
     """N prompts for each slice."""
@@ -55,6 +59,9 @@ class PromptGenerator(Trainable):
         if isinstance(config.generator, LightConfig):
             maps = 3 if self.anchored else 1
             self.decoder = LightDecoder(config.encoder, config.generator.widths, num_queries, maps, deep)
+            first = 0 if self.regions else config.num_queries  # of foreground
+            for head in self.decoder.seg_layers if self.anchored else ():
+                nn.init.constant_(head.bias[first:], RARE)
         else:
             self.decoder = UNetDecoder(config.encoder, config.generator, grid, in_channels, num_queries, deep)
         width = sum(self.decoder.widths)
