@@ -105,14 +105,14 @@ def training_cost(
         precision: bfloat16 as on a GPU, whose autocast is followed; or float32 throughout, as on a CPU.
     """
     queries = config.queries(num_classes)
-    most = max(1, min(num_classes, queries))  # targets in a slice
+    most = queries if config.anchored else max(1, min(num_classes, queries))  # targets in a slice
     tokens = batch_size * math.prod((Grid.of(config).patch[0], *Grid.of(config).tokens))
     if queries <= 4 or queries_at_once(config, queries, tokens, training=True) > 1:
         return _run(config, in_channels, num_classes, batch_size, most, precision)
     # Linear in N, and half of the time would be spent on decoding one query after another.
     if config.anchored:  # N follows from K
         number = num_classes
-        two, three = (_run(config, in_channels, n, batch_size, min(most, n), precision) for n in (2, 3))
+        two, three = (_run(config, in_channels, n, batch_size, config.queries(n), precision) for n in (2, 3))
     else:
         number = queries
         settings = in_channels, num_classes, batch_size, most, precision
