@@ -203,7 +203,8 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
         0.2, 0.72,
         f"The paper's sizes for ACDC: patch {words((0, *CONFIG.patch_size))}, r = {CONFIG.resolution:g},\n"
         f"K = {k} classes, N = {n} queries, one a class, ViT-B. Shapes\n"
-        f"without the batch. Queries: their class or “no object”.\n{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.",
+        f"without the batch. Queries: their class or “no object”.\n"
+        f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.",
         ha="left",
     )  # fmt: skip
     return d
