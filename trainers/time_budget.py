@@ -21,7 +21,7 @@ from .variants import MaskSAMTrainer_lite_medsam, MaskSAMTrainer_tiny
 
 PROGRESS_EVERY = 2.0  # seconds
 VALIDATION_SHARE = 0.1  # of an epoch's time, for validation on patches
-SHORT_SAM_RATE = 1e-3, 30
+SHORT_SAM_RATE = 2e-3, 30
 """Learning rate and warm-up iterations of a short training with a frozen SAM."""
 
 

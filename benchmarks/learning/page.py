@@ -20,13 +20,13 @@ def tables(results: pd.DataFrame) -> str:
     for (data, fold, iterations), rows in results.groupby(["data", "fold", "iterations"]):
         parts.append(f"### {data}, fold {fold}, {iterations} iterations\n")
         parts.append("| variant | what differs | r | mean Dice | classes | runs |\n|---|---|---|--:|---|--:|")
-        groups = rows.groupby(["variant", "resolution"])
-        for (variant, resolution), runs in sorted(groups, key=lambda group: -group[1]["dice"].mean()):
+        groups = rows.groupby(["variant", "also", "resolution"])
+        for (variant, also, resolution), runs in sorted(groups, key=lambda group: -group[1]["dice"].mean()):
             classes = pd.DataFrame(list(runs["classes"])).mean()
+            text = "; ".join(filter(None, (VARIANTS[variant].text, also)))
             shown = ", ".join(f"{value:.3f}" for value in classes)
             parts.append(
-                f"| `{variant}` | {VARIANTS[variant].text} | {resolution:g} | {runs['dice'].mean():.3f} | {shown} | "
-                f"{len(runs)} |"
+                f"| `{variant}` | {text} | {resolution:g} | {runs['dice'].mean():.3f} | {shown} | {len(runs)} |"
             )
         parts.append("")
     return "\n".join(parts)
@@ -34,5 +34,6 @@ def tables(results: pd.DataFrame) -> str:
 
 if __name__ == "__main__":
     before, rest = PAGE.read_text().split(BEGIN)
-    written = tables(pd.read_json(RESULTS, lines=True, dtype={"seed": int}))
+    results = pd.read_json(RESULTS, lines=True, dtype={"seed": int})
+    written = tables(results.fillna({"also": ""}))  # what else differed, in the runs of an earlier state of the code
     PAGE.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{rest.split(END)[1]}")

@@ -138,7 +138,7 @@ def test_nnunet_with_adamw_warms_up_and_decays() -> None:
 def test_short_trainings_of_litemedsam_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("masksam_nnunet.plans.architecture.training_cost", simple_cost)
     made = MaskSAMTrainer_lite_medsam_budget(plain_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
-    assert (made.config.backbone, made.initial_lr, made.warmup_iterations) == ("lite_medsam", 1e-3, 30)
+    assert (made.config.backbone, made.initial_lr, made.warmup_iterations) == ("lite_medsam", 2e-3, 30)
 
 
 @pytest.mark.parametrize("text", ["", "0", "soon", "inf"])
