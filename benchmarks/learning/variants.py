@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
+from short_plans import make_plans
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -33,10 +34,8 @@ from masksam_nnunet.losses.matching import Matches
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.modeling.adapters import NoAdapter
 from masksam_nnunet.modeling.geometry import pad, to_patch
-from masksam_nnunet.plans.architecture import DECISIONS, config_of_plans, unet_config, write_config
 
 RESULTS = Path(__file__).with_name("results.jsonl")
-BATCH_SIZE = 2
 MASKS = dict.fromkeys(("mask_bce", "mask_dice", "aux_bce", "aux_dice"), 0.0)
 MASKSAM, NNUNET = "MaskSAMTrainer_lite_medsam_budget", "nnUNetTrainer_adamw_budget"
 
@@ -48,6 +47,7 @@ class Setting:
     dataset: str
     patch: tuple[int, ...]
     resolution: float
+    classes: int
 
     @property
     def configuration(self) -> str:
@@ -55,12 +55,12 @@ class Setting:
 
 
 SETTINGS = {
-    "acdc": Setting("Dataset027_ACDC", (4, 160, 160), 0.5),
-    "acdc_small": Setting("Dataset027_ACDC", (4, 112, 112), 0.5),
-    "hippocampus": Setting("Dataset004_Hippocampus", (8, 56, 40), 1),
-    "chaos": Setting("Dataset101_CHAOST2", (4, 192, 192), 0.5),
-    "lgg": Setting("Dataset104_LGG3ch", (4, 192, 192), 0.5),
-    "chase": Setting("Dataset105_CHASEDB1", (320, 320), 0.5),
+    "acdc": Setting("Dataset027_ACDC", (4, 160, 160), 0.5, 4),
+    "acdc_small": Setting("Dataset027_ACDC", (4, 112, 112), 0.5, 4),
+    "hippocampus": Setting("Dataset004_Hippocampus", (8, 56, 40), 1, 3),
+    "chaos": Setting("Dataset101_CHAOST2", (4, 192, 192), 0.5, 5),
+    "lgg": Setting("Dataset104_LGG3ch", (4, 192, 192), 0.5, 2),
+    "chase": Setting("Dataset105_CHASEDB1", (320, 320), 0.5, 2),
 }
 
 Change = Callable[[MaskSAMConfig], MaskSAMConfig]
@@ -296,37 +296,15 @@ VARIANTS = {
 }
 
 
-def make_plans(setting: Setting, name: str, variant: Variant, resolution: float) -> dict[str, Any]:
-    """Plans for the variant, written beside nnUNetPlans, whose preprocessed data they use."""
-    folder = Path(os.environ["nnUNet_preprocessed"]) / setting.dataset
-    plans = read_json(folder / "nnUNetPlans.json")
-    configuration = plans["configurations"][setting.configuration]
-    configuration |= {"patch_size": list(setting.patch), "batch_size": BATCH_SIZE}
-    unet = unet_config(configuration["spacing"], setting.patch)
-    if variant.trainer == MASKSAM:
-        description = read_json(folder / "dataset.json")
-        config = config_of_plans(plans, setting.configuration, description, "lite_medsam")
-        config = variant.change(replace(config, resolution=resolution, **({"generator": unet} if variant.unet else {})))
-        if variant.free:
-            config = replace(config, num_queries=len(description["labels"]))
-        write_config(plans, setting.configuration, config)
-    else:
-        configuration["architecture"]["arch_kwargs"] |= _nnunet_sizes(unet, len(setting.patch))
-    plans |= {"plans_name": name, DECISIONS: {}}
-    (folder / f"{name}.json").write_text(json.dumps(plans))
-    return plans
+def plans_for(setting: Setting, name: str, variant: Variant, resolution: float) -> dict[str, Any]:
+    """Plans for the variant, written beside nnUNetPlans."""
 
+    def change(config: MaskSAMConfig, unet: UNetConfig) -> MaskSAMConfig:
+        config = replace(config, resolution=resolution, generator=unet if variant.unet else config.generator)
+        config = variant.change(config)
+        return replace(config, num_queries=setting.classes) if variant.free else config
 
-def _nnunet_sizes(unet: UNetConfig, axes: int) -> dict[str, Any]:
-    stages = len(unet.features)
-    return {
-        "n_stages": stages,
-        "features_per_stage": list(unet.features),
-        "kernel_sizes": [list(sizes[-axes:]) for sizes in unet.kernel_sizes],
-        "strides": [list(sizes[-axes:]) for sizes in unet.strides],
-        "n_conv_per_stage": list(unet.blocks),
-        "n_conv_per_stage_decoder": [2] * (stages - 1),
-    }
+    return make_plans(setting.dataset, name, setting.patch, change if variant.trainer == MASKSAM else None)
 
 
 def train(name: str, variant: Variant, setting: Setting, plans: dict[str, Any], fold: int, seed: int) -> Any:
@@ -360,7 +338,7 @@ def main(variant: str, setting: str, fold: int, iterations: int, seed: int, reso
     if chosen.random:
         os.environ[RANDOM_INIT] = "1"
     r = where.resolution if resolution is None else resolution
-    plans = make_plans(where, f"Variant_{variant}_{setting}_{r:g}_{iterations}_{seed}", chosen, r)
+    plans = plans_for(where, f"Variant_{variant}_{setting}_{r:g}_{iterations}_{seed}", chosen, r)
     trainer = train(variant, chosen, where, plans, fold, seed)
     output = Path(trainer.output_folder)
     stats, summary = read_json(output / "training_stats.json"), read_json(output / "validation" / "summary.json")
