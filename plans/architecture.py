@@ -74,12 +74,14 @@ def profile_of(backbone: str) -> Profile:
     return FINE_PROFILE if BACKBONES[backbone].stride < 16 else SAM_PROFILE
 
 
-def config_for(backbone: str, patch_size: tuple[int, ...], regions: bool, **more: Any) -> MaskSAMConfig:
-    """A config with the backbone's widths, at r = 1 unless ``more`` says otherwise."""
+def config_for(
+    backbone: str, patch_size: tuple[int, ...], regions: bool, unet: UNetConfig | None = None, **more: Any
+) -> MaskSAMConfig:
+    """A config with the backbone's widths, the light generator or ``unet``, at r = 1 unless ``more`` says otherwise."""
     profile = profile_of(backbone)
     settings: dict[str, Any] = {
         "resolution": 1,
-        "generator": LightConfig(widths=profile.generator_widths),
+        "generator": unet or LightConfig(widths=profile.generator_widths),
         "stem_width": profile.stem_width,
         "head_width": profile.head_width,
     }
@@ -130,7 +132,7 @@ def config_of_plans(
         backbone,
         patch,
         labels.has_regions,
-        **({"generator": unet_config(configuration.spacing, patch, residual)} if UNET_IS_DEFAULT else {}),
+        unet=unet_config(configuration.spacing, patch, residual) if UNET_IS_DEFAULT else None,
         intensity_ranges=intensity_ranges(plans, configuration.normalization_schemes, configuration.use_mask_for_norm),
     )
 

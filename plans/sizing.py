@@ -257,7 +257,7 @@ class _Search:
             wanted.regions,
             intensity_ranges=wanted.intensity_ranges,
             resolution=resolution,
-            **({"generator": unet_config(wanted.spacing, patch)} if wanted.unet else {}),
+            unet=unet_config(wanted.spacing, patch) if wanted.unet else None,
         )
         inputs = wanted.channels, wanted.classes, batch, self.precision
         plain = training_cost(config, *inputs)
