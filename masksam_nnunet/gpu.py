@@ -70,11 +70,9 @@ def _unfit(index: int) -> str | None:
     built = [(found[1], (int(found[2]), int(found[3]))) for found in kinds if found]
     if not built or any(version <= card and (kind == "compute" or version[0] == card[0]) for kind, version in built):
         return None
-    names = ", ".join(
-        sorted({f"{major}.{minor}" for _, (major, minor) in built}, key=lambda v: [*map(int, v.split("."))])
-    )
+    names = ", ".join(f"{major}.{minor}" for major, minor in sorted({version for _, version in built}))
     return (
         f"{torch.cuda.get_device_name(index)} has compute capability {card[0]}.{card[1]}, but PyTorch "
-        f"{torch.__version__} is built for {names}: install a PyTorch for another CUDA (pytorch.org; the wheels for CUDA "
-        "12.6 are the last with Pascal and Volta), or choose another card by CUDA_VISIBLE_DEVICES"
+        f"{torch.__version__} is built for {names}: install a PyTorch for another CUDA (pytorch.org; the wheels for "
+        "CUDA 12.6 are the last with Pascal and Volta), or choose another card by CUDA_VISIBLE_DEVICES"
     )
