@@ -53,15 +53,15 @@ class DConvAdapter(Trainable):
 def depthwise(conv: nn.Conv3d, x: Tensor, copy: bool) -> Tensor:
     """A depth-wise convolution of (B, D, h, w, C), as it is; ``copy``: of a copy that has channels first.
 
-    Channels last, PyTorch takes cuDNN, whose 3D depth-wise kernels are several times slower than PyTorch's own (its pull
-    requests 40801 and 51027).
+    Channels last, PyTorch takes cuDNN, whose 3D depth-wise kernels are several times slower than PyTorch's own (its
+    pull requests 40801 and 51027).
     """
     x = x.permute(0, 4, 1, 2, 3)
     return conv(x.contiguous() if copy else x).permute(0, 2, 3, 4, 1)
 
 
 def depthwise_by_slices(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """The same as a sum of three 2D convolutions: on a CPU, the backward pass of the 3D one takes 3 to 5 times as long."""
+    """The same as a sum of three 2D convolutions: the 3D one's backward pass takes 3 to 5 times as long on a CPU."""
     d = x.shape[1]
     slices = F.pad(x.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, 0, 1, 1))  # (D + 2, B, h, w, C)
     parts = [
