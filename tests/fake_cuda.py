@@ -7,13 +7,47 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _TASKS = itertools.count(1)
+
+
+class _Waits(TorchDispatchMode):
+    """Notes what waits for the GPU: copies to the host, and results whose size is not known before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = [{x.device.type for x in tree_leaves(part) if isinstance(x, Tensor)} for part in (args, result)]
+        copied = "cuda" in devices[0] and "cpu" in devices[1] and not (kwargs or {}).get("non_blocking")
+        if copied or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return result
+
+
+@contextmanager
+def fake_cuda(dtype: torch.dtype) -> Iterator[list[str]]:
+    """In this context, new tensors are on a GPU with bfloat16, or without; gives what has waited for it."""
+    with ExitStack() as stack:
+        # torch.cuda.is_available stays false: fake tensors would start CUDA.
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda **_: dtype == torch.bfloat16))
+        stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        stack.enter_context(torch.device("cuda", 0))
+        yield stack.enter_context(_Waits()).found
 
 
 def backward(loss: Tensor) -> None:
