@@ -24,6 +24,7 @@ from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
 from masksam_nnunet.environment import TRAINING_STATS_FILE, variable
 from masksam_nnunet.errors import TrainingError, UsageError, WeightsError, in_short
 from masksam_nnunet.files import read_json, write_json
+from masksam_nnunet.gpu import automatic_device
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
 from masksam_nnunet.plans.architecture import BASE_PLANS, config_of_plans, derive_config, write_config
@@ -86,7 +87,7 @@ def run_demo(
     started = time.monotonic()
     console = console or Console()
     given = None if data is None else read_raw_dataset(data)  # before anything is written
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = automatic_device()
     source = None if given is None else str(given.folder.resolve())
     backbone = _backbone(console)
     settings: dict[str, Any] = {"data": source, "minutes": minutes, "batch_size": batch_size, "fold": fold}

@@ -22,6 +22,7 @@ import torch
 from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.gpu import gpu_trouble
 from masksam_nnunet.inference.methods import Method
 
 from .folds import FINAL, FoldRecord, FoldState, Part, Stage, device_name, fold_state, input_hashes, locked, now
@@ -245,7 +246,8 @@ def require_devices(devices: Sequence[str]) -> None:
     """Raise a UsageError for devices that this machine does not have."""
     kind, gpus = device_kind(devices), torch.cuda.device_count()
     if kind == "cuda" and any(int(device) >= gpus if device.isdecimal() else not gpus for device in devices):
-        raise UsageError(f"--devices {' '.join(devices)}: PyTorch sees {gpus} GPUs here; --devices cpu needs none")
+        reason = gpu_trouble() or f"PyTorch sees {gpus} GPUs here"
+        raise UsageError(f"--devices {' '.join(devices)}: {reason}; --devices cpu needs none")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--devices mps: PyTorch finds none here; --devices cpu always works")
 

@@ -58,6 +58,8 @@ class _GivenTargets(MaskSAMCriterion):
     """The real loss with the largest number of targets in every slice: fake tensors hold no labels."""
 
     targets_per_slice: int
+    ignores = False
+    """Whether there are ignored voxels."""
 
     def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
         _, height, width = self.grid.patch
@@ -66,7 +68,7 @@ class _GivenTargets(MaskSAMCriterion):
             torch.arange(self.targets_per_slice).clamp(max=self.num_classes - 1).expand(slices, -1),
             torch.zeros(slices, self.targets_per_slice, height, width, dtype=torch.bool),
             torch.zeros(slices, self.targets_per_slice, 4),
-            None,
+            torch.zeros(slices, height, width, dtype=torch.bool) if self.ignores else None,
             self.num_classes,
         )
 
@@ -94,6 +96,7 @@ def training_cost(
     num_classes: int,
     batch_size: int,
     precision: Precision = "bfloat16",
+    ignores: bool = False,
 ) -> TrainingCost:
     """Peak memory and operations of a training step, without a GPU and without allocating.
 
@@ -103,19 +106,20 @@ def training_cost(
         num_classes: K.
         batch_size: B.
         precision: bfloat16 as on a GPU, whose autocast is followed; or float32 throughout, as on a CPU.
+        ignores: whether the dataset has an ignore label.
     """
     queries = config.queries(num_classes)
     most = queries if config.anchored else max(1, min(num_classes, queries))  # targets in a slice
     tokens = batch_size * math.prod((Grid.of(config).patch[0], *Grid.of(config).tokens))
     if queries <= 4 or queries_at_once(config, queries, tokens, training=True) > 1:
-        return _run(config, in_channels, num_classes, batch_size, most, precision)
+        return _run(config, in_channels, num_classes, batch_size, most, precision, ignores)
     # Linear in N, and half of the time would be spent on decoding one query after another.
     if config.anchored:  # N follows from K
         number = num_classes
-        two, three = (_run(config, in_channels, n, batch_size, config.queries(n), precision) for n in (2, 3))
+        two, three = (_run(config, in_channels, n, batch_size, config.queries(n), precision, ignores) for n in (2, 3))
     else:
         number = queries
-        settings = in_channels, num_classes, batch_size, most, precision
+        settings = in_channels, num_classes, batch_size, most, precision, ignores
         two, three = (_run(replace(config, num_queries=n), *settings) for n in (2, 3))
     return TrainingCost(
         two.peak_bytes + (number - 2) * (three.peak_bytes - two.peak_bytes),
@@ -125,7 +129,13 @@ def training_cost(
 
 @lru_cache(maxsize=1024)
 def _run(
-    config: MaskSAMConfig, in_channels: int, num_classes: int, batch_size: int, targets: int, precision: Precision
+    config: MaskSAMConfig,
+    in_channels: int,
+    num_classes: int,
+    batch_size: int,
+    targets: int,
+    precision: Precision,
+    ignores: bool = False,
 ) -> TrainingCost:
     """A :class:`~.metering.Meter`'s tensors take the fused attention path and respect autocast, as a GPU's do; the meta
     device's do neither. They are not looked into either: there may be more targets than queries.
@@ -138,7 +148,7 @@ def _run(
             _norms_in_float32(network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         criterion = _GivenTargets(config, num_classes, semantic_loss=dice_and_cross_entropy)
-        criterion.targets_per_slice = targets
+        criterion.targets_per_slice, criterion.ignores = targets, ignores
         criterion.piece = GPU_PIECE if low else CPU_PIECE
         x = torch.zeros(batch_size, in_channels, *config.patch_size)
         channels = num_classes if config.regions else 1

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 MANY = 20_000  # operations to remember: those of some ten estimates
 
-# Missing in some versions of PyTorch; a derived config must not depend on the version.
+# Missing in some versions of PyTorch; a derived config must not depend on the version. Their numbers of tensors: in the
+# backward pass, a GPU sums up the query's gradient in float32.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
@@ -104,6 +105,7 @@ class Meter(TorchDispatchMode):
             recipe = self._recipes[key] = _find_recipe(func, args, kwargs or {})
         self.flops += recipe.flops
         fresh = [_Memory(self, size) for size in recipe.sizes]
+        self.peak = max(self.peak, self.now + recipe.workspace)
         # torch.tensor makes one with content, which is small.
         tensors = [x if isinstance(x, _Hollow) else _Hollow.make(_Memory(self, 0), _layout(x)) for x in tensors]
         outputs = [output(tensors, fresh) for output in recipe.outputs]
@@ -136,6 +138,8 @@ class _Recipe(NamedTuple):
     """Each from the tensors among the arguments and the new storages."""
     structure: Any
     """Of several outputs."""
+    workspace: int
+    """Bytes that are needed meanwhile."""
 
 
 def _find_recipe(func: Any, args: Any, kwargs: dict[str, Any]) -> _Recipe:
@@ -181,4 +185,5 @@ def _find_recipe(func: Any, args: Any, kwargs: dict[str, Any]) -> _Recipe:
 
     leaves, structure = tree_flatten(result)
     outputs = [output(leaf) for leaf in leaves]
-    return _Recipe(flops, sizes, outputs, None if isinstance(result, Tensor) else structure)
+    workspace = 4 * args[1].numel() if _ATTENTION.get(packet) == 4 and args[1].dtype != torch.float32 else 0
+    return _Recipe(flops, sizes, outputs, None if isinstance(result, Tensor) else structure, workspace)

@@ -148,7 +148,8 @@ def derive_config(
     manager = PlansManager(plans)
     configuration = manager.get_configuration(configuration_name)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
-    classes = manager.get_label_manager(dataset_json).num_segmentation_heads
+    labels = manager.get_label_manager(dataset_json)
+    classes = labels.num_segmentation_heads
     config = config_of_plans(plans, configuration_name, dataset_json, backbone)
     profile = profile_of(backbone)
     for resolution in profile.resolutions:
@@ -156,7 +157,9 @@ def derive_config(
             continue
         for checkpointing in (False, True):
             candidate = replace(config, resolution=resolution, checkpointing=checkpointing)
-            cost = training_cost(candidate, channels, classes, configuration.batch_size)
+            cost = training_cost(
+                candidate, channels, classes, configuration.batch_size, ignores=labels.has_ignore_label
+            )
             if cost.tflop > profile.max_tflop:
                 break  # recomputing takes more
             if cost.peak_gib <= MEMORY_GIB:

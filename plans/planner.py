@@ -195,6 +195,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             channels=channels,
             classes=self.labels.num_segmentation_heads,
             regions=self.labels.has_regions,
+            ignores=self.labels.has_ignore_label,
             intensity_ranges=intensity_ranges(base, settings.normalization_schemes, settings.use_mask_for_norm),
             spacing=tuple(settings.spacing),
             unet=self.unet,

@@ -36,6 +36,7 @@ class Requirements:
         channels: C, with a cascade's one-hot channels.
         classes: K.
         regions: whether the classes are regions.
+        ignores: whether the dataset has an ignore label.
         intensity_ranges: black and white of each image channel.
         spacing: of the patch's axes.
         unet: whether the prompt generator is nnU-Net's U-Net.
@@ -46,6 +47,7 @@ class Requirements:
     channels: int
     classes: int
     regions: bool
+    ignores: bool
     intensity_ranges: tuple[tuple[float, float], ...]
     spacing: tuple[float, ...]
     unet: bool
@@ -162,7 +164,7 @@ def preset_sizes(preset: Preset, wanted: Requirements, limits: Limits) -> Sizes:
         resolution=preset.resolution,
         loss=preset.loss,
     )
-    inputs = wanted.channels, wanted.classes, preset.batch_size, limits.device.precision
+    inputs = wanted.channels, wanted.classes, preset.batch_size, limits.device.precision, wanted.ignores
     cost = training_cost(config, *inputs)
     without = cost.peak_gib
     if without > limits.memory_gib:
@@ -259,7 +261,7 @@ class _Search:
             resolution=resolution,
             unet=unet_config(wanted.spacing, patch) if wanted.unet else None,
         )
-        inputs = wanted.channels, wanted.classes, batch, self.precision
+        inputs = wanted.channels, wanted.classes, batch, self.precision, wanted.ignores
         plain = training_cost(config, *inputs)
         reasons = {"checkpointing": "not needed for this memory"}
         if plain.peak_gib <= self.memory_gib or plain.tflop > self.start_tflop:

@@ -75,6 +75,7 @@ class FiniteGuard:
         self._counts = torch.zeros(2, device=device)  # in a row, in all
         self._on_host = torch.zeros(2, pin_memory=device.type == "cuda")
         self._latest: deque[Iteration] = deque(maxlen=_KEPT)
+        self._settled = torch.zeros((), dtype=torch.bool, device=device)
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss to be differentiated: one that is not finite makes every gradient NaN, on all ranks."""
@@ -94,6 +95,15 @@ class FiniteGuard:
         everything = [p for group in self.parts.values() for p in group]
         nn.utils.clip_grads_with_norm_(everything, largest, torch.where(finite, total, 0.0))
         return (~finite).float(), norms
+
+    def unless_settling(self, bad: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        """``bad``, but 0.0 as long as a gradient scaler's scale still falls from where it starts.
+
+        It starts at 65536 and is halved until a gradient fits into float16; none of that is trouble.
+        """
+        settling = loss.detach().isfinite() & ~self._settled & (scale > 1)
+        self._settled = self._settled | (bad == 0)
+        return bad * ~settling
 
     def step(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         """The optimizer's step, unless the gradient is bad."""

@@ -292,8 +292,10 @@ class MaskSAMTrainer(ResumableTrainer):
             self.grad_scaler.scale(checked).backward()
             self.grad_scaler.unscale_(self.optimizer)
             bad, norms = self.guard.clip(self.gradient_clip)
+            scale = self.grad_scaler.scale(torch.ones_like(loss))
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+            bad = self.guard.unless_settling(bad, loss, scale)
         else:
             checked.backward()
             bad, norms = self.guard.clip(self.gradient_clip)

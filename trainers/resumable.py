@@ -56,6 +56,8 @@ class ResumableTrainer(nnUNetTrainer):
         self._peak_before = 0.0  # MiB, of those processes
         self._saved_at = 0.0
         self._agreeing: Any = None
+        self.common_seconds = 0.0
+        """:meth:`own_seconds` of the rank that is the slowest, as all ranks know it since the last iteration."""
         plot = self.logger.plot_progress_png
 
         def plot_if_possible(folder: str) -> None:
@@ -140,6 +142,10 @@ class ResumableTrainer(nnUNetTrainer):
         """Whether the validation on patches has another batch after ``done`` batches."""
         return done < self.num_val_iterations_per_epoch
 
+    def own_seconds(self) -> float:
+        """Seconds that this rank has trained, for those who go by the clock; asked after each iteration."""
+        return 0.0
+
     def trouble(self) -> str | None:
         """Why the training cannot continue; asked after each iteration. One rank may know it before the others."""
         return None
@@ -214,16 +220,16 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _agreed(self, verdict: int) -> int:
         """The gravest verdict of all ranks: they must leave after the same iteration, or one waits for the other."""
-        if self._agreeing is None:
-            return verdict
-        gravest = torch.tensor(verdict)
+        gravest = torch.tensor([verdict, self.own_seconds()], dtype=torch.float64)
         try:
-            dist.all_reduce(gravest, dist.ReduceOp.MAX, self._agreeing)
+            if self._agreeing is not None:
+                dist.all_reduce(gravest, dist.ReduceOp.MAX, self._agreeing)
         except RuntimeError as error:
             if verdict == _GO:
                 raise TrainingError("another rank has ended; continue with --c") from error
             return verdict
-        return int(gravest)
+        self.common_seconds = float(gravest[1])
+        return int(gravest[0])
 
     def _gives_up(self) -> bool:
         """Whether to stop waiting for a batch; with several ranks, the others may be working on it already."""

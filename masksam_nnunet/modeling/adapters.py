@@ -44,27 +44,37 @@ class DConvAdapter(Trainable):
         return self.up(x + self.act(self.norm(self._convolve(x))))  # (B, D, h, w, E)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        """The depth-wise convolution of (B, D, h, w, C).
+        device = x.device.type
+        if device == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return depthwise_by_slices(self.conv, x)
+        return depthwise(self.conv, x, copy=device == "cuda")
 
-        Trained on a CPU, it is a sum of three 2D convolutions: PyTorch's backward pass of the 3D one takes 3 to 5
-        times as long there.
-        """
-        conv = self.conv
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        d = x.shape[1]
-        slices = F.pad(x.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, 0, 1, 1))  # (D + 2, B, h, w, C)
-        parts = [
-            F.conv2d(
-                slices[k : k + d].flatten(0, 1).permute(0, 3, 1, 2),
-                conv.weight[:, :, k],
-                conv.bias if k == 1 else None,
-                padding=1,
-                groups=conv.groups,
-            )
-            for k in (range(3) if d > 1 else (1,))
-        ]  # each (D B, C, h, w)
-        return sum(parts[1:], parts[0]).permute(0, 2, 3, 1).unflatten(0, (d, -1)).transpose(0, 1)
+
+def depthwise(conv: nn.Conv3d, x: Tensor, copy: bool) -> Tensor:
+    """A depth-wise convolution of (B, D, h, w, C), as it is; ``copy``: of a copy that has channels first.
+
+    Channels last, PyTorch takes cuDNN, whose 3D depth-wise kernels are several times slower than PyTorch's own (its
+    pull requests 40801 and 51027).
+    """
+    x = x.permute(0, 4, 1, 2, 3)
+    return conv(x.contiguous() if copy else x).permute(0, 2, 3, 4, 1)
+
+
+def depthwise_by_slices(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """The same as a sum of three 2D convolutions: the 3D one's backward pass takes 3 to 5 times as long on a CPU."""
+    d = x.shape[1]
+    slices = F.pad(x.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, 0, 1, 1))  # (D + 2, B, h, w, C)
+    parts = [
+        F.conv2d(
+            slices[k : k + d].flatten(0, 1).permute(0, 3, 1, 2),
+            conv.weight[:, :, k],
+            conv.bias if k == 1 else None,
+            padding=1,
+            groups=conv.groups,
+        )
+        for k in (range(3) if d > 1 else (1,))
+    ]  # each (D B, C, h, w)
+    return sum(parts[1:], parts[0]).permute(0, 2, 3, 1).unflatten(0, (d, -1)).transpose(0, 1)
 
 
 class DMLPAdapter(Trainable):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from plain_plans import dataset_json, folders, tiny_plans
 from torch.nn.parallel import DistributedDataParallel
 
 from masksam_nnunet.checkpoints import load_checkpoint
-from masksam_nnunet.trainers import MaskSAMTrainer_tiny
+from masksam_nnunet.environment import BUDGET_MINUTES
+from masksam_nnunet.trainers import MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,9 +32,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def make_trainer(**form: Any) -> MaskSAMTrainer_tiny:
+def make_trainer(cls: type[MaskSAMTrainer_tiny] = MaskSAMTrainer_tiny, **form: Any) -> MaskSAMTrainer_tiny:
     torch.manual_seed(1)
-    trainer = MaskSAMTrainer_tiny(tiny_plans(form=form), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    trainer = cls(tiny_plans(form=form), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     trainer.initialize()
     trainer.on_train_epoch_start()
     return trainer
@@ -57,11 +59,14 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     # Before the group exists: nnU-Net would ask for CUDA.
     trainer, unet = make_trainer(loss=loss_config()), make_trainer(generator=UNET)
+    os.environ[BUDGET_MINUTES] = "0.02"
+    budget = make_trainer(MaskSAMTrainer_tiny_budget)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for made in (trainer, unet):
         made.is_ddp, made.local_rank = True, rank
         made.network = DistributedDataParallel(made.network)
+    budget.is_ddp, budget.local_rank, budget._agreeing = True, rank, dist.new_group(backend="gloo")
     x, y = data()
     outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
     gradients = {n: p.grad for n, p in trainer.masksam.named_parameters() if p.grad is not None}
@@ -69,6 +74,16 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     torch.save((gradients, state), Path(folder) / f"{rank}.pt")
     trainer.logger.loggers = []
     trainer.on_train_epoch_end(outputs)
+
+    budget.on_loop_start()
+    iterations, rates = 0, []
+    while budget.training_goes_on():  # by the clock, which is not the same on both
+        time.sleep(0.05 * (1 + 2 * rank))
+        budget.set_learning_rate()
+        rates.append(budget.optimizer.param_groups[0]["lr"])
+        iterations += 1
+        budget._save_or_stop()
+    torch.save((iterations, rates), Path(folder) / f"budget_{rank}.pt")
 
     unet.dataloader_train = unet.dataloader_val = Loader(rank, unet)
     unet.on_train_start = lambda: None
@@ -85,6 +100,7 @@ def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypat
     assert left.value.exit_code == 75
     (file,) = (tmp_path / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")
     outputs = load_checkpoint(file)["masksam_within_epoch"]["outputs"]
+    assert torch.load(tmp_path / "budget_0.pt") == torch.load(tmp_path / "budget_1.pt"), "one goes on, the other ends"
     assert outputs["skipped"].tolist() == [0, 0, 1, 0], "the other rank's NaN is rank 0's too"
 
     (gradients, state), (_, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))

@@ -339,3 +339,17 @@ def test_a_gradient_that_is_not_finite_makes_no_step_either() -> None:
     parts = log(made).split("norms of the gradient: ")[1].split(";")[0].split(", ")
     assert {part.split()[0] for part in parts if part.split()[1] in ("inf", "nan")} == {"mask_head"}
     assert made.train_step(next(Loader(made)))["skipped"] == 0
+
+
+@pytest.mark.parametrize("poison", [(), (1,)])
+def test_a_gradient_scaler_that_comes_down_from_its_start_is_no_trouble(
+    poison: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Short, "poison", poison)
+    made = trainer()
+    made.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too much for float32 too
+    made.run_training()
+    moved = {int(state["step"]) for state in made.optimizer.state_dict()["state"].values()}
+    assert max(moved) < 7, "the scale has fallen more than once"
+    assert made.guard.skipped == len(poison), "a loss that is not finite counts"
+    assert ("no step" in log(made)) == bool(poison)

@@ -44,6 +44,21 @@ def test_a_cascade_adds_channels_to_the_image() -> None:
     assert training_cost(config, 3, 2, 2).flops > training_cost(config, 1, 2, 2).flops
 
 
+def test_ignored_voxels_take_memory() -> None:
+    config = tiny_config(patch_size=(2, 256, 256))
+    plain, ignoring = (training_cost(config, 1, 3, 2, ignores=ignores) for ignores in (False, True))
+    assert ignoring.peak_bytes > plain.peak_bytes
+
+
+def test_attention_sums_the_querys_gradient_in_float32() -> None:
+    shape, size = (2, 4, 64, 32), 2 * 4 * 64 * 32
+    with Meter() as meter:
+        query, key, value = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        nn.functional.scaled_dot_product_attention(query, key, value).backward(torch.zeros(shape, dtype=torch.bfloat16))
+    sums_of_exponentials = 4 * 2 * 4 * 64
+    assert meter.peak == 2 * (4 + 4) * size + sums_of_exponentials + 4 * size, "four tensors, their gradients, and that"
+
+
 def test_a_meter_counts_as_pytorch_does() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
     x = torch.randn(2, 3, 16, 16)

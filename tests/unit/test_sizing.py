@@ -24,6 +24,7 @@ def requirements(median: tuple[int, ...], **changes: Any) -> Requirements:
         "channels": 1,
         "classes": 3,
         "regions": False,
+        "ignores": False,
         "intensity_ranges": (),
         "spacing": (1.0,) * len(median),
         "unet": False,

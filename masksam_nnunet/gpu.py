@@ -1,0 +1,78 @@
+"""Whether PyTorch can use the GPU of this machine, and if not, what to do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""NVIDIA's driver that each CUDA needs at least (CUDA compatibility, NVIDIA's documentation)."""
+
+
+def automatic_device() -> str:
+    """``cuda`` if PyTorch can use a GPU, else ``cpu``; says on stderr why a GPU that is there is not used."""
+    trouble = gpu_trouble()
+    if trouble:
+        print(f"warning: {trouble}. The CPU is used.", file=sys.stderr, flush=True)
+    return "cuda" if torch.cuda.is_available() and not trouble else "cpu"
+
+
+def gpu_trouble() -> str | None:
+    """Why PyTorch cannot use an NVIDIA GPU that is there, with the remedy; None if it can, or if there is none."""
+    if torch.cuda.is_available():
+        unfit = [text for index in range(torch.cuda.device_count()) if (text := _unfit(index))]
+        return unfit[0] if unfit else None
+    driver = driver_version()
+    if driver is None:
+        return None
+    wheel = f"PyTorch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{wheel} is built without CUDA, but there is an NVIDIA driver ({driver}): install a PyTorch with CUDA"
+    least = LEAST_DRIVER.get(int(torch.version.cuda.split(".")[0]))
+    if least is not None and int(driver.split(".")[0]) < least:
+        return (
+            f"{wheel} is built for CUDA {torch.version.cuda}, which needs NVIDIA's driver {least} or newer, and driver "
+            f"{driver} is installed: update the driver, or install a PyTorch for an older CUDA (pytorch.org)"
+        )
+    return (
+        f"{wheel} (CUDA {torch.version.cuda}) sees no GPU, but NVIDIA's driver {driver} is there: start containers "
+        "with --gpus all, and check CUDA_VISIBLE_DEVICES and nvidia-smi"
+    )
+
+
+def driver_version() -> str | None:
+    """That of NVIDIA's driver, such as 550.54.15; None where there is none."""
+    text = ""
+    if _DRIVER.is_file():
+        text = _DRIVER.read_text(errors="replace")
+    elif tool := shutil.which("nvidia-smi"):  # WSL has no such file
+        try:
+            text = subprocess.run([tool], capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+    found = re.search(r"(?:Kernel Module|Driver Version:)\D*(\d+(?:\.\d+)+)", text)
+    return found[1] if found else None
+
+
+def _unfit(index: int) -> str | None:
+    """Why PyTorch's kernels do not run on a GPU.
+
+    A binary runs on cards of its own major version and at least its minor; PTX code on all that are as new.
+    """
+    card = torch.cuda.get_device_capability(index)
+    kinds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()]
+    built = [(found[1], (int(found[2]), int(found[3]))) for found in kinds if found]
+    if not built or any(version <= card and (kind == "compute" or version[0] == card[0]) for kind, version in built):
+        return None
+    names = ", ".join(f"{major}.{minor}" for major, minor in sorted({version for _, version in built}))
+    return (
+        f"{torch.cuda.get_device_name(index)} has compute capability {card[0]}.{card[1]}, but PyTorch "
+        f"{torch.__version__} is built for {names}: install a PyTorch for another CUDA (pytorch.org; the wheels for "
+        "CUDA 12.6 are the last with Pascal and Volta), or choose another card by CUDA_VISIBLE_DEVICES"
+    )
