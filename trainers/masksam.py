@@ -29,6 +29,7 @@ from masksam_nnunet.environment import (
     number_in,
     switched_on,
 )
+from masksam_nnunet.gpu import gpu_trouble
 from masksam_nnunet.losses.criterion import DECODER_DICE, MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
@@ -77,6 +78,8 @@ class MaskSAMTrainer(ResumableTrainer):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
     ) -> None:
+        if device.type == "cuda" and (trouble := gpu_trouble()):
+            raise ConfigError(f"-device cuda: {trouble}")
         # Before nnU-Net copies and caches the plans; it saves them with the model.
         self.config: MaskSAMConfig = training_config(
             plans, configuration, fold, dataset_json, type(self).__name__, self.backbone, self.preset

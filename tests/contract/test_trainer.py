@@ -169,6 +169,12 @@ def test_without_sam_training_stops_before_it_starts(tmp_path: Path, monkeypatch
         made._load_sam()
 
 
+def test_a_card_that_pytorch_is_not_built_for_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("masksam_nnunet.trainers.masksam.gpu_trouble", lambda: "Tesla V100")
+    with pytest.raises(ConfigError, match="Tesla V100"):
+        MaskSAMTrainer_tiny(tiny_plans(), "3d_fullres", 0, dataset_json(), torch.device("cuda"))
+
+
 def test_a_cascades_second_stage_overrides_its_parents_architecture() -> None:
     plans = plain_plans()
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
