@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class PromptGenerator(Trainable):
             maps = 3 if self.anchored else 1
             self.decoder = LightDecoder(config.encoder, config.generator.widths, num_queries, maps, deep)
             first = 0 if self.regions else config.num_queries  # of foreground
-            for head in self.decoder.seg_layers if self.anchored else ():
+            heads: list[Any] = list(self.decoder.seg_layers) if self.anchored else []
+            for head in heads:
                 nn.init.constant_(head.bias[first:], RARE)
         else:
             self.decoder = UNetDecoder(config.encoder, config.generator, grid, in_channels, num_queries, deep)
