@@ -110,7 +110,12 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def simple_cost(
-    config: MaskSAMConfig, channels: int, classes: int, batch: int, precision: str = "bfloat16"
+    config: MaskSAMConfig,
+    channels: int,
+    classes: int,
+    batch: int,
+    precision: str = "bfloat16",
+    ignores: bool = False,
 ) -> TrainingCost:
     """Linear in the pixels that SAM sees: a GiB for 2^20 of them, a fifth with checkpointing, and the weights.
 

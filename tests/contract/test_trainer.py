@@ -77,7 +77,7 @@ def test_signatures_and_overridden_hooks_are_nnunets() -> None:
     own |= {"_iterations_left", "_tell_hours"}
     own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
-    own |= {"bare_network", "network_weights", "own_state", "load_own_state"}
+    own |= {"bare_network", "network_weights", "own_state", "load_own_state", "own_seconds"}
     own |= {"training_stats", "write_beside_checkpoints"}
     for name, value in [*vars(ResumableTrainer).items(), *vars(MaskSAMTrainer).items()]:
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
