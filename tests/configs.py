@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from masksam_nnunet.config import LightConfig, LossConfig, MaskSAMConfig, UNetConfig
 
 TINY_WIDTHS: dict[str, Any] = {"stem_width": 8, "head_width": 8, "generator": LightConfig((16, 8, 8))}
@@ -22,3 +24,11 @@ def tiny_config(**changes: Any) -> MaskSAMConfig:
 def loss_config(**changes: Any) -> LossConfig:
     """Without the terms that are nnU-Net's own loss."""
     return LossConfig(**{"semantic": 0.0, "generator": 0.0, **changes})
+
+
+def with_equal_shares(network: nn.Module) -> nn.Module:
+    """A network whose maps start as equal shares: of random weights, one that starts as background finds nothing."""
+    decoder: Any = network.get_submodule("prompt_generator.decoder")
+    for head in getattr(decoder, "seg_layers", ()):
+        nn.init.zeros_(head.bias)
+    return network

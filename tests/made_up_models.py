@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from configs import tiny_config
+from configs import tiny_config, with_equal_shares
 from kinds_of_data import OBLIQUE
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -31,7 +31,7 @@ SPACING = (0.9, 1.1, 1.0)
 def build_network(plans: dict[str, Any], channels: int) -> nn.Module:
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
-    return MaskSAMTrainer.build_network_architecture(manager, configuration, channels, 3)
+    return with_equal_shares(MaskSAMTrainer.build_network_architecture(manager, configuration, channels, 3))
 
 
 def write_model(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from configs import tiny_config
+from configs import tiny_config, with_equal_shares
 from kinds_of_data import OBLIQUE
 from made_up_models import add_fold
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -65,11 +65,13 @@ def write_model(
     model.mkdir(parents=True)
     manager = PlansManager(plans)
     settings = manager.get_configuration(configuration)
-    network = MaskSAMTrainer.build_network_architecture(
-        manager,
-        settings,
-        determine_num_input_channels(manager, settings, description),
-        manager.get_label_manager(description).num_segmentation_heads,
+    network = with_equal_shares(
+        MaskSAMTrainer.build_network_architecture(
+            manager,
+            settings,
+            determine_num_input_channels(manager, settings, description),
+            manager.get_label_manager(description).num_segmentation_heads,
+        )
     )
     for fold in range(folds):
         with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from configs import tiny_config
+from configs import tiny_config, with_equal_shares
 from made_up_models import trained
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -80,7 +80,8 @@ def masksam_model(folder: Path, folds: int, dims: int = 3, backbone: str = "vit_
     write_config(plans, "3d_fullres", tiny_config(patch_size=PATCHES[dims], backbone=backbone))
     model = Model(folder, plans, "MaskSAMTrainer", MIRRORS[dims])
     manager = PlansManager(plans)
-    network = MaskSAMTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 3)
+    configuration = manager.get_configuration("3d_fullres")
+    network = with_equal_shares(MaskSAMTrainer.build_network_architecture(manager, configuration, 1, 3))
     for _ in range(folds):
         model.add(trained(network))
     return model, network
