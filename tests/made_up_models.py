@@ -31,7 +31,7 @@ SPACING = (0.9, 1.1, 1.0)
 def build_network(plans: dict[str, Any], channels: int) -> nn.Module:
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
-    return with_equal_shares(MaskSAMTrainer.build_network_architecture(manager, configuration, channels, 3))
+    return MaskSAMTrainer.build_network_architecture(manager, configuration, channels, 3)
 
 
 def write_model(
@@ -185,7 +185,7 @@ def masksam_model(results: Path, backbone: str = "tiny", folds: int = 2, sam: Pa
     plans = _plans(PATCH)
     write_config(plans, "3d_fullres", tiny_config(patch_size=PATCH, backbone=backbone, **form))
     folder = _folder(results, MASKSAM, plans)
-    network: Any = build_network(plans, 1)
+    network: Any = with_equal_shares(build_network(plans, 1))
     if sam is not None:
         network.load_sam(sam)
         with network.lean_state_dicts():
