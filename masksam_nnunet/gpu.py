@@ -24,10 +24,12 @@ def automatic_device() -> str:
 
 
 def gpu_trouble() -> str | None:
-    """Why PyTorch cannot use an NVIDIA GPU that is there, with the remedy; None if it can, or if there is none."""
+    """Why PyTorch cannot use the NVIDIA GPU that is there, with the remedy; None if it can, or if there is none.
+
+    Of several, it is the one that ``cuda`` means in this process.
+    """
     if torch.cuda.is_available():
-        unfit = [text for index in range(torch.cuda.device_count()) if (text := _unfit(index))]
-        return unfit[0] if unfit else None
+        return _unfit(torch.cuda.current_device())  # a card beside it may be for the display
     driver = driver_version()
     if driver is None:
         return None

@@ -14,12 +14,9 @@ from torch.utils.flop_counter import flop_registry
 
 MANY = 20_000  # operations to remember: those of some ten estimates
 
-# Missing in some versions of PyTorch; a derived config must not depend on the version. Their numbers of tensors: in the
-# backward pass, a GPU sums up the query's gradient in float32.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
-}
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Missing in some versions of PyTorch; a derived config must not depend on the version.
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 3, _ATTENTION_BACKWARD: 4}
 
 
 def _attention_flops(*tensors: Tensor) -> int:
@@ -185,5 +182,7 @@ def _find_recipe(func: Any, args: Any, kwargs: dict[str, Any]) -> _Recipe:
 
     leaves, structure = tree_flatten(result)
     outputs = [output(leaf) for leaf in leaves]
-    workspace = 4 * args[1].numel() if _ATTENTION.get(packet) == 4 and args[1].dtype != torch.float32 else 0
+    workspace = 0
+    if packet is _ATTENTION_BACKWARD and args[1].dtype != torch.float32:
+        workspace = 4 * args[1].numel()  # a GPU sums up the query's gradient in float32
     return _Recipe(flops, sizes, outputs, None if isinstance(result, Tensor) else structure, workspace)

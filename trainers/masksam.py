@@ -345,12 +345,11 @@ class MaskSAMTrainer(ResumableTrainer):
             dist.all_gather_object(gathered, means)
             means = {name: float(np.mean([m[name] for m in gathered])) for name in means}
         del means["loss"], means[SKIPPED]
-        logged = {f"train_losses/{name}": value for name, value in means.items() if name != DECODER_DICE}
-        self.print_to_log_file("loss terms", ", ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in logged.items()))
-        gain = self.masksam.mask_head.gain
-        if DECODER_DICE in means and gain is not None:
+        added, gain = means.pop(DECODER_DICE, None), self.masksam.mask_head.gain
+        self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        logged = {f"train_losses/{name}": value for name, value in means.items()}
+        if added is not None and gain is not None:
             mean, largest = gain.detach().abs().mean().item(), gain.detach().abs().max().item()
-            added = means[DECODER_DICE]
             self.print_to_log_file(
                 f"SAM's decoder: gain {mean:.4f} (largest {largest:.4f}); with it and the mask head the Dice of "
                 f"training patches is {added:+.4f} of that of the generator alone"

@@ -220,10 +220,12 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _agreed(self, verdict: int) -> int:
         """The gravest verdict of all ranks: they must leave after the same iteration, or one waits for the other."""
+        if self._agreeing is None:
+            self.common_seconds = self.own_seconds()
+            return verdict
         gravest = torch.tensor([verdict, self.own_seconds()], dtype=torch.float64)
         try:
-            if self._agreeing is not None:
-                dist.all_reduce(gravest, dist.ReduceOp.MAX, self._agreeing)
+            dist.all_reduce(gravest, dist.ReduceOp.MAX, self._agreeing)
         except RuntimeError as error:
             if verdict == _GO:
                 raise TrainingError("another rank has ended; continue with --c") from error

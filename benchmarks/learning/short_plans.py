@@ -26,11 +26,16 @@ Change = Callable[[MaskSAMConfig, UNetConfig], MaskSAMConfig]
 """Of LiteMedSAM's config at r = 1, given the U-Net that nnU-Net plans for the patch."""
 
 
+def configuration_of(patch: tuple[int, ...]) -> str:
+    """nnU-Net's configuration for patches of so many axes."""
+    return "3d_fullres" if len(patch) == 3 else "2d"
+
+
 def make_plans(dataset: str, name: str, patch: tuple[int, ...], change: Change | None) -> dict[str, Any]:
     """Plans for LiteMedSAM, or with ``change`` None for nnU-Net's own U-Net, written beside nnUNetPlans."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
     plans: dict[str, Any] = read_json(folder / f"{BASE_PLANS}.json")
-    key = "3d_fullres" if len(patch) == 3 else "2d"
+    key = configuration_of(patch)
     configuration = plans["configurations"][key]
     configuration |= {"patch_size": list(patch), "batch_size": BATCH_SIZE}
     unet = unet_config(configuration["spacing"], patch)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
-from short_plans import make_plans
+from short_plans import configuration_of, make_plans
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -47,20 +47,20 @@ class Setting:
     dataset: str
     patch: tuple[int, ...]
     resolution: float
-    classes: int
 
     @property
-    def configuration(self) -> str:
-        return "3d_fullres" if len(self.patch) == 3 else "2d"
+    def folder(self) -> Path:
+        """With its preprocessed data."""
+        return Path(os.environ["nnUNet_preprocessed"]) / self.dataset
 
 
 SETTINGS = {
-    "acdc": Setting("Dataset027_ACDC", (4, 160, 160), 0.5, 4),
-    "acdc_small": Setting("Dataset027_ACDC", (4, 112, 112), 0.5, 4),
-    "hippocampus": Setting("Dataset004_Hippocampus", (8, 56, 40), 1, 3),
-    "chaos": Setting("Dataset101_CHAOST2", (4, 192, 192), 0.5, 5),
-    "lgg": Setting("Dataset104_LGG3ch", (4, 192, 192), 0.5, 2),
-    "chase": Setting("Dataset105_CHASEDB1", (320, 320), 0.5, 2),
+    "acdc": Setting("Dataset027_ACDC", (4, 160, 160), 0.5),
+    "acdc_small": Setting("Dataset027_ACDC", (4, 112, 112), 0.5),
+    "hippocampus": Setting("Dataset004_Hippocampus", (8, 56, 40), 1),
+    "chaos": Setting("Dataset101_CHAOST2", (4, 192, 192), 0.5),
+    "lgg": Setting("Dataset104_LGG3ch", (4, 192, 192), 0.5),
+    "chase": Setting("Dataset105_CHASEDB1", (320, 320), 0.5),
 }
 
 Change = Callable[[MaskSAMConfig], MaskSAMConfig]
@@ -172,7 +172,7 @@ def _supervised_decoder(trainer: Any) -> None:
     given: list[Tensor] = []
     network.mask_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
 
-    def masks(output: MaskSAMOutput, segmentation: Tensor) -> Tensor:
+    def masks(segmentation: Tensor) -> Tensor:
         last = given[-1]  # before it, those of validation
         given.clear()
         return last
@@ -190,7 +190,7 @@ def _denoising(trainer: Any) -> None:
     for part in (network.image_encoder, network.prompt_generator):
         part.register_forward_hook(lambda _, __, output: given.append(output))
 
-    def masks(output: MaskSAMOutput, segmentation: Tensor) -> Tensor:
+    def masks(segmentation: Tensor) -> Tensor:
         (_, neck), prompts = given[-2:]  # before them, those of validation
         given.clear()
         targets = judge.find_targets(segmentation)
@@ -209,13 +209,13 @@ def _denoising(trainer: Any) -> None:
     _add_loss(judge, masks)
 
 
-def _add_loss(judge: Any, masks: Callable[[MaskSAMOutput, Tensor], Tensor]) -> None:
+def _add_loss(judge: Any, masks: Callable[[Tensor], Tensor]) -> None:
     """Add the mask losses of more masks of the queries, (B, N, D, 4 g_h, 4 g_w), to those of the criterion."""
     forward = judge.forward
 
     def with_more(output: MaskSAMOutput, segmentation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         total, terms = forward(output, segmentation)
-        logits = to_patch(masks(output, segmentation), judge.grid).transpose(1, 2)
+        logits = to_patch(masks(segmentation), judge.grid).transpose(1, 2)
         more = judge._mask_classification(output._replace(mask_logits=logits), segmentation)
         return total + judge.loss.mask_bce * more["mask_bce"] + judge.loss.mask_dice * more["mask_dice"], terms
 
@@ -302,12 +302,14 @@ def plans_for(setting: Setting, name: str, variant: Variant, resolution: float) 
     def change(config: MaskSAMConfig, unet: UNetConfig) -> MaskSAMConfig:
         config = replace(config, resolution=resolution, generator=unet if variant.unet else config.generator)
         config = variant.change(config)
-        return replace(config, num_queries=setting.classes) if variant.free else config
+        if variant.free:
+            config = replace(config, num_queries=len(read_json(setting.folder / "dataset.json")["labels"]))
+        return config
 
     return make_plans(setting.dataset, name, setting.patch, change if variant.trainer == MASKSAM else None)
 
 
-def train(name: str, variant: Variant, setting: Setting, plans: dict[str, Any], fold: int, seed: int) -> Any:
+def train(variant: Variant, setting: Setting, plans: dict[str, Any], fold: int, seed: int) -> Any:
     """Train and validate; the trainer."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -322,9 +324,8 @@ def train(name: str, variant: Variant, setting: Setting, plans: dict[str, Any], 
     trainer_class = type(base.__name__, (base,), {"on_train_start": on_train_start})
     torch.manual_seed(seed)
     np.random.seed(seed)
-    folder = Path(os.environ["nnUNet_preprocessed"]) / setting.dataset
-    plans = plans | {"continue_training": False}
-    trainer = trainer_class(plans, setting.configuration, fold, read_json(folder / "dataset.json"), torch.device("cpu"))
+    given = plans | {"continue_training": False}, configuration_of(setting.patch), fold
+    trainer = trainer_class(*given, read_json(setting.folder / "dataset.json"), torch.device("cpu"))
     for name, value in variant.settings.items():
         setattr(trainer, name, value)
     trainer.run_training()
@@ -339,7 +340,7 @@ def main(variant: str, setting: str, fold: int, iterations: int, seed: int, reso
         os.environ[RANDOM_INIT] = "1"
     r = where.resolution if resolution is None else resolution
     plans = plans_for(where, f"Variant_{variant}_{setting}_{r:g}_{iterations}_{seed}", chosen, r)
-    trainer = train(variant, chosen, where, plans, fold, seed)
+    trainer = train(chosen, where, plans, fold, seed)
     output = Path(trainer.output_folder)
     stats, summary = read_json(output / "training_stats.json"), read_json(output / "validation" / "summary.json")
     row = {

@@ -52,9 +52,8 @@ def require_device(device: str) -> None:
     from masksam_nnunet.gpu import gpu_trouble
 
     trouble = gpu_trouble()
-    if not torch.cuda.is_available():
-        reason = trouble or f"PyTorch {torch.__version__} sees no GPU here; use a machine with one"
-        fail(f"-device cuda: {reason}, or -device cpu")
+    if trouble is None and not torch.cuda.is_available():
+        trouble = f"PyTorch {torch.__version__} sees no GPU here; use a machine with one"
     if trouble:
         fail(f"-device cuda: {trouble}, or -device cpu")
 

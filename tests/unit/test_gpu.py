@@ -14,7 +14,7 @@ from masksam_nnunet import gpu
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU whose PyTorch is built for Turing to Blackwell."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"])
 
@@ -35,7 +35,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, cuda: 
         ("580.65.06", None, ("without CUDA",)),
     ],
 )
-def test_a_gpu_that_is_there_and_not_seen_is_told_of(
+def test_a_gpu_that_is_there_and_not_seen_is_named(
     version: str,
     cuda: str | None,
     named: tuple[str, ...],
@@ -49,7 +49,7 @@ def test_a_gpu_that_is_there_and_not_seen_is_told_of(
     assert all(name in said for name in named), said
 
 
-def test_no_gpu_is_nothing_to_tell_of(
+def test_without_a_gpu_nothing_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
