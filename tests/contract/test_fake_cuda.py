@@ -1,0 +1,95 @@
+"""Steps of the trainer on CUDA tensors without content: devices, number formats, and where the host would wait."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from configs import PAPER, UNET
+from fake_cuda import CUDA, fake_cuda, move
+from plain_plans import dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from masksam_nnunet import trainers
+from masksam_nnunet.plans import architecture
+from masksam_nnunet.trainers import MaskSAMTrainer
+
+CPU = torch.device("cpu")
+BF16, FP16 = torch.bfloat16, torch.float16
+TARGETS, COSTS = ["nonzero"], ["copy"]
+"""The host waits once a step: to know which targets there are, or for the costs of matching."""
+NNUNETS_LOSS = ["item"] * 4
+"""nnU-Net's own loss asks whether any voxel is not ignored, here of the output and of three maps."""
+Case = tuple[dict[str, Any], dict[str, Any], torch.dtype, list[str]]
+CASES: dict[str, Case] = {
+    "3d": ({}, dataset_json(), BF16, TARGETS),
+    "float16, ignore": ({}, dataset_json(ignore=True), FP16, TARGETS + NNUNETS_LOSS),
+    "2d": ({"patch": (32, 48)}, dataset_json(), BF16, TARGETS),
+    "regions and ignore": ({"form": {"regions": True}}, region_dataset_json(ignore=True), BF16, TARGETS),
+    "the paper's form": ({"form": PAPER}, dataset_json(), BF16, COSTS),
+    "a U-Net": ({"form": {"generator": UNET}}, dataset_json(), BF16, TARGETS),
+    "checkpointing": ({"form": {"checkpointing": True}}, dataset_json(), BF16, TARGETS),
+}
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path, monkeypatch)
+    monkeypatch.setattr(architecture, "training_cost", simple_cost)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_of_training_and_prediction(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, description, dtype, waits = deepcopy(CASES[case])
+    made = trainers.MaskSAMTrainer_tiny(tiny_plans(**plans), "3d_fullres", 0, description, CPU)
+    assert waits_of_steps(made, dtype, monkeypatch) == waits
+
+
+@pytest.mark.parametrize("cls", [MaskSAMTrainer, trainers.MaskSAMTrainer_lite_medsam])
+def test_the_same_with_a_sam(cls: type[MaskSAMTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cls(plain_plans((2, 64, 64), batch_size=1), "3d_fullres", 0, dataset_json(), CPU)
+    assert waits_of_steps(made, BF16, monkeypatch) == TARGETS
+
+
+def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where the host waits in a step of training and one of prediction."""
+    made.initialize()
+    made.on_train_epoch_start()
+    manager, (batch, *size) = made.label_manager, (made.batch_size, *made.configuration_manager.patch_size)
+    channels = len(manager.foreground_regions) + manager.has_ignore_label if manager.has_regions else 1
+    with fake_cuda(monkeypatch, dtype) as waits:
+        move(made.network)
+        made.device = CUDA
+        made.optimizer, _ = made.configure_optimizers()
+        made.grad_scaler = torch.amp.GradScaler("cuda") if dtype == FP16 else None
+        data = torch.randn(batch, made.num_input_channels, *size)
+        outputs = made.train_step({"data": data, "target": torch.zeros(batch, channels, *size, dtype=torch.int16)})
+        assert all(value.device == CUDA for value in outputs.values())
+        trained = [p for p in made.network.parameters() if p.requires_grad]
+        assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
+        made.network.eval()
+        with torch.no_grad(), torch.autocast("cuda"):  # as nnU-Net predicts, in float16
+            predicted = made.network(data.to(CUDA))
+        assert predicted.device == CUDA and predicted.shape == (batch, manager.num_segmentation_heads, *size)
+    return waits
+
+
+def test_what_fails_on_a_gpu_fails_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_cuda(monkeypatch, BF16) as waits:
+        x = torch.zeros(2, 3, device=CUDA, requires_grad=True)
+        with pytest.raises(RuntimeError, match="cuda:0"):
+            x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            x @ torch.zeros(3, 4, device=CUDA, dtype=BF16)
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with torch.autocast("cuda", dtype=BF16):
+            y = x @ torch.zeros(3, 4, device=CUDA)
+        assert y.dtype == BF16 and waits == []
+        y.float().sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape and x.grad.dtype == torch.float32
+        x.detach().cpu()
+        assert waits == ["copy"]
