@@ -171,7 +171,6 @@ class FoldJob:
         if budget := budget_variables(self.minutes, self.iterations):
             environment.pop(BUDGET_ITERATIONS, None)  # it would take the place of the minutes
             environment |= budget
-            environment.setdefault("nnUNet_compile", "f")  # compiling would use up the budget of one method only
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         return environment

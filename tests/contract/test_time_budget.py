@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,13 @@ def test_a_missing_or_senseless_budget_is_named(text: str, monkeypatch: pytest.M
     monkeypatch.setenv("MASKSAM_BUDGET_MINUTES", text)
     with pytest.raises(ConfigError, match="MASKSAM_BUDGET_MINUTES = "):
         trainer()
+
+
+@pytest.mark.parametrize("cls", [nnUNetTrainer_adamw_budget, MaskSAMTrainer_tiny_budget])
+def test_no_method_is_compiled_within_its_budget_unasked(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    made = cls(tiny_plans(), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    made.device = torch.device("cuda")
+    assert not made._do_i_compile()
+    monkeypatch.setenv("nnUNet_compile", "1")
+    assert made._do_i_compile() == (os.name != "nt")
