@@ -33,6 +33,7 @@ from masksam_nnunet.files import read_json
 from masksam_nnunet.losses.matching import Matches
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.modeling.adapters import NoAdapter
+from masksam_nnunet.modeling.blocks import GAIN
 from masksam_nnunet.modeling.geometry import pad, to_patch
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -105,8 +106,13 @@ def _both(first: Change, second: Change) -> Change:
     return lambda config: second(first(config))
 
 
+def _gain(trainer: Any) -> nn.Parameter:
+    parameter: nn.Parameter = trainer.masksam.mask_head.seg_layers["gains"][0]
+    return parameter
+
+
 def _no_gain(trainer: Any) -> None:
-    trainer.masksam.mask_head.gain.requires_grad_(False)
+    _gain(trainer).requires_grad_(False)
 
 
 def _random_decoder(trainer: Any) -> None:
@@ -152,16 +158,16 @@ def _no_decoder(trainer: Any) -> None:
     layer.weight.requires_grad_(False)
 
 
-def _fast_gain(trainer: Any) -> None:
-    """The gain of SAM's masks learns ten times as fast as the rest."""
-    gain, set_learning_rate = trainer.masksam.mask_head.gain, trainer.set_learning_rate
+def _slow_gain(trainer: Any) -> None:
+    """The gain of SAM's masks grows as fast as another parameter."""
+    gain, set_learning_rate = _gain(trainer), trainer.set_learning_rate
     for group in trainer.optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p is not gain]
     trainer.optimizer.add_param_group({"params": [gain], "weight_decay": 0.0})
 
     def set_learning_rates() -> None:
         set_learning_rate()
-        trainer.optimizer.param_groups[-1]["lr"] *= 10
+        trainer.optimizer.param_groups[-1]["lr"] /= GAIN
 
     trainer.set_learning_rate = set_learning_rates
 
@@ -271,7 +277,7 @@ VARIANTS = {
     "light_warmup_10": Variant("warm-up of 10 iterations", settings=_rate(2e-3, 10)),
     "light_averaged": Variant("mean of the weights with a decay of 0.95", prepare=_averaged(0.95)),
     "light_without_decoder": Variant("SAM's masks used nowhere", prepare=_no_decoder),
-    "light_fast_gain": Variant("the gain of SAM's masks learns ten times as fast", prepare=_fast_gain),
+    "light_slow_gain": Variant("the gain of SAM's masks grows a tenth as fast", prepare=_slow_gain),
     "light_supervised_decoder": Variant("mask losses of SAM's own masks too", prepare=_supervised_decoder),
     "light_denoising": Variant("mask losses of SAM's masks for noisy true prompts too", prepare=_denoising),
     "light_uniform_start": Variant("the generator's maps start as equal shares", prepare=_uniform_start),

@@ -9,6 +9,9 @@ import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import Tensor, nn
 
+GAIN = 10.0
+"""A gain grows so many times as fast as another parameter: it starts at zero, and a short training must reach 1."""
+
 
 class Trainable(nn.Module):
     """A module that SAM does not have. All parameters in it and below it are trained.

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, Level
 from ..config import Grid, UNetConfig
-from .blocks import VoxelNorm, conv_block, double_in_plane
-
-GAIN = 10.0
-"""A gain grows so many times as fast as another parameter: it starts at zero, and a short training must reach 1."""
+from .blocks import GAIN, VoxelNorm, conv_block, double_in_plane
 
 Decoded = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """Features and maps of N logits, (B, channels, d, h, w), the finest first."""

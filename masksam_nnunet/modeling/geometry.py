@@ -32,7 +32,10 @@ def pad(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize the last two axes of a tensor of any rank: bilinearly, or by averages where they shrink by a factor."""
+    """Resize the last two axes of a tensor of any rank: bilinearly, or by averages where they shrink by a factor.
+
+    In the input's number format: CUDA's autocast would give float32.
+    """
     height, width = x.shape[-2:]
     if (height, width) == tuple(size):
         return x
@@ -41,7 +44,7 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
         resized = F.avg_pool2d(flat, height // size[0])
     else:
         resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
-    return resized.reshape(*x.shape[:-2], *size)
+    return resized.to(x.dtype).reshape(*x.shape[:-2], *size)
 
 
 def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Grid
-from .blocks import Trainable, VoxelNorm, conv_block, zero_
+from .blocks import GAIN, Trainable, VoxelNorm, conv_block, zero_
 from .geometry import to_patch
 
 
@@ -38,15 +38,15 @@ class MaskHead(Trainable):
         from_masks = nn.Conv3d(num_queries, width, kernel_size=1)
         residual = nn.Conv3d(width, num_queries, kernel_size=1)
         zero_(residual)
-        gain = nn.ParameterList([torch.zeros(num_queries)] if gains else [])
+        of_masks = nn.ParameterList([torch.zeros(num_queries)] if gains else [])
         # Named as what nnU-Net leaves out of pre-trained weights: another dataset has other classes.
-        self.seg_layers = nn.ModuleDict({"from_masks": from_masks, "residual": residual, "gain": gain})
+        self.seg_layers = nn.ModuleDict({"from_masks": from_masks, "residual": residual, "gains": of_masks})
 
     @property
     def gain(self) -> Tensor | None:
         """That of SAM's masks, (N,); None where there is none."""
-        gains: list[Tensor] = [*self.seg_layers["gain"].parameters()]
-        return gains[0] if gains else None
+        of_masks = [*self.seg_layers["gains"].parameters()]
+        return GAIN * of_masks[0] if of_masks else None
 
     def forward(self, masks: Tensor, start: Tensor | None, *features: Tensor) -> Tensor:
         """Refine the masks.

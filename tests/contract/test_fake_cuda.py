@@ -14,6 +14,7 @@ from plain_plans import dataset_json, folders, plain_plans, region_dataset_json,
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from masksam_nnunet import trainers
+from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.plans import architecture
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -65,9 +66,12 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         made.device = CUDA
         made.optimizer, _ = made.configure_optimizers()
         made.grad_scaler = torch.amp.GradScaler("cuda") if dtype == FP16 else None
+        given: list[MaskSAMOutput] = []
+        made.network.register_forward_hook(lambda _, __, output: given.append(output))
         data = torch.randn(batch, made.num_input_channels, *size)
         outputs = made.train_step({"data": data, "target": torch.zeros(batch, channels, *size, dtype=torch.int16)})
         assert all(value.device == CUDA for value in outputs.values())
+        assert {x.dtype for x in given[0].class_maps or (given[0].mask_logits,)} == {dtype}, "as planned, not float32"
         trained = [p for p in made.network.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
         made.network.eval()
