@@ -61,7 +61,7 @@ class _GivenTargets(MaskSAMCriterion):
     ignores = False
     """Whether there are ignored voxels."""
 
-    def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
+    def find_targets(self, segmentation: Tensor) -> Targets:
         _, height, width = self.grid.patch
         slices = segmentation.shape[0] * self.grid.patch[0]
         return Targets(

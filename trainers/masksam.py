@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import (
+    FROZEN_BFLOAT16,
     LEAN_CHECKPOINTS,
     MAX_SKIPPED,
     RANDOM_INIT,
@@ -198,6 +199,8 @@ class MaskSAMTrainer(ResumableTrainer):
         if not self.was_initialized:
             self.initialize()
         self._load_sam()
+        if switched_on(FROZEN_BFLOAT16):
+            self._store_frozen()
         self.iteration = self.current_epoch * self.num_iterations_per_epoch + len(self.outputs)
         super().on_train_start()
 
@@ -238,6 +241,14 @@ class MaskSAMTrainer(ResumableTrainer):
                 f"{LEAN_CHECKPOINTS} is set: checkpoints leave out SAM's frozen weights, and loading them needs the "
                 f"{sam} file (SHA-256 {network.sam_sha256()}). masksam export makes a full model."
             )
+
+    def _store_frozen(self) -> None:
+        if autocast_dtype(self.device) != torch.bfloat16:
+            raise ConfigError(
+                f"{FROZEN_BFLOAT16} = 1 needs a GPU that trains in bfloat16, not {self.device}: unset it."
+            )
+        saved = self.masksam.store_frozen(torch.bfloat16)
+        self.print_to_log_file(f"SAM's frozen linear maps are stored in bfloat16: {saved / 2**20:.0f} MiB less")
 
     def network_weights(self) -> Mapping[str, Tensor]:
         """Without SAM's frozen weights where lean checkpoints are asked for."""

@@ -116,9 +116,9 @@ class MaskSAMCriterion(nn.Module):
             common, total = table.diagonal()[1:], (table.sum(0) + table.sum(1))[1:]
         return (2 * common / total.clamp(min=1)).sum() / (total > 0).sum().clamp(min=1)
 
-    def find_targets(self, segmentation: Tensor, on_host: bool | None = None) -> Targets:
-        """The targets of a batch, see :func:`make_targets`; ``on_host``: whether its device is the CPU."""
-        on_host = segmentation.device.type == "cpu" if on_host is None else on_host
+    def find_targets(self, segmentation: Tensor) -> Targets:
+        """The targets of a batch, see :func:`make_targets`."""
+        on_host = segmentation.device.type == "cpu"
         # An accelerator would be waited for to learn how many targets a slice holds: it makes room for all instead.
         most = self.num_classes if self.num_classes <= FEW_CLASSES and not on_host else None
         parts = self.config.num_queries if self.config.anchored else 1

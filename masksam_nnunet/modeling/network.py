@@ -242,6 +242,20 @@ class MaskSAM(nn.Module):
             *(f"  in the file and left out: {count} tensors of {owner}" for owner, count in left_out.items()),
         ]
 
+    def store_frozen(self, dtype: torch.dtype) -> int:
+        """Store the frozen linear maps of SAM's encoder in ``dtype``, as autocast rounds them in every step.
+
+        Returns:
+            The bytes that this saves.
+        """
+        saved = 0
+        for module in self.image_encoder.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                rounded = module.weight.data.to(dtype)
+                saved += module.weight.nbytes - rounded.nbytes
+                module.weight.data = rounded
+        return saved
+
     def sam_sha256(self) -> str | None:
         """The hash in hex of the file that the SAM parts come from; None where they come from none."""
         return hash_in_hex(self.get_buffer(SHA256))

@@ -14,6 +14,7 @@ from plain_plans import dataset_json, folders, plain_plans, region_dataset_json,
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from masksam_nnunet import trainers
+from masksam_nnunet.config import LossConfig
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.plans import architecture
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -24,13 +25,17 @@ TARGETS, COSTS = ["nonzero"], ["copy"]
 """The host waits once a step: to know which targets there are, or for the costs of matching."""
 NNUNETS_LOSS = ["item"] * 4
 """nnU-Net's own loss asks whether any voxel is not ignored, here of the output and of three maps."""
+FEW = LossConfig(num_points=64)
+REGIONS = {"form": {"regions": True, "loss": FEW}}
+VOLUME = PAPER | {"matching": "volume", "loss": FEW}
 Case = tuple[dict[str, Any], dict[str, Any], torch.dtype, list[str]]
 CASES: dict[str, Case] = {
     "3d": ({}, dataset_json(), BF16, TARGETS),
     "float16, ignore": ({}, dataset_json(ignore=True), FP16, TARGETS + NNUNETS_LOSS),
     "2d": ({"patch": (32, 48)}, dataset_json(), BF16, TARGETS),
-    "regions and ignore": ({"form": {"regions": True}}, region_dataset_json(ignore=True), BF16, TARGETS),
+    "regions and ignore, few points": (REGIONS, region_dataset_json(ignore=True), BF16, TARGETS),
     "the paper's form": ({"form": PAPER}, dataset_json(), BF16, COSTS),
+    "the same by volume, few points": ({"form": VOLUME}, dataset_json(), BF16, COSTS),
     "a U-Net": ({"form": {"generator": UNET}}, dataset_json(), BF16, TARGETS),
     "checkpointing": ({"form": {"checkpointing": True}}, dataset_json(), BF16, TARGETS),
 }
@@ -50,14 +55,21 @@ def test_a_step_of_training_and_prediction(case: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("cls", [MaskSAMTrainer, trainers.MaskSAMTrainer_lite_medsam])
-def test_the_same_with_a_sam(cls: type[MaskSAMTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_with_a_sam_that_is_stored_in_bfloat16(
+    cls: type[MaskSAMTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = cls(plain_plans((2, 64, 64), batch_size=1), "3d_fullres", 0, dataset_json(), CPU)
+    made.initialize()
+    frozen = sum(p.numel() for p in made.masksam.image_encoder.parameters() if not p.requires_grad)
+    saved = made.masksam.store_frozen(BF16)
+    assert 0.5 < saved / (2 * frozen) < 1
     assert waits_of_steps(made, BF16, monkeypatch) == TARGETS
 
 
 def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where the host waits in a step of training and one of prediction."""
-    made.initialize()
+    if not made.was_initialized:
+        made.initialize()
     made.on_train_epoch_start()
     manager, (batch, *size) = made.label_manager, (made.batch_size, *made.configuration_manager.patch_size)
     channels = len(manager.foreground_regions) + manager.has_ignore_label if manager.has_regions else 1

@@ -74,7 +74,7 @@ def test_signatures_and_overridden_hooks_are_nnunets() -> None:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
     assert isinstance(inspect.getattr_static(MaskSAMTrainer, "build_network_architecture"), staticmethod)
     own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard", "_load_sam"}
-    own |= {"_iterations_left", "_tell_hours"}
+    own |= {"_iterations_left", "_tell_hours", "_store_frozen"}
     own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
     own |= {"bare_network", "network_weights", "own_state", "load_own_state", "own_seconds"}
@@ -173,6 +173,12 @@ def test_a_card_that_pytorch_is_not_built_for_is_refused_at_once(monkeypatch: py
     monkeypatch.setattr("masksam_nnunet.trainers.masksam.gpu_trouble", lambda: "Tesla V100")
     with pytest.raises(ConfigError, match="Tesla V100"):
         MaskSAMTrainer_tiny(tiny_plans(), "3d_fullres", 0, dataset_json(), torch.device("cuda"))
+
+
+def test_a_cpu_takes_no_frozen_weights_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_FROZEN_BFLOAT16", "1")
+    with pytest.raises(ConfigError, match="MASKSAM_FROZEN_BFLOAT16"):
+        trainer().on_train_start()
 
 
 def test_a_cascades_second_stage_overrides_its_parents_architecture() -> None:
