@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -342,7 +343,10 @@ def _mark_loaded(network: nn.Module, _: object) -> None:
 
 
 def _as_bytes(architecture: str) -> Tensor:
-    return torch.tensor(list(architecture.encode().ljust(512, b"\0")[:512]), dtype=torch.uint8)
+    text = architecture.encode()
+    if len(text) > 512:  # its hash stands for what does not fit
+        text = text[:448] + hashlib.sha256(text).hexdigest().encode()
+    return torch.tensor(list(text.ljust(512, b"\0")), dtype=torch.uint8)
 
 
 def _count_by_part(names: Iterable[str]) -> str:

@@ -316,3 +316,12 @@ print(*grown)
 """
     first, second = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert first < 2**27 < second
+
+
+def test_a_long_config_is_told_from_one_that_differs_in_its_end() -> None:
+    ranges = [((0.0, high),) * 60 for high in (1.0, 2.0)]
+    ours, other = (MaskSAM(tiny_config(intensity_ranges=each), 60, 3) for each in ranges)
+    assert ours.config.architecture[:448] == other.config.architecture[:448]
+    ours.load_state_dict(ours.state_dict())
+    with pytest.raises(WeightsError, match="ranges"):
+        ours.load_state_dict(other.state_dict())
