@@ -319,8 +319,8 @@ print(*grown)
 
 
 def test_a_long_config_is_told_from_one_that_differs_in_its_end() -> None:
-    ranges = [((0.0, high),) * 60 for high in (1.0, 2.0)]
-    ours, other = (MaskSAM(tiny_config(intensity_ranges=each), 60, 3) for each in ranges)
+    ranges = [((0.0, 1.0),) * 99 + ((0.0, high),) for high in (1.0, 2.0)]
+    ours, other = (MaskSAM(tiny_config(intensity_ranges=each), 100, 3) for each in ranges)
     assert ours.config.architecture[:448] == other.config.architecture[:448]
     ours.load_state_dict(ours.state_dict())
     with pytest.raises(WeightsError, match="ranges"):
