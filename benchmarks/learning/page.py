@@ -25,9 +25,8 @@ def tables(results: pd.DataFrame) -> str:
             classes = pd.DataFrame(list(runs["classes"])).mean()
             text = "; ".join(filter(None, (VARIANTS[variant].text, also)))
             shown = ", ".join(f"{value:.3f}" for value in classes)
-            parts.append(
-                f"| `{variant}` | {text} | {resolution:g} | {runs['dice'].mean():.3f} | {shown} | {len(runs)} |"
-            )
+            r = "–" if variant.startswith("nnunet") else f"{resolution:g}"
+            parts.append(f"| `{variant}` | {text} | {r} | {runs['dice'].mean():.3f} | {shown} | {len(runs)} |")
         parts.append("")
     return "\n".join(parts)
 
