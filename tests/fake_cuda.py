@@ -73,17 +73,23 @@ def fake_cuda(patch: pytest.MonkeyPatch, dtype: torch.dtype) -> Iterator[list[st
         yield watch.waits
 
 
+def without_content(x: Tensor) -> Tensor:
+    """A tensor like it; within :func:`fake_cuda`."""
+    mode: Any = active_fake_mode()
+    fake: Tensor = mode.from_tensor(x)
+    return fake
+
+
 def move(network: nn.Module) -> None:
     """Replace what a network holds by tensors without content on the GPU; within :func:`fake_cuda`."""
-    mode: Any = active_fake_mode()
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = mode.from_tensor(parameter).detach().to(CUDA)
+                fake = without_content(parameter).detach().to(CUDA)
                 module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer).to(CUDA)
+                module._buffers[name] = without_content(buffer).to(CUDA)
 
 
 def backward(loss: Tensor) -> None:

@@ -9,11 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
 from configs import tiny_config
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import TrainingCost
 from masksam_nnunet.plans.architecture import write_config
+from masksam_nnunet.trainers import MaskSAMTrainer
 
 DATASET = "Dataset042_Hand"
 SMALL_UNET: dict[str, Any] = {
@@ -107,6 +109,22 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
     data = root / "nnUNet_preprocessed" / DATASET / "hand_data"
     data.mkdir(parents=True)
     (data / "case.b2nd").touch()
+
+
+def batch(made: MaskSAMTrainer, empty: bool = False) -> dict[str, torch.Tensor]:
+    """What nnU-Net's loader gives."""
+    size = (made.batch_size, 1, *made.configuration_manager.patch_size)
+    manager = made.label_manager
+    highest = max(manager.all_labels) if not manager.has_regions else 3
+    labels = torch.zeros(size, dtype=torch.int16) if empty else torch.randint(0, highest + 1, size, dtype=torch.int16)
+    if manager.has_regions:
+        maps = [torch.isin(labels, torch.tensor(list(region))) for region in manager.foreground_regions]
+        if manager.has_ignore_label:
+            maps.append(torch.rand(size) < 0.2)
+        labels = torch.cat(maps, dim=1)
+    elif manager.has_ignore_label:
+        labels[torch.rand(size) < 0.2] = manager.ignore_label
+    return {"data": torch.randn(made.batch_size, made.num_input_channels, *size[2:]), "target": labels}
 
 
 def simple_cost(

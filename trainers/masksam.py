@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -136,10 +135,6 @@ class MaskSAMTrainer(ResumableTrainer):
     def masksam(self) -> MaskSAM:
         """The network without the wrappers of DDP and torch.compile."""
         return self.bare_network  # type: ignore[return-value]
-
-    def _do_i_compile(self) -> bool:
-        # nnU-Net compiles by default. Here it is opt-in (nnUNet_compile=1): compiling ViT-H takes minutes.
-        return "nnUNet_compile" in os.environ and super()._do_i_compile()
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """MaskSAM has no deep supervision."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import signal
 import sys
 import time
@@ -65,6 +66,10 @@ class ResumableTrainer(nnUNetTrainer):
                 plot(folder)
 
         self.logger.plot_progress_png = plot_if_possible
+
+    def _do_i_compile(self) -> bool:
+        # nnU-Net compiles by default. Here it is opt-in (nnUNet_compile=1): ViT-H takes minutes, which a budget counts.
+        return "nnUNet_compile" in os.environ and super()._do_i_compile()
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -88,10 +88,6 @@ class nnUNetTrainer_budget(ResumableTrainer):
         """Share of the budget that is used, in [0, 1]."""
         return min(1.0, self.used / self.budget)
 
-    def _do_i_compile(self) -> bool:
-        # Compiling would use up minutes of one method only.
-        return "nnUNet_compile" in os.environ and super()._do_i_compile()
-
     def on_loop_start(self) -> None:
         self._started = time.monotonic() - self._seconds_before
         self.common_seconds = self._seconds_before

@@ -118,9 +118,8 @@ class MaskSAMCriterion(nn.Module):
 
     def find_targets(self, segmentation: Tensor) -> Targets:
         """The targets of a batch, see :func:`make_targets`."""
-        on_host = segmentation.device.type == "cpu"
         # An accelerator would be waited for to learn how many targets a slice holds: it makes room for all instead.
-        most = self.num_classes if self.num_classes <= FEW_CLASSES and not on_host else None
+        most = self.num_classes if self.num_classes <= FEW_CLASSES and segmentation.device.type != "cpu" else None
         parts = self.config.num_queries if self.config.anchored else 1
         regions = self.config.regions
         return make_targets(segmentation, self.num_classes, self.grid.padded, regions, self.ignore_label, most, parts)

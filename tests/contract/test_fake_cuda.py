@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from configs import PAPER, UNET
-from fake_cuda import CUDA, fake_cuda, move
-from plain_plans import dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
+from fake_cuda import CUDA, fake_cuda, move, without_content
+from plain_plans import batch, dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from masksam_nnunet import trainers
@@ -71,25 +71,28 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
     if not made.was_initialized:
         made.initialize()
     made.on_train_epoch_start()
-    manager, (batch, *size) = made.label_manager, (made.batch_size, *made.configuration_manager.patch_size)
-    channels = len(manager.foreground_regions) + manager.has_ignore_label if manager.has_regions else 1
+    given = batch(made)
     with fake_cuda(monkeypatch, dtype) as waits:
         move(made.network)
         made.device = CUDA
         made.optimizer, _ = made.configure_optimizers()
         made.grad_scaler = torch.amp.GradScaler("cuda") if dtype == FP16 else None
-        given: list[MaskSAMOutput] = []
-        made.network.register_forward_hook(lambda _, __, output: given.append(output))
-        data = torch.randn(batch, made.num_input_channels, *size)
-        outputs = made.train_step({"data": data, "target": torch.zeros(batch, channels, *size, dtype=torch.int16)})
+        seen: list[MaskSAMOutput] = []
+        made.network.register_forward_hook(lambda _, __, output: seen.append(output))
+        data, target = without_content(given["data"]), without_content(given["target"])
+        outputs = made.train_step({"data": data, "target": target})
         assert all(value.device == CUDA for value in outputs.values())
-        assert {x.dtype for x in given[0].class_maps or (given[0].mask_logits,)} == {dtype}, "as planned, not float32"
+        assert {x.dtype for x in seen[0].class_maps or (seen[0].mask_logits,)} == {dtype}, "as planned, not float32"
         trained = [p for p in made.network.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
         made.network.eval()
         with torch.no_grad(), torch.autocast("cuda"):  # as nnU-Net predicts, in float16
             predicted = made.network(data.to(CUDA))
-        assert predicted.device == CUDA and predicted.shape == (batch, manager.num_segmentation_heads, *size)
+        assert predicted.device == CUDA and predicted.shape == (
+            len(data),
+            made.label_manager.num_segmentation_heads,
+            *data.shape[2:],
+        )
     return waits
 
 

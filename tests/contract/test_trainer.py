@@ -20,7 +20,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from plain_plans import dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
+from plain_plans import batch, dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import ConfigError, LossConfig, UNetConfig
@@ -50,22 +50,6 @@ def trainer(
     made.initialize()
     made.on_train_epoch_start()
     return made
-
-
-def batch(made: MaskSAMTrainer, empty: bool = False) -> dict[str, torch.Tensor]:
-    """What nnU-Net's loader gives."""
-    size = (made.batch_size, 1, *made.configuration_manager.patch_size)
-    manager = made.label_manager
-    highest = max(manager.all_labels) if not manager.has_regions else 3
-    labels = torch.zeros(size, dtype=torch.int16) if empty else torch.randint(0, highest + 1, size, dtype=torch.int16)
-    if manager.has_regions:
-        maps = [torch.isin(labels, torch.tensor(list(region))) for region in manager.foreground_regions]
-        if manager.has_ignore_label:
-            maps.append(torch.rand(size) < 0.2)
-        labels = torch.cat(maps, dim=1)
-    elif manager.has_ignore_label:
-        labels[torch.rand(size) < 0.2] = manager.ignore_label
-    return {"data": torch.randn(made.batch_size, made.num_input_channels, *size[2:]), "target": labels}
 
 
 def test_signatures_and_overridden_hooks_are_nnunets() -> None:
