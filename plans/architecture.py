@@ -24,8 +24,6 @@ from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import in_short
 
-UNET_IS_DEFAULT = False
-"""Whether the prompt generator is nnU-Net's U-Net where nobody asks for one of the two."""
 BASE_PLANS = "nnUNetPlans"
 """nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
 NETWORK_CLASS = "masksam_nnunet.modeling.MaskSAM"
@@ -127,12 +125,10 @@ def config_of_plans(
     manager = PlansManager(plans)
     configuration, labels = manager.get_configuration(configuration_name), manager.get_label_manager(dataset_json)
     patch = tuple(int(size) for size in configuration.patch_size)
-    residual = configuration.network_arch_class_name.endswith("ResidualEncoderUNet")
     return config_for(
         backbone,
         patch,
         labels.has_regions,
-        unet=unet_config(configuration.spacing, patch, residual) if UNET_IS_DEFAULT else None,
         intensity_ranges=intensity_ranges(plans, configuration.normalization_schemes, configuration.use_mask_for_norm),
     )
 

@@ -24,7 +24,6 @@ from .architecture import (
     BASE_PLANS,
     DECISIONS,
     EPOCHS,
-    UNET_IS_DEFAULT,
     intensity_ranges,
     open_configuration,
     write_config,
@@ -52,7 +51,7 @@ class MaskSAMPlanner(ExperimentPlanner):
         backbones: to be tried in this order.
         configurations: to plan; all that nnU-Net has if empty.
         preset: a published setting, or None.
-        unet: whether the prompt generator is nnU-Net's U-Net.
+        generator: of the prompts, ``light``, ``unet`` or ``resenc``.
     """
 
     def __init__(
@@ -63,12 +62,13 @@ class MaskSAMPlanner(ExperimentPlanner):
         backbones: tuple[str, ...],
         configurations: Sequence[str] = (),
         preset: Preset | None = None,
-        unet: bool = UNET_IS_DEFAULT,
+        generator: str = "light",
     ) -> None:
         # The U-Net that nnU-Net plans first must be the one of nnUNetPlans: lowres spacing depends on it.
         super().__init__(raw.name, plans_name=plans_name)
         self.raw, self.limits = raw, limits
-        self.backbones, self.wanted, self.preset, self.unet = backbones, tuple(configurations), preset, unet
+        self.backbones, self.wanted, self.preset = backbones, tuple(configurations), preset
+        self.generator = generator
         self.folder = Path(nnUNet_preprocessed) / self.dataset_name
         self.file = self.folder / f"{plans_name}.json"
         self.planned: list[str] = []
@@ -198,7 +198,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             ignores=self.labels.has_ignore_label,
             intensity_ranges=intensity_ranges(base, settings.normalization_schemes, settings.use_mask_for_norm),
             spacing=tuple(settings.spacing),
-            unet=self.unet,
+            generator=self.generator,
             largest_batch=largest_batch,
         )
         if self.preset is not None:

@@ -18,7 +18,7 @@ from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json
 
-from .architecture import BASE_PLANS, DECISIONS, UNET_IS_DEFAULT
+from .architecture import BASE_PLANS, DECISIONS
 from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import load_preset
 from .raw_data import RawDataset, number_of, read_raw_dataset
@@ -39,7 +39,7 @@ def plan_dataset(
     plans_name: str = "MaskSAMPlans",
     hours: float = 24.0,
     gpu: str | None = None,
-    generator: str | None = None,
+    generator: str = "light",
     console: Console | None = None,
 ) -> MaskSAMPlanner:
     """Plan a dataset; print what was decided and why, and the next commands. Returns the planner with its plans.
@@ -52,7 +52,7 @@ def plan_dataset(
         preset: name of a published setting.
         hours: that the training of a fold may take.
         gpu: the device to train on, see :func:`find_device`.
-        generator: of the prompts, ``light`` or ``unet``; None for the default.
+        generator: of the prompts, ``light``, ``unet`` or ``resenc``.
         console: where to print.
 
     Raises:
@@ -69,9 +69,8 @@ def plan_dataset(
     recipe = load_preset(preset) if preset else None
     if recipe and backbone not in ("auto", recipe.backbone):
         raise DataError(f"--backbone {backbone}: --preset {preset} was published with {recipe.backbone}")
-    if recipe and generator == "unet":
+    if recipe and generator != "light":
         raise DataError(f"--generator {generator}: --preset {preset} was published with the light one")
-    unet = UNET_IS_DEFAULT if generator is None else generator == "unet"
     name = find_dataset(dataset)
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
     raw = read_raw_dataset(Path(os.environ["nnUNet_raw"]) / name, "-d", min_cases=1)
@@ -83,7 +82,7 @@ def plan_dataset(
     try:
         with console.status("planning; estimates of memory and time take some seconds"):
             limits = Limits(device.memory_gb if gpu_memory_gb is None else gpu_memory_gb, hours, device)
-            planner = MaskSAMPlanner(raw, limits, plans_name, backbones, configurations, recipe, unet)
+            planner = MaskSAMPlanner(raw, limits, plans_name, backbones, configurations, recipe, generator)
             planner.plan_experiment()
     except OSError as error:
         raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error

@@ -25,6 +25,12 @@ FEW_SLICES = 4  # the paper's smallest patch: fewer are taken only where more do
 MIN_IN_PLANE = 64
 MIN_BATCH = 2  # nnU-Net's
 LARGEST_FIRST = ("vit_h", "vit_l", "vit_b", "lite_medsam")
+GENERATORS = {
+    "light": "over SAM's features alone",
+    "unet": "nnU-Net's U-Net, with SAM's features",
+    "resenc": "nnU-Net's residual U-Net, with SAM's features",
+}
+"""Of prompts, each in words."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Requirements:
         ignores: whether the dataset has an ignore label.
         intensity_ranges: black and white of each image channel.
         spacing: of the patch's axes.
-        unet: whether the prompt generator is nnU-Net's U-Net.
+        generator: of the prompts, one of :data:`GENERATORS`.
         largest_batch: gives the largest allowed batch for a patch of so many voxels.
     """
 
@@ -50,7 +56,7 @@ class Requirements:
     ignores: bool
     intensity_ranges: tuple[tuple[float, float], ...]
     spacing: tuple[float, ...]
-    unet: bool
+    generator: str
     largest_batch: Callable[[int], int]
 
 
@@ -146,9 +152,13 @@ def choose_sizes(wanted: Requirements, backbones: tuple[str, ...], limits: Limit
 
 
 def _explained(sizes: Sizes, why: str, wanted: Requirements, candidates: int) -> Sizes:
-    own = "nnU-Net's U-Net, with SAM's features" if wanted.unet else "over SAM's features alone"
     queries = f"one for each {'region' if wanted.regions else 'class, background too'}"
-    reasons = {"backbone": why if candidates > 1 else "as asked", "generator": own, "N": queries, **sizes.reasons}
+    reasons = {
+        "backbone": why if candidates > 1 else "as asked",
+        "generator": GENERATORS[wanted.generator],
+        "N": queries,
+        **sizes.reasons,
+    }
     return replace(sizes, reasons=reasons)
 
 
@@ -259,7 +269,9 @@ class _Search:
             wanted.regions,
             intensity_ranges=wanted.intensity_ranges,
             resolution=resolution,
-            unet=unet_config(wanted.spacing, patch) if wanted.unet else None,
+            unet=None
+            if wanted.generator == "light"
+            else unet_config(wanted.spacing, patch, wanted.generator == "resenc"),
         )
         inputs = wanted.channels, wanted.classes, batch, self.precision, wanted.ignores
         plain = training_cost(config, *inputs)

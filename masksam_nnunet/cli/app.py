@@ -31,9 +31,10 @@ app = typer.Typer(
 
 _NAMES = (*CHECKPOINTS, *(name for name, backbone in BACKBONES.items() if backbone.checkpoint))
 CheckpointName = StrEnum("CheckpointName", {name: name for name in _NAMES})  # type: ignore[misc]
-GeneratorName = StrEnum("GeneratorName", ["light", "unet"])
+GeneratorName = StrEnum("GeneratorName", ["light", "unet", "resenc"])
 BackboneName = StrEnum("BackboneName", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
 AUTO = BackboneName("auto")
+LIGHT = GeneratorName("light")
 PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])
 Shell = StrEnum("Shell", ["sh", "fish", "powershell"])
 
@@ -144,20 +145,21 @@ def plan(
     hours: Annotated[float, typer.Option(help="How long the training of a fold may take.")] = 24.0,
     preset: Annotated[PresetName | None, typer.Option(help="One of the paper's settings.")] = None,
     generator: Annotated[
-        GeneratorName | None,
+        GeneratorName,
         typer.Option(
-            help="What makes SAM's prompts: light, a decoder over SAM's features; unet, nnU-Net's own U-Net with them.",
-            show_default="light",
+            help="What makes SAM's prompts: light, a decoder over SAM's features; unet or resenc, one of nnU-Net's own "
+            "U-Nets with them."
         ),
-    ] = None,
+    ] = LIGHT,
     plans_name: Annotated[str, typer.Option(help="Name of the plans file.")] = "MaskSAMPlans",
 ) -> None:
     """Plan MaskSAM for a dataset, a GPU and hours. This chooses backbone, patch, batch and resolution."""
     from masksam_nnunet.plans.planning import plan_dataset
 
     published = preset and preset.value
-    wanted = generator and generator.value
-    plan_dataset(dataset, configurations or (), backbone.value, gpu_memory, published, plans_name, hours, gpu, wanted)
+    plan_dataset(
+        dataset, configurations or (), backbone.value, gpu_memory, published, plans_name, hours, gpu, generator.value
+    )
 
 
 for group in (train, predict, benchmark, data, explain, export, submit):

@@ -26,14 +26,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from masksam_nnunet.cli.app import app
-from masksam_nnunet.config import ConfigError, UNetConfig
+from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.plans import architecture, sizing, speed
-from masksam_nnunet.plans.architecture import config_of_plans, read_config, unet_config
+from masksam_nnunet.plans import sizing, speed
+from masksam_nnunet.plans.architecture import read_config, unet_config
 from masksam_nnunet.plans.planner import MaskSAMPlanner
 from masksam_nnunet.plans.planning import plan_dataset
+from masksam_nnunet.plans.sizing import GENERATORS
 from masksam_nnunet.trainers import MaskSAMTrainer
 
 KIND = Kind(
@@ -156,29 +157,22 @@ def test_the_unet_is_the_one_that_nnunet_plans(
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_plans_with_a_unet(preprocessed: Path, configuration: str) -> None:
-    words = ["plan", "-d", "43", "-c", configuration, "--backbone", "tiny", "--generator", "unet"]
+@pytest.mark.parametrize(
+    ("configuration", "generator"), [("2d", "unet"), ("3d_fullres", "unet"), ("3d_fullres", "resenc")]
+)
+def test_plans_with_a_unet(preprocessed: Path, configuration: str, generator: str) -> None:
+    words = ["plan", "-d", "43", "-c", configuration, "--backbone", "tiny", "--generator", generator]
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0 and "nnU-Net's U-Net, with SAM's features" in done.output
+    assert done.exit_code == 0 and GENERATORS[generator] in done.output
     manager = PlansManager(str(preprocessed / "MaskSAMPlans.json"))
     settings = manager.get_configuration(configuration)
     config = read_config(settings)
-    assert config is not None and config.generator == unet_config(settings.spacing, config.patch_size)
+    assert config is not None and config.generator == unet_config(
+        settings.spacing, config.patch_size, generator == "resenc"
+    )
     network = MaskSAMTrainer.build_network_architecture(manager, settings, 1, 3, False).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 1, *config.patch_size)).shape == (1, 3, *config.patch_size)
-
-
-def test_a_unet_for_plain_plans_is_that_of_the_plans(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "UNET_IS_DEFAULT", True)
-    description = json.loads((preprocessed / "dataset.json").read_text())
-    for planner, residual in ((ExperimentPlanner, False), (ResEncUNetPlanner, True)):
-        plans = planner(KIND.dataset).plan_experiment()
-        generator = config_of_plans(plans, "3d_fullres", description, "tiny").generator
-        theirs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-        assert isinstance(generator, UNetConfig) and generator.residual == residual
-        assert [list(stride) for stride in generator.strides] == [[*stride] for stride in theirs["strides"]]
 
 
 def test_few_hours_leave_few_epochs(preprocessed: Path) -> None:
