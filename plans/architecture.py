@@ -75,11 +75,15 @@ def profile_of(backbone: str) -> Profile:
 def config_for(
     backbone: str, patch_size: tuple[int, ...], regions: bool, unet: UNetConfig | None = None, **more: Any
 ) -> MaskSAMConfig:
-    """A config with the backbone's widths, the light generator or ``unet``, at r = 1 unless ``more`` says otherwise."""
+    """A config with the backbone's widths, the light generator or ``unet``, at r = 1 unless ``more`` says otherwise.
+
+    Beside a U-Net, which connects the slices and sees the image, the encoder has no adapters.
+    """
     profile = profile_of(backbone)
     settings: dict[str, Any] = {
         "resolution": 1,
         "generator": unet or LightConfig(widths=profile.generator_widths),
+        "encoder_adapters": unet is None,
         "stem_width": profile.stem_width,
         "head_width": profile.head_width,
     }

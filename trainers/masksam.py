@@ -357,8 +357,8 @@ class MaskSAMTrainer(ResumableTrainer):
         if added is not None and gain is not None:
             mean, largest = gain.detach().abs().mean().item(), gain.detach().abs().max().item()
             self.print_to_log_file(
-                f"SAM's decoder: gain {mean:.4f} (largest {largest:.4f}); with it and the mask head the Dice of "
-                f"training patches is {added:+.4f} of that of the generator alone"
+                f"SAM's decoder: gain {mean:.4f} (largest {largest:.4f}); it and the mask head change the Dice of "
+                f"training patches by {added:+.4f}"
             )
             logged |= {"sam_decoder/gain": mean, "sam_decoder/dice_change": added}
         for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only

@@ -2,6 +2,7 @@
 
     python benchmarks/learning/short_plans.py Dataset027_ACDC LitePlans 4x112x112 0.5
     python benchmarks/learning/short_plans.py Dataset027_ACDC SmallPlans 4x112x112
+    python benchmarks/learning/short_plans.py Dataset027_ACDC PaperPlans 4x112x112 0.5 --paper
 
 The data are those preprocessed for nnUNetPlans; a patch of two numbers is for 2d.
 """
@@ -22,8 +23,8 @@ from masksam_nnunet.plans.architecture import BASE_PLANS, DECISIONS, config_of_p
 BATCH_SIZE = 2
 BACKBONE = "lite_medsam"
 
-Change = Callable[[MaskSAMConfig, UNetConfig], MaskSAMConfig]
-"""Of LiteMedSAM's config at r = 1, given the U-Net that nnU-Net plans for the patch."""
+PAPER: dict[str, Any] = {"matching": "slice", "num_queries": 8}
+"""The paper's form."""
 
 
 def configuration_of(patch: tuple[int, ...]) -> str:
@@ -31,8 +32,16 @@ def configuration_of(patch: tuple[int, ...]) -> str:
     return "3d_fullres" if len(patch) == 3 else "2d"
 
 
-def make_plans(dataset: str, name: str, patch: tuple[int, ...], change: Change | None) -> dict[str, Any]:
-    """Plans for LiteMedSAM, or with ``change`` None for nnU-Net's own U-Net, written beside nnUNetPlans."""
+def make_plans(
+    dataset: str,
+    name: str,
+    patch: tuple[int, ...],
+    change: Callable[[MaskSAMConfig, UNetConfig], MaskSAMConfig] | None,
+) -> dict[str, Any]:
+    """Plans for LiteMedSAM, written beside nnUNetPlans; with ``change`` None for nnU-Net's own U-Net.
+
+    ``change`` is given the config at r = 1, and the U-Net that nnU-Net plans for the patch.
+    """
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
     plans: dict[str, Any] = read_json(folder / f"{BASE_PLANS}.json")
     key = configuration_of(patch)
@@ -61,8 +70,9 @@ def _nnunet_sizes(unet: UNetConfig, axes: int) -> dict[str, Any]:
     }
 
 
-def main(dataset: str, name: str, patch: str, resolution: float | None) -> None:
-    change = None if resolution is None else lambda config, _: replace(config, resolution=resolution)
+def main(dataset: str, name: str, patch: str, resolution: float | None, paper: bool) -> None:
+    form = PAPER if paper else {}
+    change = None if resolution is None else lambda config, _: replace(config, resolution=resolution, **form)
     make_plans(dataset, name, tuple(map(int, patch.split("x"))), change)
 
 
@@ -72,4 +82,5 @@ if __name__ == "__main__":
     parser.add_argument("name")
     parser.add_argument("patch")
     parser.add_argument("resolution", type=float, nargs="?", help="r; nnU-Net's own U-Net without it")
+    parser.add_argument("--paper", action="store_true", help="free queries, as in the paper")
     main(**vars(parser.parse_args()))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
-from short_plans import configuration_of, make_plans
+from short_plans import PAPER, configuration_of, make_plans
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -257,20 +257,21 @@ def _match_by_class(trainer: Any) -> None:
     trainer.criterion.assign = lambda cost, targets: Matches.of_classes(targets)
 
 
-def _match_by_slice(trainer: Any) -> None:
-    """Queries of classes with dense maps, but matched to targets of any class."""
-    judge = trainer.criterion
-    judge.config = replace(judge.config, matching="slice", num_queries=judge.num_classes)
+def _maps_of_classes(trainer: Any) -> None:
+    """The generator's maps are one of all classes, which nnU-Net's loss trains; the queries stay free."""
+    generator = trainer.masksam.prompt_generator
+    generator.anchored = True
+    generator._start_as_background(1)
 
 
 VARIANTS = {
     "nnunet_adamw": Variant("nnU-Net with AdamW, same patch and batch", trainer=NNUNET),
     "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
-    "paper": Variant(
-        "8 free queries, matched by slice", lambda config: replace(config, matching="slice", num_queries=8)
-    ),
+    "paper": Variant("8 free queries, matched by slice", lambda config: replace(config, **PAPER)),
     "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
-    "maps_without_anchors": Variant("queries of classes, matched by slice", prepare=_match_by_slice),
+    "maps_without_anchors": Variant(
+        "free queries, whose mask prompts are a map of the classes", _free, prepare=_maps_of_classes, free=True
+    ),
     "light": Variant("the default"),
     "light_rate_1": Variant("learning rate 1e-3", settings=_rate(1e-3)),
     "light_rate_4": Variant("learning rate 4e-3", settings=_rate(4e-3)),

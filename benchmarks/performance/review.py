@@ -171,7 +171,7 @@ def background(data: Path) -> None:
 def head(data: Path) -> None:
     network, (masks, _, *features), _ = start(data, QUERIES[0], regions=False)  # after: modeling/mask_head.py
     layers: Any = network.mask_head
-    norm_input, projections = layers.convs.convs[0].conv, (layers.from_masks, *layers.from_features)
+    norm_input, projections = layers.convs.convs[0].conv, (layers.seg_layers["from_masks"], *layers.from_features)
     for name, raw in (("at the start", masks), ("deviating by 20", 20 * masks / masks.std())):
         columns = []
         for form in (raw, 2 * raw.sigmoid() - 1):

@@ -21,7 +21,7 @@ from .targets import Targets, make_targets
 SemanticLoss = Callable[[Tensor, Tensor], Tensor]
 
 DECODER_DICE = "decoder_dice"
-"""By how much the Dice of the batch differs from that of the generator's own maps: what SAM's decoder adds."""
+"""By how much the Dice of the batch differs from that of the generator's own maps."""
 FEW_CLASSES = 32  # room for so many targets in every slice costs little
 
 

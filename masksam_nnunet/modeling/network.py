@@ -19,7 +19,7 @@ from ..sam_checkpoint import PARTS, read_checkpoint, remap_sam_state_dict
 from ..sam_weights import find_exact, verify
 from ..semantic import semantic_log_probabilities, union_logits
 from .blocks import Trainable
-from .compute import autocast, recomputed
+from .compute import recomputed
 from .mask_decoder import AdaptedMaskDecoder
 from .mask_head import MaskHead
 from .prompt_encoder import AdaptedPromptEncoder
@@ -63,8 +63,8 @@ class MaskSAMOutput(NamedTuple):
     aux_boxes: Tensor
     """(B, D, N, 4): x0 y0 x1 y1 in [0, 1] of the padded patch, as given to SAM."""
     class_maps: tuple[Tensor, ...] = ()
-    """Where queries belong to classes: the generator's own semantic output at its strides, the finest first, logits
-    (B, K, d, h, w) for nnU-Net's loss."""
+    """Where queries belong to classes: the generator's own semantic output, the finest first, logits (B, K, d, h, w)
+    for nnU-Net's loss."""
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> MaskSAMOutput:
         """What queries give, each tensor changed; without the class maps."""
@@ -138,13 +138,19 @@ class MaskSAM(nn.Module):
     def forward(self, x: Tensor) -> MaskSAMOutput | Tensor:
         if self.training:
             return self.parts(x)
-        # nnU-Net predicts in float16; what was trained in bfloat16 may not fit its range.
-        with_gpu = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-        with autocast(x.device) if with_gpu else contextlib.nullcontext():
-            output = self.parts(x)
-        config = self.config
+        semantic = self._semantic(x)
+        # nnU-Net predicts in float16, which is closer to float32 than bfloat16. What was trained in that may not fit.
+        kind = x.device.type
+        in_float16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if in_float16 and not semantic.isfinite().all():
+            with torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=False):  # the cache holds float16
+                semantic = self._semantic(x)
+        return semantic.clamp(-LARGEST, LARGEST)
+
+    def _semantic(self, x: Tensor) -> Tensor:
+        output, config = self.parts(x), self.config
         semantic = semantic_log_probabilities(output.class_logits, output.mask_logits, config.regions, config.anchored)
-        return (semantic[:, :, 0] if x.ndim == 4 else semantic).clamp(-LARGEST, LARGEST)
+        return semantic[:, :, 0] if x.ndim == 4 else semantic
 
     def parts(self, x: Tensor) -> MaskSAMOutput:
         """The outputs that losses see, in training and evaluation mode, for (B, C, D, H, W) or (B, C, H, W)."""

@@ -14,8 +14,8 @@ from .blocks import Trainable
 from .decoders import LightDecoder, UNetDecoder
 from .geometry import mask_extent, to_masks, to_patch
 
-RARE = -4.0
-"""The logit at which foreground starts in the light decoder's maps: most voxels are background, and to learn that first
+FOREGROUND = 0.05
+"""The share of foreground in the light decoder's maps at the start: most voxels are background, and to learn that first
 costs a short training much."""
 
 
@@ -31,8 +31,8 @@ class Prompts(NamedTuple):
     features: Tensor
     """The finest features, (B, w, D, 4 g_h, 4 g_w), or of the patch."""
     maps: tuple[Tensor, ...]
-    """Where queries belong to classes: logits (B, N, d, h, w) of the patch at the generator's strides, the finest
-    first, which has the patch's size. Only that one in evaluation mode."""
+    """Where queries belong to classes: logits (B, N, d, h, w) of the patch, the finest first, which has the patch's
+    size; those of the light decoder all have. Only the first in evaluation mode."""
     start: Tensor | None = None
     """Where there are maps: what the final mask logits start as, (B, N, D, H, W)."""
 
@@ -59,10 +59,8 @@ class PromptGenerator(Trainable):
         if isinstance(config.generator, LightConfig):
             maps = 3 if self.anchored else 1
             self.decoder = LightDecoder(config.encoder, config.generator.widths, num_queries, maps, deep)
-            first = 0 if self.regions else config.num_queries  # of foreground
-            heads: list[Any] = list(self.decoder.seg_layers) if self.anchored else []
-            for head in heads:
-                nn.init.constant_(head.bias[first:], RARE)
+            if self.anchored:
+                self._start_as_background(0 if self.regions else config.num_queries)
         else:
             self.decoder = UNetDecoder(config.encoder, config.generator, grid, in_channels, num_queries, deep)
         width = sum(self.decoder.widths)
@@ -73,6 +71,15 @@ class PromptGenerator(Trainable):
         tokens = nn.Conv3d(width, num_queries, kernel_size=3, padding=1)
         # Named as what nnU-Net leaves out of pre-trained weights: another dataset has other classes.
         self.seg_layers = nn.ModuleDict({"to_boxes": boxes, "to_tokens": tokens})
+
+    def _start_as_background(self, first: int) -> None:
+        """``first``: the first query of foreground, 0 where each query has a sigmoid of its own."""
+        odds = FOREGROUND / (1 - FOREGROUND)
+        if first:
+            odds *= first / max(1, self.num_queries - first)
+        layers: Any = self.decoder.seg_layers
+        for layer in layers:
+            nn.init.constant_(layer.bias[first:], math.log(odds))
 
     def forward(self, image: Tensor, levels: list[Tensor], neck: Tensor) -> Prompts:
         """``image``: the patch (B, C, D, H, W); ``levels``: as the backbone declares them, (B, D, h, w, E); ``neck``:

@@ -67,7 +67,7 @@ def test_the_same_with_a_sam_that_is_stored_in_bfloat16(
 
 
 def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where the host waits in a step of training and one of prediction."""
+    """Where the host waits in a step of training. In one of prediction it asks once whether float16 sufficed."""
     if not made.was_initialized:
         made.initialize()
     made.on_train_epoch_start()
@@ -85,6 +85,7 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         assert {x.dtype for x in seen[0].class_maps or (seen[0].mask_logits,)} == {dtype}, "as planned, not float32"
         trained = [p for p in made.network.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
+        of_training = list(waits)
         made.network.eval()
         with torch.no_grad(), torch.autocast("cuda"):  # as nnU-Net predicts, in float16
             predicted = made.network(data.to(CUDA))
@@ -93,7 +94,8 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
             made.label_manager.num_segmentation_heads,
             *data.shape[2:],
         )
-    return waits
+    assert waits[len(of_training) :] == ["item"]
+    return of_training
 
 
 def test_what_fails_on_a_gpu_fails_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,7 +222,7 @@ def test_a_step_of_training_and_validation(case: str) -> None:
     assert ("sam_decoder/gain" in seen) == ("sam_decoder/dice_change" in seen) == dense
     log = Path(made.log_file).read_text()
     assert "loss terms" in log
-    assert bool(re.search(r"SAM's decoder: gain 0\.0\d+ \(largest .*\); .* Dice .* is [+-]0\.\d+ ", log)) == dense
+    assert bool(re.search(r"SAM's decoder: gain 0\.0\d+ \(largest .*\); .* Dice .* by [+-]0\.\d+", log)) == dense
     made.logger.loggers = []
     made.on_validation_epoch_start()
     with torch.no_grad():

@@ -196,6 +196,20 @@ def test_what_is_predicted_fits_into_float16() -> None:
     assert predicted.min() < -40 and torch.isfinite((predicted * 10 * 64).half()).all()
 
 
+def test_what_overflows_float16_is_predicted_in_bfloat16() -> None:
+    network = MaskSAM(tiny_config(), 1, 3).eval()
+    x, maps = image(network), network.prompt_generator.decoder.seg_layers[0]
+
+    def predict(dtype: torch.dtype) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            return network(x)
+
+    assert not torch.equal(predict(torch.float16), predict(torch.bfloat16))
+    with torch.no_grad():
+        maps.weight *= 1e6
+    assert torch.equal(predict(torch.float16), predict(torch.bfloat16))
+
+
 def test_120_classes() -> None:
     config = tiny_config(patch_size=(2, 32, 32), loss=loss_config())
     network = MaskSAM(config, 1, 120).train()
