@@ -27,7 +27,7 @@ def requirements(median: tuple[int, ...], **changes: Any) -> Requirements:
         "ignores": False,
         "intensity_ranges": (),
         "spacing": (1.0,) * len(median),
-        "unet": False,
+        "generator": "light",
         "largest_batch": lambda voxels: 2,
         **changes,
     }
