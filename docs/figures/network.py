@@ -113,8 +113,7 @@ def draw(found: dict[str, list[tuple[int, ...]]], rows: dict[str, tuple[int, int
     masks, boxes, tokens, _, maps, *_ = found["prompt_generator"]
     n, k = CONFIG.queries(CLASSES), CLASSES
     # Shapes of some of the queries: the decoder takes a few at a time.
-    prompts, decoded = ([(x[0], n, *x[2:]) for x in found[part]] for part in ("prompt_encoder", "mask_decoder"))
-    (sparse, dense), (low, classes) = prompts, decoded
+    sparse, dense, low, classes = ((x[0], n, *x[2:]) for x in (*found["prompt_encoder"], *found["mask_decoder"]))
     d = Drawing(13.4, 5.6)
 
     d.box(0.2, 3.4, 1.3, 1.15, "patch", f"{words(found['input'][0])}\nC×D×H×W", PLAIN)
