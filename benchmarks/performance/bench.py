@@ -1,15 +1,18 @@
 """``make bench``: what the fast paths gain over their plain forms, and how cost grows.
 
-    python benchmarks/performance/bench.py [--device cuda] [--only WORDS] [--repeats N] [--without-nnunet] [--page-only]
+    python benchmarks/performance/bench.py [--device cuda] [--gpu] [--only PATTERN] [--repeats N] [--page-only]
 
-Variants take turns in one process, medians are compared; peak memory is measured in a process for each variant.
-Writes results.json beside this file, docs/performance.md and its plots; figures of another device stay as they are.
+Variants take turns in one process, medians are compared; peak memory is measured in a process for each variant, or on a
+GPU by its allocator. Writes results.json beside this file, docs/performance.md and its plots; figures of another device
+stay as they are. ``--gpu`` runs only what a GPU is needed for, on a CPU in a small form.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +39,16 @@ def all_cases(with_nnunet: bool) -> list[Case]:
     return [*cases(), *(replace(case, needs_nnunet=True) for case in cases_nnunet.cases())]
 
 
+def gpu_cases(device: str) -> list[Case]:
+    import cases_gpu
+
+    return cases_gpu.cases(cases_gpu.SMALL if device == "cpu" else cases_gpu.Sizes())
+
+
 def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any]]:
     """Rows of results: time and memory of every variant beside the reference."""
     number = repeats or case.repeats
-    flags = ["--device", device, "--case", case.name, *([] if case.needs_nnunet else ["--without-nnunet"])]
-    measured = {"s": in_a_process(__file__, *flags, "--repeats", str(number))}
-    if case.memory:
-        words = [__file__, *flags, "--variant"]
-        measured["MiB"] = {name: in_a_process(*words, name, **GIVE_BACK) for name in case.variants}
+    measured = _on_a_gpu(case, number) if device == "cuda" else _in_processes(case, device, number)
     rows = []
     for unit, values in measured.items():
         name, times = (f"{case.name}, time", number) if unit == "s" else (f"{case.name}, peak memory", 1)
@@ -52,6 +57,24 @@ def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any
             figures = values[variant], values[case.reference]
             rows.append(result(name, variant, case.reference, *figures, unit, **more))
     return rows
+
+
+def _on_a_gpu(case: Case, repeats: int) -> dict[str, dict[str, float]]:
+    device = torch.device("cuda")
+    torch.backends.cudnn.benchmark = True  # as nnU-Net sets it
+    measured = {"s": seconds(case, device, repeats)}
+    if case.memory:
+        measured["MiB"] = {name: peak_mib(build, device, steps=2) for name, build in case.variants.items()}
+    return measured
+
+
+def _in_processes(case: Case, device: str, number: int) -> dict[str, dict[str, float]]:
+    flags = ["--device", device, "--case", case.name, *([] if case.needs_nnunet else ["--without-nnunet"])]
+    measured = {"s": in_a_process(__file__, *flags, "--repeats", str(number))}
+    if case.memory:
+        words = [__file__, *flags, "--variant"]
+        measured["MiB"] = {name: in_a_process(*words, name, **GIVE_BACK) for name in case.variants}
+    return measured
 
 
 def device_name(device: str) -> str:
@@ -117,9 +140,11 @@ def run_growth(axis: str, values: tuple[int, ...], device: str) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="cases whose name holds these words")
+    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--without-nnunet", action="store_true", help="cases that need no nnU-Net")
+    parser.add_argument("--without-growth", action="store_true", help="cases only")
+    parser.add_argument("--gpu", action="store_true", help="what a GPU is needed for; on a CPU in a small form")
     parser.add_argument("--page-only", action="store_true", help="write docs/performance.md from the results again")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -129,30 +154,48 @@ def main() -> None:
     if arguments.growth:
         print(json.dumps(measure_point(json.loads(arguments.growth), device)))
         return
+    chosen = gpu_cases(arguments.device) if arguments.gpu else all_cases(not arguments.without_nnunet)
     if arguments.case:
-        (case,) = (case for case in all_cases(not arguments.without_nnunet) if case.name == arguments.case)
+        (case,) = (case for case in chosen if case.name == arguments.case)
         if arguments.variant:
             print(json.dumps(peak_mib(case.variants[arguments.variant], device)))
         else:
             print(json.dumps(seconds(case, device, arguments.repeats)))
         return
 
+    if arguments.gpu and arguments.device == "cpu":
+        for case in chosen:
+            if re.search(arguments.only, case.name):
+                print(case.name, seconds(replace(case, warm_up=False), device, 1), flush=True)
+        return
+    failed = []
     if not arguments.page_only:
-        for case in all_cases(not arguments.without_nnunet):
-            if arguments.only in case.name and not (case.gpu_only and arguments.device == "cpu"):
-                rows = run_case(case, arguments.device, arguments.repeats)
+        for case in chosen:
+            if re.search(arguments.only, case.name) and not (case.gpu_only and arguments.device == "cpu"):
+                try:
+                    rows = run_case(case, arguments.device, arguments.repeats)
+                except Exception:  # the others are measured all the same: a GPU may be there for minutes only
+                    traceback.print_exc()
+                    failed.append(case.name)
+                    continue
                 save(rows + shares_of_peak(rows, arguments.device))
         for axis, values in (AXES | ({} if arguments.without_nnunet else {"windows": WINDOWS})).items():
-            if arguments.only in f"growth with {axis}":
+            if re.search(arguments.only, f"growth with {axis}") and not (arguments.gpu or arguments.without_growth):
                 save(run_growth(axis, values, arguments.device))
     write_page(json.loads(RESULTS.read_text()))
+    if failed:
+        raise SystemExit(f"not measured: {', '.join(failed)}")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        values = f"{row['ours']:>10} {row['reference']!s:>10} {row['unit']:>8} x {row['ratio']}"
+        print(f"{row['name']:<55} {row['variant']:<36} {values}", flush=True)
 
 
 def save(rows: list[dict[str, Any]]) -> None:
     """Print rows, and put them in the place of earlier ones of the same name, variant and device."""
-    for row in rows:
-        values = f"{row['ours']:>10} {row['reference']!s:>10} {row['unit']:>8} x {row['ratio']}"
-        print(f"{row['name']:<55} {row['variant']:<24} {values}", flush=True)
+    show(rows)
     new = {(row["name"], row["variant"], row["device"]): row for row in rows}
     earlier = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     merged = [new.pop((row["name"], row["variant"], row["device"]), row) for row in earlier]

@@ -36,7 +36,7 @@ def _mean_squares(outputs: Iterable[Tensor]) -> Tensor:
     return torch.stack([out.float().square().mean() for out in outputs]).sum()
 
 
-def _forward_and_back(make: Callable[[torch.device], Callable[[], Iterable[Tensor]]]) -> Builder:
+def forward_and_back(make: Callable[[torch.device], Callable[[], Iterable[Tensor]]]) -> Builder:
     """Steps that compute outputs as ``make`` tells, in the precision that networks run in, then gradients."""
 
     def build(device: torch.device) -> Step:
@@ -60,7 +60,7 @@ def _attention(plain: bool, images: int, grid: int) -> Builder:
         x = torch.randn(images, grid, grid, 768, device=device, requires_grad=True)
         return lambda: [layer(x) if plain else self_attention(layer, x)]
 
-    return _forward_and_back(make)
+    return forward_and_back(make)
 
 
 def _encoder(plain: bool, slices: int, side: int) -> Builder:
@@ -74,7 +74,7 @@ def _encoder(plain: bool, slices: int, side: int) -> Builder:
 
         return forward
 
-    return _forward_and_back(make)
+    return forward_and_back(make)
 
 
 def _light_encoder(form: str) -> Builder:
@@ -111,7 +111,7 @@ def _depthwise(form: Callable[[nn.Conv3d, Tensor], Tensor]) -> Builder:
         x = torch.randn(1, 4, 64, 64, 192, device=device, requires_grad=True)
         return lambda: [form(conv, x)]
 
-    return _forward_and_back(make)
+    return forward_and_back(make)
 
 
 def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
@@ -132,7 +132,7 @@ def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
 
         return forward
 
-    return _forward_and_back(make)
+    return forward_and_back(make)
 
 
 def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int) -> Builder:
@@ -146,7 +146,7 @@ def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int
 
         return forward
 
-    return _forward_and_back(make)
+    return forward_and_back(make)
 
 
 def blobs(batch: int, slices: int, side: int, classes: int) -> Tensor:
@@ -210,11 +210,13 @@ def training(
     semantic: SemanticLoss = nll,
     with_optimizer: bool = False,
     channels: int = 1,
+    compiled: bool = False,
 ) -> Builder:
     """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
 
     def build(device: torch.device) -> Step:
         network = MaskSAM(config, channels, classes).to(device).train()
+        forward = torch.compile(network) if compiled else network
         judge = MaskSAMCriterion(config, classes, semantic_loss=semantic)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
         x, labels = torch.randn(len(truth), channels, *config.patch_size, device=device), truth.to(device)
@@ -222,7 +224,7 @@ def training(
         def step() -> None:
             network.zero_grad(set_to_none=True)
             with autocast(device):
-                output = network(x)
+                output = forward(x)
             judge(output, labels)[0].backward()
             if with_optimizer:
                 optimizer.step()

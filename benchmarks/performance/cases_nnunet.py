@@ -30,13 +30,13 @@ from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.compute import autocast
 from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
 
-PATCH, VOLUME, CLASSES = (8, 128, 128), (8, 192, 192), 4
+PATCH, VOLUME, CLASSES, SPACING = (8, 128, 128), (8, 192, 192), 4, (5.0, 1.0, 1.0)
 FOLDS_PATCH = (4, 64, 64)
 
 
-def _unet(residual: bool) -> nn.Module:
+def unet(residual: bool, patch: tuple[int, ...] = PATCH, spacing: tuple[float, ...] = SPACING) -> nn.Module:
     """nnU-Net's own network for the patch: PlainConvUNet, or ResEnc-L's ResidualEncoderUNet."""
-    _, strides, kernels, _, _ = get_pool_and_conv_props((5.0, 1.0, 1.0), PATCH, 4, 999999)
+    _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch, 4, 999999)
     stages = len(strides)
     blocks = (1, 3, 4, 6, 6, 6, 6)[:stages] if residual else [2] * stages
     return (ResidualEncoderUNet if residual else PlainConvUNet)(
@@ -58,22 +58,26 @@ def _unet(residual: bool) -> nn.Module:
     )
 
 
-def _loss() -> nn.Module:
+def nnunet_loss() -> nn.Module:
     """nnU-Net's own, as its trainer makes it."""
     dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
     return DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
 
 
-def _unet_step(residual: bool) -> Builder:
+def unet_step(
+    residual: bool, patch: tuple[int, ...] = PATCH, spacing: tuple[float, ...] = SPACING, compiled: bool = False
+) -> Builder:
     def build(device: torch.device) -> Step:
-        network = _unet(residual).to(device).train()
-        x = torch.randn(2, 1, *PATCH, device=device)
-        truth = torch.randint(CLASSES, (2, 1, *PATCH), device=device)
+        network = unet(residual, patch, spacing).to(device).train()
+        if compiled:
+            network = torch.compile(network)
+        x = torch.randn(2, 1, *patch, device=device)
+        truth = torch.randint(CLASSES, (2, 1, *patch), device=device)
         with torch.no_grad():
             sizes = [output.shape[2:] for output in network(x)]
         truths = [nn.functional.interpolate(truth.float(), size) for size in sizes]
         weights = [2.0**-level for level in range(len(sizes) - 1)] + [0.0]
-        loss = DeepSupervisionWrapper(_loss(), [weight / sum(weights) for weight in weights])
+        loss = DeepSupervisionWrapper(nnunet_loss(), [weight / sum(weights) for weight in weights])
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
@@ -88,14 +92,14 @@ def _unet_step(residual: bool) -> Builder:
 
 def _masksam_step(backbone: str, resolution: int) -> Builder:
     config = MaskSAMConfig(backbone, PATCH, resolution, 6, "slice")
-    return training(config, torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES, _loss())
+    return training(config, torch.randint(CLASSES, (2, 1, *PATCH)), CLASSES, nnunet_loss())
 
 
-def _plans(config: MaskSAMConfig | None) -> dict[str, Any]:
+def _plans(config: MaskSAMConfig | None, patch: tuple[int, ...]) -> dict[str, Any]:
     configuration = {
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 2,
-        "patch_size": list(config.patch_size if config else PATCH),
+        "patch_size": list(patch),
         "spacing": [5.0, 1.0, 1.0],
         "normalization_schemes": ["ZScoreNormalization"],
         "architecture": {
@@ -130,12 +134,12 @@ def _predictor(ours: bool, device: torch.device, mirroring: bool = True) -> nnUN
     )
 
 
-def prediction(network_of: Any, ours: bool, size: tuple[int, ...] = VOLUME) -> Builder:
+def prediction(network_of: Any, ours: bool, size: tuple[int, ...] = VOLUME, patch: tuple[int, ...] = PATCH) -> Builder:
     """A volume of this size, by a network that ``network_of`` makes."""
 
     def build(device: torch.device) -> Step:
         network, config = network_of()
-        manager = PlansManager(_plans(config))
+        manager = PlansManager(_plans(config, patch))
         configuration = manager.get_configuration("3d_fullres")
         predictor = _predictor(ours, device)
         predictor.manual_initialization(
@@ -171,8 +175,8 @@ def tiny() -> tuple[nn.Module, MaskSAMConfig]:
     return MaskSAM(config, 1, CLASSES).eval(), config
 
 
-def _stock() -> tuple[nn.Module, None]:
-    network = _unet(residual=False)
+def stock(patch: tuple[int, ...] = PATCH, spacing: tuple[float, ...] = SPACING) -> tuple[nn.Module, None]:
+    network = unet(residual=False, patch=patch, spacing=spacing)
     network.decoder.deep_supervision = False
     return network.eval(), None
 
@@ -211,7 +215,7 @@ def _write_model(root: Path, folds: int, lean: bool) -> None:
             "inference_allowed_mirroring_axes": (0, 1, 2),
         }
         torch.save(checkpoint, fold / "checkpoint_final.pth")
-    for name, content in (("plans", _plans(config)), ("dataset", _dataset()), ("dataset_fingerprint", {})):
+    for name, content in (("plans", _plans(config, FOLDS_PATCH)), ("dataset", _dataset()), ("dataset_fingerprint", {})):
         (model / f"{name}.json").write_text(json.dumps(content))
 
 
@@ -245,16 +249,16 @@ def cases() -> list[Case]:
     step, window = f"patch {patch}, batch 2; network and loss", f"volume {volume}, patch {patch}, eight mirrors"
     one = f"ViT-B, r = 4, one window of {'x'.join(map(str, FOLDS_PATCH))}"
     tiny_step, ours = _masksam_step("tiny", 1), prediction(tiny, True)
-    unets = {"tiny": tiny_step, "vit_b, r = 1": _masksam_step("vit_b", 1), "nnU-Net": _unet_step(False)}
+    unets = {"tiny": tiny_step, "vit_b, r = 1": _masksam_step("vit_b", 1), "nnU-Net": unet_step(False)}
     same = {"ours": ours, "nnUNetv2_predict, same network": prediction(tiny, False)}
-    stock = {"tiny, masksam predict": ours, "nnU-Net, nnUNetv2_predict": prediction(_stock, False)}
+    beside = {"tiny, masksam predict": ours, "nnU-Net, nnUNetv2_predict": prediction(stock, False)}
     folds = {"ours": _folds(True, 5), "ours, one fold": _folds(True, 1), "nnUNetv2_predict": _folds(False, 5)}
     exports = {"masksam export, lean": _export(True), "nnU-Net's export, full": _export(False)}
     return [
         Case("training step beside nnU-Net", step, unets, 3),
-        Case("training step beside ResEnc-L", step, {"tiny": tiny_step, "ResEnc-L": _unet_step(True)}, 3),
+        Case("training step beside ResEnc-L", step, {"tiny": tiny_step, "ResEnc-L": unet_step(True)}, 3),
         Case("sliding-window case, masksam predict", f"tiny, {window}", same, 3),
-        Case("sliding-window case beside nnU-Net", window, stock, 3),
+        Case("sliding-window case beside nnU-Net", window, beside, 3),
         Case("five folds, masksam predict", one, folds, 1, warm_up=False),
         Case("export", "ViT-B, one fold", exports, 2, warm_up=False),
     ]

@@ -47,8 +47,9 @@ def result(
     name: str, variant: str, against: str, ours: float, reference: float, unit: str, **more: object
 ) -> dict[str, Any]:
     """A row of results.json."""
-    figures = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ours / reference, 3)}
-    return {"name": name, "variant": variant, "against": against, **figures, "unit": unit, **more}
+    figures = {"ours": ours, "reference": reference, "ratio": ours / reference}
+    rounded = {key: float(f"{value:.5g}") for key, value in figures.items()}
+    return {"name": name, "variant": variant, "against": against, **rounded, "unit": unit, **more}
 
 
 def in_a_process(script: str, *words: str, **environment: str) -> Any:

@@ -1,6 +1,6 @@
 """The planner's memory estimate against what training steps really take, for a dozen plans.
 
-    python benchmarks/performance/memory_estimate.py [--device cuda] [--out FILE.json] [--checkpoints]
+    python benchmarks/performance/memory_estimate.py [--device cuda] [--out FILE.json] [--plans N] [--checkpoints]
 
 On a GPU: bfloat16 steps and allocated memory. On a CPU: float32 steps, and growth of the process's resident peak since
 before the network was built; the estimate is then made for float32 too. Neither is compared with the other.
@@ -75,11 +75,15 @@ def measure(plan: list[Any], device: torch.device) -> float:
 
 
 def row(plan: list[Any], device: str) -> dict[str, Any]:
-    """Estimate and measurement of one plan, the latter in a process of its own."""
+    """Estimate and measurement of one plan, the latter on a CPU in a process of its own."""
     config, batch, channels, classes = build(plan)
     precision = "bfloat16" if device == "cuda" else "float32"
     estimate = training_cost(config, channels, classes, batch, precision=precision).peak_gib
-    measured = in_a_process(__file__, "--device", device, "--one", json.dumps(plan), **GIVE_BACK) / 1024
+    if device == "cuda":
+        mib = measure(plan, torch.device(device))
+    else:
+        mib = in_a_process(__file__, "--device", device, "--one", json.dumps(plan), **GIVE_BACK)
+    measured = mib / 1024
     figures = {"estimated_gib": estimate, "measured_gib": measured, "ratio": estimate / measured}
     return dict(zip(NAMES, plan, strict=True)) | {name: round(value, 3) for name, value in figures.items()}
 
@@ -101,7 +105,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="not the CPU's for a GPU")
+    parser.add_argument("--plans", type=int, help="how many of them, from the first")
     parser.add_argument("--checkpoints", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -111,12 +116,13 @@ def main() -> None:
     if arguments.one:
         print(measure(json.loads(arguments.one), torch.device(arguments.device)))
         return
+    name = "cpu, float32, resident" if arguments.device == "cpu" else torch.cuda.get_device_name()
     rows = []
-    for plan in CPU_PLANS if arguments.device == "cpu" else GPU_PLANS:
+    for plan in (CPU_PLANS if arguments.device == "cpu" else GPU_PLANS)[: arguments.plans]:
         rows.append(row(list(plan), arguments.device))
         print(" ".join(f"{value!s:>10}" for value in rows[-1].values()), flush=True)
-    name = "cpu, float32, resident" if arguments.device == "cpu" else torch.cuda.get_device_name()
-    arguments.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "plans": rows}, indent=1) + "\n")
+        measured = {"device": name, "torch": torch.__version__, "plans": rows}
+        arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
     worst = max(abs(r["ratio"] - 1) for r in rows)
     print(f"estimate / measured: worst deviation {worst:.1%} over {len(rows)} plans ({name})")
 

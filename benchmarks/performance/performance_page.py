@@ -57,6 +57,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _number(value: float, unit: str) -> str:
+    if not unit:  # of the agreement of number formats
+        return f"{value:.4f}"
     return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
 
 

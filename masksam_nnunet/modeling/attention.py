@@ -19,13 +19,17 @@ def self_attention(attention: Attention, x: Tensor) -> Tensor:
     """What ``attention(x)`` of segment-anything gives, for x (B, h, w, E): attention with relative positions."""
     b, h, w, _ = x.shape
     qkv = attention.qkv(x).reshape(b, h * w, 3, attention.num_heads, -1)  # (B, h w, 3, heads, c), c = E/heads
-    rows = _relative(h, attention.rel_pos_h).to(qkv.dtype)  # (h, h, c)
-    columns = _relative(w, attention.rel_pos_w).to(qkv.dtype)  # (w, w, c)
+    rows, columns = relative_vectors(attention, h, w, qkv.dtype)
     on_cpu = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
     # A compiler would unroll the chunks.
     compute = chunked_attention if on_cpu and not torch.compiler.is_compiling() else fused_attention
     out = compute(qkv, rows, columns, attention.scale)  # (B, h w, heads, c)
     return attention.proj(out.reshape(b, h, w, -1))
+
+
+def relative_vectors(attention: Attention, h: int, w: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """R_h (h, h, c) and R_w (w, w, c) of an attention layer."""
+    return _relative(h, attention.rel_pos_h).to(dtype), _relative(w, attention.rel_pos_w).to(dtype)
 
 
 def _relative(size: int, table: Tensor) -> Tensor:
@@ -107,13 +111,19 @@ def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) ->
     scale q.k + q.R_h + q.R_w is one dot product of longer vectors: queries are extended by their products with R_h and
     R_w, keys by one-hot codes of their row and column.
     """
-    b, n, _, heads, size = qkv.shape
+    q, k, v = extended(qkv, rows, columns, scale)
+    # Values as long as queries and keys: else PyTorch leaves the fused path.
+    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    out = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]  # (B, heads, h w, c)
+    return out.transpose(1, 2)
+
+
+def extended(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys (B, heads, h w, c'), whose dot products hold the positions, and values (B, heads, h w, c)."""
+    b, _, _, heads, size = qkv.shape
     h, w = len(rows), len(columns)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, h w, c)
-    grid = q.reshape(b, heads, h, w, size)
-    to_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).reshape(b, heads, n, h)
-    to_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns).reshape(b, heads, n, w)
-
+    to_rows, to_columns = relative_scores(q, rows, columns)
     codes = torch.cat(
         [
             torch.eye(h, dtype=q.dtype, device=q.device).repeat_interleave(w, 0),
@@ -121,13 +131,17 @@ def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) ->
         ],
         dim=-1,
     )  # (h w, h + w)
-    # A multiple of 8, and values as long as queries and keys: else PyTorch leaves the fused path.
-    pad = -(size + h + w) % 8
+    pad = -(size + h + w) % 8  # fused kernels want multiples of 8
     q = F.pad(torch.cat([q * scale, to_rows, to_columns], dim=-1), (0, pad))
     k = F.pad(torch.cat([k, codes.expand(b, heads, -1, -1)], dim=-1), (0, pad))
-    v = F.pad(v, (0, h + w + pad))
-    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :size]  # (B, heads, h w, c)
-    return out.transpose(1, 2)
+    return q, k, v
+
+
+def relative_scores(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """q.R_h (B, heads, h w, h) and q.R_w (B, heads, h w, w), for q (B, heads, h w, c)."""
+    grid = q.unflatten(2, (len(rows), len(columns)))
+    to_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).flatten(2, 3)
+    return to_rows, torch.einsum("bnhwc,wkc->bnhwk", grid, columns).flatten(2, 3)
 
 
 def decoder_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
