@@ -15,7 +15,7 @@ from masksam_nnunet.backbones import BACKBONES, planned_backbones
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.sam_files import CHECKPOINTS
 
-from . import benchmark, data, explain, export, predict, submit, train
+from . import benchmark, data, doctor, explain, export, predict, submit, train
 from .common import Commands, Dataset, SeveralValues
 
 app = typer.Typer(
@@ -162,7 +162,7 @@ def plan(
     )
 
 
-for group in (train, predict, benchmark, data, explain, export, submit):
+for group in (doctor, train, predict, benchmark, data, explain, export, submit):
     group.register(app)
 
 if __name__ == "__main__":

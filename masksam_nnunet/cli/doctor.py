@@ -1,0 +1,225 @@
+"""``masksam doctor``: look at all that a training needs, one by one. Heavy imports inside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, cpu_name
+from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.sam_files import CHECKPOINTS
+
+from .common import DEFAULT_TRAINER
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGE = "masksam-nnunet"
+FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
+"""nnU-Net's variables, and whether a training writes there."""
+LITTLE_ROOM, LITTLE_SHARED = 10 * 2**30, 2**30
+PATCH, SECONDS = (4, 64, 64), 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    value: str
+    trouble: str = ""
+    """What is wrong with it and what to do; "" if nothing."""
+    fatal: bool = True
+    """Whether a training would fail, where there is trouble."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(doctor)
+
+
+def doctor(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+) -> None:
+    """Look at what a training needs, and train for five seconds. Exit code 1 if a training would fail."""
+    if device not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: give cpu or cuda")
+    fatal = 0
+    for finding in findings(device):
+        typer.echo(f"{finding.what:<26}{finding.value}")
+        if finding.trouble:
+            fatal += finding.fatal
+            typer.secho(f"  {'PROBLEM' if finding.fatal else 'note'}: {finding.trouble}", fg=typer.colors.RED)
+    if fatal:
+        typer.echo(f"\nA training would fail: {fatal} problem{'s' * (fatal > 1)}.")
+        raise typer.Exit(1)
+    typer.echo("\nA training can start.")
+
+
+def findings(device: str | None) -> Iterator[Finding]:
+    """All that is looked at; ``device`` as the option."""
+    import torch
+
+    from masksam_nnunet.gpu import gpu_trouble
+
+    yield from _versions()
+    trouble = gpu_trouble() or ""
+    there = torch.cuda.is_available() and not trouble
+    if device == "cuda" and not there and not trouble:
+        trouble = "PyTorch sees no GPU here: use a machine with one, or --device cpu"
+    value = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if there else "none"
+    yield Finding("GPU", value, trouble, fatal=device != "cpu")
+    where = torch.device(device if device and there else "cuda" if there else "cpu")
+    yield from _device(where)
+    yield from _folders()
+    yield _trainers()
+    yield _weights()
+    if Path("/dev/shm").is_dir():
+        room = shutil.disk_usage("/dev/shm").total
+        few = "nnU-Net's workers pass batches through it: start the container with --shm-size=8g"
+        yield Finding("/dev/shm", _gib(room), few if room < LITTLE_SHARED else "", fatal=False)
+    yield _step(where)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("system", f"{platform.platform()}, {cpu_name()}")
+    yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
+    yield Finding(PACKAGE, version(PACKAGE))
+    pinned = dict(line.split("==") for line in requires(PACKAGE) or () if "==" in line and ";" not in line)
+    for name in (*pinned, "torch", "torchvision", "timm", "numpy"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "missing"
+        wanted = pinned.get(name, found)
+        wrong = found == "missing" or found != wanted
+        yield Finding(name, found, f"{wanted} is needed: pip install {PACKAGE}" if wrong else "")
+
+
+def _device(device: torch.device) -> Iterator[Finding]:
+    import torch
+
+    from masksam_nnunet.gpu import driver_version
+    from masksam_nnunet.modeling.compute import autocast_dtype
+
+    yield Finding("CUDA of PyTorch", f"{torch.version.cuda}; NVIDIA's driver: {driver_version()}")
+    if device.type == "cuda":
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            free, total = torch.cuda.mem_get_info(index)
+            value = f"capability {major}.{minor}, {_gib(free)} of {_gib(total)} free"
+            yield Finding(f"GPU {index}", value, "other programs use it" if free < total / 2 else "", fatal=False)
+    dtype = autocast_dtype(device)
+    yield Finding("trains on", f"{device.type}, {str(dtype).removeprefix('torch.')}")
+    if device.type == "cuda":
+        kernels = (f"{name}: {_kernel(tokens, size, device, dtype)}" for name, tokens, size in _ATTENTION)
+        yield Finding("attention", "; ".join(kernels))
+
+
+_ATTENTION = (("ViT-B, 64x64 tokens", 64 * 64, 64 + 64 + 64), ("ViT-B, 14x14 windows", 14 * 14, 64 + 14 + 14 + 4))
+"""Tokens and length of the vectors, in which positions are."""
+
+
+def _kernel(tokens: int, size: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that PyTorch takes for attention."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    x = torch.zeros(1, 1, tokens, size, device=device, dtype=dtype, requires_grad=True)
+    name: str = SDPBackend(torch._fused_sdp_choice(x, x, x)).name
+    return name.lower().replace("_", " ")
+
+
+def _folders() -> Iterator[Finding]:
+    for name, written in FOLDERS.items():
+        given = os.environ.get(name)
+        if not given:
+            yield Finding(name, "not set", f"export {name}=FOLDER (nnU-Net's documentation)", fatal=written)
+        elif not Path(given).is_dir():
+            yield Finding(name, given, f"there is no such folder: make it, or correct {name}", fatal=written)
+        else:
+            free, trouble = shutil.disk_usage(given).free, ""
+            if written and not os.access(given, os.W_OK):
+                trouble = f"it cannot be written: change its permissions, or {name}"
+            few = "a dataset and its trained folds can take more" if free < LITTLE_ROOM else ""
+            yield Finding(name, f"{given}, {_gib(free)} free", trouble or few, fatal=bool(trouble))
+
+
+def _trainers() -> Finding:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    found, said = None, io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(Exception):
+        found = recursive_find_trainer_class_by_name(DEFAULT_TRAINER)
+    value = os.environ.get(EXT_TRAINER) or "not set"
+    missing = f'nnUNetv2_train does not find {DEFAULT_TRAINER}: eval "$(masksam env)"; masksam train needs no such line'
+    return Finding(EXT_TRAINER, value, "" if found else missing)
+
+
+def _weights() -> Finding:
+    from masksam_nnunet.sam_weights import find, located
+
+    what, given = "SAM's weights", os.environ.get("MASKSAM_WEIGHTS")
+    if os.environ.get(RANDOM_INIT):
+        return Finding(what, f"not used: {RANDOM_INIT} is set")
+    here = [name for name, checkpoint in CHECKPOINTS.items() if located(checkpoint)]
+    try:
+        if not here:
+            find("vit_b")
+    except WeightsError as error:
+        return Finding(what, given or "none", str(error))
+    return Finding(what, ", ".join(here) or str(given))
+
+
+def _step(device: torch.device) -> Finding:
+    """A training of LiteMedSAM with random weights on noise."""
+    import torch
+
+    from masksam_nnunet.cost import dice_and_cross_entropy
+    from masksam_nnunet.losses.criterion import MaskSAMCriterion
+    from masksam_nnunet.modeling import MaskSAM
+    from masksam_nnunet.modeling.compute import autocast, keep_freed_memory
+    from masksam_nnunet.plans.architecture import config_for
+
+    what = "five seconds of training"
+    try:
+        if device.type == "cpu":
+            keep_freed_memory()
+        config = config_for("lite_medsam", PATCH, regions=False)
+        network = MaskSAM(config, 1, 4).to(device).train()
+        judge = MaskSAMCriterion(config, 4, semantic_loss=dice_and_cross_entropy)
+        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+        x = torch.randn(2, 1, *PATCH, device=device)
+        truth = (x > 1).short() + (x > 2).short()
+        steps, began = -1, 0.0  # the first is a warm-up
+        while steps < 1 or time.perf_counter() - began < SECONDS:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device):
+                output = network(x)
+            loss, _ = judge(output, truth)
+            loss.backward()
+            optimizer.step()
+            finite = bool(loss.isfinite())  # waits for a GPU
+            steps += 1
+            began = began or time.perf_counter()
+        took = (time.perf_counter() - began) / steps
+    except Exception as error:  # whatever it is, it is what is asked for
+        return Finding(what, "failed", f"{type(error).__name__}: {error}")
+    value = f"LiteMedSAM, two patches of {'x'.join(map(str, PATCH))}: {took:.3g} s for a step"
+    return Finding(what, value, "" if finite else "the loss is not finite: report it, with all of this")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

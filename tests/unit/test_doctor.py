@@ -1,0 +1,81 @@
+"""``masksam doctor``: what it finds where all is well, and each trouble by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from masksam_nnunet.cli import doctor
+from masksam_nnunet.cli.app import app
+from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, ext_trainer_value
+from masksam_nnunet.losses.criterion import MaskSAMCriterion
+
+
+@pytest.fixture(autouse=True)
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on which a training can start."""
+    for name in doctor.FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv(EXT_TRAINER, ext_trainer_value(None))
+    monkeypatch.setenv("MASKSAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "PATCH", (2, 32, 32))
+
+
+def seen(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["doctor", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_a_machine_that_can_train() -> None:
+    code, said = seen("--device", "cpu")
+    assert code == 0 and "PROBLEM" not in said
+    for name in (*doctor.FOLDERS, "torch", "nnunetv2", "GPU", "lite_medsam", "s for a step"):
+        assert name in said
+
+
+@pytest.mark.parametrize("name", ["nnUNet_preprocessed", "nnUNet_results", EXT_TRAINER])
+def test_a_variable_that_is_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(name)
+    code, said = seen()
+    assert code == 1
+    (problem,) = (line for line in said.splitlines() if "PROBLEM" in line)
+    assert name.replace(EXT_TRAINER, "masksam env") in problem
+
+
+def test_folders_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "gone"))
+    assert seen()[0] == 1
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "gone"))  # a training does not need it
+    code, said = seen()
+    assert code == 0 and "note" in said and str(tmp_path / "gone") in said
+
+
+def test_weights_that_are_named_and_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "CHECKPOINTS", {})
+    code, said = seen()
+    assert code == 1 and "masksam weights" in said
+    monkeypatch.setenv(RANDOM_INIT, "1")
+    assert seen()[0] == 0
+
+
+def test_another_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
+    actual = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "9.9" if name == "nnunetv2" else actual(name))
+    code, said = seen()
+    assert code == 1 and "9.9" in said and "2.8.1" in said
+
+
+def test_a_step_that_fails_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(MaskSAMCriterion, "__call__", broken)
+    code, said = seen()
+    assert code == 1 and "no kernel image" in said
+    assert seen("--device", "mps")[0] == 2
