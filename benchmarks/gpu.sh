@@ -9,68 +9,95 @@
 # two other folders are made here where they are not set.
 set -u
 what=$1 out=$2 minutes=${3:-5} device=${DEVICE:-cuda} python=${PYTHON:-python3}
-here=$(cd "$(dirname "$0")" && pwd)
+measure=$(cd "$(dirname "$0")" && pwd)/performance
 mkdir -p "$out"
 if [ -n "${WHEELS:-}" ]; then
   site=$(mktemp -d)
   $python -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 1
-  export PYTHONPATH=$site PATH=$site/bin:$PATH
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PATH=$site/bin:$PATH
 fi
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
-failed=0
 
-run() { # run SECONDS NAME COMMAND...: its output goes to OUT/NAME.log too
-  local seconds=$1 name=$2
+run() { # run SECONDS LOG COMMAND...
+  local seconds=$1 log=$2
   shift 2
-  timeout "$seconds" "$@" 2>&1 | tee "$out/$name.log"
-  if [ "${PIPESTATUS[0]}" -ne 0 ]; then echo "failed: $name"; failed=1; fi
+  timeout "$seconds" "$@" 2>&1 | tee "$log"
+  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "failed: $*"; false; }
+}
+
+all() { # wait for the processes that were started, and fail if one of them did
+  local failed=0 process
+  for process in $(jobs -p); do wait "$process" || failed=1; done
+  return $failed
 }
 
 figures() {
-  local measure=$here/performance
+  local failed=0
   if [ "$device" = cpu ]; then
-    run 300 precision $python "$measure/precision.py" --device cpu
-    run 300 memory $python "$measure/memory_estimate.py" --device cpu --plans 1 --out "$out/memory.json"
-    run 300 real $python "$measure/bench.py" --device cpu --gpu --only kernels
-    return
+    run 300 "$out/precision.log" $python "$measure/precision.py" --device cpu || failed=1
+    run 300 "$out/memory.log" $python "$measure/memory_estimate.py" --device cpu --plans 1 --out "$out/memory.json" || failed=1
+    run 300 "$out/real.log" $python "$measure/bench.py" --device cpu --gpu --only kernels || failed=1
+    return $failed
   fi
-  run 110 precision $python "$measure/precision.py" & # neither is timed
-  run 110 memory $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json"
-  wait
-  run 90 real $python "$measure/bench.py" --gpu --only "^(?!torch)"
-  run 90 bench $python "$measure/bench.py" --repeats 5 --without-nnunet --without-growth
+  run 60 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
+  run 120 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json" &
+  all || failed=1
+  run 80 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1
+  run 80 "$out/bench.log" $python "$measure/bench.py" --repeats 5 --without-nnunet --without-growth || failed=1
   cp "$measure/results.json" "$out/"
-  run 100 compile $python "$measure/bench.py" --gpu --only "^torch" --repeats 5
+  run 150 "$out/compile.log" $python "$measure/bench.py" --gpu --only "^torch" --repeats 5 || failed=1
   cp "$measure/results.json" "$out/"
+  return $failed
 }
 
-trainings() { # each method alone with its fold, all at the same time, so that none has more of the machine
+ours=MaskSAMTrainer_lite_medsam_budget theirs=nnUNetTrainer_adamw_budget
+
+trainings() { # all at the same time, so that none has more of the machine
   export nnUNet_preprocessed=${nnUNet_preprocessed:-$PWD/gpu_preprocessed} nnUNet_results=${nnUNet_results:-$PWD/gpu_results}
-  export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=${nnUNet_n_proc_DA:-3} nnUNet_def_n_proc=4
-  nnUNetv2_plan_and_preprocess -d 27 101 -c 3d_fullres --no_pp > "$out/plan.log" 2>&1 || return 1
+  export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=${nnUNet_n_proc_DA:-3} nnUNet_def_n_proc=4 MASKSAM_BUDGET_MINUTES=$minutes
+  local logs=$nnUNet_results/logs d failed=0
+  mkdir -p "$logs"
+  eval "$(masksam env)"
+  run 120 "$logs/plan.log" nnUNetv2_plan_and_preprocess -d 27 101 -c 3d_fullres --no_pp > /dev/null || return 1
   for d in 27 101; do
-    nnUNetv2_preprocess -d $d -c 3d_fullres -np 7 > "$out/preprocess_$d.log" 2>&1 &
-    masksam plan -d $d -c 3d_fullres --backbone lite_medsam --gpu h100 > "$out/plan_$d.log" 2>&1 &
+    run 120 "$logs/preprocess_$d.log" nnUNetv2_preprocess -d $d -c 3d_fullres -np 7 > /dev/null &
+    run 120 "$logs/plan_$d.log" masksam plan -d $d -c 3d_fullres --backbone lite_medsam --gpu h100 --gpu-memory 40 &
   done
-  wait
-  masksam split -d 27 --group '(patient[0-9]+)_'
-  rest="-f 0 --minutes $minutes --devices $device --no-ensembles --no-postprocessing"
+  all || return 1
+  masksam split -d 27 --group '(patient[0-9]+)_' || return 1
   for d in 27 101; do
-    for one in MaskSAMTrainer_lite_medsam_budget@MaskSAMPlans nnUNetTrainer_adamw_budget; do
-      masksam benchmark -d $d --trainers $one $rest --out "$nnUNet_results/$d/${one%%_*}" > "$out/${d}_${one%%_*}.log" 2>&1 &
-    done
+    run 540 "$logs/ours_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $ours -p MaskSAMPlans -device $device > /dev/null &
   done
-  wait
+  for _ in $(seq 100); do # until the first training has written the folds: two of them would both do it
+    [ -f "$(echo "$nnUNet_preprocessed"/Dataset101_*)/splits_final.json" ] && break
+    sleep 1
+  done
   for d in 27 101; do
-    masksam benchmark -d $d --trainers MaskSAMTrainer_lite_medsam_budget@MaskSAMPlans nnUNetTrainer_adamw_budget $rest \
-      --out "$nnUNet_results/$d/both" > "$out/${d}_both.log" 2>&1 &
+    run 540 "$logs/theirs_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $theirs -device $device > /dev/null &
   done
-  [ "$device" = cpu ] || run 100 predictions $python "$here/performance/precision.py" \
-    --model "$nnUNet_results/Dataset027_ACDC/MaskSAMTrainer_lite_medsam_budget__MaskSAMPlans__3d_fullres"
-  wait
-  cp "$here/performance/results.json" "$out/"
-  tar -C "$nnUNet_results" --exclude '*.pth' -cJf "$out/results.tar.xz" .
+  all || failed=1
+  tail -n 2 "$logs"/ours_*.log "$logs"/theirs_*.log
+  pack
+  for d in 27 101; do
+    run 100 "$logs/both_$d.log" masksam benchmark -d $d -f 0 --trainers $ours@MaskSAMPlans $theirs --minutes "$minutes" \
+      --devices $device --no-ensembles --no-postprocessing --out "$nnUNet_results/benchmark_$d" &
+  done
+  all || failed=1
+  pack
+  if [ "$device" = cuda ]; then
+    local model
+    model=$(echo "$nnUNet_results"/Dataset027_*/${ours}__MaskSAMPlans__3d_fullres)
+    run 60 "$out/predictions.log" $python "$measure/precision.py" --model "$model" || failed=1
+    cp "$measure/results.json" "$out/"
+  fi
+  return $failed
 }
 
-$what
-exit $failed
+pack() { # results without weights
+  tar -C "$nnUNet_results" --exclude '*.pth' --exclude '*.png' -czf "$out/results.tar.gz" .
+}
+
+case $what in
+  figures | trainings) $what ;;
+  *) echo "unknown: $what; give figures or trainings" >&2; exit 2 ;;
+esac

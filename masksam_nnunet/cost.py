@@ -85,7 +85,7 @@ def dice_and_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         entropy = F.binary_cross_entropy_with_logits(logits, target)
     else:
         scores, labels = logits.softmax(1), target.long()
-        truth = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, labels, True)
+        truth = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter_(1, labels, True)
         entropy = F.cross_entropy(logits, labels[:, 0])
     return entropy - (scores * truth).sum() / scores.sum()
 

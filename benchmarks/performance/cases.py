@@ -137,7 +137,8 @@ def _decoder(plain: bool, slices: int, side: int, queries: int) -> Builder:
 
 def _step(plain: bool, checkpointing: bool, slices: int, side: int, queries: int) -> Builder:
     def make(device: torch.device) -> Callable[[], Iterable[Tensor]]:
-        network = vit_b(slices, side, queries, checkpointing).to(device)
+        with device:
+            network = vit_b(slices, side, queries, checkpointing)
         x = torch.randn(1, 1, slices, side, side, device=device)
 
         def forward() -> tuple[Tensor, ...]:
@@ -215,7 +216,8 @@ def training(
     """Steps of network and loss on noise; ``truth`` (B, 1, D, H, W) are its label maps."""
 
     def build(device: torch.device) -> Step:
-        network = MaskSAM(config, channels, classes).to(device).train()
+        with device:  # whose random numbers are quicker
+            network = MaskSAM(config, channels, classes).train()
         forward = torch.compile(network) if compiled else network
         judge = MaskSAMCriterion(config, classes, semantic_loss=semantic)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)

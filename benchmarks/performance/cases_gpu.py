@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.attention import extended, relative_scores, relative_vectors
+from masksam_nnunet.modeling.attention import extended, fused_attention, relative_scores, relative_vectors
 
 ACDC_SPACING = (10.0, 1.5, 1.5)
 EFFICIENT, FLASH, PLAIN = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
@@ -31,8 +31,6 @@ class Sizes:
 
     vit_b: tuple[int, ...] = (4, 256, 256)
     """A patch, at r = 4: SAM sees 1024 pixels."""
-    vit_h: tuple[int, ...] = (9, 512, 512)
-    """A patch, at r = 1: the paper's AMOS setting."""
     acdc: tuple[int, ...] = (10, 256, 224)
     """The patch of nnU-Net's plan for the ACDC subset."""
     case: tuple[int, ...] = (10, 256, 216)
@@ -43,8 +41,12 @@ class Sizes:
     """Windows of 14x14 tokens."""
 
 
-SMALL = Sizes((2, 32, 32), (2, 32, 32), (4, 64, 64), (4, 70, 60), 8, 1, 4)
+SMALL = Sizes((2, 32, 32), (4, 64, 64), (4, 70, 60), 8, 1, 4)
 """Of the same cases on a CPU, where they show only that they run."""
+
+
+def _as_taken(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    return fused_attention(qkv, rows, columns, scale).transpose(1, 2)
 
 
 def _folded(pad_values: bool, kernel: SDPBackend, qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
@@ -54,7 +56,7 @@ def _folded(pad_values: bool, kernel: SDPBackend, qkv: Tensor, rows: Tensor, col
         return F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
 
 
-_compiled_flex = torch.compile(flex_attention)
+_compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
@@ -130,13 +132,17 @@ def cases(sizes: Sizes) -> list[Case]:
         return "x".join(map(str, patch))
 
     forms: dict[str, Callable[..., Tensor] | None] = {
+        "ours, PyTorch's choice": _as_taken,
         "values padded, FlashAttention": partial(_folded, True, FLASH),
         "values padded, memory-efficient": partial(_folded, True, EFFICIENT),
         "values as they are, memory-efficient": partial(_folded, False, EFFICIENT),
-        **({} if sizes is SMALL else {"FlexAttention": _flex}),  # which has no backward pass on a CPU
         "materialised": None,
     }
-    of_windows = ["as it is", "aligned", *([] if sizes is SMALL else ["FlexAttention"]), "plain"]
+    flex: dict[str, Callable[..., Tensor] | None] = {"FlexAttention": _flex, "ours, PyTorch's choice": _as_taken}
+    blocks = {
+        f"global block ({sizes.images} images of {sizes.tokens}x{sizes.tokens} tokens)": (sizes.images, sizes.tokens),
+        f"windows ({sizes.windows} of 14x14 tokens)": (sizes.windows, 14),
+    }
     vit_b = {
         "ours": MaskSAMConfig("vit_b", sizes.vit_b, 4, 8, "slice"),
         "checkpointing": MaskSAMConfig("vit_b", sizes.vit_b, 4, 8, "slice", checkpointing=True),
@@ -152,31 +158,27 @@ def cases(sizes: Sizes) -> list[Case]:
         theirs = partial(stock, sizes.acdc, ACDC_SPACING)
         return prediction(ours_of if ours else theirs, ours, sizes.case, sizes.acdc)
 
+    heads, plans = "12 heads of 64", (sizes.acdc, ACDC_SPACING)
+    biased = f"{sizes.windows} windows of 14x14 tokens, 5 heads of 32"
     return [
-        Case(
-            "kernels of attention, global block",
-            f"{sizes.images} images, {sizes.tokens}x{sizes.tokens} tokens, 12 heads of 64",
-            {name: _kernel(form, sizes.images, sizes.tokens) for name, form in forms.items()},
-        ),
-        Case(
-            "kernels of attention, windows",
-            f"{sizes.windows} windows of 14x14 tokens, 12 heads of 64",
-            {name: _kernel(form, sizes.windows, 14) for name, form in forms.items()},
+        *(
+            Case(f"kernels of attention, {name}", heads, {form: _kernel(f, *size) for form, f in forms.items()})
+            for name, size in blocks.items()
         ),
         Case(
             "kernels of attention, TinyViT's windows with a bias",
-            f"{sizes.windows} windows of 14x14 tokens, 5 heads of 32",
-            {form: _tiny_vit_windows(form, sizes.windows) for form in of_windows},
+            biased,
+            {form: _tiny_vit_windows(form, sizes.windows) for form in ("aligned", "plain", "as it is")},
         ),
         Case(
             "training step of ViT-B at 1024 pixels",
-            f"patch {by_shape(sizes.vit_b)}, batch 2, r = 4, N = 8, K = 4; network, loss and AdamW",
+            f"patch {by_shape(sizes.vit_b)}, batch 2, r = 4, K = 4, N = 8 or 1 a class; network, loss and AdamW",
             {name: _step(config, 4) for name, config in vit_b.items()},
         ),
         Case(
             "training step at ACDC's plain plan",
             plan,
-            {"LiteMedSAM": _step(light, 4, by_dice=True), "nnU-Net": unet_step(False, sizes.acdc, ACDC_SPACING)},
+            {"LiteMedSAM": _step(light, 4, by_dice=True), "nnU-Net": unet_step(False, *plans, with_optimizer=True)},
         ),
         Case(
             "prediction of an ACDC case",
@@ -184,12 +186,28 @@ def cases(sizes: Sizes) -> list[Case]:
             {"LiteMedSAM, masksam predict": predicted(True), "nnU-Net, nnUNetv2_predict": predicted(False)},
         ),
         Case(
-            "torch.compile, training step at ACDC's plain plan",
+            "torch.compile, nnU-Net's training step",
             plan,
             {
-                "nnU-Net, compiled": unet_step(False, sizes.acdc, ACDC_SPACING, compiled=True),
-                "LiteMedSAM, compiled": _step(light, 4, compiled=True, by_dice=True),
-                "LiteMedSAM": _step(light, 4, by_dice=True),
+                "compiled": unet_step(False, *plans, with_optimizer=True, compiled=True),
+                "not compiled": unet_step(False, *plans, with_optimizer=True),
             },
+            memory=False,
+        ),
+        Case(
+            "torch.compile, LiteMedSAM's training step",
+            plan,
+            {"compiled": _step(light, 4, True, by_dice=True), "not compiled": _step(light, 4, by_dice=True)},
+            memory=False,
+        ),
+        *(
+            Case(f"torch.compile, {name}", heads, {form: _kernel(f, *size) for form, f in flex.items()}, memory=False)
+            for name, size in blocks.items()
+        ),
+        Case(
+            "torch.compile, TinyViT's windows with a bias",
+            biased,
+            {form: _tiny_vit_windows(form, sizes.windows) for form in ("FlexAttention", "as it is")},
+            memory=False,
         ),
     ]

@@ -65,12 +65,14 @@ def nnunet_loss() -> nn.Module:
 
 
 def unet_step(
-    residual: bool, patch: tuple[int, ...] = PATCH, spacing: tuple[float, ...] = SPACING, compiled: bool = False
+    residual: bool,
+    patch: tuple[int, ...] = PATCH,
+    spacing: tuple[float, ...] = SPACING,
+    with_optimizer: bool = False,
+    compiled: bool = False,
 ) -> Builder:
     def build(device: torch.device) -> Step:
         network = unet(residual, patch, spacing).to(device).train()
-        if compiled:
-            network = torch.compile(network)
         x = torch.randn(2, 1, *patch, device=device)
         truth = torch.randint(CLASSES, (2, 1, *patch), device=device)
         with torch.no_grad():
@@ -78,12 +80,16 @@ def unet_step(
         truths = [nn.functional.interpolate(truth.float(), size) for size in sizes]
         weights = [2.0**-level for level in range(len(sizes) - 1)] + [0.0]
         loss = DeepSupervisionWrapper(nnunet_loss(), [weight / sum(weights) for weight in weights])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+        forward = torch.compile(network) if compiled else network
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
             with autocast(device):
-                outputs = network(x)
+                outputs = forward(x)
             loss([output.float() for output in outputs], truths).backward()
+            if with_optimizer:
+                optimizer.step()
 
         return step
 

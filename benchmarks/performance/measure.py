@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -95,6 +96,7 @@ def peak_mib(build: Builder, device: torch.device, steps: int = 1) -> float:
     On a CPU the process's resident peak, on a GPU what was allocated.
     """
     if device.type == "cuda":
+        gc.collect()  # or what an earlier variant left is freed in between
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -80,6 +80,7 @@ def row(plan: list[Any], device: str) -> dict[str, Any]:
     precision = "bfloat16" if device == "cuda" else "float32"
     estimate = training_cost(config, channels, classes, batch, precision=precision).peak_gib
     if device == "cuda":
+        torch.backends.cudnn.benchmark = True  # as nnU-Net's trainings have it
         mib = measure(plan, torch.device(device))
     else:
         mib = in_a_process(__file__, "--device", device, "--one", json.dumps(plan), **GIVE_BACK)
@@ -105,7 +106,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="not the CPU's for a GPU")
+    parser.add_argument("--out", type=Path, help="memory_estimate.json here, or memory_estimate_gpu.json")
     parser.add_argument("--plans", type=int, help="how many of them, from the first")
     parser.add_argument("--checkpoints", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -116,15 +117,21 @@ def main() -> None:
     if arguments.one:
         print(measure(json.loads(arguments.one), torch.device(arguments.device)))
         return
-    name = "cpu, float32, resident" if arguments.device == "cpu" else torch.cuda.get_device_name()
-    rows = []
-    for plan in (CPU_PLANS if arguments.device == "cpu" else GPU_PLANS)[: arguments.plans]:
-        rows.append(row(list(plan), arguments.device))
+    on_cpu = arguments.device == "cpu"
+    out = arguments.out or Path(__file__).with_name("memory_estimate.json" if on_cpu else "memory_estimate_gpu.json")
+    name = "cpu, float32, resident" if on_cpu else torch.cuda.get_device_name()
+    rows, failed = [], 0
+    for plan in (CPU_PLANS if on_cpu else GPU_PLANS)[: arguments.plans]:
+        try:
+            rows.append(row(list(plan), arguments.device))
+        except torch.OutOfMemoryError:
+            print(*plan, "does not fit")
+            failed += 1
+            continue
         print(" ".join(f"{value!s:>10}" for value in rows[-1].values()), flush=True)
-        measured = {"device": name, "torch": torch.__version__, "plans": rows}
-        arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
+        out.write_text(json.dumps({"device": name, "torch": torch.__version__, "plans": rows}, indent=1) + "\n")
     worst = max(abs(r["ratio"] - 1) for r in rows)
-    print(f"estimate / measured: worst deviation {worst:.1%} over {len(rows)} plans ({name})")
+    print(f"estimate / measured: worst deviation {worst:.1%} over {len(rows)} plans ({name}), {failed} did not fit")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ NETWORKS = {
     "ViT-B": MaskSAMConfig("vit_b", (2, 64, 64), 4),
 }
 FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SCALE = 256.0
-"""Of a float16 step's loss: with it, small gradients are no zeros."""
+SCALE = 2.0**14
+"""Of a float16 step's loss, so that small gradients are no zeros; that of a training starts at 2^16."""
 
 
 def step_rows(name: str, config: MaskSAMConfig, device: torch.device) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, cpu_name
-from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, cpu_name, switched_on
 from masksam_nnunet.sam_files import CHECKPOINTS
 
 from .common import DEFAULT_TRAINER
@@ -70,27 +69,21 @@ def doctor(
 
 def findings(device: str | None) -> Iterator[Finding]:
     """All that is looked at; ``device`` as the option."""
-    import torch
+    yield from _told("versions", _versions)
+    yield from _told("GPU", lambda: _gpus(device))
+    yield from _told("nnU-Net's folders", _folders)
+    yield from _told(EXT_TRAINER, _trainers)
+    yield from _told("SAM's weights", _weights)
+    yield from _told("/dev/shm", _shared_memory)
+    yield from _told("five seconds of training", lambda: _step(device))
 
-    from masksam_nnunet.gpu import gpu_trouble
 
-    yield from _versions()
-    trouble = gpu_trouble() or ""
-    there = torch.cuda.is_available() and not trouble
-    if device == "cuda" and not there and not trouble:
-        trouble = "PyTorch sees no GPU here: use a machine with one, or --device cpu"
-    value = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if there else "none"
-    yield Finding("GPU", value, trouble, fatal=device != "cpu")
-    where = torch.device(device if device and there else "cuda" if there else "cpu")
-    yield from _device(where)
-    yield from _folders()
-    yield _trainers()
-    yield _weights()
-    if Path("/dev/shm").is_dir():
-        room = shutil.disk_usage("/dev/shm").total
-        few = "nnU-Net's workers pass batches through it: start the container with --shm-size=8g"
-        yield Finding("/dev/shm", _gib(room), few if room < LITTLE_SHARED else "", fatal=False)
-    yield _step(where)
+def _told(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What ``look`` finds; if it fails, that is what is found."""
+    try:
+        yield from look()
+    except Exception as error:
+        yield Finding(what, "failed", f"{type(error).__name__}: {error}")
 
 
 def _versions() -> Iterator[Finding]:
@@ -108,24 +101,37 @@ def _versions() -> Iterator[Finding]:
         yield Finding(name, found, f"{wanted} is needed: pip install {PACKAGE}" if wrong else "")
 
 
-def _device(device: torch.device) -> Iterator[Finding]:
+def _gpus(device: str | None) -> Iterator[Finding]:
     import torch
 
-    from masksam_nnunet.gpu import driver_version
+    from masksam_nnunet.gpu import driver_version, gpu_trouble
     from masksam_nnunet.modeling.compute import autocast_dtype
 
-    yield Finding("CUDA of PyTorch", f"{torch.version.cuda}; NVIDIA's driver: {driver_version()}")
-    if device.type == "cuda":
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            free, total = torch.cuda.mem_get_info(index)
-            value = f"capability {major}.{minor}, {_gib(free)} of {_gib(total)} free"
-            yield Finding(f"GPU {index}", value, "other programs use it" if free < total / 2 else "", fatal=False)
-    dtype = autocast_dtype(device)
-    yield Finding("trains on", f"{device.type}, {str(dtype).removeprefix('torch.')}")
-    if device.type == "cuda":
-        kernels = (f"{name}: {_kernel(tokens, size, device, dtype)}" for name, tokens, size in _ATTENTION)
+    trouble, there = gpu_trouble() or "", torch.cuda.is_available()
+    if device == "cuda" and not there and not trouble:
+        trouble = "PyTorch sees no GPU here: use a machine with one, or --device cpu"
+    built = f"PyTorch's CUDA {torch.version.cuda}, NVIDIA's driver {driver_version() or 'missing'}"
+    yield Finding("GPUs", f"{torch.cuda.device_count()}; {built}", trouble, fatal=device != "cpu")
+    for index in range(torch.cuda.device_count() if there else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        free, total = torch.cuda.mem_get_info(index)
+        value = f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {_gib(free)} of {_gib(total)} free"
+        yield Finding(f"GPU {index}", value, "other programs use it" if free < total / 2 else "", fatal=False)
+    where = _where(device)
+    dtype = autocast_dtype(where)
+    yield Finding("trains on", f"{where.type}, {str(dtype).removeprefix('torch.')}")
+    if where.type == "cuda":
+        kernels = (f"{name}: {_kernel(tokens, size, where, dtype)}" for name, tokens, size in _ATTENTION)
         yield Finding("attention", "; ".join(kernels))
+
+
+def _where(device: str | None) -> torch.device:
+    import torch
+
+    from masksam_nnunet.gpu import gpu_trouble
+
+    there = torch.cuda.is_available() and not gpu_trouble()
+    return torch.device("cuda" if there and device != "cpu" else "cpu")
 
 
 _ATTENTION = (("ViT-B, 64x64 tokens", 64 * 64, 64 + 64 + 64), ("ViT-B, 14x14 windows", 14 * 14, 64 + 14 + 14 + 4))
@@ -157,33 +163,36 @@ def _folders() -> Iterator[Finding]:
             yield Finding(name, f"{given}, {_gib(free)} free", trouble or few, fatal=bool(trouble))
 
 
-def _trainers() -> Finding:
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+def _trainers() -> Iterator[Finding]:
+    found = None
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    found, said = None, io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(Exception):
-        found = recursive_find_trainer_class_by_name(DEFAULT_TRAINER)
-    value = os.environ.get(EXT_TRAINER) or "not set"
+        with contextlib.suppress(RuntimeError):  # nnU-Net's for a name that it does not find
+            found = recursive_find_trainer_class_by_name(DEFAULT_TRAINER)
     missing = f'nnUNetv2_train does not find {DEFAULT_TRAINER}: eval "$(masksam env)"; masksam train needs no such line'
-    return Finding(EXT_TRAINER, value, "" if found else missing)
+    yield Finding(EXT_TRAINER, os.environ.get(EXT_TRAINER) or "not set", "" if found else missing, fatal=False)
 
 
-def _weights() -> Finding:
+def _weights() -> Iterator[Finding]:
     from masksam_nnunet.sam_weights import find, located
 
-    what, given = "SAM's weights", os.environ.get("MASKSAM_WEIGHTS")
-    if os.environ.get(RANDOM_INIT):
-        return Finding(what, f"not used: {RANDOM_INIT} is set")
     here = [name for name, checkpoint in CHECKPOINTS.items() if located(checkpoint)]
-    try:
-        if not here:
-            find("vit_b")
-    except WeightsError as error:
-        return Finding(what, given or "none", str(error))
-    return Finding(what, ", ".join(here) or str(given))
+    if switched_on(RANDOM_INIT):
+        here = [f"not used: {RANDOM_INIT} is set"]
+    elif not here:
+        here = [str(find("vit_b"))]
+    yield Finding("SAM's weights", ", ".join(here))
 
 
-def _step(device: torch.device) -> Finding:
+def _shared_memory() -> Iterator[Finding]:
+    if Path("/dev/shm").is_dir():
+        room = shutil.disk_usage("/dev/shm").total
+        few = "nnU-Net's workers pass batches through it: start the container with --shm-size=8g"
+        yield Finding("/dev/shm", _gib(room), few if room < LITTLE_SHARED else "", fatal=False)
+
+
+def _step(device: str | None) -> Iterator[Finding]:
     """A training of LiteMedSAM with random weights on noise."""
     import torch
 
@@ -193,32 +202,30 @@ def _step(device: torch.device) -> Finding:
     from masksam_nnunet.modeling.compute import autocast, keep_freed_memory
     from masksam_nnunet.plans.architecture import config_for
 
-    what = "five seconds of training"
-    try:
-        if device.type == "cpu":
-            keep_freed_memory()
-        config = config_for("lite_medsam", PATCH, regions=False)
-        network = MaskSAM(config, 1, 4).to(device).train()
-        judge = MaskSAMCriterion(config, 4, semantic_loss=dice_and_cross_entropy)
-        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
-        x = torch.randn(2, 1, *PATCH, device=device)
-        truth = (x > 1).short() + (x > 2).short()
-        steps, began = -1, 0.0  # the first is a warm-up
-        while steps < 1 or time.perf_counter() - began < SECONDS:
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(device):
-                output = network(x)
-            loss, _ = judge(output, truth)
-            loss.backward()
-            optimizer.step()
-            finite = bool(loss.isfinite())  # waits for a GPU
-            steps += 1
-            began = began or time.perf_counter()
-        took = (time.perf_counter() - began) / steps
-    except Exception as error:  # whatever it is, it is what is asked for
-        return Finding(what, "failed", f"{type(error).__name__}: {error}")
+    where = _where(device)
+    if where.type == "cpu":
+        keep_freed_memory()
+    config = config_for("lite_medsam", PATCH, regions=False)
+    network = MaskSAM(config, 1, 4).to(where).train()
+    judge = MaskSAMCriterion(config, 4, semantic_loss=dice_and_cross_entropy)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+    x = torch.randn(2, 1, *PATCH, device=where)
+    truth = (x > 1).short() + (x > 2).short()
+    steps, began = -1, 0.0  # the first is a warm-up
+    while steps < 1 or time.perf_counter() - began < SECONDS:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(where):
+            output = network(x)
+        loss, _ = judge(output, truth)
+        loss.backward()
+        optimizer.step()
+        finite = bool(loss.isfinite())  # waits for a GPU
+        steps += 1
+        began = began or time.perf_counter()
+    took = (time.perf_counter() - began) / steps
     value = f"LiteMedSAM, two patches of {'x'.join(map(str, PATCH))}: {took:.3g} s for a step"
-    return Finding(what, value, "" if finite else "the loss is not finite: report it, with all of this")
+    trouble = "" if finite else "the loss is not finite: report it, with all of this"
+    yield Finding("five seconds of training", value, trouble)
 
 
 def _gib(size: float) -> str:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from masksam_nnunet import trainers
 from masksam_nnunet.config import LossConfig
+from masksam_nnunet.cost import dice_and_cross_entropy
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.plans import architecture
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -64,6 +65,13 @@ def test_the_same_with_a_sam_that_is_stored_in_bfloat16(
     saved = made.masksam.store_frozen(BF16)
     assert 0.5 < saved / (2 * frozen) < 1
     assert waits_of_steps(made, BF16, monkeypatch) == TARGETS
+
+
+def test_the_loss_of_estimates_and_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_cuda(monkeypatch, BF16):
+        for channels in (1, 4):  # labels, regions
+            target = torch.zeros(2, channels, 8, 8, device=CUDA)
+            assert dice_and_cross_entropy(torch.randn(2, 4, 8, 8, device=CUDA), target).device == CUDA
 
 
 def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -25,6 +25,11 @@ def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PATCH", (2, 32, 32))
 
 
+@pytest.fixture
+def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_step", lambda _: iter(()))
+
+
 def seen(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["doctor", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -38,15 +43,26 @@ def test_a_machine_that_can_train() -> None:
         assert name in said
 
 
-@pytest.mark.parametrize("name", ["nnUNet_preprocessed", "nnUNet_results", EXT_TRAINER])
-def test_a_variable_that_is_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("without_training")
+@pytest.mark.parametrize("name", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_a_folder_that_is_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(name)
     code, said = seen()
     assert code == 1
     (problem,) = (line for line in said.splitlines() if "PROBLEM" in line)
-    assert name.replace(EXT_TRAINER, "masksam env") in problem
+    assert name in problem
 
 
+@pytest.mark.usefixtures("without_training")
+def test_trainers_that_nnunet_does_not_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EXT_TRAINER)
+    code, said = seen()
+    assert code == 0  # of masksam train
+    (note,) = (line for line in said.splitlines() if "note" in line)
+    assert "masksam env" in note
+
+
+@pytest.mark.usefixtures("without_training")
 def test_folders_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "gone"))
     assert seen()[0] == 1
@@ -56,6 +72,7 @@ def test_folders_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert code == 0 and "note" in said and str(tmp_path / "gone") in said
 
 
+@pytest.mark.usefixtures("without_training")
 def test_weights_that_are_named_and_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "CHECKPOINTS", {})
     code, said = seen()
@@ -64,6 +81,7 @@ def test_weights_that_are_named_and_not_there(monkeypatch: pytest.MonkeyPatch, t
     assert seen()[0] == 0
 
 
+@pytest.mark.usefixtures("without_training")
 def test_another_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
     actual = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "9.9" if name == "nnunetv2" else actual(name))
