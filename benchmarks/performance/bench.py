@@ -143,7 +143,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--without-nnunet", action="store_true", help="cases that need no nnU-Net")
-    parser.add_argument("--without-growth", action="store_true", help="cases only")
     parser.add_argument("--gpu", action="store_true", help="what a GPU is needed for; on a CPU in a small form")
     parser.add_argument("--page-only", action="store_true", help="write docs/performance.md from the results again")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -180,7 +179,7 @@ def main() -> None:
                     continue
                 save(rows + shares_of_peak(rows, arguments.device))
         for axis, values in (AXES | ({} if arguments.without_nnunet else {"windows": WINDOWS})).items():
-            if re.search(arguments.only, f"growth with {axis}") and not (arguments.gpu or arguments.without_growth):
+            if re.search(arguments.only, f"growth with {axis}") and not arguments.gpu:
                 save(run_growth(axis, values, arguments.device))
     write_page(json.loads(RESULTS.read_text()))
     if failed:

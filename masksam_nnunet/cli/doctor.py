@@ -117,21 +117,12 @@ def _gpus(device: str | None) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         value = f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}, {_gib(free)} of {_gib(total)} free"
         yield Finding(f"GPU {index}", value, "other programs use it" if free < total / 2 else "", fatal=False)
-    where = _where(device)
+    where = torch.device("cuda" if there and not trouble and device != "cpu" else "cpu")
     dtype = autocast_dtype(where)
     yield Finding("trains on", f"{where.type}, {str(dtype).removeprefix('torch.')}")
     if where.type == "cuda":
         kernels = (f"{name}: {_kernel(tokens, size, where, dtype)}" for name, tokens, size in _ATTENTION)
         yield Finding("attention", "; ".join(kernels))
-
-
-def _where(device: str | None) -> torch.device:
-    import torch
-
-    from masksam_nnunet.gpu import gpu_trouble
-
-    there = torch.cuda.is_available() and not gpu_trouble()
-    return torch.device("cuda" if there and device != "cpu" else "cpu")
 
 
 _ATTENTION = (("ViT-B, 64x64 tokens", 64 * 64, 64 + 64 + 64), ("ViT-B, 14x14 windows", 14 * 14, 64 + 14 + 14 + 4))
@@ -197,12 +188,13 @@ def _step(device: str | None) -> Iterator[Finding]:
     import torch
 
     from masksam_nnunet.cost import dice_and_cross_entropy
+    from masksam_nnunet.gpu import automatic_device
     from masksam_nnunet.losses.criterion import MaskSAMCriterion
     from masksam_nnunet.modeling import MaskSAM
     from masksam_nnunet.modeling.compute import autocast, keep_freed_memory
     from masksam_nnunet.plans.architecture import config_for
 
-    where = _where(device)
+    where = torch.device("cpu" if device == "cpu" else automatic_device())
     if where.type == "cpu":
         keep_freed_memory()
     config = config_for("lite_medsam", PATCH, regions=False)
