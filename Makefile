@@ -8,22 +8,25 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/pytest -n 2 --di
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 LOCK_ARGS ?=
+NNUNET ?= 2.8.0
 
 BIN := $(VENV)/bin
 UV ?= $(BIN)/uv
 ROOT := $(CURDIR)
 INSTALLED := $(ROOT)/build/site
+NNUNET_SOURCE := $(if $(wildcard $(NNUNET)),$(NNUNET),nnunetv2==$(NNUNET))
 
 # A foreign PYTHONPATH would shadow the locked packages.
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
-.PHONY: help venv dev demo bench docs test test-long lint lock clean distclean python-version
+.PHONY: help venv dev demo bench docs test test-long test-nnunet lint lock clean distclean python-version
 
 help:
 	@echo "make demo       train MaskSAM and nnU-Net on a CPU in about 12 minutes, write demo_out/report.html"
 	@echo "make dev        create the virtual environment with the package in editable mode"
 	@echo "make test       run lint, type check, import contracts and the tests"
 	@echo "make test-long  run the tests that take minutes each and are not part of make test"
+	@echo "make test-nnunet NNUNET=2.8.0  run the contract tests on another nnU-Net: a version, or the folder of a checkout"
 	@echo "make lint       run ruff, mypy and import-linter only"
 	@echo "make docs       build the documentation site in site/"
 	@echo "make bench      measure time and memory, write docs/performance.md (half an hour on two cores)"
@@ -80,6 +83,12 @@ test: lint
 
 test-long: venv
 	$(PYTEST) -m long $(PYTEST_ARGS)
+
+# Its files come before the installed ones; other packages stay those of the lock.
+test-nnunet: venv
+	rm -rf build/nnunet
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/nnunet $(NNUNET_SOURCE)
+	PYTHONPATH=$(ROOT)/build/nnunet $(PYTEST) tests/contract $(PYTEST_ARGS)
 
 lock: $(filter $(BIN)/uv,$(UV))
 	env -u PIP_FIND_LINKS -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL $(UV) pip compile pyproject.toml --extra dev \

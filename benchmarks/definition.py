@@ -85,7 +85,7 @@ class Benchmark(BaseModel):
         """The command that makes it on one machine; folder and workers, which change no result, are left out."""
         words = ["masksam", "benchmark", "-d", self.dataset, "-c", self.configuration]
         words += ["--trainers", *(f"{method.trainer}@{method.plans}" for method in self.methods)]
-        words += ["--folds", *map(str, self.folds), "--devices", self.device]
+        words += ["--folds", *map(str, self.folds), "-device", self.device]
         words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
         words += [] if self.iterations is None else ["--iterations", str(self.iterations)]
         words += [] if self.ensembles or len(self.methods) < 2 else ["--no-ensembles"]
@@ -156,9 +156,13 @@ class Benchmark(BaseModel):
             self._check_method(method, cases)
         file = self.preprocessed / "splits_final.json"
         # Written before any job starts: several jobs would each write one.
-        with FileLock(self.preprocessed / ".splits_final.lock"):
+        try:
             if not file.is_file():
-                self._write_default_split(file, cases)
+                with FileLock(self.preprocessed / ".splits_final.lock"):
+                    if not file.is_file():
+                        self._write_default_split(file, cases)
+        except OSError as error:
+            raise DataError(f"{file} is missing and cannot be written: {error}; make its folder writable") from error
         splits = read_splits(file, cases)
         findings = check_splits(splits, self.folds, cases, name, self.patients(cases))
         notes = [finding.text for finding in findings if finding.severe]

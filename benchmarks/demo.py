@@ -30,7 +30,7 @@ from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_datase
 from masksam_nnunet.plans.architecture import BASE_PLANS, config_of_plans, derive_config, write_config
 from masksam_nnunet.plans.raw_check import require_sound_dataset
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
-from masksam_nnunet.plans.splits import group_by_patient, patient_folds
+from masksam_nnunet.plans.splits import BY_CASE, NUM_FOLDS, group_by_patient, patient_folds
 from masksam_nnunet.sam_weights import find, verify
 
 from .definition import FOLDERS, Benchmark
@@ -126,6 +126,7 @@ def run_demo(
             ensembles=False,
             postprocessing=False,
             processes=1,
+            group=BY_CASE if len(_patients(dataset) or ()) == len(dataset.images) else None,
         )
         if iterations is None:
             iterations = _measured(benchmark, minutes, started, preparation, console)
@@ -308,10 +309,22 @@ def _prepare(dataset: RawDataset, out: Path, batch_size: int, backbone: str, dev
     config = _config(plans, configuration, dataset.dataset_json, backbone, device)
     write_config(plans, configuration, config)
     write_json(folder / f"{OUR_PLANS}.json", plans | {"plans_name": OUR_PLANS})
-    groups = group_by_patient(dataset.images)
+    groups = _patients(dataset)
     if groups is not None:
         write_json(folder / "splits_final.json", patient_folds(groups))
-        console.print(f"note: the folds are drawn by patient ({len(groups)} patients)", highlight=False)
+        note = f"by patient ({len(groups)} patients)"
+        if len(groups) == len(dataset.images):
+            note = "by case: names begin with too few patients for five folds, or with centres"
+        console.print(f"note: the folds are drawn {note}", highlight=False)
+
+
+def _patients(dataset: RawDataset) -> dict[str, list[str]] | None:
+    """The cases of each patient, as names show them, each case one of its own where they are too few: centres.
+
+    None where names show none.
+    """
+    groups = group_by_patient(dataset.images)
+    return {case: [case] for case in dataset.images} if groups and len(groups) < NUM_FOLDS else groups
 
 
 def _config(

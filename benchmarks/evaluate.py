@@ -9,15 +9,17 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from rich.console import Console
 
 from masksam_nnunet.errors import DataError, MaskSAMError, in_short
-from masksam_nnunet.files import read_json
+from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference import scoring
 from masksam_nnunet.inference.explain.run import draw_preprocessed
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.inference.provenance import History, git_hash, versions
 from masksam_nnunet.inference.report.html import Picture
+from masksam_nnunet.plans.raw_data import read_raw_dataset
 
 from . import statistics
 from .checks import check_fairness, refuse_unfair
@@ -59,6 +61,12 @@ def evaluate(
     cases = {fold: tuple(sorted(splits[fold]["val"])) for fold in folds}
     fold_of = {case: fold for fold, names in cases.items() for case in names}
 
+    if dataset_json["file_ending"].lower() in Tiff3DIO.supported_file_endings:
+        # nnU-Net copies true label maps without the .json beside a TIFF, which holds its spacing.
+        for case, label in read_raw_dataset(raw, "-d", min_cases=1).labels.items():
+            sizes, place = label.with_suffix(".json"), truths / f"{case}.json"
+            if sizes.is_file() and not place.is_file():
+                write_json(place, read_json(sizes))
     with console.status("checking that the comparison is fair"):
         folders = {name: [results / m.key / f"fold_{f}" for f in folds] for m, name in row_names(methods).items()}
         histories = {

@@ -63,7 +63,7 @@ def run_few_labels(
     Args:
         benchmark: what to compare, on whole folds.
         out: the study's folder; None is a folder beside the trained models.
-        devices: as ``--devices``.
+        devices: as ``-device``.
         sizes, seeds: as ``--train-cases`` and ``--seeds``.
         console: for progress.
 

@@ -87,7 +87,7 @@ trainings() { # all at the same time, so that none has more of the machine
   pack
   for d in 27 101; do
     run 100 "$logs/both_$d.log" masksam benchmark -d $d -f 0 --trainers $ours@MaskSAMPlans $theirs --minutes "$minutes" \
-      --devices $device --no-ensembles --no-postprocessing --out "$nnUNet_results/benchmark_$d" &
+      -device $device --no-ensembles --no-postprocessing --out "$nnUNet_results/benchmark_$d" &
   done
   all || failed=1
   pack

@@ -232,12 +232,12 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
 
 
 def device_kind(devices: Sequence[str]) -> str:
-    """nnU-Net's name for ``--devices``: ``cpu``, ``cuda`` or ``mps``. A UsageError if unknown, repeated or mixed."""
+    """nnU-Net's name for ``-device``: ``cpu``, ``cuda`` or ``mps``. A UsageError if unknown, repeated or mixed."""
     kinds = {"cuda" if device.isdecimal() else device for device in devices}
     named_twice = len(set(devices)) < len(devices) or ("cuda" in devices and len(devices) > 1)
     if len(kinds) != 1 or kinds - {"cpu", "cuda", "mps"} or named_twice:
-        given = f"--devices {' '.join(devices)}".strip()
-        raise UsageError(f"{given}: give cpu, mps, cuda, or different numbers of GPUs, such as --devices 0 1")
+        given = f"-device {' '.join(devices)}".strip()
+        raise UsageError(f"{given}: give cpu, mps, cuda, or different numbers of GPUs, such as -device 0 1")
     return kinds.pop()
 
 
@@ -246,13 +246,13 @@ def require_devices(devices: Sequence[str]) -> None:
     kind, gpus = device_kind(devices), torch.cuda.device_count()
     if kind == "cuda" and any(int(device) >= gpus if device.isdecimal() else not gpus for device in devices):
         reason = gpu_trouble() or f"PyTorch sees {gpus} GPUs here"
-        raise UsageError(f"--devices {' '.join(devices)}: {reason}; --devices cpu needs none")
+        raise UsageError(f"-device {' '.join(devices)}: {reason}; -device cpu needs none")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--devices mps: PyTorch finds none here; --devices cpu always works")
+        raise UsageError("-device mps: PyTorch finds none here; -device cpu always works")
 
 
 def gpu_of(device: str) -> str | None:
-    """The value of ``CUDA_VISIBLE_DEVICES`` for one of ``--devices``; None for a device that is no GPU.
+    """The value of ``CUDA_VISIBLE_DEVICES`` for one of ``-device``; None for a device that is no GPU.
 
     Numbers count among the GPUs that this process may see, as PyTorch's do. ``cuda`` is the first.
     """

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from masksam_nnunet.errors import MaskSAMError, in_short
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
 from masksam_nnunet.inference.provenance import History
-from masksam_nnunet.inference.report.figures import CaseImages, draw_case, png, wrapped
+from masksam_nnunet.inference.report.figures import CaseImages, colours_or_grey, draw_case, png, wrapped
 from masksam_nnunet.inference.report.html import Picture, number
 from masksam_nnunet.plans.images import read_image
 
@@ -227,14 +227,14 @@ def _read(results: BenchmarkResults, case: str, notes: Mapping[str, str]) -> Cas
         file = results.images.parent / str(listed[case]["images"][0])
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    image, _ = read_image(file, description)
+    image = colours_or_grey(read_image(file, description)[0], description["file_ending"])
     truth = read_label_map(results.truths, case, description)
     rows = [row for row in results.rows if row.kind != "postprocessed"]
     predictions = {row.name: read_label_map(row.predictions, case, description).labels for row in rows}
     for name, labels in {"truth": truth.labels, **predictions}.items():
-        if labels.shape != image[0].shape:
-            raise ValueError(f"the image of {case} has shape {image[0].shape}, {name} {labels.shape}")
-    return CaseImages(image[0], truth.grid.spacing, truth.labels, predictions, results.focus.name, notes)
+        if labels.shape != image.shape[:3]:
+            raise ValueError(f"the image of {case} has shape {image.shape[:3]}, {name} {labels.shape}")
+    return CaseImages(image, truth.grid.spacing, truth.labels, predictions, results.focus.name, notes)
 
 
 # ---- parts of all plots ----------------------------------------------------------------------------------------------

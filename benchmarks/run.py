@@ -34,7 +34,7 @@ def run_benchmark(
     Args:
         benchmark: what to compare.
         out: the benchmark's folder; None is a folder beside the trained models.
-        devices: as ``--devices``.
+        devices: as ``-device``.
         console: for progress.
 
     Raises:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from numpy.typing import NDArray
 
-from masksam_nnunet.errors import CaseError, UsageError, in_short
-from masksam_nnunet.plans.images import ImageGeometry, check_whole, count_non_finite
+from masksam_nnunet.errors import CaseError, DataError, UsageError, in_short
+from masksam_nnunet.plans.images import ImageGeometry, check_whole, read_image, times_apart, twice_placed
+
+_OTHER_UNIT = 100.0  # times as large as in training: metres or micrometres
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,25 @@ def find_cases(folder: Path, ending: str) -> tuple[list[Case], dict[str, str]]:
     return [Case(name, tuple(files[name])) for name in sorted(files)], odd
 
 
-def read_case(case: Case, reader: Any, channels: Sequence[str]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+def read_case(
+    case: Case, reader: Any, dataset_json: Mapping[str, Any]
+) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
     """Read the image (C, D, H, W), to its last voxel, and nnU-Net's properties.
 
-    ``reader`` is one of nnU-Net's; ``channels`` are those that the model was trained on.
+    ``reader`` is one of nnU-Net's; ``dataset_json`` is the model's.
 
     Raises:
-        CaseError: a file cannot be read, is not whole, holds NaN, or lies on another grid than the first one; the
-            channels are not the model's.
+        CaseError: a file cannot be read or used, see :func:`read_image`, or lies on another grid than the first one;
+            the channels are not the model's.
     """
+    channels = channel_names(dataset_json)
     if case.numbered:
         numbers = [int(re.findall(r"_(\d{4})\.", file.name)[-1]) for file in case.files]
         if numbers != list(range(len(numbers))):
             raise CaseError(f"it has the channels {numbers}, but channels are numbered 0, 1, ... without gaps")
-    volumes = [_read_file(file, reader) for file in case.files]
+    volumes = [_read_file(file, reader, dataset_json) for file in case.files]
+    if note := twice_placed(case.files[0]):
+        print(f"note: {note}. The label map lies where {type(reader).__name__} places the image", flush=True)
     array, properties = volumes[0]
     for file, (other, its_properties) in zip(case.files[1:], volumes[1:], strict=True):
         difference = ImageGeometry.of(array, properties).difference(ImageGeometry.of(other, its_properties))
@@ -102,11 +111,13 @@ def preprocess_case(
     managers.
 
     Raises:
-        CaseError: see :func:`read_case`; or the previous stage's label map is missing, damaged or of another grid.
+        CaseError: see :func:`read_case`; or the voxels' size is of another unit than in training; or the previous
+            stage's label map is missing, damaged or of another grid.
     """
     reader = plans.image_reader_writer_class()
-    data, properties = read_case(case, reader, channel_names(dataset_json))
+    data, properties = read_case(case, reader, dataset_json)
     grid = ImageGeometry.of(data, properties)
+    _require_size(grid, len(data), plans, configuration)
     segmentation = None if previous is None else _read_previous(previous, reader, grid)
     preprocessor = configuration.preprocessor_class(verbose=verbose)
     data, segmentation, properties = preprocessor.run_case_npy(
@@ -124,20 +135,26 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
     return [str(channels[key]) for key in sorted(channels, key=int)]
 
 
-def _read_file(file: Path, reader: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
+def _read_file(
+    file: Path, reader: Any, dataset_json: Mapping[str, Any]
+) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
     try:
-        check_whole(file)
-        array, properties = reader.read_images([str(file)])
-    except MemoryError:
-        raise
-    except Exception as error:  # each reader has errors of its own
+        return read_image(file, dataset_json, reader)
+    except DataError as error:
+        raise CaseError(str(error)) from error
+
+
+def _require_size(grid: ImageGeometry, channels: int, plans: Any, configuration: Any) -> None:
+    """Refuse voxels whose unit must be another than in training, and what no memory holds once it is resampled."""
+    usual = [plans.original_median_spacing_after_transp[axis] for axis in plans.transpose_backward]
+    spacing = [grid.spacing[axis] for axis in plans.transpose_forward][-len(configuration.spacing) :]
+    voxels = math.prod(grid.shape) * math.prod(np.divide(spacing, configuration.spacing))
+    if times_apart(grid.spacing, usual) >= _OTHER_UNIT or 4 * channels * voxels > psutil.virtual_memory().total:
+        found, known = ("x".join(f"{step:.3g}" for step in steps) for steps in (grid.spacing, usual))
         raise CaseError(
-            f"{file} cannot be read; it is truncated, damaged or in another format than its name says "
-            f"({in_short(error)})"
-        ) from error
-    if odd := count_non_finite(file, array):
-        raise CaseError(f"{file} holds {odd} voxels that are NaN or infinite: replace them by numbers")
-    return array, properties
+            f"its voxels measure {found} mm, those of the training images {known}, so that it would be resampled to "
+            f"{voxels:.3g} voxels: does the header mean another unit? Correct its voxel size"
+        )
 
 
 def _read_previous(file: Path, reader: Any, grid: ImageGeometry) -> NDArray[np.floating[Any]]:

@@ -28,6 +28,8 @@ BUDGET_MINUTES = "MASKSAM_BUDGET_MINUTES"
 """How many minutes trainers with a budget train."""
 BUDGET_ITERATIONS = "MASKSAM_BUDGET_ITERATIONS"
 """How many iterations they train; set, it takes the place of the minutes."""
+TESTED_NNUNET = ("2.8.0", "2.8.1")
+"""Releases of nnunetv2 on which the contract tests pass."""
 BUDGET_PROGRESS_FILE = "budget_progress.json"
 """Written into the fold's folder by trainers with a budget, while they train."""
 TRAINING_STATS_FILE = "training_stats.json"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+WRITTEN_SECONDS = 60.0
+"""How long another process may take to write a JSON file."""
+_Out = TypeVar("_Out")
 
 
 @contextmanager
@@ -70,3 +75,18 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Errors are those of ``json`` and the file system."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def once_written(read: Callable[[], _Out]) -> _Out:
+    """What ``read`` returns; it is called again while the JSON file that it reads is half written by another process.
+
+    nnU-Net writes JSON files in place, and folds may start at the same moment. Errors are those of ``read``.
+    """
+    end = time.monotonic() + WRITTEN_SECONDS
+    while True:
+        try:
+            return read()
+        except json.JSONDecodeError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)

@@ -1,7 +1,7 @@
 """Images and label maps as nnU-Net reads them; damaged files are refused before a reader sees them.
 
 ITK, which reads NIfTI files for nnU-Net, fills missing bytes with noise, reads NaN as 0 and a voxel size of 0 as 1, and
-allocates whatever the header says.
+allocates whatever the header says. Of a damaged MetaImage file (.mha) it returns what it has.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from typing import IO, Any, TypeVar, cast
 import nibabel
 import numpy as np
 import psutil
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from numpy.typing import NDArray
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 from rich.progress import track
 
 from masksam_nnunet.errors import DataError, in_short
+from masksam_nnunet.files import read_json
 
 _BLOCK = 1 << 22
 _HEAD = 544  # NIfTI-2's header and its extension flag
 _FORMS = {348: (nibabel.Nifti1Image, b"n+1\0", 352), 540: (nibabel.Nifti2Image, b"n+2\0", _HEAD)}
 """nibabel's class, the magic bytes of a single-file NIfTI, and the first possible data byte, by header length."""
 _LARGEST_LABEL = 2**24  # nnU-Net reads float32, which represents no larger whole numbers exactly
+_LARGEST_VALUE = 1e15  # nnU-Net squares and sums values in float32, which ends at 3e38
+_META_HEADER = 1 << 16  # bytes of a MetaImage file in which its header must end
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -78,21 +83,60 @@ class ImageGeometry:
         return None
 
 
-def read_image(path: Path, dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
-    """An image, or one channel of it, as nnU-Net's reader for the dataset gives it: (C, D, H, W), and its properties.
-
-    A DataError says that it is damaged, or that no reader can read it.
-    """
-    return _read(path, dataset_json, lambda reader: reader.read_images([str(path)]))
-
-
-def read_labels(path: Path, dataset_json: Mapping[str, Any]) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
-    """Read a label map like :func:`read_image`; its values are finite and nearly whole.
+def dataset_reader(dataset_json: Mapping[str, Any], example: Path) -> BaseReaderWriter:
+    """The reader that nnU-Net takes for all files of a dataset: the first that can read its first image.
 
     Raises:
-        DataError: it is damaged, no reader can read it, or it holds other numbers.
+        DataError: none can, or it is damaged.
+        OSError: it cannot be opened.
     """
-    array, properties = _read(path, dataset_json, lambda reader: reader.read_seg(str(path)))
+    check_whole(example)
+    try:
+        # nnU-Net prints a traceback for each reader that fails.
+        with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
+            return determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)()
+    except Exception as error:
+        raise DataError(f"{example} cannot be read by any of nnU-Net's readers ({in_short(error)})") from error
+
+
+def read_image(
+    path: Path, dataset_json: Mapping[str, Any], reader: BaseReaderWriter | None = None
+) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
+    """An image, or one channel of it, as nnU-Net's reader gives it: (C, D, H, W), and its properties.
+
+    A file that holds channels along a fourth axis has the properties of one of them: nnU-Net's writer refuses others.
+
+    Args:
+        path: the file.
+        dataset_json: names the format.
+        reader: that of the dataset or model; None to take the first that can read this file.
+
+    Raises:
+        DataError: it is damaged, its reader cannot read it, its voxels have no size, or values cannot be used.
+    """
+    array, properties = _read(path, dataset_json, lambda found: found.read_images([str(path)]), reader)
+    if odd := max(map(_unusable, (array, stored_floats(path)))):
+        raise DataError(
+            f"{path} holds {odd} voxels that are NaN, infinite or beyond {_LARGEST_VALUE:g}, where nnU-Net's "
+            "normalisation ends in NaN; replace them"
+        )
+    return array, properties
+
+
+def read_labels(
+    path: Path, dataset_json: Mapping[str, Any], reader: BaseReaderWriter | None = None
+) -> tuple[NDArray[np.floating[Any]], dict[str, Any]]:
+    """Read a label map (1, D, H, W) like :func:`read_image`; its values are finite and nearly whole.
+
+    Raises:
+        DataError: it is damaged, its reader cannot read it, or it holds other numbers or several channels.
+    """
+    array, properties = _read(path, dataset_json, lambda found: found.read_seg(str(path)), reader)
+    if len(array) != 1:
+        raise DataError(
+            f"{path} is not a label map: it has {len(array)} channels (colours, or one for each class); write one "
+            "channel of label numbers"
+        )
     for values in (array, stored_floats(path)):
         with np.errstate(invalid="ignore"):  # inf - inf
             # Scaling in a header leaves 0.9999, but 0.5 is a probability.
@@ -103,7 +147,7 @@ def read_labels(path: Path, dataset_json: Mapping[str, Any]) -> tuple[NDArray[np
 
 
 def check_whole(path: Path) -> None:
-    """Refuse a gzipped or NIfTI file that is cut off or damaged, and an impossible NIfTI header.
+    """Refuse a gzipped, NIfTI or MetaImage (.mha) file that is cut off or damaged, and an impossible NIfTI header.
 
     The file is read to its end, a block at a time. Other formats are not checked.
 
@@ -120,8 +164,40 @@ def check_whole(path: Path) -> None:
             wrong = _header_defect(head, length) if is_nifti(path) else None
         except (OSError, EOFError, zlib.error) as error:  # gzip's own is an OSError
             wrong = in_short(error)
+    if path.name.lower().endswith(".mha"):
+        wrong = wrong or _meta_image_defect(path)
     if wrong:
         raise DataError(f"{path} is cut off or damaged: {wrong}")
+
+
+def twice_placed(path: Path) -> str | None:
+    """What is wrong with a NIfTI header whose two placements, sform and qform, are half a voxel apart or more."""
+    if not is_nifti(path):
+        return None
+    with _open(path) as stream:
+        head = stream.read(_HEAD)
+    form, _ = _form(head) or (nibabel.Nifti1Image, 0)
+    header = form.header_class.from_fileobj(io.BytesIO(head), check=False)
+    try:
+        (sform, _), (qform, _) = header.get_sform(coded=True), header.get_qform(coded=True)
+    except (ValueError, nibabel.spatialimages.HeaderDataError):  # quaternions that are none
+        return None
+    if sform is None or qform is None:
+        return None
+    shape = np.array([*header.get_data_shape()[:3], 1, 1])[:3]
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (shape - 1)  # (8, 3)
+    apart = np.linalg.norm(np.c_[corners, np.ones(8)] @ (sform - qform)[:3].T, axis=1).max()
+    if apart < 0.5 * min(header.get_zooms()[:3]):
+        return None
+    return (
+        f"{path} is placed twice by its header, up to {apart:.3g} mm apart (sform and qform): programs differ in which "
+        "they follow; correct the header"
+    )
+
+
+def times_apart(spacing: ArrayLike, other: ArrayLike) -> float:
+    """The largest factor between two spacings along an axis, at least 1."""
+    return float(np.exp(np.abs(np.log(np.divide(spacing, other))).max()))
 
 
 def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
@@ -136,11 +212,6 @@ def stored_floats(path: Path) -> NDArray[np.floating[Any]]:
         stream.seek(0)
         stored: Any = form.from_stream(cast(IOBase, stream)).dataobj
         return np.asanyarray(stored) if np.issubdtype(stored.dtype, np.floating) else np.empty(0)
-
-
-def count_non_finite(path: Path, array: NDArray[np.floating[Any]]) -> int:
-    """How many voxels are NaN or infinite in what a reader made of a file, or in the file itself."""
-    return max(int(np.count_nonzero(~np.isfinite(values))) for values in (array, stored_floats(path)))
 
 
 def label_values(labels: NDArray[np.integer[Any]]) -> set[int]:
@@ -178,27 +249,86 @@ def in_threads(function: Callable[[_In], _Out], items: Sequence[_In], what: str 
 _ONE_AT_A_TIME = threading.Lock()  # redirecting stderr from two threads would lose it
 
 
-def _read(path: Path, dataset_json: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+def _read(
+    path: Path, dataset_json: Mapping[str, Any], read: Callable[[Any], Any], reader: BaseReaderWriter | None
+) -> tuple[Any, dict[str, Any]]:
     try:
         check_whole(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    description = dict(dataset_json)
     try:
         # Without the file as an example: nnU-Net would read it once more to try.
-        return read(determine_reader_writer_from_dataset_json(description, verbose=False)())
+        array, properties = read(
+            reader or determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False)()
+        )
     except MemoryError:
         raise
     except Exception as error:  # each reader has errors of its own
         try:
-            # nnU-Net prints a traceback for each reader that fails.
-            with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
-                other = determine_reader_writer_from_dataset_json(description, str(path), verbose=False)()
-            return read(other)
+            if reader is not None:
+                raise
+            array, properties = read(dataset_reader(dataset_json, path))
         except Exception:
+            its = f" by {type(reader).__name__}, which reads the whole dataset" if reader else ""
             raise DataError(
-                f"{path} cannot be read: is it damaged, or in another format than its name says? ({in_short(error)})"
+                f"{path} cannot be read{its}: is it damaged, or in another format than its name says? "
+                f"({in_short(error)})"
             ) from error
+    if "sitk_stuff" in properties and len(properties["spacing"]) == 2:  # SimpleITK's last axis is the vector's
+        raise DataError(f"{path} has vectors or colours as voxels; give each channel a file of its own")
+    try:
+        beside = path.with_suffix(".json")  # nnU-Net looks for CASE.json beside CASE_0000.tif
+        if path.suffix.lower() in Tiff3DIO.supported_file_endings and beside.is_file():
+            properties["spacing"] = read_json(beside)["spacing"]
+        sound = len(properties["spacing"]) == 3 and all(0 < float(step) < math.inf for step in properties["spacing"])
+    except (TypeError, ValueError, LookupError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path} has voxels of the size {properties['spacing']}: three positive numbers are needed")
+    return array, _of_one_channel(properties)
+
+
+def _of_one_channel(properties: dict[str, Any]) -> dict[str, Any]:
+    """SimpleITK's properties without the axis of channels."""
+    stuff = properties.get("sitk_stuff", {})
+    if len(stuff.get("spacing", ())) != 4:
+        return properties
+    direction = np.reshape(stuff["direction"], (4, 4))[:3, :3]
+    placed = {name: stuff[name][:3] for name in ("spacing", "origin")} | {"direction": tuple(direction.ravel())}
+    return {**properties, "sitk_stuff": stuff | placed}
+
+
+def _unusable(values: NDArray[np.floating[Any]]) -> int:
+    """How many of them are NaN, infinite or too large."""
+    if not values.size or (values.min() > -_LARGEST_VALUE and values.max() < _LARGEST_VALUE):  # false with NaN
+        return 0
+    return int(np.count_nonzero(~(np.abs(values) < _LARGEST_VALUE)))
+
+
+def _meta_image_defect(path: Path) -> str | None:
+    """What is wrong with a MetaImage file's header or compressed voxels.
+
+    ITK fills damaged compressed data with zeros, silently. It checks the length of other data itself.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(_META_HEADER)
+        end = head.find(b"\n", head.find(b"ElementDataFile"))
+        if b"ElementDataFile" not in head or end < 0:
+            return f"it has no MetaImage header, but begins with {head[:20]!r}"
+        lines = (line.partition("=") for line in head[:end].decode("latin-1").splitlines())
+        header = {key.strip(): value.strip() for key, _, value in lines}
+        if header["ElementDataFile"] != "LOCAL":
+            return f"its voxels are in another file, {header['ElementDataFile']}: .mha holds both"
+        if header.get("CompressedData", "").lower() != "true":
+            return None
+        stream.seek(end + 1)
+        voxels = zlib.decompressobj()
+        try:
+            while not voxels.eof and (block := voxels.unconsumed_tail or stream.read(_BLOCK)):
+                voxels.decompress(block, _BLOCK)
+        except zlib.error as error:
+            return f"its compressed voxels are damaged ({error})"
+        return None if voxels.eof else "its compressed voxels are cut off"
 
 
 def _open(path: Path) -> AbstractContextManager[IO[bytes]]:

@@ -21,7 +21,7 @@ from masksam_nnunet.files import read_json
 from .architecture import BASE_PLANS, DECISIONS
 from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import load_preset
-from .raw_data import RawDataset, number_of, read_raw_dataset
+from .raw_data import RawDataset, datasets_in, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST, Limits
 from .speed import CPU, find_device
 from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
@@ -86,9 +86,18 @@ def plan_dataset(
             planner.plan_experiment()
     except OSError as error:
         raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # nnU-Net's
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # nnU-Net's
         raise DataError(
-            f"{name}: planning failed with {in_short(error)}; check dataset.json, and {_EXTRACT} {raw.number}"
+            f"{name}: planning failed with {in_short(error)}; run masksam check -d {raw.number}, and "
+            f"{_EXTRACT} {raw.number}"
         ) from error
     warnings = [f"{SPLITS_FILE}: {text}" for text in overlaps(splits or ())]
     by_case = split_warning(raw.images, splits, number_of(name))
@@ -108,13 +117,11 @@ def find_dataset(
         if not os.environ.get(variable):
             raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
     folder = Path(os.environ[variables[0]])
-    present = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir())
-    pattern = f"Dataset{int(dataset):03d}_.*" if dataset.isdecimal() else re.escape(dataset)
-    found = [name for name in present if re.fullmatch(pattern, name)]
+    found = datasets_in(folder, dataset)
     if len(found) > 1:
         raise DataError(f"{option} {dataset}: several datasets have this number: {', '.join(found)}; give a full name")
     if not found:
-        there = ", ".join(present) or "it has none"
+        there = ", ".join(sorted(path.name for path in folder.glob("Dataset*"))) or "it has none"
         raise DataError(f"{option} {dataset}: no such dataset in {variables[0]} = {folder}: {there}")
     return found[0]
 
@@ -127,7 +134,10 @@ def _check_fingerprint(file: Path, cases: int, number: int) -> None:
             sizes = np.array(content[key], float)
             if sizes.shape != (cases, 3) or not (np.isfinite(sizes) & (sizes > 0)).all():
                 raise ValueError(f"{key} must be {cases} times three positive numbers, one for each case")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        intensities = content.get("foreground_intensity_properties_per_channel", {}).values()
+        if not all(math.isfinite(value) for channel in intensities for value in channel.values()):
+            raise ValueError("the foreground has no intensities: does any label map hold foreground?")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{file} cannot be used ({in_short(error)}); {_EXTRACT} {number}") from error
 
 

@@ -23,7 +23,7 @@ NUM_FOLDS = 5
 """nnU-Net's."""
 SHOWN = 5
 """Defects that an error lists; ``masksam check`` lists all."""
-_NAME = re.compile(r"Dataset(\d{3})_\w[\w.-]*")
+_NAME = re.compile(r"Dataset(\d{3,})_.+")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,19 @@ class RawDataset:
 
 
 def number_of(name: str) -> int:
-    """The number of ``DatasetXXX_Name``."""
-    return int(name[len("Dataset") : len("Dataset000")])
+    """The number of ``DatasetXXX_Name``; a DataError for another form."""
+    named = _NAME.fullmatch(name)
+    if named is None:
+        raise DataError(f"{name}: rename or link the folder as DatasetXXX_Name, such as Dataset004_Liver")
+    return int(named[1])
+
+
+def datasets_in(folder: Path, dataset: str) -> list[str]:
+    """The full names of a folder's datasets that a number or a full name means, sorted."""
+    present = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir())
+    if not dataset.isdecimal():
+        return [name for name in present if name == dataset]
+    return [name for name in present if name.startswith(f"Dataset{int(dataset):03d}_")]
 
 
 def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_FOLDS) -> RawDataset:
@@ -72,8 +83,7 @@ def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_
     folder = Path(os.path.abspath(folder))  # not resolve(): a link's own name is the dataset's name
     if not folder.is_dir():
         raise DataError(f"{option} {folder}: there is no such folder")
-    if not _NAME.fullmatch(folder.name):
-        raise DataError(f"{option} {folder}: rename or link the folder as DatasetXXX_Name, such as Dataset004_Liver")
+    number_of(folder.name)
     dataset, defects = inspect_raw_dataset(folder, option, min_cases)
     if defects:
         raise DataError(f"{option} {folder}: {shortened(defects)}")

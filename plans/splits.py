@@ -20,11 +20,13 @@ from pydantic import BaseModel, Field, TypeAdapter
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json, write_json
 
-from .raw_data import NUM_FOLDS, read_raw_dataset
+from .raw_data import NUM_FOLDS, datasets_in, read_raw_dataset
 
 SPLITS_FILE = "splits_final.json"
 SEED = 12345
 """nnU-Net's own."""
+BY_CASE = ".+"
+"""The expression by which each case is a patient of its own: names may begin with centres or scanners."""
 
 Fold = dict[str, list[str]]
 """The cases of ``train`` and ``val``."""
@@ -75,7 +77,8 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
     The expression may match anywhere in the name.
 
     Raises:
-        DataError: it is not a regular expression, finds nothing in some names, or groups nothing or everything.
+        DataError: it is not a regular expression, finds nothing in some names, or groups nothing or everything and is
+            not :data:`BY_CASE`.
     """
     try:
         pattern = re.compile(regex)
@@ -86,7 +89,7 @@ def group_by_regex(cases: Iterable[str], regex: str) -> dict[str, list[str]]:
     if "" in groups:
         unmatched = groups[""]
         raise DataError(f"--group '{regex}' finds no patient in {len(unmatched)} of {number} cases: {_some(unmatched)}")
-    if len(groups) in (1, number):
+    if len(groups) in (1, number) and regex != BY_CASE:
         raise DataError(
             f"--group '{regex}' finds {len(groups)} patients in {number} cases, such as {_some(list(groups))}; capture "
             "the part that a patient's cases share and others' do not"
@@ -158,7 +161,10 @@ def split_warning(
         return None
     # The short expression where it finds in every name what patient_of does.
     regex = "(.+)[_-]" if all(patient_of(case) != case for case in cases) else "^(.+?)(?:[_-][^_-]*)?$"
-    remedy = f"write a split by patient with: masksam split -d {dataset} --group '{regex}'"
+    remedy = (
+        f"if names begin with centres, masksam split and benchmark take --group '{BY_CASE}', else write a split by "
+        f"patient with: masksam split -d {dataset} --group '{regex}'"
+    )
     if splits is None:
         example = next(members for members in groups.values() if len(members) > 1)
         return f"patients seem to have several cases ({_some(example)}), but nnU-Net splits by case; {remedy}"
@@ -170,13 +176,11 @@ def split_warning(
     return None
 
 
-def split_dataset(
-    dataset_id: int, regex: str, *, folds: int = NUM_FOLDS, seed: int = SEED, force: bool = False
-) -> Split:
+def split_dataset(dataset: str, regex: str, *, folds: int = NUM_FOLDS, seed: int = SEED, force: bool = False) -> Split:
     """Write ``nnUNet_preprocessed/DatasetXXX_Name/splits_final.json`` with each patient's cases on one side.
 
     Args:
-        dataset_id: a dataset in nnUNet_raw or, with gt_segmentations, in nnUNet_preprocessed.
+        dataset: number or name of one in nnUNet_raw or, with gt_segmentations, in nnUNet_preprocessed.
         regex: finds the patient in a case's name, see :func:`group_by_regex`.
         folds, seed: number of folds, and of the random draw.
         force: replace a file with other content.
@@ -188,10 +192,10 @@ def split_dataset(
     if not os.environ.get("nnUNet_preprocessed"):
         raise DataError("nnUNet_preprocessed is not set: nnU-Net reads splits_final.json there; export it first")
     roots = [Path(os.environ[v]) for v in ("nnUNet_preprocessed", "nnUNet_raw") if os.environ.get(v)]
-    names = {path.name for root in roots for path in root.glob(f"Dataset{dataset_id:03d}_*") if path.is_dir()}
+    names = {name for root in roots for name in datasets_in(root, dataset)}
     if len(names) != 1:
         places = " or ".join(map(str, roots))
-        raise DataError(f"-d {dataset_id} must be one dataset in {places}; there are {sorted(names)}")
+        raise DataError(f"-d {dataset} must be one dataset in {places}; there are {sorted(names)}")
     # nnU-Net's planner stops where the raw dataset holds another split.
     path, *raw_path = (root / name / SPLITS_FILE for root in roots for name in names)
     groups = group_by_regex(_cases(path.parent, *(file.parent for file in raw_path)), regex)

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.files import read_json
+from masksam_nnunet.files import once_written, read_json
 
 from .architecture import BASE_PLANS, DECISIONS, derive_config, read_config, write_config
 
@@ -161,8 +161,8 @@ def _check_results_folder(
     if not file.is_file() or not started:
         return
     try:
-        trained = read_config(PlansManager(read_json(file)).get_configuration(configuration))
-    except ConfigError as error:
+        trained = read_config(PlansManager(once_written(lambda: read_json(file))).get_configuration(configuration))
+    except (ConfigError, ValueError) as error:
         raise ConfigError(
             f"{folder} holds folds whose plans cannot be used ({error}). Move the folder away, or plan under another "
             "name."

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
+
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from masksam_nnunet.errors import TrainingError
 
 DEAD_SECONDS = 15.0
 """How long batches may stay away after a worker's death before the loader is given up."""
+SHARED_MEMORY = Path("/dev/shm")
 _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 _parent: int | None = None  # set while forked processes are to end with this one
@@ -90,6 +96,30 @@ class LoaderWatch:
         return (
             f"{len(codes)} of {len(self._workers)} data loading workers ended by {names} (SIGKILL usually means too "
             "little memory). Give the job more memory, or set nnUNet_n_proc_DA to fewer workers"
+        )
+
+
+def require_shared_memory(batch_bytes: int, pinned: bool) -> None:
+    """Refuse to start workers that pass batches of this size through too small a /dev/shm, such as Docker's 64 MB.
+
+    PyTorch would lose the batches that do not fit, and the training wait for them. Batches that are ``pinned`` for a
+    GPU leave it when they arrive.
+
+    Raises:
+        TrainingError: naming the room and the remedies.
+    """
+    workers = get_allowed_n_proc_DA()
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    # What nnU-Net's workers may hold at once, to train and to validate: being made, waiting, and arrived.
+    waiting = max(6, workers // 2) + max(3, workers // 4)
+    batches = workers + max(1, workers // 2) + waiting * (1 if pinned else 2)
+    needed, room = batches * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
+    if room < needed:
+        raise TrainingError(
+            f"{SHARED_MEMORY} has {room / 2**20:.3g} MiB of room, but {workers} data loading workers may need "
+            f"{needed / 2**20:.3g} MiB of it: start the container with --shm-size={math.ceil(needed / 2**30) + 1}g, or "
+            "set nnUNet_n_proc_DA to fewer workers (0: none, slower)"
         )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,14 +23,15 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from masksam_nnunet.environment import TRAINING_STATS_FILE, cpu_name
+from masksam_nnunet.environment import TESTED_NNUNET, TRAINING_STATS_FILE, cpu_name
 from masksam_nnunet.errors import TrainingError
-from masksam_nnunet.files import write_json
+from masksam_nnunet.files import once_written, write_json
 from masksam_nnunet.modeling.compute import keep_freed_memory
+from masksam_nnunet.plans.splits import SPLITS_FILE
 from masksam_nnunet.stop_signals import REQUEUE, handling, leave_at_once
 
 from . import checkpoint_files as files
-from .loading import LoaderWatch, forks_end_with_parent
+from .loading import LoaderWatch, forks_end_with_parent, require_shared_memory
 
 _GO, _STOP, _BROKEN = 0, 1, 2
 _NEVER = 10**9
@@ -72,9 +76,39 @@ class ResumableTrainer(nnUNetTrainer):
         return "nnUNet_compile" in os.environ and super()._do_i_compile()
 
     def on_train_start(self) -> None:
+        found = version("nnunetv2")
+        tested = "" if found in TESTED_NNUNET else f", which was not tested; tested: {', '.join(TESTED_NNUNET)}"
+        self.print_to_log_file(f"nnunetv2 {found}{tested}")
         super().on_train_start()
         if self.device.type == "cpu":  # not before: the loaders' processes are forked from this one
             keep_freed_memory()
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's own, when another fold that starts at the same moment has written splits_final.json.
+
+        Raises:
+            TrainingError: the file cannot be read or written.
+        """
+        try:
+            return once_written(super().do_split)
+        except (OSError, json.JSONDecodeError) as error:
+            raise TrainingError(
+                f"{Path(self.preprocessed_dataset_folder_base, SPLITS_FILE)} cannot be read or written ({error}): make "
+                "its folder writable for the first training, or write the file with masksam split"
+            ) from error
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's own.
+
+        Raises:
+            TrainingError: its workers have too little shared memory, and would wait for ever.
+        """
+        ranks = dist.get_world_size() if self.is_ddp else 1
+        voxels = ranks * self.batch_size * math.prod(self.configuration_manager.patch_size)
+        targets = len(self.label_manager.foreground_regions) + 1 if self.label_manager.has_regions else 1
+        # float32 images, int16 labels
+        require_shared_memory(voxels * (4 * self.num_input_channels + 2 * targets), self.device.type == "cuda")
+        return super().get_dataloaders()
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,13 @@ def tables(results: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
+def page_text() -> str:
+    """The page with its tables written anew."""
     before, rest = PAGE.read_text().split(BEGIN)
     results = pd.read_json(RESULTS, lines=True, dtype={"seed": int})
     written = tables(results.fillna({"also": ""}))  # what else differed, in the runs of an earlier state of the code
-    PAGE.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{rest.split(END)[1]}")
+    return f"{before}{BEGIN}\n\n{written}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_text())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,11 +29,13 @@ from masksam_nnunet import __version__
 from masksam_nnunet.config import LightConfig, MaskSAMConfig, UNetConfig
 from masksam_nnunet.environment import BUDGET_ITERATIONS, RANDOM_INIT
 from masksam_nnunet.files import read_json
+from masksam_nnunet.inference.provenance import git_hash
 from masksam_nnunet.losses.matching import Matches
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.modeling.adapters import NoAdapter
 from masksam_nnunet.modeling.blocks import GAIN
 from masksam_nnunet.modeling.geometry import pad, to_patch
+from masksam_nnunet.trainers import MaskSAMTrainer
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 MASKS = dict.fromkeys(("mask_bce", "mask_dice", "aux_bce", "aux_dice"), 0.0)
@@ -115,11 +116,15 @@ def _no_gain(trainer: Any) -> None:
     _gain(trainer).requires_grad_(False)
 
 
-def _random_decoder(trainer: Any) -> None:
-    for part in (trainer.masksam.mask_decoder, trainer.masksam.prompt_encoder):
-        for module in part.modules():
+def _random(*parts: str) -> Callable[[Any], None]:
+    """Random weights in the frozen layers of these parts of the network."""
+
+    def prepare(trainer: Any) -> None:
+        for module in (module for part in parts for module in getattr(trainer.masksam, part).modules()):
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not module.weight.requires_grad:
                 module.reset_parameters()
+
+    return prepare
 
 
 def _rate(rate: float, warmup: int = 30) -> dict[str, Any]:
@@ -292,7 +297,10 @@ VARIANTS = {
     "light_without_aux": Variant("no auxiliary mask losses", _loss(aux_bce=0.0, aux_dice=0.0)),
     "light_without_masks": Variant("no mask losses", _loss(**MASKS)),
     "light_without_gain": Variant("SAM's masks never added (gain 0)", prepare=_no_gain),
-    "light_random_decoder": Variant("SAM's decoder with random weights", prepare=_random_decoder),
+    "light_random_decoder": Variant(
+        "layers of SAM's decoder with random weights", prepare=_random("mask_decoder", "prompt_encoder")
+    ),
+    "light_random_encoder": Variant("layers of SAM's encoder with random weights", prepare=_random("image_encoder")),
     "light_random": Variant("all of SAM with random weights", random=True),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
@@ -361,11 +369,15 @@ def main(variant: str, setting: str, fold: int, iterations: int, seed: int, reso
         "classes": {name: round(values["Dice"], 4) for name, values in summary["mean"].items()},
         "seconds": round(stats["train_seconds"]),
         "version": __version__,
+        "commit": git_hash(),
     }
+    if isinstance(trainer, MaskSAMTrainer) and (gain := trainer.masksam.mask_head.gain) is not None:
+        row["gain"] = round(gain.abs().mean().item(), 4)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))
-    shutil.rmtree(output)
+    for file in output.glob("checkpoint_*.pth"):  # the log stays
+        file.unlink()
 
 
 if __name__ == "__main__":

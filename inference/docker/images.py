@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from masksam_nnunet.errors import CaseError, DataError, in_short
+from masksam_nnunet.files import write_json
 from masksam_nnunet.plans.images import check_whole
 
 from ..cases import Case
 from .interface import OutputError, ending
-
-_LARGEST_HEADER = 1 << 16
 
 
 def read_header(file: Path) -> sitk.ImageFileReader:
@@ -47,38 +46,16 @@ def stage(files: Sequence[Path], folder: Path, file_ending: str, reader: Any) ->
         copy = folder / f"{channel}{file_ending.removesuffix('.gz')}"
         known = ending(file) in reader.supported_file_endings
         try:
-            if ending(file).lower() == ".mha":
-                check_meta_image(file)
             if not known:
                 check_whole(file)
-                sitk.WriteImage(sitk.ReadImage(str(file)), str(copy), False)
+                image = sitk.ReadImage(str(file))
+                sitk.WriteImage(image, str(copy), False)
+                if isinstance(reader, Tiff3DIO):  # TIFF has no voxel sizes
+                    write_json(copy.with_suffix(".json"), {"spacing": image.GetSpacing()[::-1]})
         except (DataError, RuntimeError, ValueError, OSError) as error:
             raise _unreadable(file, error) from error
         staged.append(file if known else copy)
     return Case("case", tuple(staged), numbered=False)
-
-
-def check_meta_image(file: Path) -> None:
-    """Raise DataError for a MetaImage file (.mha) without a header, or with damaged compressed voxels.
-
-    ITK fills damaged compressed data with zeros, silently. It checks the length of other data itself.
-    """
-    with file.open("rb") as stream:
-        head = stream.read(_LARGEST_HEADER)
-        end = head.find(b"\n", head.find(b"ElementDataFile"))
-        if b"ElementDataFile" not in head or end < 0:
-            raise DataError(f"it has no MetaImage header, but begins with {head[:20]!r}")
-        lines = (line.partition("=") for line in head[:end].decode("latin-1").splitlines())
-        header = {key.strip(): value.strip() for key, _, value in lines}
-        if header["ElementDataFile"] != "LOCAL":
-            raise DataError(f"its voxels are in another file, {header['ElementDataFile']}: .mha holds both")
-        if header.get("CompressedData", "").lower() != "true":
-            return
-        stream.seek(end + 1)
-        try:
-            zlib.decompress(stream.read())
-        except zlib.error as error:
-            raise DataError(f"its compressed voxels are damaged or cut off ({error})") from error
 
 
 def write_label_map(predicted: Path, target: Path, header: sitk.ImageFileReader) -> dict[int, int]:

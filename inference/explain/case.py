@@ -26,6 +26,7 @@ from masksam_nnunet.plans.images import ImageGeometry
 from ..cases import Case, channel_names, find_cases, preprocess_case
 from ..label_maps import Classes, read_label_map
 from ..predictor import MaskSAMPredictor
+from ..report.figures import colours_or_grey
 from .output import affine_of
 
 
@@ -117,6 +118,7 @@ class PreparedCase:
     """A case on the network's grid (D, H, W): transposed, cropped to what is not zero, resampled."""
 
     data: Tensor  # (C, D, H, W) float32, the network's input
+    shown: NDArray[np.floating[Any]]  # (D, H, W), or (D, H, W, 3) with colours
     label: NDArray[np.int16] | None  # (D, H, W) label values
     spacing: tuple[float, float, float]  # millimetres along (D, H, W)
     kept: range  # the source's slices that the network sees; the others are zero
@@ -173,6 +175,7 @@ def prepare_case(
     affine = affine_of(properties)
     return PreparedCase(
         data=torch.from_numpy(data),
+        shown=colours_or_grey(data, predictor.dataset_json["file_ending"]),
         label=label,
         spacing=(depth, height, width),
         kept=range(crop[0].start, crop[0].stop),

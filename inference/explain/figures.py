@@ -21,10 +21,12 @@ from ..report.figures import (
     box,
     colour_of,
     fill,
+    grey_window,
     grid,
     hatch,
     overlay,
     png,
+    show,
     style_of,
     surroundings,
     wrapped,
@@ -42,7 +44,7 @@ _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 class SliceImages:
     """One slice (H, W) on the network's grid."""
 
-    image: NDArray[np.float32]  # the first channel
+    image: NDArray[np.floating[Any]]  # or (H, W, 3), see colours_or_grey
     label: NDArray[np.integer[Any]] | None  # label values
     result: NDArray[np.integer[Any]]  # not 0 where the model finds something
     aspect: float  # height of a pixel over its width
@@ -52,15 +54,14 @@ class SliceImages:
     def of(
         cls,
         index: int,
-        image: NDArray[np.float32],
+        image: NDArray[np.floating[Any]],
         label: NDArray[np.integer[Any]] | None,
         result: NDArray[np.integer[Any]],
         spacing: Sequence[float],
     ) -> SliceImages:
-        """Take a slice of volumes (D, H, W); all slices share one grey window."""
-        low, high = np.percentile(image, (0.5, 99.8)).tolist()
+        """Take a slice of volumes (D, H, W), the image perhaps (D, H, W, 3); all slices share one grey window."""
         here = None if label is None else label[index]
-        return cls(image[index], here, result[index], spacing[-2] / spacing[-1], (low, high))
+        return cls(image[index], here, result[index], spacing[-2] / spacing[-1], grey_window(image))
 
 
 def draw_overview(
@@ -83,7 +84,7 @@ def draw_overview(
     if images.label is not None:
         panels["label"] = images.label
     panels["result"] = images.result
-    figure, axes = grid(1, len(panels) + len(maps), images.image.shape, images.aspect)
+    figure, axes = grid(1, len(panels) + len(maps), images.image.shape[:2], images.aspect)
     figure.set_layout_engine("compressed")  # panels of one size beside the colour bar
     for ax, (title, values) in zip(axes[0], panels.items(), strict=False):
         _show(ax, images, images.image)
@@ -101,7 +102,7 @@ def draw_overview(
             )
     rows, columns = queries.plane
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    if (height, width) != images.image.shape:  # frame the window
+    if (height, width) != images.image.shape[:2]:  # frame the window
         corner = (columns.start - 0.5, rows.start - 0.5)
         frame = Rectangle(corner, width, height, fill=False, edgecolor="white", linestyle="dashed")
         axes[0, 0].add_patch(frame)
@@ -137,7 +138,7 @@ def draw_queries(
     rows, cols = _query_view(images, queries, table)  # of the window
     top, left = queries.corner[1:]
     part = images.image[rows.start + top : rows.stop + top, cols.start + left : cols.stop + left]
-    figure, axes = grid(2 * bands, columns, part.shape, images.aspect)
+    figure, axes = grid(2 * bands, columns, part.shape[:2], images.aspect)
     figure.set_layout_engine("constrained", h_pad=0.12)  # titles of two lines are cut off with less
     for ax in axes.flat:
         ax.set_visible(False)
@@ -199,7 +200,6 @@ def _draw_mask(ax: Axes, mask: NDArray[np.float32], colour: str, style: str, asp
     fill(ax, mask, colour, style, tint=0)
 
 
-def _show(ax: Axes, images: SliceImages, image: NDArray[np.float32]) -> None:
-    low, high = images.window
-    ax.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=images.aspect, interpolation="nearest")
+def _show(ax: Axes, images: SliceImages, image: NDArray[np.floating[Any]]) -> None:
+    show(ax, image, images.window, images.aspect)
     ax.autoscale(False)  # boxes and contours may leave the picture, which must not grow with them

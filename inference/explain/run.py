@@ -25,7 +25,7 @@ from ..label_maps import Classes
 from ..methods import Method
 from ..models import TrainedModel, parse_folds, previous_stage, trained_models
 from ..provenance import versions
-from ..report.figures import CLASS_COLOURS, colour_of, style_of
+from ..report.figures import CLASS_COLOURS, colour_of, colours_or_grey, style_of
 from ..report.html import Picture, environment, number, plain
 from .case import PreparedCase, find_case, prepare_case, seen_in_training
 from .figures import SliceImages, draw_overview, draw_queries
@@ -148,13 +148,14 @@ def draw_preprocessed(model: Path, fold: int, preprocessed: Path, case: str) -> 
     folder, spacing = str(preprocessed / settings.data_identifier), [1.0, *settings.spacing][-3:]
     data, label, _, _ = infer_dataset_class(folder)(folder, [case]).load_case(case)
     image, truth = np.asarray(data[:], np.float32), np.asarray(label[:])[0]
+    shown = colours_or_grey(image, predictor.dataset_json["file_ending"])
     chosen = spread_slices((truth > 0).sum((1, 2)), np.zeros(len(truth)), count=2)
     places = {index: truth[index] > 0 for index in chosen}
     queries, owner = look_into_windows(predictor, torch.from_numpy(image), places, spacing, everywhere=False)
     pictures = []
     for index in chosen:
         table = query_table(queries[index], truth[index], classes)
-        images = SliceImages.of(index, image[0], truth, owner, spacing)
+        images = SliceImages.of(index, shown, truth, owner, spacing)
         drawn, caption = draw_queries(images, queries[index], table, classes)
         pictures.append(Picture(f"Slice {index} of {case}, preprocessed", caption, drawn))
     return tuple(pictures)
@@ -220,7 +221,7 @@ def _explain_slice(
 ) -> dict[str, Any]:
     """Return the page's entry for one slice, and write its pictures."""
     index = queries.index
-    images = SliceImages.of(index, case.data[0].numpy(), case.label, result, case.spacing)
+    images = SliceImages.of(index, case.shown, case.label, result, case.spacing)
     entropy = measured.entropy[index]
     maps = {"uncertainty (entropy)": entropy}
     if measured.disagreement is not None:

@@ -58,7 +58,7 @@ class Description(BaseModel):
 
     format: Literal["masksam-portable-model"] = "masksam-portable-model"
     format_version: Literal[1] = 1
-    dataset: Annotated[str, Field(pattern=r"\A(?!.*__)Dataset[0-9]{3}_[\w.+()-][\w .+()-]{0,100}\Z")]
+    dataset: Annotated[str, Field(pattern=r"\A(?!.*__)Dataset[0-9]{3,9}_[\w.+()-][\w .+()-]{0,100}\Z")]
     plans: Name
     configuration: Name
     trainer: Annotated[str, Field(pattern=r"\A(?!.*__)[A-Za-z][A-Za-z0-9_]{0,79}\Z")]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.plans.images import check_whole
 
@@ -37,12 +39,13 @@ class Predictions:
     postprocessing: Postprocessing | None = None
 
     def files(self, case: str) -> list[Path]:
-        """All files that a case can have, the label map last."""
-        return [self.folder / f"{case}{end}" for end in (".npz", ".pkl", self.ending)]
+        """All files that a case can have, the label map last; beside a TIFF stands a .json with its spacing."""
+        beside = (".json",) if self.ending.lower() in Tiff3DIO.supported_file_endings else ()
+        return [self.folder / f"{case}{end}" for end in (".npz", ".pkl", *beside, self.ending)]
 
     def is_whole(self, case: str) -> bool:
         """Whether a case's label map, and its probabilities if wanted, exist and can be read to their end."""
-        archive, properties, label_map = self.files(case)
+        archive, properties, *_, label_map = self.files(case)
         try:
             check_whole(label_map)
             self.reader.read_seg(str(label_map))

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from numpy.typing import NDArray
 
 from ..label_maps import Classes
@@ -81,6 +82,28 @@ def grid(rows: int, columns: int, shape: Sequence[int], aspect: float) -> tuple[
     return figure, axes
 
 
+def colours_or_grey(image: NDArray[np.floating[Any]], ending: str) -> NDArray[np.floating[Any]]:
+    """What to show of an image (C, D, H, W): a photograph's colours (D, H, W, 3), else its first channel (D, H, W).
+
+    Photographs are known by the ``ending`` of their files.
+    """
+    photograph = ending.lower() in NaturalImage2DIO.supported_file_endings and image.shape[:2] in ((3, 1), (4, 1))
+    return np.moveaxis(image[:3], 0, -1) if photograph else image[0]
+
+
+def grey_window(image: NDArray[np.floating[Any]]) -> tuple[float, float]:
+    """The lowest and highest value to show."""
+    low, high = np.percentile(image, (0.5, 99.8)).tolist()
+    return low, high
+
+
+def show(ax: Axes, image: NDArray[np.floating[Any]], window: tuple[float, float], aspect: float) -> None:
+    """Draw a slice (H, W) or (H, W, 3), from the lowest to the highest value of ``window``."""
+    low, high = window
+    shares = ((image - low) / max(high - low, 1e-12)).clip(0, 1)
+    ax.imshow(shares, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
+
+
 def surroundings(found: NDArray[np.bool_]) -> tuple[slice, slice]:
     """Rows and columns around everything found in a plane (H, W), with a margin; the whole plane if it is empty."""
     if not found.any():
@@ -139,7 +162,7 @@ def _framed(mask: NDArray[Any]) -> tuple[NDArray[np.int_], NDArray[np.int_], NDA
 class CaseImages:
     """One case as it was read; all arrays are (D, H, W)."""
 
-    image: NDArray[np.float32]  # the first channel
+    image: NDArray[np.floating[Any]]  # or (D, H, W, 3), see colours_or_grey
     spacing: tuple[float, ...]  # millimetres along (D, H, W)
     truth: NDArray[np.integer[Any]]  # label values
     predictions: Mapping[str, NDArray[np.integer[Any]]]  # label values by method
@@ -152,17 +175,17 @@ def draw_case(images: CaseImages, classes: Classes) -> bytes:
     slices = choose_slices(images, classes)
     maps = [images.truth, *images.predictions.values()]
     view = surroundings(np.any([(labels > 0).any(axis=0) for labels in maps], axis=0))
-    low, high = np.percentile(images.image, (0.5, 99.8))
+    window = grey_window(images.image)
     panels: list[tuple[str, NDArray[np.integer[Any]] | None]] = [("image", None), ("truth", images.truth)]
     panels += list(images.predictions.items())
     lines = math.ceil(len(panels) / _PANELS_IN_LINE)
     columns = math.ceil(len(panels) / lines)
     aspect = images.spacing[1] / images.spacing[2]
-    figure, axes = grid(len(slices) * lines, columns, images.image[0][view].shape, aspect)
+    figure, axes = grid(len(slices) * lines, columns, images.image[0][view].shape[:2], aspect)
     for row, (index, reason) in enumerate(slices):
         panes = axes[row * lines : (row + 1) * lines]
         for ax, (title, labels) in zip(panes.flat, panels, strict=False):
-            ax.imshow(images.image[index][view], cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            show(ax, images.image[index][view], window, aspect)
             if labels is not None:
                 overlay(ax, labels[index][view], classes)
             if row == 0 or lines > 1:

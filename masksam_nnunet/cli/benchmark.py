@@ -51,13 +51,21 @@ def benchmark(
     out: Annotated[
         Path | None,
         typer.Option(
+            "-o",
+            "--out",
             help="The benchmark's folder.",
             show_default="benchmark_CONFIGURATION, or few_labels_CONFIGURATION, in the results",
         ),
     ] = None,
     devices: Annotated[
         list[str] | None,
-        typer.Option("--devices", help="cpu, cuda, or GPUs by number: a fold at a time on each.", show_default="cuda"),
+        typer.Option(
+            "-device",
+            "--device",
+            "--devices",
+            help="cpu, cuda, or GPUs by number: a fold at a time on each.",
+            show_default="cuda",
+        ),
     ] = None,
     ensembles: Annotated[bool, typer.Option(help="Ensemble all pairs; validation then saves probabilities.")] = True,
     postprocessing: Annotated[bool, typer.Option(help="Choose nnU-Net's post-processing; ensembles need it.")] = True,
@@ -155,7 +163,9 @@ def demo(
         Path | None,
         typer.Option(help="An nnU-Net raw dataset (DatasetXXX_Name).", show_default="generated phantoms"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for nnU-Net's data and the report.")] = Path("masksam_demo"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for nnU-Net's data and the report.")] = Path(
+        "masksam_demo"
+    ),
     minutes: Annotated[
         float, typer.Option(min=0.1, help="For all of it; exceeded where so few iterations would show nothing.")
     ] = 12.0,

@@ -81,7 +81,9 @@ def _convert(kind: str, source: Path, dataset_id: int, **options: Any) -> None:
 @data_app.command()
 def hippocampus(
     dataset_id: NewDataset = 4,
-    out: Annotated[Path | None, typer.Option(help="Folder for the dataset instead of nnUNet_raw.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the dataset instead of nnUNet_raw.")
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option("--from", help="Use this Task04_Hippocampus.tar instead of downloading it."),
@@ -112,7 +114,7 @@ def _done(folder: Path, dataset_id: int) -> None:
 
 
 def split(
-    dataset_id: Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the dataset.")],
+    dataset: Dataset,
     group: Annotated[
         str,
         typer.Option(
@@ -129,7 +131,7 @@ def split(
     """Write folds that keep each patient's cases together. For example --group '(patient[0-9]+)_'."""
     from masksam_nnunet.plans.splits import split_dataset
 
-    report = split_dataset(dataset_id, group, folds=folds, seed=seed, force=force)
+    report = split_dataset(dataset, group, folds=folds, seed=seed, force=force)
     typer.echo(f"{report.path} {'written' if report.written else 'has this split already'}")
     typer.echo("fold  train patients (cases)  val patients (cases)")
     for number, fold in enumerate(report.folds):

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from packaging.requirements import Requirement
 
-from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, cpu_name, switched_on
+from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, TESTED_NNUNET, cpu_name, switched_on
 from masksam_nnunet.sam_files import CHECKPOINTS
 
 from .common import DEFAULT_TRAINER
@@ -50,11 +51,13 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option("-device", "--device", help="cpu or cuda.", show_default="cuda, else cpu")
+    ] = None,
 ) -> None:
     """Look at what a training needs, and train for five seconds. Exit code 1 if a training would fail."""
     if device not in (None, "cpu", "cuda"):
-        raise typer.BadParameter(f"--device {device}: give cpu or cuda")
+        raise typer.BadParameter(f"-device {device}: give cpu or cuda")
     fatal = 0
     for finding in findings(device):
         typer.echo(f"{finding.what:<26}{finding.value}")
@@ -90,15 +93,17 @@ def _versions() -> Iterator[Finding]:
     yield Finding("system", f"{platform.platform()}, {cpu_name()}")
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
     yield Finding(PACKAGE, version(PACKAGE))
-    pinned = dict(line.split("==") for line in requires(PACKAGE) or () if "==" in line and ";" not in line)
-    for name in (*pinned, "torch", "torchvision", "timm", "numpy"):
+    needed = {one.name: one.specifier for one in map(Requirement, requires(PACKAGE) or ()) if one.marker is None}
+    for name in ("nnunetv2", "segment-anything", "torch", "torchvision", "timm", "numpy"):
         try:
             found = version(name)
         except PackageNotFoundError:
             found = "missing"
-        wanted = pinned.get(name, found)
-        wrong = found == "missing" or found != wanted
-        yield Finding(name, found, f"{wanted} is needed: pip install {PACKAGE}" if wrong else "")
+        wrong = found == "missing" or not needed[name].contains(found, prereleases=True)
+        trouble = f"{name}{needed[name]} is needed: pip install -U {PACKAGE}" if wrong else ""
+        if name == "nnunetv2" and found not in TESTED_NNUNET and not wrong:
+            trouble = f"not tested with this release, but with {', '.join(TESTED_NNUNET)}"
+        yield Finding(name, found, trouble, fatal=wrong)
 
 
 def _gpus(device: str | None) -> Iterator[Finding]:
@@ -109,7 +114,7 @@ def _gpus(device: str | None) -> Iterator[Finding]:
 
     trouble, there = gpu_trouble() or "", torch.cuda.is_available()
     if device == "cuda" and not there and not trouble:
-        trouble = "PyTorch sees no GPU here: use a machine with one, or --device cpu"
+        trouble = "PyTorch sees no GPU here: use a machine with one, or -device cpu"
     built = f"PyTorch's CUDA {torch.version.cuda}, NVIDIA's driver {driver_version() or 'missing'}"
     yield Finding("GPUs", f"{torch.cuda.device_count()}; {built}", trouble, fatal=device != "cpu")
     for index in range(torch.cuda.device_count() if there else 0):

@@ -25,7 +25,7 @@ def export(
     dataset: Dataset,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Zip file to write; a folder too with --format safetensors."),
+        typer.Option("-o", "--out", "--output", help="Zip file to write; a folder too with --format safetensors."),
     ],
     configurations: Annotated[
         list[str] | None,

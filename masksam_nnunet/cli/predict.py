@@ -28,17 +28,21 @@ def register(app: typer.Typer) -> None:
 
 
 def predict(
-    images: Annotated[Path, typer.Option("-i", help="Folder of the images, CASE_0000, ...")],
-    output: Annotated[Path, typer.Option("-o", help="Folder for the predictions.")],
-    dataset: Annotated[str | None, typer.Option("-d", help="The dataset's number or name.")] = None,
-    configuration: Annotated[str | None, typer.Option("-c", help="nnU-Net's configuration.")] = None,
-    trainer: Annotated[str | None, typer.Option("-tr", help="Trainer class.", show_default=DEFAULT_TRAINER)] = None,
-    plans: Annotated[str, typer.Option("-p", help="Name of the plans.")] = "nnUNetPlans",
+    images: Annotated[Path, typer.Option("-i", "--images", help="Folder of the images, CASE_0000, ...")],
+    output: Annotated[Path, typer.Option("-o", "--out", help="Folder for the predictions.")],
+    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="The dataset's number or name.")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="nnU-Net's configuration.")] = None,
+    trainer: Annotated[
+        str | None, typer.Option("-tr", "--trainer", help="Trainer class.", show_default=DEFAULT_TRAINER)
+    ] = None,
+    plans: Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")] = "nnUNetPlans",
     folds: Annotated[
         list[str] | None,
-        typer.Option("-f", metavar="FOLD", help="One or more, averaged, or all.", show_default="0 1 2 3 4"),
+        typer.Option("-f", "--folds", metavar="FOLD", help="One or more, averaged, or all.", show_default="0 1 2 3 4"),
     ] = None,
-    checkpoint: Annotated[str, typer.Option("-chk", help="File name of the checkpoints.")] = "checkpoint_final.pth",
+    checkpoint: Annotated[
+        str, typer.Option("-chk", "--checkpoint", help="File name of the checkpoints.")
+    ] = "checkpoint_final.pth",
     ensemble: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,17 +83,27 @@ def predict(
     continue_prediction: Annotated[
         bool, typer.Option("--continue_prediction", help="Predict only cases without a whole prediction.")
     ] = False,
-    step_size: Annotated[float, typer.Option("-step_size", help="Distance of windows, in patches.")] = 0.5,
-    disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring: faster, less accurate.")] = False,
+    step_size: Annotated[
+        float, typer.Option("-step_size", "--step-size", help="Distance of windows, in patches.")
+    ] = 0.5,
+    disable_tta: Annotated[
+        bool, typer.Option("--disable_tta", "--no-mirroring", help="No mirroring: faster, less accurate.")
+    ] = False,
     previous: Annotated[
         Path | None,
-        typer.Option("-prev_stage_predictions", help="For a cascade: folder of the first stage's label maps."),
+        typer.Option(
+            "-prev_stage_predictions",
+            "--prev-stage-predictions",
+            help="For a cascade: folder of the first stage's label maps.",
+        ),
     ] = None,
     npp: Annotated[int, typer.Option("-npp", min=0, envvar="nnUNet_npp", help="Preprocessing processes, or 0.")] = 3,
     nps: Annotated[int, typer.Option("-nps", min=0, envvar="nnUNet_nps", help="Export processes, or 0.")] = 3,
     num_parts: Annotated[int, typer.Option("-num_parts", min=1, help="Commands that share the cases.")] = 1,
     part_id: Annotated[int, typer.Option("-part_id", min=0, help="Which of them this is, from 0.")] = 0,
-    device: Annotated[Device, typer.Option("-device", help="Choose a GPU by CUDA_VISIBLE_DEVICES.")] = Device.cuda,
+    device: Annotated[
+        Device, typer.Option("-device", "--device", help="Choose a GPU by CUDA_VISIBLE_DEVICES.")
+    ] = Device.cuda,
     not_on_device: Annotated[
         bool, typer.Option("--not_on_device", help="Keep results in main memory, for cases too large for the GPU.")
     ] = False,

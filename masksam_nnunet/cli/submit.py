@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def submit(
     challenge: Annotated[Challenge, typer.Argument(help="The challenge whose rules apply.")],
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="The folder of nnU-Net's predictions.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The zip to write.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="The zip to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="List all defects and write nothing.")] = False,
     images: Annotated[
         Path | None,

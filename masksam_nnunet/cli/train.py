@@ -14,6 +14,8 @@ from masksam_nnunet.stop_signals import REQUEUE, handling, pass_on
 
 from .common import DEFAULT_TRAINER, announce_trainers, require_device
 
+_OTHER_NETWORK = ("Key ", "The shape of the parameters of key ")
+"""How nnU-Net says that pre-trained weights do not fit."""
 # nnU-Net parses the arguments, its -h included.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -27,22 +29,55 @@ def train(context: typer.Context) -> None:
     """Train a fold as nnUNetv2_train does. All arguments are nnU-Net's; -tr defaults to MaskSAMTrainer."""
     arguments = context.args
     announce_trainers()
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    from masksam_nnunet.plans.raw_data import number_of
+
     with handling(pass_on):
         if not {"-h", "--help"} & set(arguments):
             parsed = training_parser().parse_known_args(arguments)[0]
             if parsed.tr is None:
                 typer.echo(f"no -tr given: using -tr {DEFAULT_TRAINER}", err=True)
                 arguments, parsed.tr = [*arguments, "-tr", DEFAULT_TRAINER], DEFAULT_TRAINER
-            require_trainable(parsed)
+            name = require_trainable(parsed)
+            if len(find_candidate_datasets(number_of(name))) > 1:  # nnU-Net takes 100 for 1001 too
+                arguments = [name if word == parsed.dataset_name_or_id else word for word in arguments]
+            if parsed.val and parsed.val_best and parsed.num_gpus == 1:
+                return _validate_best(parsed)
         from nnunetv2.run.run_training import run_training_entry
 
         sys.argv = ["masksam train", *arguments]
         try:
             run_training_entry()
         except Exception as error:
+            if isinstance(error, AssertionError) and str(error).startswith(_OTHER_NETWORK):
+                raise TrainingError(
+                    f"-pretrained_weights: {str(error).split('. ')[0]}. Only the layers of the classes may differ: it "
+                    "must have the same channels, patch and settings, which nnUNetv2_move_plans_between_datasets keeps"
+                ) from error
             if getattr(error, "exit_code", None) == REQUEUE:  # of a rank, in PyTorch's ProcessExitedException
                 raise typer.Exit(REQUEUE) from error
             raise
+
+
+def _validate_best(asked: argparse.Namespace) -> None:
+    """Validate ``checkpoint_best.pth``, of an unfinished training too: nnU-Net's command asks for the final one first.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    fold = asked.fold if asked.fold == "all" else int(asked.fold)
+    trainer = get_trainer_from_args(
+        asked.dataset_name_or_id, asked.configuration, fold, asked.tr, asked.p, device=torch.device(asked.device)
+    )
+    best = Path(trainer.output_folder, "checkpoint_best.pth")
+    if not best.is_file():
+        raise TrainingError(f"--val_best: there is no {best}; train this fold first")
+    trainer.load_checkpoint(str(best))
+    trainer.perform_actual_validation(asked.npz)
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -60,8 +95,8 @@ def training_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def require_trainable(asked: argparse.Namespace) -> None:
-    """Refuse a training that nnU-Net would end with a traceback, before it makes a folder.
+def require_trainable(asked: argparse.Namespace) -> str:
+    """Refuse a training that nnU-Net would end with a traceback, before it makes a folder; the dataset's full name.
 
     Raises:
         MaskSAMError: an argument names what does not exist.
@@ -88,3 +123,4 @@ def require_trainable(asked: argparse.Namespace) -> None:
             f"fold {asked.fold}: {len(cases)} cases are too few for nnU-Net's default {NUM_FOLDS} folds; train on all "
             f"of them (fold all), or write {splits}"
         )
+    return name

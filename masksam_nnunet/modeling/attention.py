@@ -10,6 +10,7 @@ from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 
 CHUNK = 2**21
 """Scores computed at once on a CPU: 8 MiB in float32."""
@@ -112,10 +113,21 @@ def fused_attention(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) ->
     R_w, keys by one-hot codes of their row and column.
     """
     q, k, v = extended(qkv, rows, columns, scale)
-    # Values as long as queries and keys: else PyTorch leaves the fused path.
-    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-    out = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]  # (B, heads, h w, c)
+    size = v.shape[-1]
+    if not _takes_short_values(q, k):  # else PyTorch would leave the fused path
+        v = F.pad(v, (0, q.shape[-1] - size))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :size]  # (B, heads, h w, c)
     return out.transpose(1, 2)
+
+
+def _takes_short_values(q: Tensor, k: Tensor) -> bool:
+    """Whether PyTorch takes its memory-efficient kernel, whose values may be shorter than queries and keys.
+
+    It does on GPUs before Ampere, and on small Ampere and Ada ones for long vectors.
+    """
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return bool(torch._fused_sdp_choice(q, k, k) == SDPBackend.EFFICIENT_ATTENTION.value)
 
 
 def extended(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,10 +19,13 @@ import SimpleITK as sitk
 from made_up_models import image, write_image
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from plain_plans import plain_plans
 
 from masksam_nnunet.errors import CaseError, UsageError
-from masksam_nnunet.inference.cases import Case, find_cases, read_case
+from masksam_nnunet.inference.cases import Case, find_cases, preprocess_case, read_case
 from masksam_nnunet.inference.methods import parse_members
 from masksam_nnunet.inference.predict.output import Predictions
 from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
@@ -30,6 +33,7 @@ from masksam_nnunet.inference.predict.postprocessing import find_postprocessing,
 GZ = ".nii.gz"
 SIZE = (40, 36, 5)
 T1, T2 = "a_0000.nii.gz", "a_0001.nii.gz"
+MODEL = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": GZ}
 
 
 # --- cases --------------------------------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ def test_folders_without_cases(tmp_path: Path, make: Callable[[Path], object], n
 def test_channels_are_read_as_by_nnunet(tmp_path: Path, reader: Any) -> None:
     files = tuple(write_image(tmp_path / name, seed, SIZE) for seed, name in enumerate((T1, T2)))
     change(Origin=(-17.501, 3.251, 120.125))(files[1])  # rounding in headers is no other grid
-    data, properties = read_case(Case("a", files), reader, ["T1", "T2"])
+    data, properties = read_case(Case("a", files), reader, MODEL)
     expected, its_properties = reader.read_images([str(file) for file in files])
     np.testing.assert_array_equal(data, expected)
     assert data.dtype == expected.dtype and repr(properties) == repr(its_properties)
@@ -113,6 +117,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda file: file.write_text("no image"), T2),
     "a broken link": (lambda file: (file.unlink(), file.symlink_to("nowhere")), T2),
     "NaN": (put_nan, "2 voxels"),
+    "no data": (lambda file: sitk.WriteImage(sitk.ReadImage(str(file)) * 0 - 3.4e38, str(file)), "beyond 1e+15"),
     "size": (lambda file: write_image(file, size=(40, 35, 5)), "shape ((5, 36, 40) and (5, 35, 40))"),
     "spacing": (change(Spacing=(0.9, 1.1, 2.0)), "spacing"),
     "origin": (change(Origin=(0.0, 3.25, 120.125)), "origin"),
@@ -131,8 +136,52 @@ def test_bad_cases(tmp_path: Path, what: str) -> None:
     spoil(tmp_path / T2)
     (case,), _ = find_cases(tmp_path, GZ)
     with pytest.raises(CaseError) as error:
-        read_case(case, SimpleITKIO(), ["T1", "T2"])
+        read_case(case, SimpleITKIO(), MODEL)
     assert named in str(error.value)
+
+
+def test_channels_in_one_4d_file_can_be_predicted(tmp_path: Path) -> None:
+    """nnU-Net's writer refuses the properties that its reader gives for such a file."""
+    one, two = (write_image(tmp_path / name, seed, SIZE) for seed, name in enumerate((T1, T2)))
+    both = tmp_path / "b_0000.nii.gz"
+    voxels = np.stack([nibabel.load(file).get_fdata(dtype=np.float32) for file in (one, two)], -1)
+    nibabel.save(nibabel.Nifti1Image(voxels, nibabel.load(one).affine), both)
+    reader = SimpleITKIO()
+    data, properties = read_case(Case("b", (both,)), reader, MODEL)
+    apart, of_one = read_case(Case("a", (one, two)), reader, MODEL)
+    np.testing.assert_array_equal(data, apart)
+    reader.write_seg((data[0] > 0).astype(np.uint8), str(tmp_path / "b.nii.gz"), properties)
+    reader.write_seg((data[0] > 0).astype(np.uint8), str(tmp_path / "a.nii.gz"), of_one)
+    written, expected = (sitk.ReadImage(str(tmp_path / f"{name}.nii.gz")) for name in "ba")
+    assert written.GetSize() == expected.GetSize()
+    np.testing.assert_allclose(written.GetDirection(), expected.GetDirection(), atol=1e-5)
+    np.testing.assert_allclose(written.GetOrigin(), expected.GetOrigin(), atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_voxels_of_another_unit_are_refused_before_they_are_resampled(tmp_path: Path, factor: float) -> None:
+    plans = plain_plans()
+    plans["original_median_spacing_after_transp"] = [5.0, 1.0, 1.0]
+    manager = PlansManager(plans)
+    for name in (T1, T2):
+        write_image(tmp_path / name, 0, SIZE)
+        change(Spacing=(factor, factor, 5 * factor))(tmp_path / name)
+    case = Case("a", (tmp_path / T1, tmp_path / T2))
+    settings = manager.get_configuration("3d_fullres")
+    with pytest.raises(CaseError, match="unit"):
+        preprocess_case(case, None, manager, settings, MODEL, verbose=False)
+
+
+def test_an_image_that_its_header_places_twice_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate((T1, T2)):
+        file = write_image(tmp_path / name, seed, SIZE)
+        volume = nibabel.load(file)
+        moved = volume.affine.copy()
+        moved[0, 3] += 30
+        volume.set_qform(moved, 1)
+        nibabel.save(nibabel.Nifti1Image(volume.get_fdata(dtype=np.float32), None, volume.header), file)
+    read_case(Case("a", (tmp_path / T1, tmp_path / T2)), SimpleITKIO(), MODEL)
+    assert "30 mm" in (said := capfd.readouterr().out) and T1 in said
 
 
 # --- files that are whole ---------------------------------------------------------------------------------------------
@@ -177,6 +226,16 @@ def test_what_is_not_whole_is_not_done(out: Predictions, what: int | str) -> Non
         damage(out.files("case")[0])
     assert not out.is_whole("case")
     assert replace(out, probabilities=False).is_whole("case") == (what != 2)
+
+
+def test_the_spacing_beside_a_tiff_comes_and_goes_with_it(tmp_path: Path) -> None:
+    out = Predictions(tmp_path / "out", ".tif", Tiff3DIO())
+    with out.draft("case") as name:
+        out.reader.write_seg(np.ones((4, 5, 6), np.uint8), f"{name}.tif", {"spacing": [5.0, 0.5, 0.25]})
+    assert out.is_whole("case") and sorted(path.name for path in out.folder.iterdir()) == ["case.json", "case.tif"]
+    assert out.reader.read_seg(str(out.folder / "case.tif"))[1]["spacing"] == [5.0, 0.5, 0.25]
+    out.remove("case")
+    assert list(out.folder.iterdir()) == []
 
 
 def test_a_full_disk_ends_the_batch(out: Predictions) -> None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import threading
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,14 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plain_plans import batch, dataset_json, folders, plain_plans, region_dataset_json, simple_cost, tiny_plans
 
-from masksam_nnunet import trainers
+from masksam_nnunet import files, trainers
 from masksam_nnunet.config import ConfigError, LossConfig, UNetConfig
 from masksam_nnunet.environment import RANDOM_INIT, trainer_folder
-from masksam_nnunet.errors import WeightsError
+from masksam_nnunet.errors import TrainingError, WeightsError
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans import architecture
 from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, NETWORK_CLASS, read_config, write_config
-from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_vit_h
+from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_vit_h, loading
 from masksam_nnunet.trainers.resumable import ResumableTrainer
 
 CPU = torch.device("cpu")
@@ -66,6 +67,37 @@ def test_signatures_and_overridden_hooks_are_nnunets() -> None:
     for name, value in [*vars(ResumableTrainer).items(), *vars(MaskSAMTrainer).items()]:
         if (callable(value) or isinstance(value, property | staticmethod)) and not name.startswith("__"):
             assert name in own or hasattr(nnUNetTrainer, name), f"nnU-Net no longer calls {name}"
+
+
+def test_too_little_shared_memory_is_told_before_workers_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, room = trainer(), SimpleNamespace(free=10**5)
+    monkeypatch.setattr(loading, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(nnUNetTrainer, "get_dataloaders", lambda self: ("train", "validation"))
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: room)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    with pytest.raises(TrainingError, match="--shm-size"):
+        made.get_dataloaders()
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert made.get_dataloaders() == ("train", "validation")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    room.free = 10**9
+    assert made.get_dataloaders() == ("train", "validation")
+
+
+def test_a_split_that_another_fold_is_writing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, file = trainer(), tmp_path / "splits_final.json"
+    made.preprocessed_dataset_folder_base = str(tmp_path)
+    monkeypatch.setattr(nnUNetTrainer, "do_split", lambda self: tuple(json.loads(file.read_text())))
+    file.write_text('["tra')
+    writer = threading.Timer(1.0, file.write_text, ['["train", "val"]'])
+    writer.start()
+    assert made.do_split() == ("train", "val")
+    writer.join()
+    monkeypatch.setattr(files, "WRITTEN_SECONDS", 0.0)
+    for spoil in (lambda: file.write_text("["), file.unlink):
+        spoil()
+        with pytest.raises(TrainingError, match=re.escape(str(file))):
+            made.do_split()
 
 
 def test_nnunet_finds_the_installed_classes(monkeypatch: pytest.MonkeyPatch) -> None:

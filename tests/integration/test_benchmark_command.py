@@ -77,7 +77,7 @@ def test_a_grid_is_trained_compared_and_reported(bench: Workspace, dataset: Data
     trained = files_in(other.folder, "checkpoint_final.pth")
 
     command = ["masksam", "benchmark", "-d", dataset.id, "--trainers", "ShortNNUNet", "ShortMaskSAM"]
-    command += ["-f", 0, 1, "--devices", "cpu", "-np", 1]
+    command += ["-f", 0, 1, "-device", "cpu", "-np", 1]
     told = bench.run(*command)
     assert "0 of 4 folds are done" in told and "mean over cases" in told
     page = Path(told.splitlines()[-1])

@@ -66,7 +66,7 @@ def kill(number: str, processes: list[psutil.Process]) -> None:
 
 def main(root: Path) -> None:
     workspace, out = prepare(root), root / "benchmark"
-    command = ["benchmark", "-d", "4", "--trainers", *TRAINERS, "--folds", "0", "1", "--devices", "cpu"]
+    command = ["benchmark", "-d", "4", "--trainers", *TRAINERS, "--folds", "0", "1", "-device", "cpu"]
     command += ["--out", str(out), "-np", "1", "--executor", "slurm", "--cpus", "1", "--hours", "0.5"]
 
     def masksam(*more: str, fails: bool = False) -> str:

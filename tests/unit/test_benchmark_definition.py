@@ -99,7 +99,7 @@ def test_a_definition_comes_back_as_it_was_written_for_one_dataset_and_configura
 def test_a_definition_as_a_command() -> None:
     expected = (
         "masksam benchmark -d Dataset004_Small -c 3d_fullres --trainers nnUNetTrainer@nnUNetPlans "
-        "nnUNetTrainer_budget@nnUNetPlans --folds 0 1 --devices cpu --minutes 2.5"
+        "nnUNetTrainer_budget@nnUNetPlans --folds 0 1 -device cpu --minutes 2.5"
     )
     one = benchmark(STOCK, BUDGET, folds=(0, 1), minutes=2.5, accept_unfair=True)
     assert one.command_line == expected + " --accept-unfair"
@@ -240,6 +240,6 @@ def test_a_report_needs_trained_folds_and_their_data(preprocessed: Path, tmp_pat
 
 @pytest.mark.usefixtures("preprocessed", "any_trainer")
 def test_the_command_names_what_is_missing() -> None:
-    command = ("benchmark", "-d", 4, "--trainers", "nnunet", "--devices", "cpu")
+    command = ("benchmark", "-d", 4, "--trainers", "nnunet", "-device", "cpu")
     assert "--executor slurm" in refused(*command, "--partition", "gpu")
     assert "--minutes" in refused(*command, "--minutes", 3)

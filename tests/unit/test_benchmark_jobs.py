@@ -214,9 +214,9 @@ def test_gpus_count_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [device_kind(d) for d in (["cpu"], ["0", "1"], ["cuda"], ["mps"])] == ["cpu", "cuda", "cuda", "mps"]
     for wrong in ([], ["cpu", "0"], ["0", "0"], ["gpu"], ["cuda", "1"]):
-        with pytest.raises(UsageError, match="--devices"):
+        with pytest.raises(UsageError, match="-device"):
             device_kind(wrong)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     require_devices(["0"])
-    with pytest.raises(UsageError, match="--devices 0 1"):
+    with pytest.raises(UsageError, match="-device 0 1"):
         require_devices(["0", "1"])

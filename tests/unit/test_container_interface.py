@@ -12,10 +12,12 @@ import SimpleITK as sitk
 from made_up_models import image, same_geometry, write_image, write_inputs_json
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from masksam_nnunet.errors import CaseError, DataError, UsageError
-from masksam_nnunet.inference.docker.images import check_meta_image, read_header, stage, write_label_map
+from masksam_nnunet.inference.docker.images import read_header, stage, write_label_map
 from masksam_nnunet.inference.docker.interface import ContainerOptions, OutputError, find_jobs
+from masksam_nnunet.plans.images import check_whole, read_image
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -127,7 +129,7 @@ def test_container_json_and_what_overrides_it(tmp_path: Path) -> None:
 def test_damaged_meta_images_are_found(tmp_path: Path) -> None:
     """ITK reads zeros where compressed data are damaged; anywhere in them is noticed here."""
     file = write_image(tmp_path / "a.mha")
-    check_meta_image(file)
+    check_whole(file)
     whole = file.read_bytes()
     data = whole.index(b"LOCAL\n") + len(b"LOCAL\n")
     other = tmp_path / "b.mha"
@@ -135,11 +137,11 @@ def test_damaged_meta_images_are_found(tmp_path: Path) -> None:
         for damaged in (whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :], whole[:place]):
             other.write_bytes(damaged)
             with pytest.raises(DataError):
-                check_meta_image(other)
+                check_whole(other)
     for content in (b"", b"no image at all", whole.replace(b"LOCAL", b"x.raw")):
         other.write_bytes(content)
         with pytest.raises(DataError):
-            check_meta_image(other)
+            check_whole(other)
 
 
 def test_formats_that_the_reader_lacks_are_converted(tmp_path: Path) -> None:
@@ -152,6 +154,12 @@ def test_formats_that_the_reader_lacks_are_converted(tmp_path: Path) -> None:
         arrays, properties = reader.read_images([str(file) for file in case.files])
         assert arrays.shape[0] == 2 and np.allclose(arrays[0], arrays[1])
         assert sorted(properties["spacing"]) == pytest.approx([0.9, 1.0, 1.1])
+
+
+def test_a_tiff_model_knows_the_size_of_voxels(tmp_path: Path) -> None:
+    case = stage([write_image(tmp_path / "a.mha")], tmp_path, ".tif", Tiff3DIO())
+    _, properties = read_image(case.files[0], {"file_ending": ".tif"}, Tiff3DIO())
+    assert properties["spacing"] == list(sitk.ReadImage(str(tmp_path / "a.mha")).GetSpacing()[::-1])
 
 
 def test_four_dimensions_and_other_files_are_refused(tmp_path: Path) -> None:

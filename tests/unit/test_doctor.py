@@ -86,7 +86,10 @@ def test_another_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
     actual = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "9.9" if name == "nnunetv2" else actual(name))
     code, said = seen()
-    assert code == 1 and "9.9" in said and "2.8.1" in said
+    assert code == 1 and "9.9" in said and "nnunetv2<3,>=2.8" in said
+    monkeypatch.setattr(doctor, "version", lambda name: "2.99" if name == "nnunetv2" else actual(name))
+    code, said = seen()
+    assert code == 0 and "2.99" in said and "not tested" in said
 
 
 def test_a_step_that_fails_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

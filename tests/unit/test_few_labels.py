@@ -191,7 +191,7 @@ def test_the_commands(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, list(map(str, words)))
         return done.exit_code, " ".join(done.output.split())
 
-    command = ("benchmark", "-d", 4, "--trainers", "nnunet", "--devices", "cpu", "--out", tmp_path / "out", "-f", 0)
+    command = ("benchmark", "-d", 4, "--trainers", "nnunet", "-device", "cpu", "--out", tmp_path / "out", "-f", 0)
     code, said = run(*command, "--train-cases", 2, 4, "all", "--seeds", 0, 7)
     assert code == 0 and said.endswith("few_labels.png")
     assert (tmp_path / "out" / "train_4_seed_7" / "scores.csv").is_file()

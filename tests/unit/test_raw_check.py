@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -91,6 +92,33 @@ def swap(path: Path, other: Path) -> None:
     shutil.copy(other, path)
 
 
+def shear(path: Path) -> None:
+    """A gantry's tilt: an affine that is no rotation, which ITK refuses and nibabel reads."""
+    volume = nibabel.load(path)
+    tilted = nibabel.Nifti1Image(np.asarray(volume.dataobj), None)
+    affine = np.eye(4)
+    affine[1, 2] = 0.3
+    tilted.header.set_zooms((1, 1, 1))
+    tilted.set_sform(affine, 1)
+    tilted.set_qform(None, 0)
+    nibabel.save(tilted, path)
+
+
+def stack(path: Path) -> None:
+    """The same voxels twice, along a fourth axis."""
+    volume = nibabel.load(path)
+    voxels = np.stack([np.asarray(volume.dataobj)] * 2, -1)
+    nibabel.save(nibabel.Nifti1Image(voxels, volume.affine), path)
+
+
+def place_twice(path: Path, millimetres: float) -> None:
+    volume = nibabel.load(path)
+    moved = volume.affine.copy()
+    moved[0, 3] += millimetres
+    volume.set_qform(moved, 1)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(volume.dataobj), None, volume.header), path)
+
+
 # --- sound --------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +158,93 @@ def test_notes_are_no_defects(raw: Path) -> None:
         assert note in result.stderr
 
 
+def noted() -> list[str]:
+    result = run("check", "-d", "44")
+    assert result.exit_code == 0, result.stderr
+    return result.stderr.splitlines()
+
+
+def test_voxels_of_another_unit_are_noted(raw: Path) -> None:
+    for path in (image(raw), label(raw)):
+        edit(path, lambda picture: picture.SetSpacing((1e-3, 1e-3, 3e-3)))
+    (note,) = noted()
+    assert "case_03" in note and "0.003x0.001x0.001" in note and "3x1x1" in note
+
+
+def test_voxels_that_are_needles_are_noted(raw: Path) -> None:
+    for case in KIND.cases:
+        for path in (image(raw, case), label(raw, case)):
+            edit(path, lambda picture: picture.SetSpacing((1e-3, 1.0, 3.0)))
+    assert len(notes := noted()) == 6 and all("3x1x0.001" in note for note in notes)
+
+
+def test_a_header_that_places_an_image_twice_is_noted(raw: Path) -> None:
+    place_twice(image(raw), 30)
+    place_twice(image(raw, "case_04"), 0.01)  # rounding
+    with_note = noted()
+    assert len(with_note) == 1 and "case_03_0000.nii.gz" in with_note[0] and "30 mm" in with_note[0]
+
+
+def test_labels_that_no_case_has_are_noted(raw: Path) -> None:
+    describe(raw, labels={"background": 0, "first": 1, "second": 2, "third": 3})
+    (note,) = noted()
+    assert "labels 3" in note
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "lost"),
+    [
+        ({"background": 0, "core": [2], "whole": [1, 2]}, [2, 1], "2 becomes 1"),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, [1, 7], "2 becomes 7"),
+        ({"background": 0, "whole": [1, 2]}, [1], "2 becomes 1"),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, [1, 2], None),
+    ],
+)
+def test_regions_that_lose_labels_are_noted(
+    raw: Path, labels: dict[str, Any], order: list[int], lost: str | None
+) -> None:
+    describe(raw, labels=labels, regions_class_order=order)
+    notes = noted()
+    assert [note for note in notes if "regions_class_order" in note] == notes
+    assert len(notes) == (lost is not None) and (lost is None or lost in notes[0])
+
+
+def test_statistics_of_ct_without_the_ignore_label(raw: Path) -> None:
+    """nnU-Net would count air, here -1000 under the ignore label, as foreground."""
+    describe(raw, channel_names={"0": "ct"}, labels={"background": 0, "first": 1, "second": 2, "ignore": 3})
+    for case in KIND.cases:
+        seg = sitk.GetArrayFromImage(sitk.ReadImage(str(label(raw, case))))
+        seg[:, :3] = 3
+        seg[0, 5, 5] = 1
+        for path, array in ((label(raw, case), seg), (image(raw, case), np.where(seg == 3, -1000.0, 40.0))):
+            picture = sitk.GetImageFromArray(array.astype(np.float32))
+            picture.CopyInformation(sitk.ReadImage(str(path)))
+            sitk.WriteImage(picture, str(path))
+    notes = [note for note in noted() if "dataset_fingerprint.json" in note]
+    assert len(notes) == 1
+    (found,) = json.loads(notes[0][notes[0].index(": {") + 2 :]).values()
+    assert found["min"] == found["percentile_00_5"] == found["mean"] == found["max"] == 40 and found["std"] == 0
+
+
+def test_a_number_that_nnunet_finds_twice_is_noted(raw: Path) -> None:
+    """nnU-Net looks for names that begin with Dataset044, which Dataset0441_Other does too."""
+    (raw.parent / "Dataset0441_Other").mkdir()
+    (note,) = noted()
+    assert "Dataset0441_Other" in note
+
+
+@pytest.mark.parametrize("name", ["Dataset1001_Big", "Dataset044_Prostate MRI"])
+def test_names_that_nnunet_takes(raw: Path, name: str) -> None:
+    folders = [raw, raw.parents[1] / "nnUNet_preprocessed" / NAME]
+    for folder in folders:
+        folder.rename(folder.with_name(name))
+    number = name[len("Dataset") :].split("_")[0]
+    assert run("check", "-d", number).exit_code == 0
+    planned = run("plan", "-d", number, "--backbone", "tiny", "-c", "3d_fullres")
+    assert planned.exit_code == 0, planned.stderr
+    assert f"-d {int(number)}" in planned.stdout or f"nnUNetv2_train {int(number)}" in planned.stdout
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +273,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "spacing": (lambda raw: edit(label(raw), lambda p: p.SetSpacing((1, 1, 2))), "spacing"),
     "origin": (lambda raw: edit(label(raw), lambda p: p.SetOrigin((0, 0, 0))), "origin"),
     "direction": (lambda raw: edit(label(raw), lambda p: p.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, 1))), "direction"),
+    "no rotation": (lambda raw: (shear(image(raw)), shear(label(raw))), "orthonormal"),
+    "no data": (lambda raw: with_value(image(raw), -3.4e38), "case_03_0000.nii.gz holds 1 voxels"),
+    "channels in one file": (lambda raw: stack(image(raw)), "4D"),
+    "one-hot label": (lambda raw: stack(label(raw)), "2 channels"),
     "no image": (lambda raw: image(raw).unlink(), "labelsTr/case_03.nii.gz"),
     "name without channel": (lambda raw: image(raw).rename(raw / "imagesTr" / "case_03.nii.gz"), "case_03.nii.gz"),
     "channel left out": (lambda raw: image(raw).rename(raw / "imagesTr" / "case_03_0001.nii.gz"), "0001"),
@@ -170,6 +289,42 @@ def test_defects_of_files(raw: Path, defect: str) -> None:
     spoil, said = FILES[defect]
     spoil(raw)
     assert said in refused()
+
+
+def test_labels_in_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = Kind(44, "Colours", [(1, 24, 20)] * 5, {"background": 0, "a": 1}, (1,), channels=3, ending=".png")
+    folder = kind.write(tmp_path)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    grey = sitk.GetArrayFromImage(sitk.ReadImage(str(file := folder / "labelsTr" / "case_02.png")))
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([grey] * 3, -1), isVector=True), str(file))
+    assert "case_02.png" in (message := refused()) and "3 channels" in message
+
+
+def test_only_background(raw: Path) -> None:
+    for case in KIND.cases:
+        edit(label(raw, case), lambda picture: picture * 0)
+    assert "foreground" in refused()
+    preprocessed(raw, "dataset_fingerprint.json").write_text(
+        json.dumps(
+            {
+                "spacings": [[3, 1, 1]] * 6,
+                "shapes_after_crop": [[4, 12, 10]] * 6,
+                "foreground_intensity_properties_per_channel": {"0": {"mean": np.nan}},
+            }
+        )
+    )
+    assert "dataset_fingerprint.json" in refused("plan")
+
+
+def test_single_slices_along_the_wrong_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net would plan slices of one column; with the largest voxels across the slice it turns the axes itself."""
+    kind = Kind(44, "Slices", [(30, 40, 1)] * 5, {"background": 0, "a": 1}, (1,))
+    folder = kind.write(tmp_path)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert "30x40x1" in refused()
+    for path in (*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").iterdir()):
+        edit(path, lambda picture: picture.SetSpacing((9.0, 1.0, 1.0)))
+    assert run("check", "-d", "44").exit_code == 0
 
 
 def test_planning_stops_at_a_defect_of_names(raw: Path) -> None:

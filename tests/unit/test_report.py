@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from masksam_nnunet.files import write_json
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.report.figures import CaseImages, choose_slices, draw_case, surroundings, wrapped
+from masksam_nnunet.inference.report.figures import (
+    CaseImages,
+    choose_slices,
+    colours_or_grey,
+    draw_case,
+    surroundings,
+    wrapped,
+)
 from masksam_nnunet.inference.report.html import breakable, number, pieces, plain
 
 CLASSES = Classes({"<b>liver & $co$</b>": (1,), "vessel": (2,)}, has_regions=False, ignore_label=None)
@@ -38,6 +47,16 @@ def test_pictures_are_drawn() -> None:
     empty = CaseImages(nothing.astype(np.float32), (1.0, 1.0, 1.0), nothing, {"MaskSAM": nothing}, "MaskSAM")
     for png in (draw_case(made_up_case(), CLASSES), draw_case(empty, CLASSES)):
         assert png.startswith(b"\x89PNG") and len(png) > 2000
+
+
+def test_photographs_keep_their_colours() -> None:
+    red = np.zeros((3, 1, 40, 50), np.float32)
+    red[0, 0, :, 25:] = 255
+    assert colours_or_grey(red, ".nii.gz").shape == (1, 40, 50)
+    nothing = np.zeros((1, 40, 50), dtype=int)
+    images = CaseImages(colours_or_grey(red, ".png"), (1.0, 1.0, 1.0), nothing, {"MaskSAM": nothing}, "MaskSAM")
+    pixels = imread(io.BytesIO(draw_case(images, CLASSES)))[..., :3]
+    assert (np.abs(pixels - (1, 0, 0)).max(-1) < 0.05).sum() > 1000
 
 
 def test_surroundings_have_a_margin_inside_the_plane() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans.splits import (
+    BY_CASE,
     group_by_patient,
     group_by_regex,
     patient_folds,
@@ -97,7 +98,7 @@ def test_no_patients_in_these_names(cases: list[str]) -> None:
 
 
 def test_split(raw: Path) -> None:
-    report = split_dataset(27, GROUP)
+    report = split_dataset("27", GROUP)
     assert report.path == split_file(raw) and report.written and report.notes == []
     splits = json.loads(report.path.read_text())
     assert len(splits) == 5
@@ -112,62 +113,62 @@ def test_split(raw: Path) -> None:
 
 
 def test_another_split_is_not_replaced_unasked(raw: Path) -> None:
-    before = split_dataset(27, GROUP).path.read_text()
-    assert not split_dataset(27, GROUP).written
+    before = split_dataset("27", GROUP).path.read_text()
+    assert not split_dataset("27", GROUP).written
     with pytest.raises(DataError, match=r"splits_final\.json .*--force"):
-        split_dataset(27, GROUP, seed=1)
+        split_dataset("27", GROUP, seed=1)
     assert split_file(raw).read_text() == before
-    assert split_dataset(27, GROUP, seed=1, force=True).written
+    assert split_dataset("27", GROUP, seed=1, force=True).written
     assert split_file(raw).read_text() != before
 
     reordered = [{part: fold[part][::-1] for part in fold} for fold in json.loads(before)]
     split_file(raw).write_text(json.dumps(reordered))
-    assert not split_dataset(27, GROUP).written  # the order does not count
+    assert not split_dataset("27", GROUP).written  # the order does not count
     for damaged in ("{", "null"):
         split_file(raw).write_text(damaged)
         with pytest.raises(DataError, match="--force"):
-            split_dataset(27, GROUP)
-        assert split_dataset(27, GROUP, force=True).written
+            split_dataset("27", GROUP)
+        assert split_dataset("27", GROUP, force=True).written
 
 
 def test_a_split_in_the_raw_dataset_is_mentioned_and_replaced_when_forced(raw: Path) -> None:
     theirs = raw / "Dataset027_ACDC" / "splits_final.json"
-    theirs.write_text(split_dataset(27, GROUP).path.read_text())
-    assert split_dataset(27, GROUP).notes == []
+    theirs.write_text(split_dataset("27", GROUP).path.read_text())
+    assert split_dataset("27", GROUP).notes == []
     other = json.loads(theirs.read_text())[::-1]
     theirs.write_text(json.dumps(other))
-    (note,) = split_dataset(27, GROUP).notes
+    (note,) = split_dataset("27", GROUP).notes
     assert str(theirs) in note and "--force" in note
     assert json.loads(theirs.read_text()) == other
-    report = split_dataset(27, GROUP, force=True)
+    report = split_dataset("27", GROUP, force=True)
     assert report.written and report.notes == [] and json.loads(theirs.read_text()) == other[::-1]
 
 
 def test_cases_of_a_preprocessed_dataset(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = split_dataset(27, GROUP).path.read_text()
+    expected = split_dataset("27", GROUP).path.read_text()
     folder = split_file(raw).parent
     split_file(raw).unlink()
     (raw / "Dataset027_ACDC" / "labelsTr").rename(folder / "gt_segmentations")
     (raw / "Dataset027_ACDC" / "dataset.json").rename(folder / "dataset.json")
     monkeypatch.delenv("nnUNet_raw")
-    assert split_dataset(27, GROUP).path.read_text() == expected
+    assert split_dataset("27", GROUP).path.read_text() == expected
 
 
 def test_datasets_that_cannot_be_split(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="-d 5 "):
-        split_dataset(5, GROUP)
+        split_dataset("5", GROUP)
     (raw / "Dataset028_Empty").mkdir()
     with pytest.raises(DataError, match="Dataset028_Empty"):
-        split_dataset(28, GROUP)
+        split_dataset("28", GROUP)
     (raw / "Dataset027_Other").mkdir()
     with pytest.raises(DataError, match=r"-d 27 .*Dataset027_Other"):
-        split_dataset(27, GROUP)
+        split_dataset("27", GROUP)
     (split_file(raw).parent.parent / "Dataset030_Broken" / "gt_segmentations").mkdir(parents=True)
     with pytest.raises(DataError, match="Dataset030_Broken"):
-        split_dataset(30, GROUP)
+        split_dataset("30", GROUP)
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(DataError, match="nnUNet_preprocessed"):
-        split_dataset(27, GROUP)
+        split_dataset("27", GROUP)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -190,6 +191,13 @@ def test_the_command(raw: Path) -> None:
     assert forced.stderr.startswith("note: ")
     for bad in (["--group", "x"], ["-d", "27"], ["-d", "27", "--group", GROUP, "--folds", "1"]):
         assert invoke(*bad).exit_code == 2
+
+
+def test_names_that_begin_with_centres() -> None:
+    """They look like patients with several cases; the warning names the expression that takes each case by itself."""
+    cases = [f"site{site}_{number:03d}" for site in (1, 2) for number in range(4)]
+    assert (warning := split_warning(cases, None, 27)) is not None and f"--group '{BY_CASE}'" in warning
+    assert group_by_regex(cases, BY_CASE) == {case: [case] for case in cases}
 
 
 # --- the warning ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from nnunetv2.run import run_training as nnunet
@@ -126,6 +127,37 @@ def test_how_a_training_ended_is_handed_on(error: BaseException, status: int, mo
     result = train(RIGHT)
     assert result.exit_code == status and isinstance(result.exception, SystemExit)
     assert result.stderr.endswith("error: no SAM checkpoint\n") == (status == 1)
+
+
+def test_the_best_checkpoint_of_an_unfinished_training_is_validated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Trainer:
+        output_folder = str(tmp_path)
+        done: ClassVar[list[object]] = []
+
+        def load_checkpoint(self, file: str) -> None:
+            self.done.append(file)
+
+        def perform_actual_validation(self, probabilities: bool) -> None:
+            self.done.append(probabilities)
+
+    monkeypatch.setattr(nnunet, "get_trainer_from_args", lambda *_, **__: Trainer())
+    assert "checkpoint_best.pth" in refused(f"{RIGHT} --val --val_best --npz")
+    (tmp_path / "checkpoint_best.pth").touch()
+    assert train(f"{RIGHT} --val --val_best --npz").exit_code == 0
+    assert Trainer.done == [str(tmp_path / "checkpoint_best.pth"), True]
+
+
+def test_weights_of_another_network_are_refused_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (file := tmp_path / "other.pth").touch()
+
+    def load(*_: object, **__: object) -> None:
+        assert 1 == 2, "The shape of the parameters of key stem.mix is not the same. Pretrained model: 1; yours: 2."
+
+    monkeypatch.setattr(nnunet, "run_training", load)
+    message = refused(f"{RIGHT} -pretrained_weights {file}")
+    assert "-pretrained_weights" in message and "stem.mix" in message and "yours" not in message
 
 
 @pytest.mark.parametrize(
