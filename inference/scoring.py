@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def read_pair(predictions: Path, truths: Path, dataset_json: Mapping[str, Any], 
         DataError: as :func:`score_folder`.
     """
     truth, prediction = (read_label_map(folder, case, dataset_json) for folder in (truths, predictions))
+    if not truth.grid.placement and truth.grid.shape == prediction.grid.shape:
+        # nnU-Net copies predictions without the .json beside a TIFF, which holds its spacing.
+        prediction = replace(prediction, grid=truth.grid)
     if difference := truth.grid.difference(prediction.grid):
         what, one, other = difference
         raise DataError(f"case {case!r}: {what} of truth and prediction differ ({one} and {other})")

@@ -257,6 +257,19 @@ def _train_norms(trainer: Any) -> None:
     trainer.optimizer.add_param_group({"params": frozen, "weight_decay": 0.0})
 
 
+def _lora(trainer: Any, rank: int = 4) -> None:
+    """Queries, keys and values of SAM's encoder have trained additions of low rank (LoRA, arXiv 2106.09685)."""
+    added = []
+    for module in trainer.masksam.image_encoder.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features:
+            down = nn.Linear(module.in_features, rank, bias=False)
+            up = nn.Linear(rank, module.out_features, bias=False)
+            nn.init.zeros_(up.weight)
+            module.register_forward_hook(lambda _, inputs, output, d=down, u=up: output + u(d(inputs[0])))
+            added += [down.weight, up.weight]
+    trainer.optimizer.add_param_group({"params": added})
+
+
 def _match_by_class(trainer: Any) -> None:
     """Free queries, each of which is given the targets of one class."""
     trainer.criterion.assign = lambda cost, targets: Matches.of_classes(targets)
@@ -289,6 +302,7 @@ VARIANTS = {
     "light_uniform_start": Variant("the generator's maps start as equal shares", prepare=_uniform_start),
     "light_late_adapters": Variant("adapters in the encoder's last stage only", prepare=_late_adapters),
     "light_norms": Variant("the norms of SAM's encoder trained too", prepare=_train_norms),
+    "light_lora": Variant("LoRA of rank 4 in SAM's encoder too", prepare=_lora),
     "light_foreground": Variant("all patches hold foreground", settings={"oversample_foreground_percent": 1.0}),
     "light_narrow": Variant("generator of widths 32-24-16", _widths(32, 24, 16)),
     "light_wide": Variant("generator of widths 128-96-64", _widths(128, 96, 64)),
@@ -304,7 +318,7 @@ VARIANTS = {
     "light_random": Variant("all of SAM with random weights", random=True),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
-    "unet_adapters": Variant("the same with adapters", unet=True),
+    "unet_adapters": Variant("nnU-Net's U-Net with SAM's features, and adapters", unet=True),
     "unet_random": Variant("the same with SAM's weights random", _forward_only, unet=True, random=True),
     "unet_without_gain": Variant("the same, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain),
     "unet_without_masks": Variant("the same without mask losses", _both(_forward_only, _loss(**MASKS)), unet=True),
