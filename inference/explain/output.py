@@ -75,6 +75,8 @@ def write_volume(file: Path, array: NDArray[Any], properties: Mapping[str, Any])
         affine = np.diag([-1.0, -1.0, 1.0, 1.0])
         if "sitk_stuff" in properties:
             affine[:2, :2] *= properties["sitk_stuff"]["spacing"][:2]
+        elif len(array) > 1:  # a TIFF volume
+            affine[:3, :3] *= properties["spacing"][::-1]
     image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
     stored = properties.get("sitk_stuff", {}).get("original_orientation")
     if "reoriented_affine" in properties.get("nibabel_stuff", {}):

@@ -211,6 +211,8 @@ def test_overlays_of_pictures_and_of_files_that_hold_all_channels(tmp_path: Path
     )
     write_volume(tmp_path / "plain.nii.gz", np.ones((1, 4, 6), np.uint8), {"spacing": (999, 1, 1)})
     assert sitk.ReadImage(str(tmp_path / "plain.nii.gz")).GetSize() == (6, 4, 1)
+    write_volume(tmp_path / "tiff.nii.gz", np.ones((3, 4, 6), np.uint8), {"spacing": [4.0, 0.5, 0.25]})
+    assert sitk.ReadImage(str(tmp_path / "tiff.nii.gz")).GetSpacing() == (0.25, 0.5, 4.0)
 
 
 def test_tables_of_names_and_colours(tmp_path: Path) -> None:

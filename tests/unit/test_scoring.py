@@ -19,11 +19,12 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder, load_summary_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import gaussian_filter
 
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.inference.label_maps import Classes, read_label_map
-from masksam_nnunet.inference.scoring import default_tolerance_mm, policies, score_folder, score_masks
+from masksam_nnunet.inference.scoring import default_tolerance_mm, policies, read_pair, score_folder, score_masks
 
 SPACINGS = [(1.0, 1.0, 1.0), (5.0, 0.7, 0.8)]
 SPACING = (3.0, 1.0, 1.0)
@@ -265,3 +266,16 @@ def test_bad_files_are_named(tmp_path: Path, folder: str, spoil: Callable[[Path]
     spoil(tmp_path / folder / "x.nii.gz")
     with pytest.raises(DataError, match=f"'x'.*{folder}/{named}"):
         scored(tmp_path)
+
+
+def test_a_prediction_without_the_spacing_of_its_tiff_lies_where_its_truth_does(tmp_path: Path) -> None:
+    """nnU-Net combines folds by copying label maps, without the .json beside a TIFF."""
+    description = {"labels": {"background": 0, "a": 1}, "file_ending": ".tif", "channel_names": {"0": "MR"}}
+    for part in ("truth", "predicted"):
+        (tmp_path / part).mkdir()
+        Tiff3DIO().write_seg(np.ones((4, 5, 6), np.uint8), str(tmp_path / part / "a.tif"), {"spacing": [4.0, 0.5, 0.5]})
+    (tmp_path / "predicted" / "a.json").unlink()
+    truth, _ = read_pair(tmp_path / "predicted", tmp_path / "predicted", description, "a")
+    assert truth.grid.spacing == (1.0, 1.0, 1.0)
+    truth, prediction = read_pair(tmp_path / "predicted", tmp_path / "truth", description, "a")
+    assert truth.grid.spacing == prediction.grid.spacing == (4.0, 0.5, 0.5)
