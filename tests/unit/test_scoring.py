@@ -273,7 +273,7 @@ def test_a_prediction_without_the_spacing_of_its_tiff_lies_where_its_truth_does(
     description = {"labels": {"background": 0, "a": 1}, "file_ending": ".tif", "channel_names": {"0": "MR"}}
     for part in ("truth", "predicted"):
         (tmp_path / part).mkdir()
-        Tiff3DIO().write_seg(np.ones((4, 5, 6), np.uint8), str(tmp_path / part / "a.tif"), {"spacing": [4.0, 0.5, 0.5]})
+        Tiff3DIO().write_seg(np.ones((6, 5, 7), np.uint8), str(tmp_path / part / "a.tif"), {"spacing": [4.0, 0.5, 0.5]})
     (tmp_path / "predicted" / "a.json").unlink()
     truth, _ = read_pair(tmp_path / "predicted", tmp_path / "predicted", description, "a")
     assert truth.grid.spacing == (1.0, 1.0, 1.0)
