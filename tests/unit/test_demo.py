@@ -22,7 +22,7 @@ from masksam_nnunet.errors import DataError, MaskSAMError, UsageError, WeightsEr
 from masksam_nnunet.inference.methods import Method
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
 from masksam_nnunet.plans.architecture import read_config
-from masksam_nnunet.plans.raw_data import place_raw_dataset, read_raw_dataset
+from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +180,12 @@ def test_dataset_is_linked_by_its_own_name(raw: Path, tmp_path: Path) -> None:
     alias = tmp_path / "Dataset007_Alias"
     alias.symlink_to(raw)
     assert read_raw_dataset(alias).number == "7"
+
+
+def test_names_of_centres_are_no_patients() -> None:
+    """Five folds need five patients; fewer prefixes are taken for centres, and each case for itself."""
+    centres = RawDataset(Path("x"), {}, {f"site{s}_{n:03d}": () for s in (1, 2) for n in range(4)}, {})
+    assert demo._patients(centres) == {case: [case] for case in centres.images}
+    patients = RawDataset(Path("x"), {}, {f"patient{p:02d}_{n}": () for p in range(6) for n in range(2)}, {})
+    assert len(demo._patients(patients) or ()) == 6
+    assert demo._patients(RawDataset(Path("x"), {}, {f"case_{n}": () for n in range(6)}, {})) is None
