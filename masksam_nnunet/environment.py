@@ -44,6 +44,11 @@ def cpu_name() -> str:
     return f"{cores} CPU cores"
 
 
+def untested_nnunet(found: str) -> str:
+    """A remark on a release of nnunetv2 that the contract tests have not seen; empty for another one."""
+    return "" if found in TESTED_NNUNET else f"not tested with this release, but with {', '.join(TESTED_NNUNET)}"
+
+
 def switched_on(name: str) -> bool:
     """Whether the variable ``name`` is set to 1, true or t, in upper or lower case.
 

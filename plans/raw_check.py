@@ -241,7 +241,8 @@ def _check_case(dataset: RawDataset, reader: Any, case: str) -> _CaseCheck:
                     images.append(array)
                 digest.update(repr(array.shape).encode())
                 digest.update(np.ascontiguousarray(array).data)
-            check.notes += [f"case {case!r}: {note}" for note in [twice_placed(path)] if note]
+            if note := twice_placed(path):
+                check.notes.append(f"case {case!r}: {note}")
         except (DataError, MemoryError) as error:
             check.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
             continue

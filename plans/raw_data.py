@@ -58,11 +58,11 @@ class RawDataset:
         return tests if tests.is_dir() and any(tests.iterdir()) else self.folder / "imagesTr"
 
 
-def number_of(name: str) -> int:
-    """The number of ``DatasetXXX_Name``; a DataError for another form."""
+def number_of(name: str, given: str = "") -> int:
+    """The number of ``DatasetXXX_Name``; a DataError for another form, which says how the name was ``given``."""
     named = _NAME.fullmatch(name)
     if named is None:
-        raise DataError(f"{name}: rename or link the folder as DatasetXXX_Name, such as Dataset004_Liver")
+        raise DataError(f"{given or name}: rename or link the folder as DatasetXXX_Name, such as Dataset004_Liver")
     return int(named[1])
 
 
@@ -83,7 +83,7 @@ def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_
     folder = Path(os.path.abspath(folder))  # not resolve(): a link's own name is the dataset's name
     if not folder.is_dir():
         raise DataError(f"{option} {folder}: there is no such folder")
-    number_of(folder.name)
+    number_of(folder.name, f"{option} {folder}")
     dataset, defects = inspect_raw_dataset(folder, option, min_cases)
     if defects:
         raise DataError(f"{option} {folder}: {shortened(defects)}")

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from masksam_nnunet.environment import TESTED_NNUNET, TRAINING_STATS_FILE, cpu_name
+from masksam_nnunet.environment import TRAINING_STATS_FILE, cpu_name, untested_nnunet
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import once_written, write_json
 from masksam_nnunet.modeling.compute import keep_freed_memory
@@ -77,8 +77,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         found = version("nnunetv2")
-        tested = "" if found in TESTED_NNUNET else f", which was not tested; tested: {', '.join(TESTED_NNUNET)}"
-        self.print_to_log_file(f"nnunetv2 {found}{tested}")
+        self.print_to_log_file(f"nnunetv2 {found} {untested_nnunet(found)}".rstrip())
         super().on_train_start()
         if self.device.type == "cpu":  # not before: the loaders' processes are forked from this one
             keep_freed_memory()

@@ -32,7 +32,7 @@ def tables(results: pd.DataFrame) -> str:
 
 
 def page_text() -> str:
-    """The page with its tables written anew."""
+    """The page, with its tables from the results."""
     before, rest = PAGE.read_text().split(BEGIN)
     results = pd.read_json(RESULTS, lines=True, dtype={"seed": int})
     written = tables(results.fillna({"also": ""}))  # what else differed, in the runs of an earlier state of the code

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from packaging.requirements import Requirement
 
-from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, TESTED_NNUNET, cpu_name, switched_on
+from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, cpu_name, switched_on, untested_nnunet
 from masksam_nnunet.sam_files import CHECKPOINTS
 
 from .common import DEFAULT_TRAINER
@@ -101,8 +101,8 @@ def _versions() -> Iterator[Finding]:
             found = "missing"
         wrong = found == "missing" or not needed[name].contains(found, prereleases=True)
         trouble = f"{name}{needed[name]} is needed: pip install -U {PACKAGE}" if wrong else ""
-        if name == "nnunetv2" and found not in TESTED_NNUNET and not wrong:
-            trouble = f"not tested with this release, but with {', '.join(TESTED_NNUNET)}"
+        if name == "nnunetv2" and not wrong:
+            trouble = untested_nnunet(found)
         yield Finding(name, found, trouble, fatal=wrong)
 
 

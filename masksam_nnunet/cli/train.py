@@ -29,18 +29,14 @@ def train(context: typer.Context) -> None:
     """Train a fold as nnUNetv2_train does. All arguments are nnU-Net's; -tr defaults to MaskSAMTrainer."""
     arguments = context.args
     announce_trainers()
-    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-
-    from masksam_nnunet.plans.raw_data import number_of
-
     with handling(pass_on):
         if not {"-h", "--help"} & set(arguments):
             parsed = training_parser().parse_known_args(arguments)[0]
             if parsed.tr is None:
                 typer.echo(f"no -tr given: using -tr {DEFAULT_TRAINER}", err=True)
                 arguments, parsed.tr = [*arguments, "-tr", DEFAULT_TRAINER], DEFAULT_TRAINER
-            name = require_trainable(parsed)
-            if len(find_candidate_datasets(number_of(name))) > 1:  # nnU-Net takes 100 for 1001 too
+            name, several = require_trainable(parsed)
+            if several:
                 arguments = [name if word == parsed.dataset_name_or_id else word for word in arguments]
             if parsed.val and parsed.val_best and parsed.num_gpus == 1:
                 return _validate_best(parsed)
@@ -95,8 +91,11 @@ def training_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def require_trainable(asked: argparse.Namespace) -> str:
-    """Refuse a training that nnU-Net would end with a traceback, before it makes a folder; the dataset's full name.
+def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
+    """Refuse a training that nnU-Net would end with a traceback, before it makes a folder.
+
+    Returns:
+        The dataset's full name, and whether nnU-Net finds several datasets by its number, as it takes 100 for 1001 too.
 
     Raises:
         MaskSAMError: an argument names what does not exist.
@@ -107,6 +106,8 @@ def require_trainable(asked: argparse.Namespace) -> str:
     require_device(asked.device)
     if asked.pretrained_weights is not None and not Path(asked.pretrained_weights).is_file():
         raise TrainingError(f"-pretrained_weights {asked.pretrained_weights}: there is no such file")
+
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
     from masksam_nnunet.inference.methods import find_trainer
     from masksam_nnunet.plans.raw_data import number_of
@@ -123,4 +124,4 @@ def require_trainable(asked: argparse.Namespace) -> str:
             f"fold {asked.fold}: {len(cases)} cases are too few for nnU-Net's default {NUM_FOLDS} folds; train on all "
             f"of them (fold all), or write {splits}"
         )
-    return name
+    return name, len(find_candidate_datasets(number)) > 1
