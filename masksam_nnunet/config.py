@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from .backbones import BACKBONES, Backbone
 from .errors import ConfigError
+from .method import MASKSAM, methods
 
 MAX_SIZE = 2**15
 """Limit of anything counted in voxels, channels or queries: no memory holds more, so more is a typing error."""
@@ -220,12 +221,22 @@ class MaskSAMConfig(_Json):
     adapter_ratio: Annotated[Weight, Field(gt=0, le=1)] = 0.25
     """Bottleneck of the adapters as a share of the width they adapt."""
     encoder_adapters: StrictBool = True
-    """Whether the image encoder has adapters; without them, a frozen one is run forward only."""
+    """Whether the image encoder has adapters, or what else adapts it; if not, a frozen one is run forward only."""
     prompts: Literal["soft", "hard"] = "soft"
     """soft: logits and differentiable boxes prompt the mask decoder (ours); hard: thresholded ones (released code)."""
     checkpointing: StrictBool = False
     """Recompute activations in the backward pass instead of keeping them."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    method: StrictStr = MASKSAM
+    """How SAM is adapted: a name in :func:`masksam_nnunet.method.methods`. What other methods do not have, such as
+    queries, they do not read."""
+
+    @field_validator("method")
+    @classmethod
+    def _is_method(cls, name: str) -> str:
+        if name != MASKSAM and name not in methods():
+            raise ValueError(f"choose one of {', '.join(methods())}")
+        return name
 
     @field_validator("backbone")
     @classmethod
@@ -254,6 +265,12 @@ class MaskSAMConfig(_Json):
             raise ValueError(f"matching = {self.matching!r} goes with the light generator only")
         return self
 
+    @model_validator(mode="after")
+    def _method_has_its_unet(self) -> Self:
+        if self.method != MASKSAM and methods()[self.method].unet and self.generator.kind != "unet":
+            raise ValueError(f"method = {self.method!r} needs a generator of kind 'unet', not {self.generator.kind!r}")
+        return self
+
     @property
     def architecture(self) -> str:
         """What decides the shape and meaning of the parameters, in one line: networks share weights if these agree.
@@ -262,9 +279,10 @@ class MaskSAMConfig(_Json):
         """
         patch = "x".join(map(str, self.patch_size))
         ranges = ",".join(f"{low:.4g}:{high:.4g}" for low, high in self.intensity_ranges)
+        method = "" if self.method == MASKSAM else f"method={self.method} "
         return (
-            f"backbone={self.backbone} patch_size={patch} resolution={self.resolution:g} matching={self.matching} "
-            f"num_queries={self.num_queries} generator={self.generator.line} "
+            f"{method}backbone={self.backbone} patch_size={patch} resolution={self.resolution:g} "
+            f"matching={self.matching} num_queries={self.num_queries} generator={self.generator.line} "
             f"widths={self.stem_width}-{self.head_width} adapters={self.encoder_ratio:g}-{self.adapter_ratio:g} "
             f"prompts={self.prompts} regions={self.regions} ranges={ranges}"
         )
@@ -281,7 +299,7 @@ class MaskSAMConfig(_Json):
     @property
     def encoder_ratio(self) -> float:
         """Bottleneck of the image encoder's adapters; 0 for none."""
-        return self.adapter_ratio if self.encoder_adapters else 0.0
+        return self.adapter_ratio if self.encoder_adapters and self.method == MASKSAM else 0.0
 
     @property
     def forward_only(self) -> bool:

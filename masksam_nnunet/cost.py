@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Grid, MaskSAMConfig
-from .losses.criterion import MaskSAMCriterion
+from .losses.criterion import MaskSAMCriterion, SemanticCriterion
 from .losses.masks import CPU_PIECE, GPU_PIECE
 from .losses.matching import Matches
 from .losses.targets import Targets
 from .metering import Meter
-from .modeling import MaskSAM
+from .method import MASKSAM, build_network
 from .modeling.network import queries_at_once
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 numbers for each trained parameter
@@ -111,7 +111,7 @@ def training_cost(
     queries = config.queries(num_classes)
     most = queries if config.anchored else max(1, min(num_classes, queries))  # targets in a slice
     tokens = batch_size * math.prod((Grid.of(config).patch[0], *Grid.of(config).tokens))
-    if queries <= 4 or queries_at_once(config, queries, tokens, training=True) > 1:
+    if config.method != MASKSAM or queries <= 4 or queries_at_once(config, queries, tokens, training=True) > 1:
         return _run(config, in_channels, num_classes, batch_size, most, precision, ignores)
     # Linear in N, and half of the time would be spent on decoding one query after another.
     if config.anchored:  # N follows from K
@@ -143,13 +143,15 @@ def _run(
     low = precision == "bfloat16"
     with Meter() as meter:
         # A cascade's channels come after those of the image.
-        network = MaskSAM(config, in_channels, num_classes, len(config.intensity_ranges) or None).train()
+        network = build_network(config, in_channels, num_classes, len(config.intensity_ranges) or None).train()
         if low:
             _norms_in_float32(network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        criterion = _GivenTargets(config, num_classes, semantic_loss=dice_and_cross_entropy)
-        criterion.targets_per_slice, criterion.ignores = targets, ignores
-        criterion.piece = GPU_PIECE if low else CPU_PIECE
+        criterion: nn.Module = SemanticCriterion(config, dice_and_cross_entropy)
+        if config.method == MASKSAM:
+            criterion = _GivenTargets(config, num_classes, semantic_loss=dice_and_cross_entropy)
+            criterion.targets_per_slice, criterion.ignores = targets, ignores
+            criterion.piece = GPU_PIECE if low else CPU_PIECE
         x = torch.zeros(batch_size, in_channels, *config.patch_size)
         channels = num_classes if config.regions else 1
         segmentation = torch.zeros(batch_size, channels, *config.patch_size)

@@ -23,6 +23,7 @@ from masksam_nnunet.config import Z_SCORES, ConfigError, LightConfig, MaskSAMCon
 from masksam_nnunet.cost import training_cost
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import in_short
+from masksam_nnunet.method import find_method
 
 BASE_PLANS = "nnUNetPlans"
 """nnU-Net's own plans, whose preprocessed data MaskSAM's plans share."""
@@ -115,6 +116,18 @@ def unet_config(spacing: Sequence[float], patch_size: Sequence[int], residual: b
         blocks=blocks,
         residual=residual,
     )
+
+
+def config_of_method(config: MaskSAMConfig, name: str, spacing: Sequence[float]) -> MaskSAMConfig:
+    """A config of MaskSAM as one of another method: the same patch, r, backbone and intensities.
+
+    ``spacing`` of the patch's axes, for the U-Net that nnU-Net would plan for it.
+    """
+    method = find_method(name)
+    changes: dict[str, Any] = {"method": name, "encoder_adapters": method.adapts_encoder, "matching": "class"}
+    if method.unet and not isinstance(config.generator, UNetConfig):
+        changes["generator"] = unet_config(spacing, config.patch_size)
+    return replace(config, num_queries=1, **changes)
 
 
 def round_up(number: float, step: int) -> int:

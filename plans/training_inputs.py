@@ -15,8 +15,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from masksam_nnunet.config import ConfigError, MaskSAMConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.files import once_written, read_json
+from masksam_nnunet.method import MASKSAM
 
-from .architecture import BASE_PLANS, DECISIONS, derive_config, read_config, write_config
+from .architecture import BASE_PLANS, DECISIONS, config_of_method, derive_config, read_config, write_config
 
 _DATA_SETTINGS = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "preprocessor_name")
 
@@ -84,11 +85,13 @@ def training_config(
     trainer: str,
     backbone: str | None = None,
     preset: str | None = None,
+    method: str = MASKSAM,
 ) -> MaskSAMConfig:
     """The config that plans hold, or that is derived from plain plans, which then hold it.
 
     ``plans`` are changed in place where the config is derived. ``backbone`` is what the trainer trains: None takes the
-    plans', or the default on plain plans. ``preset`` is the published setting that the trainer belongs to.
+    plans', or the default on plain plans. ``preset`` is the published setting that the trainer belongs to. ``method``
+    is the trainer's: plans are of MaskSAM, and what another method does not share with it is changed in them.
 
     Raises:
         ConfigError: plans, trainer, dataset, preprocessed data and earlier folds do not fit each other.
@@ -99,6 +102,9 @@ def training_config(
     config = read_config(settings)
     if config is None:
         config = derive_config(plans, configuration, dataset_json, backbone or "vit_b")
+        write_config(plans, configuration, config)
+    if method != config.method:
+        config = config_of_method(config, method, settings.spacing)
         write_config(plans, configuration, config)
     if backbone not in (None, config.backbone):
         raise ConfigError(

@@ -3,6 +3,7 @@
 # ruff: noqa: F401  __all__ takes them from here
 
 from .masksam import MaskSAMTrainer
+from .related import *  # noqa: F403  made from the methods
 from .time_budget import (
     MaskSAMTrainer_lite_medsam_budget,
     MaskSAMTrainer_tiny_budget,

@@ -30,8 +30,9 @@ from masksam_nnunet.environment import (
     switched_on,
 )
 from masksam_nnunet.gpu import gpu_trouble
-from masksam_nnunet.losses.criterion import DECODER_DICE, MaskSAMCriterion
-from masksam_nnunet.modeling import MaskSAM, count_parameters
+from masksam_nnunet.losses.criterion import DECODER_DICE, MaskSAMCriterion, SemanticCriterion
+from masksam_nnunet.method import MASKSAM, build_network
+from masksam_nnunet.modeling import SAMNetwork, count_parameters
 from masksam_nnunet.modeling.compute import autocast, autocast_dtype
 from masksam_nnunet.plans.architecture import DECISIONS, EPOCHS, read_config
 from masksam_nnunet.plans.speed import FULL_EPOCHS, ITERATIONS, expected_device
@@ -64,7 +65,11 @@ class MaskSAMTrainer(ResumableTrainer):
     """The backbone of a subclass; None takes the plans', or vit_b on plain plans."""
     preset: str | None = None
     """The published setting that a subclass trains, and that its plans must hold."""
+    method = MASKSAM
+    """How a subclass adapts SAM."""
     gradient_clip = 12.0
+    exponent = 0.9
+    """Of the polynomial decay of the learning rate, nnU-Net's."""
     epochs: int | None = None
     """Of a subclass; None takes the plans', or nnU-Net's 1000 on plain plans."""
     tells_hours = True
@@ -82,7 +87,7 @@ class MaskSAMTrainer(ResumableTrainer):
             raise ConfigError(f"-device cuda: {trouble}")
         # Before nnU-Net copies and caches the plans; it saves them with the model.
         self.config: MaskSAMConfig = training_config(
-            plans, configuration, fold, dataset_json, type(self).__name__, self.backbone, self.preset
+            plans, configuration, fold, dataset_json, type(self).__name__, self.backbone, self.preset, self.method
         )
         self.most_skipped = number_in(MAX_SKIPPED) or MOST_SKIPPED  # an error here leaves no results folder
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -125,25 +130,25 @@ class MaskSAMTrainer(ResumableTrainer):
                 "config: use the plans.json in the results folder of a trained MaskSAM."
             )
         image_channels = min(len(configuration_manager.normalization_schemes), num_input_channels)
-        network = MaskSAM(config, num_input_channels, num_output_channels, image_channels)
+        network: SAMNetwork = build_network(config, num_input_channels, num_output_channels, image_channels)
         if hasattr(network.image_encoder, "slices_at_once"):
             # A setting of this machine, not of the model.
             network.image_encoder.slices_at_once = number_in(SLICES_AT_ONCE)
         return network
 
     @property
-    def masksam(self) -> MaskSAM:
+    def sam_network(self) -> SAMNetwork:
         """The network without the wrappers of DDP and torch.compile."""
         return self.bare_network  # type: ignore[return-value]
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """MaskSAM has no deep supervision."""
+        """The networks decide for themselves what is supervised."""
 
     def plot_network_architecture(self) -> None:
         """Logs the numbers of parameters instead of drawing the network."""
-        self.print_to_log_file(f"MaskSAM config: {self.config.to_json()}", also_print_to_console=False)
-        self.print_to_log_file("Parameters of MaskSAM (all, trained):")
-        for part, total, trained in count_parameters(self.masksam):
+        self.print_to_log_file(f"Config: {self.config.to_json()}", also_print_to_console=False)
+        self.print_to_log_file(f"Parameters of {self.config.method} (all, trained):")
+        for part, total, trained in count_parameters(self.sam_network):
             self.print_to_log_file(f"  {part:<18}{total:>14,}{trained:>14,}", add_timestamp=False)
 
     # ---- optimization --------------------------------------------------------------------------------------------
@@ -176,15 +181,15 @@ class MaskSAMTrainer(ResumableTrainer):
         warmup = min(self.warmup_iterations, self.num_epochs * self.num_iterations_per_epoch // 10)
         warm = min(1.0, (self.iteration + 1) / warmup) if warmup else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.initial_lr * warm * max(0.0, 1 - self.progress) ** 0.9
+            group["lr"] = self.initial_lr * warm * max(0.0, 1 - self.progress) ** self.exponent
 
     def _build_loss(self) -> nn.Module:
         semantic = super()._build_loss()  # nnU-Net's own Dice + cross-entropy, also the validation loss
-        self.criterion = MaskSAMCriterion(
-            self.config,
-            self.label_manager.num_segmentation_heads,
-            self.label_manager.ignore_label,
-            semantic,
+        labels = self.label_manager
+        self.criterion: MaskSAMCriterion | SemanticCriterion = (
+            MaskSAMCriterion(self.config, labels.num_segmentation_heads, labels.ignore_label, semantic)
+            if self.config.method == MASKSAM
+            else SemanticCriterion(self.config, semantic)
         )
         return semantic
 
@@ -206,7 +211,7 @@ class MaskSAMTrainer(ResumableTrainer):
             ConfigError: lean checkpoints are asked for, but SAM's part has random weights that no file could restore.
             WeightsError: SAM's file is missing, damaged, untrusted or does not fit.
         """
-        network, sam = self.masksam, self.config.sam
+        network, sam = self.sam_network, self.config.sam
         if sam is None:
             self.print_to_log_file(f"{self.config.backbone} is {self.config.encoder.description}.")
         elif not network.sam_is_loaded and switched_on(RANDOM_INIT):
@@ -242,12 +247,12 @@ class MaskSAMTrainer(ResumableTrainer):
             raise ConfigError(
                 f"{FROZEN_BFLOAT16} = 1 needs a GPU that trains in bfloat16, not {self.device}: unset it."
             )
-        saved = self.masksam.store_frozen(torch.bfloat16)
+        saved = self.sam_network.store_frozen(torch.bfloat16)
         self.print_to_log_file(f"SAM's frozen linear maps are stored in bfloat16: {saved / 2**20:.0f} MiB less")
 
     def network_weights(self) -> Mapping[str, Tensor]:
         """Without SAM's frozen weights where lean checkpoints are asked for."""
-        with self.masksam.lean_state_dicts() if switched_on(LEAN_CHECKPOINTS) else nullcontext():
+        with self.sam_network.lean_state_dicts() if switched_on(LEAN_CHECKPOINTS) else nullcontext():
             return super().network_weights()
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -291,6 +296,8 @@ class MaskSAMTrainer(ResumableTrainer):
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.set_learning_rate()
+        if isinstance(self.criterion, SemanticCriterion):
+            self.criterion.progress = self.progress
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             output = self.network(data)
@@ -320,7 +327,7 @@ class MaskSAMTrainer(ResumableTrainer):
     def guard(self) -> FiniteGuard:
         """The guard of this training's steps."""
         parts: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in self.masksam.named_parameters():
+        for name, parameter in self.sam_network.named_parameters():
             if parameter.requires_grad:
                 parts[name.split(".")[0]].append(parameter)
         return FiniteGuard(parts, self.most_skipped)
@@ -351,7 +358,7 @@ class MaskSAMTrainer(ResumableTrainer):
             dist.all_gather_object(gathered, means)
             means = {name: float(np.mean([m[name] for m in gathered])) for name in means}
         del means["loss"], means[SKIPPED]
-        added, gain = means.pop(DECODER_DICE, None), self.masksam.mask_head.gain
+        added, gain = means.pop(DECODER_DICE, None), getattr(getattr(self.sam_network, "mask_head", None), "gain", None)
         self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         logged = {f"train_losses/{name}": value for name, value in means.items()}
         if added is not None and gain is not None:

@@ -16,6 +16,7 @@ from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES, BUDGET_PROGRESS_FILE, number_in
 
 from .loading import LoaderWatch
+from .masksam import MaskSAMTrainer
 from .resumable import ResumableTrainer
 from .variants import MaskSAMTrainer_lite_medsam, MaskSAMTrainer_tiny
 
@@ -180,17 +181,20 @@ class nnUNetTrainer_adamw_budget(nnUNetTrainer_budget):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
 
-class MaskSAMTrainer_tiny_budget(nnUNetTrainer_budget, MaskSAMTrainer_tiny):
-    """The tiny MaskSAM, trained for a budget."""
-
-    tells_hours = False
-
-
-class MaskSAMTrainer_lite_medsam_budget(nnUNetTrainer_budget, MaskSAMTrainer_lite_medsam):
-    """MaskSAM with LiteMedSAM, trained for a budget, at a learning rate for short trainings."""
+class SAMBudgetTrainer(nnUNetTrainer_budget, MaskSAMTrainer):
+    """A trainer of this project's for a budget, with a frozen SAM at a learning rate for short trainings."""
 
     tells_hours = False
 
     def set_recipe(self) -> None:
         super().set_recipe()
-        self.initial_lr, self.warmup_iterations = SHORT_SAM_RATE
+        if self.config.sam:
+            self.initial_lr, self.warmup_iterations = SHORT_SAM_RATE
+
+
+class MaskSAMTrainer_tiny_budget(SAMBudgetTrainer, MaskSAMTrainer_tiny):
+    """The tiny MaskSAM, trained for a budget."""
+
+
+class MaskSAMTrainer_lite_medsam_budget(SAMBudgetTrainer, MaskSAMTrainer_lite_medsam):
+    """MaskSAM with LiteMedSAM, trained for a budget."""

@@ -35,6 +35,7 @@ from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.modeling.adapters import NoAdapter
 from masksam_nnunet.modeling.blocks import GAIN
 from masksam_nnunet.modeling.geometry import pad, to_patch
+from masksam_nnunet.modeling.weight_deltas import change_projections, lora
 from masksam_nnunet.trainers import MaskSAMTrainer
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -108,7 +109,7 @@ def _both(first: Change, second: Change) -> Change:
 
 
 def _gain(trainer: Any) -> nn.Parameter:
-    parameter: nn.Parameter = trainer.masksam.mask_head.seg_layers["gains"][0]
+    parameter: nn.Parameter = trainer.sam_network.mask_head.seg_layers["gains"][0]
     return parameter
 
 
@@ -120,7 +121,7 @@ def _random(*parts: str) -> Callable[[Any], None]:
     """Random weights in the frozen layers of these parts of the network."""
 
     def prepare(trainer: Any) -> None:
-        for module in (module for part in parts for module in getattr(trainer.masksam, part).modules()):
+        for module in (module for part in parts for module in getattr(trainer.sam_network, part).modules()):
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not module.weight.requires_grad:
                 module.reset_parameters()
 
@@ -135,7 +136,7 @@ def _averaged(decay: float) -> Callable[[Any], None]:
     """The mean of the trained weights, weighted by age, is what is validated."""
 
     def prepare(trainer: Any) -> None:
-        trained = [p for p in trainer.masksam.parameters() if p.requires_grad]
+        trained = [p for p in trainer.sam_network.parameters() if p.requires_grad]
         mean = AveragedModel(nn.ParameterList(trained), multi_avg_fn=get_ema_multi_avg_fn(decay))
         step, validate = trainer.train_step, trainer.perform_actual_validation
 
@@ -158,7 +159,7 @@ def _averaged(decay: float) -> Callable[[Any], None]:
 def _no_decoder(trainer: Any) -> None:
     """Nothing of SAM's masks reaches the output: neither they, nor as features of the mask head."""
     _no_gain(trainer)
-    layer = trainer.masksam.mask_head.seg_layers["from_masks"]
+    layer = trainer.sam_network.mask_head.seg_layers["from_masks"]
     nn.init.zeros_(layer.weight)
     layer.weight.requires_grad_(False)
 
@@ -179,7 +180,7 @@ def _slow_gain(trainer: Any) -> None:
 
 def _supervised_decoder(trainer: Any) -> None:
     """SAM's own masks have the mask losses too, beside the sum."""
-    network, judge = trainer.masksam, trainer.criterion
+    network, judge = trainer.sam_network, trainer.criterion
     given: list[Tensor] = []
     network.mask_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
 
@@ -196,7 +197,7 @@ def _denoising(trainer: Any) -> None:
 
     After DN-DETR (arXiv 2203.01305) and Mask DINO (arXiv 2206.02777).
     """
-    network, judge = trainer.masksam, trainer.criterion
+    network, judge = trainer.sam_network, trainer.criterion
     given: list[Any] = []
     for part in (network.image_encoder, network.prompt_generator):
         part.register_forward_hook(lambda _, __, output: given.append(output))
@@ -234,13 +235,13 @@ def _add_loss(judge: Any, masks: Callable[[Tensor], Tensor]) -> None:
 
 
 def _uniform_start(trainer: Any) -> None:
-    for layer in trainer.masksam.prompt_generator.decoder.seg_layers:
+    for layer in trainer.sam_network.prompt_generator.decoder.seg_layers:
         nn.init.uniform_(layer.bias, -0.1, 0.1)
 
 
 def _late_adapters(trainer: Any) -> None:
     """Only the last stage of the encoder keeps its adapters: the backward pass ends there."""
-    encoder = trainer.masksam.image_encoder
+    encoder = trainer.sam_network.image_encoder
     for stage in list(encoder.stages)[:-1]:
         for block in stage:
             block.attention_adapter = block.mlp_adapter = NoAdapter(0, 0)
@@ -250,23 +251,18 @@ def _late_adapters(trainer: Any) -> None:
 def _train_norms(trainer: Any) -> None:
     """The norms of SAM's encoder are trained too."""
     kinds = nn.LayerNorm | nn.BatchNorm2d | LayerNorm2d
-    norms = [module for module in trainer.masksam.image_encoder.modules() if isinstance(module, kinds)]
+    norms = [module for module in trainer.sam_network.image_encoder.modules() if isinstance(module, kinds)]
     frozen = [p for module in norms for p in module.parameters() if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     trainer.optimizer.add_param_group({"params": frozen, "weight_decay": 0.0})
 
 
-def _lora(trainer: Any, rank: int = 4) -> None:
-    """Queries, keys and values of SAM's encoder have trained additions of low rank (LoRA, arXiv 2106.09685)."""
-    added = []
-    for module in trainer.masksam.image_encoder.modules():
-        if isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features:
-            down = nn.Linear(module.in_features, rank, bias=False)
-            up = nn.Linear(rank, module.out_features, bias=False)
-            nn.init.zeros_(up.weight)
-            module.register_forward_hook(lambda _, inputs, output, d=down, u=up: output + u(d(inputs[0])))
-            added += [down.weight, up.weight]
+def _lora(trainer: Any) -> None:
+    """Queries and values of SAM's encoder have trained additions of low rank, as in SAMed."""
+    attentions = [module.attn for module in trainer.sam_network.image_encoder.modules() if hasattr(module, "attn")]
+    change_projections(attentions, lora(4), interleaved=True)  # LiteMedSAM's heads have their own each
+    added = [p for attention in attentions for p in attention.qkv.change.parameters()]
     trainer.optimizer.add_param_group({"params": added})
 
 
@@ -277,7 +273,7 @@ def _match_by_class(trainer: Any) -> None:
 
 def _maps_of_classes(trainer: Any) -> None:
     """The generator's maps are one of all classes, which nnU-Net's loss trains; the queries stay free."""
-    generator = trainer.masksam.prompt_generator
+    generator = trainer.sam_network.prompt_generator
     generator.anchored = True
     generator._start_as_background(1)
 
@@ -385,7 +381,7 @@ def main(variant: str, setting: str, fold: int, iterations: int, seed: int, reso
         "version": __version__,
         "commit": git_hash(),
     }
-    if isinstance(trainer, MaskSAMTrainer) and (gain := trainer.masksam.mask_head.gain) is not None:
+    if isinstance(trainer, MaskSAMTrainer) and (gain := trainer.sam_network.mask_head.gain) is not None:
         row["gain"] = round(gain.abs().mean().item(), 4)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")

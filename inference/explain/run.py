@@ -19,6 +19,7 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import write_json
 from masksam_nnunet.gpu import automatic_device
+from masksam_nnunet.method import MASKSAM
 from masksam_nnunet.plans.architecture import read_config
 
 from ..label_maps import Classes
@@ -183,9 +184,9 @@ def _device(name: str | None) -> torch.device:
 def _config(model: TrainedModel) -> MaskSAMConfig:
     settings = PlansManager(model.plans).get_configuration(model.configuration)
     config = read_config(settings)
-    if config is None:
+    if config is None or config.method != MASKSAM:
         ours = ", ".join(sorted(folder.name for folder in model.folder.parent.glob("MaskSAM*__*__*")))
-        network = settings.network_arch_class_name.rsplit(".", 1)[-1]
+        network = config.method if config else settings.network_arch_class_name.rsplit(".", 1)[-1]
         raise ModelError(f"{model.name} is a {network} without queries; give -tr of a MaskSAM: {ours or 'none here'}")
     return config
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import ModelError, UsageError, in_short
 from masksam_nnunet.files import atomic_folder, atomic_write, read_json, write_json
-from masksam_nnunet.modeling.network import LEAN, SHA256, hash_in_hex
+from masksam_nnunet.modeling.sam_network import LEAN, SHA256, hash_in_hex
 from masksam_nnunet.plans.architecture import open_configuration
 from masksam_nnunet.sam_files import seen_before
 from masksam_nnunet.sam_weights import identified

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Grid, MaskSAMConfig
+from ..method import find_method
 from ..modeling.compute import full_precision
 from ..modeling.geometry import generalised_iou, to_patch
 from ..modeling.network import MaskSAMOutput
@@ -23,6 +24,51 @@ SemanticLoss = Callable[[Tensor, Tensor], Tensor]
 DECODER_DICE = "decoder_dice"
 """By how much the Dice of the batch differs from that of the generator's own maps."""
 FEW_CLASSES = 32  # room for so many targets in every slice costs little
+
+
+def supervised(
+    loss: SemanticLoss, maps: Sequence[Tensor], segmentation: Tensor, weights: Sequence[float] = ()
+) -> Tensor:
+    """nnU-Net's loss of maps (B, K, d, h, w) of the patch or of strides of it.
+
+    ``weights`` of each; if none are given they are halved from one to the next, as nnU-Net does.
+    """
+    weights = weights or [0.5**index for index in range(len(maps))]
+    total = segmentation.new_zeros((), dtype=torch.float32)
+    for logits, weight in zip(maps, weights, strict=True):
+        if not weight:
+            continue
+        size = logits.shape[2:]
+        if segmentation.ndim == 4:  # a 2D patch
+            logits, size = logits[:, :, 0], size[1:]
+        truth = segmentation
+        if segmentation.shape[2:] != size:
+            truth = F.interpolate(segmentation.float(), size=size, mode="nearest-exact").to(segmentation.dtype)
+        total = total + weight * loss(full_precision(logits), truth)
+    return total / sum(weights)
+
+
+class SemanticCriterion(nn.Module):
+    """nnU-Net's loss on the maps of the methods that predict classes directly.
+
+    Args:
+        config: of the network.
+        semantic_loss: nnU-Net's loss of (logits (B, K, ...), segmentation).
+    """
+
+    def __init__(self, config: MaskSAMConfig, semantic_loss: SemanticLoss) -> None:
+        super().__init__()
+        self.weights = find_method(config.method).weights
+        self.semantic_loss = semantic_loss
+        self.progress = 0.0
+        """Share of the training that is done."""
+
+    def forward(self, output: Sequence[Tensor], segmentation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what it consists of, as :meth:`MaskSAMCriterion.forward`."""
+        with torch.autocast(segmentation.device.type, enabled=False):
+            weights = self.weights(self.progress) if self.weights is not None else ()
+            loss = supervised(self.semantic_loss, output, segmentation, weights)
+        return loss, {"semantic": loss.detach()}
 
 
 class MaskSAMCriterion(nn.Module):
@@ -73,7 +119,7 @@ class MaskSAMCriterion(nn.Module):
                     semantic = semantic[:, :, 0]
                 terms["semantic"] = self.semantic_loss(semantic, segmentation)
             if self.loss.generator and self.semantic_loss is not None and output.class_maps:
-                terms["generator"] = self._deeply_supervised(output.class_maps, segmentation)
+                terms["generator"] = supervised(self.semantic_loss, output.class_maps, segmentation)
         weights = {name: getattr(self.loss, "class_weight" if name == "class" else name) for name in terms}
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         found = {name: term.detach() for name, term in terms.items()}
@@ -81,21 +127,6 @@ class MaskSAMCriterion(nn.Module):
             dice = [self._foreground_dice(x.detach(), segmentation) for x in (semantic, output.class_maps[0])]
             found[DECODER_DICE] = dice[0] - dice[1]
         return total, found
-
-    def _deeply_supervised(self, maps: Sequence[Tensor], segmentation: Tensor) -> Tensor:
-        """nnU-Net's loss at all strides of the generator, halved from one to the next as nnU-Net does."""
-        assert self.semantic_loss is not None
-        total, weights = segmentation.new_zeros((), dtype=torch.float32), 0.0
-        for index, logits in enumerate(maps):
-            size = logits.shape[2:]
-            if segmentation.ndim == 4:
-                logits, size = logits[:, :, 0], size[1:]
-            truth = segmentation
-            if segmentation.shape[2:] != size:
-                truth = F.interpolate(segmentation.float(), size=size, mode="nearest-exact").to(segmentation.dtype)
-            total = total + self.semantic_loss(full_precision(logits), truth) / 2**index
-            weights += 1 / 2**index
-        return total / weights
 
     def _foreground_dice(self, logits: Tensor, segmentation: Tensor) -> Tensor:
         """Mean Dice over the foreground classes that the batch holds, or that are found in it."""

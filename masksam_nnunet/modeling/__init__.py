@@ -1,5 +1,6 @@
-"""The network: one concept a file."""
+"""The networks: one concept a file."""
 
-from .network import MaskSAM, MaskSAMOutput, count_parameters
+from .network import MaskSAM, MaskSAMOutput
+from .sam_network import SAMNetwork, count_parameters
 
-__all__ = ["MaskSAM", "MaskSAMOutput", "count_parameters"]
+__all__ = ["MaskSAM", "MaskSAMOutput", "SAMNetwork", "count_parameters"]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Trainable, zero_
+
+Before = Callable[[int], nn.Module] | None
+"""Makes the adapters that precede a block's attention and MLP, from its width."""
+
+
+def adapters_before(width: int, make: Before) -> nn.ModuleList | None:
+    """A block's two adapters before its attention and before its MLP."""
+    return None if make is None else nn.ModuleList(make(width) for _ in range(2))
 
 
 def _bottleneck(width: int, ratio: float) -> int:
@@ -97,3 +107,49 @@ class DMLPAdapter(Trainable):
         x = self.act(self.down(x))  # (B, D, T, P/4)
         y = self.along_depth(x.transpose(1, -1)).transpose(1, -1)
         return self.up(x + y)  # (B, D, T, P)
+
+
+class DepthConvAdapter(Trainable):
+    """MA-SAM's adapter (arXiv 2309.08842): norm, Linear down, a convolution along the slices, GELU, Linear up.
+
+    Its width is 384 whatever E is. Its last layer is zero at first, unlike the authors', so that a training starts
+    from SAM. Input and output: (B, D, h, w, E), channels last. The residual around the adapter is the caller's.
+    """
+
+    def __init__(self, width: int, hidden: int = 384) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.down = nn.Linear(width, hidden, bias=False)
+        self.conv = nn.Conv3d(hidden, hidden, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+        self.act = nn.GELU()
+        self.up = nn.Linear(hidden, width, bias=False)
+        zero_(self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.norm(x))  # (B, D, h, w, 384)
+        x = self.act(self.conv(x.permute(0, 4, 1, 2, 3))).permute(0, 2, 3, 4, 1)
+        added: Tensor = self.up(x)
+        return added
+
+
+class ChannelAttention(Trainable):
+    """DB-SAM's channel attention: norm, depth-wise 3x3 convolution, GELU, squeeze and excitation, Linear (zero first).
+
+    Input and output: (M, h, w, E), channels last. The residual around it is the caller's.
+    """
+
+    def __init__(self, width: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        self.act = nn.GELU()
+        hidden = max(1, width // reduction)
+        self.squeeze = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.Sigmoid())
+        self.project = nn.Linear(width, width)
+        zero_(self.project)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.norm(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (M, h, w, E)
+        x = x * self.squeeze(x.mean((1, 2)))[:, None, None]
+        added: Tensor = self.project(x)
+        return added

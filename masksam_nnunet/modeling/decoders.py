@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone, Level
 from ..config import Grid, UNetConfig
 from .blocks import GAIN, VoxelNorm, conv_block, double_in_plane
+from .geometry import to_patch
 
 Decoded = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """Features and maps of N logits, (B, channels, d, h, w), the finest first."""
@@ -80,40 +83,66 @@ class SAMFeatures(nn.Module):
         return self.norm(self.project(x)) * (GAIN * self.gain).view(-1, 1, 1, 1)
 
 
+def planned_unet(config: UNetConfig, in_channels: int, num_maps: int) -> Any:
+    """nnU-Net's U-Net, plain or with a residual encoder, with its initial weights."""
+    stages = len(config.features)
+    sizes = dict(
+        input_channels=in_channels,
+        n_stages=stages,
+        features_per_stage=config.features,
+        conv_op=nn.Conv3d,
+        kernel_sizes=config.kernel_sizes,
+        strides=config.strides,
+        num_classes=num_maps,
+        conv_bias=True,
+        norm_op=VoxelNorm,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+    )
+    unet: PlainConvUNet | ResidualEncoderUNet
+    if config.residual:
+        decoder = (1,) * (stages - 1)
+        unet = ResidualEncoderUNet(n_blocks_per_stage=config.blocks, n_conv_per_stage_decoder=decoder, **sizes)
+    else:
+        decoder = (2,) * (stages - 1)
+        unet = PlainConvUNet(n_conv_per_stage=config.blocks, n_conv_per_stage_decoder=decoder, **sizes)
+    unet.apply(unet.initialize)
+    return unet
+
+
+def run_decoder(unet: Any, skips: list[Tensor]) -> list[Tensor]:
+    """The features of a U-Net's decoder from its encoder's skips, the finest first."""
+    x = skips[-1]
+    features: list[Tensor] = []
+    for up, stage, skip in zip(unet.decoder.transpconvs, unet.decoder.stages, skips[-2::-1], strict=True):
+        x = stage(torch.cat([up(x), skip], dim=1))
+        features.insert(0, x)
+    return features
+
+
 class UNetDecoder(nn.Module):
     """nnU-Net's planned U-Net; each skip is given the coarsest of SAM's levels that are no coarser than the skip.
 
     Without SAM's features, which enter through gains that are zero at first, it is nnU-Net. ``deep``: all its maps are
-    supervised but the coarsest, to which nnU-Net gives no weight.
+    supervised but the coarsest, to which nnU-Net gives no weight. ``with_neck``: the bottleneck is given the neck also
+    where that is coarser, so that SAM is never left out.
     """
 
     def __init__(
-        self, backbone: Backbone, config: UNetConfig, grid: Grid, in_channels: int, num_queries: int, deep: bool
+        self,
+        backbone: Backbone,
+        config: UNetConfig,
+        grid: Grid,
+        in_channels: int,
+        num_queries: int,
+        deep: bool,
+        with_neck: bool = False,
     ) -> None:
         super().__init__()
         stages = len(config.features)
-        sizes = dict(
-            input_channels=in_channels,
-            n_stages=stages,
-            features_per_stage=config.features,
-            conv_op=nn.Conv3d,
-            kernel_sizes=config.kernel_sizes,
-            strides=config.strides,
-            num_classes=num_queries,
-            conv_bias=True,
-            norm_op=VoxelNorm,
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-            deep_supervision=True,
-        )
-        if config.residual:
-            decoder = (1,) * (stages - 1)
-            self.unet = ResidualEncoderUNet(n_blocks_per_stage=config.blocks, n_conv_per_stage_decoder=decoder, **sizes)
-        else:
-            decoder = (2,) * (stages - 1)
-            self.unet = PlainConvUNet(n_conv_per_stage=config.blocks, n_conv_per_stage_decoder=decoder, **sizes)
-        self.unet.apply(self.unet.initialize)
+        self.unet = planned_unet(config, in_channels, num_queries)
         self.wanted = max(1, stages - 2) if deep else 1
         self.widths = config.features[:-1]
         self.grid = grid
@@ -127,8 +156,11 @@ class UNetDecoder(nn.Module):
         for features, step in zip(config.features, config.strides, strict=True):
             stride = [a * b for a, b in zip(stride, step[1:], strict=True)]
             fitting = [scale for scale in scales if token / scale <= min(stride)]
-            self.fed.append(tuple(i for i, scale in enumerate(scales) if fitting and scale == min(fitting)))
-            sam.append(SAMFeatures(sum(widths[i] for i in self.fed[-1]), features) if fitting else nn.Identity())
+            fed = {i for i, scale in enumerate(scales) if fitting and scale == min(fitting)}
+            if with_neck and len(sam) == stages - 1:
+                fed.add(len(scales) - 1)
+            self.fed.append(tuple(sorted(fed)))
+            sam.append(SAMFeatures(sum(widths[i] for i in fed), features) if fed else nn.Identity())
         self.sam = nn.ModuleList(sam)
 
     def unused(self) -> list[nn.Module]:
@@ -143,14 +175,9 @@ class UNetDecoder(nn.Module):
             skip + add(torch.cat([self._at(maps[i], skip) for i in fed], dim=1)) if fed else skip
             for skip, fed, add in zip(skips, self.fed, self.sam, strict=True)
         ]
-        decoder = self.unet.decoder
-        x = skips[-1]
-        features: list[Tensor] = []
-        for up, stage, skip in zip(decoder.transpconvs, decoder.stages, skips[-2::-1], strict=True):
-            x = stage(torch.cat([up(x), skip], dim=1))
-            features.insert(0, x)
+        features = run_decoder(self.unet, skips)
         wanted = self.wanted if self.training else 1
-        heads = list(decoder.seg_layers)[::-1]
+        heads = list(self.unet.decoder.seg_layers)[::-1]
         return tuple(features), tuple(head(x) for head, x in zip(heads[:wanted], features, strict=False))
 
     def _at(self, level: Tensor, skip: Tensor) -> Tensor:
@@ -160,4 +187,7 @@ class UNetDecoder(nn.Module):
             for cells, size, padded in zip(level.shape[-2:], self.grid.patch[1:], self.grid.padded, strict=True)
         )
         depth, height, width = skip.shape[2:]
+        if rows < height or columns < width:  # coarser than the skip
+            level = to_patch(level, self.grid)
+            rows, columns = level.shape[-2:]
         return F.adaptive_avg_pool3d(level[..., :rows, :columns], (depth, height, width))

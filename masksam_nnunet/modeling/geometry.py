@@ -20,6 +20,11 @@ def to_masks(x: Tensor, grid: Grid) -> Tensor:
     return _resize(pad(x, grid), grid.masks)
 
 
+def to_tokens(x: Tensor, grid: Grid) -> Tensor:
+    """Bring (..., H, W) to the token grid (..., g_h, g_w), padded with zeros."""
+    return _resize(pad(x, grid), grid.tokens)
+
+
 def to_image(x: Tensor, grid: Grid) -> Tensor:
     """Bring (..., H, W) to SAM's input (..., S_h, S_w): padded with zeros at the lower right, then resized by r."""
     return _resize(pad(x, grid), grid.image)

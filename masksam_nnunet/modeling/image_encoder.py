@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..config import Grid, MaskSAMConfig
+from ..method import find_method
+from .adapters import Before, adapters_before
 from .attention import self_attention
 from .blocks import DepthEmbedding
 from .compute import in_pieces, neck, recomputed, shrink
+from .weight_deltas import change_projections
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # SAM's
 
@@ -21,10 +24,13 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # SAM's
 class AdaptedBlock(Block):
     """A block of SAM's ViT with two adapters: one follows the attention, one runs parallel to the MLP.
 
-    Adapters see the whole grid, after windows are merged, so that their depth axis is neighbouring slices.
+    Adapters see the whole grid, after windows are merged, so that their depth axis is neighbouring slices. Other
+    methods have theirs before the attention and before the MLP.
     """
 
-    def __init__(self, backbone: Backbone, is_global: bool, tokens: tuple[int, int], ratio: float) -> None:
+    def __init__(
+        self, backbone: Backbone, is_global: bool, tokens: tuple[int, int], ratio: float, before: Before = None
+    ) -> None:
         super().__init__(
             backbone.width,
             backbone.heads,
@@ -35,13 +41,18 @@ class AdaptedBlock(Block):
         )
         self.attention_adapter = backbone.make_adapter(backbone.width, ratio)
         self.mlp_adapter = backbone.make_adapter(backbone.width, ratio)
+        self.before = adapters_before(backbone.width, before)
 
     def forward(self, x: Tensor, slices_at_once: int | None, recompute_adapters: bool) -> Tensor:
         """The adapted block; x and the result are (B, D, g_h, g_w, E)."""
         lead = x.shape[:2]
         pieces = partial(in_pieces, slices_at_once, self.training)
+        if self.before is not None:
+            x = x + recomputed(recompute_adapters, self.before[0], x)
         y = pieces(self._attend, self.norm1(x).flatten(0, 1)).unflatten(0, lead)
         x = x + y + recomputed(recompute_adapters, self.attention_adapter, y)
+        if self.before is not None:
+            x = x + recomputed(recompute_adapters, self.before[1], x)
         y = self.norm2(x)
         mlp = pieces(self.mlp, y.flatten(0, 1)).unflatten(0, lead)
         return x + mlp + 0.5 * recomputed(recompute_adapters, self.mlp_adapter, y)
@@ -55,7 +66,9 @@ class AdaptedBlock(Block):
 
 
 class AdaptedImageEncoder(ImageEncoderViT):
-    """SAM's ViT with a depth embedding and two adapters a block. Its own parameters have SAM's names."""
+    """SAM's ViT with what the config's method adds to it. Its own parameters have SAM's names."""
+
+    takes_adaptations = True
 
     def __init__(self, backbone: Backbone, config: MaskSAMConfig) -> None:
         grid = Grid.of(config)
@@ -71,11 +84,18 @@ class AdaptedImageEncoder(ImageEncoderViT):
         self.img_size = max(grid.image)
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid.tokens, backbone.width))
         nn.init.normal_(self.pos_embed, std=0.02)
+        adaptation = find_method(config.method).adaptation
         self.blocks = nn.ModuleList(
-            AdaptedBlock(backbone, index in backbone.global_blocks, grid.tokens, config.encoder_ratio)
+            AdaptedBlock(
+                backbone, index in backbone.global_blocks, grid.tokens, config.encoder_ratio, adaptation.before
+            )
             for index in range(backbone.depth)
         )
-        self.depth_embedding = DepthEmbedding(grid.patch[0], backbone.width)
+        attentions = [block.attn for block in self.blocks]
+        if adaptation.delta is not None:
+            self.shared = change_projections(attentions, adaptation.delta, interleaved=False)
+        self.branch = adaptation.branch(backbone) if adaptation.branch is not None else None
+        self.depth_embedding = DepthEmbedding(grid.patch[0], backbone.width) if adaptation.depth_embedding else None
         self.global_blocks = backbone.global_blocks
         self.checkpointing = config.checkpointing
         # Where blocks are not recomputed, adapters are: a twentieth of a block's work, a third of what it would keep.
@@ -95,11 +115,19 @@ class AdaptedImageEncoder(ImageEncoderViT):
         """
         lead = images.shape[:2]
         x = shrink(self.patch_embed.proj, images.flatten(0, 1)) + self.pos_embed  # (B D, g_h, g_w, E)
-        x = x.unflatten(0, lead) + self.depth_embedding()[:, None, None]
-        levels = []
+        x = x.unflatten(0, lead)
+        if self.depth_embedding is not None:
+            x = x + self.depth_embedding()[:, None, None]
+        beside = None if self.branch is None else self.branch.start(images)
+        levels: list[Tensor] = []
+        saving = self.checkpointing and self.training
         for index, block in enumerate(self.blocks):
             adapters_again = self.recompute_adapters and self.training
-            x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once, adapters_again)
+            x = recomputed(saving, block, x, self.slices_at_once, adapters_again)
             if index in self.global_blocks:
+                if self.branch is not None:
+                    x, beside = recomputed(saving, self.branch.exchange, len(levels), x, beside)
                 levels.append(x)
+        if self.branch is not None:
+            x = self.branch.fuse(x, beside)
         return levels, neck(self.neck, x.flatten(0, 1)).unflatten(0, lead)

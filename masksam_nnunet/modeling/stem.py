@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Z_SCORES, Grid, MaskSAMConfig
@@ -20,13 +21,14 @@ class InputStem(Trainable):
     one channel each, in turn, as the mean of channels cancels what they show with opposite signs. 3D convolutions make
     the residual, where the backbone learns its input. ``forward`` takes (B, C, D, H, W) and returns the SAM input
     (B, D, 3, S_h, S_w) and the features at patch resolution (B, stem_width, D, H, W), None where nobody needs them.
+    ``plain``: the image alone, for methods that have neither.
     """
 
     low: Tensor
     high: Tensor
     mix: Tensor
 
-    def __init__(self, config: MaskSAMConfig, in_channels: int, image_channels: int) -> None:
+    def __init__(self, config: MaskSAMConfig, in_channels: int, image_channels: int, plain: bool = False) -> None:
         super().__init__()
         ranges = config.intensity_ranges or (Z_SCORES,) * image_channels
         if len(ranges) != image_channels:
@@ -37,12 +39,16 @@ class InputStem(Trainable):
         self.image_channels = image_channels  # a cascade's one-hot channels come after these
         self.grid = Grid.of(config)
         self.as_imagenet = config.encoder.intensities == "imagenet"
-        learns = config.encoder.learns_input and not config.forward_only
-        wanted = learns or config.generator.kind == "light"  # the U-Net has features at patch resolution itself
+        learns = config.encoder.learns_input and not (config.forward_only or plain)
+        # The U-Net has features at patch resolution itself.
+        wanted = learns or (config.generator.kind == "light" and not plain)
         self.features = conv_block(in_channels, config.stem_width, num_convs=2, norm=VoxelNorm) if wanted else None
         for name, values in zip(("low", "high"), zip(*ranges, strict=True), strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
         mix = torch.eye(image_channels)[torch.arange(3) % image_channels]  # (3, image channels)
+        if plain and config.forward_only and image_channels > 3:  # what is not learned must lose none of them
+            mix = F.one_hot(torch.arange(image_channels) % 3, 3).T.float()
+            mix = mix / mix.sum(1, keepdim=True)
         if image_channels == 1 or config.forward_only:
             self.register_buffer("mix", mix, persistent=False)
         else:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..config import Grid, MaskSAMConfig
+from ..method import find_method
+from .adapters import Before, adapters_before
 from .blocks import DepthEmbedding
 from .compute import in_pieces, neck, recomputed
+from .weight_deltas import change_projections
 
 WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
 PIXELS_AT_ONCE = 2**16
@@ -25,19 +28,24 @@ PIXELS_AT_ONCE = 2**16
 class AdaptedBlock(TinyVitBlock):
     """A block of TinyViT with two adapters, as SAM's: one follows the attention, one runs parallel to the MLP."""
 
-    def __init__(self, backbone: Backbone, stage: int, ratio: float) -> None:
+    def __init__(self, backbone: Backbone, stage: int, ratio: float, before: Before = None) -> None:
         width = WIDTHS[stage]
         super().__init__(width, HEADS[stage], WINDOWS[stage])
         self.attention_adapter = backbone.make_adapter(width, ratio)
         self.mlp_adapter = backbone.make_adapter(width, ratio)
+        self.before = adapters_before(width, before)
 
     def forward(self, x: Tensor, slices_at_once: int | None) -> Tensor:  # type: ignore[override]
         """The adapted block; x and the result are (B, D, h, w, E)."""
         lead = x.shape[:2]
         pieces = partial(in_pieces, slices_at_once, self.training)
+        if self.before is not None:
+            x = x + self.before[0](x)
         y = pieces(self._attend, x.flatten(0, 1)).unflatten(0, lead)
         x = x + y + self.attention_adapter(y)
         x = _convolved(self.local_conv, x.flatten(0, 1)).unflatten(0, lead)
+        if self.before is not None:
+            x = x + self.before[1](x)
         y = self.mlp.norm(x)
         mlp = pieces(self._mlp, y.flatten(0, 1)).unflatten(0, lead)
         return x + mlp + 0.5 * self.mlp_adapter(y)
@@ -63,11 +71,13 @@ class AdaptedBlock(TinyVitBlock):
 
 
 class AdaptedTinyViT(nn.Module):
-    """TinyViT with a depth embedding and two adapters in each transformer block.
+    """TinyViT with what the config's method adds to it, in MaskSAM's a depth embedding and two adapters a block.
 
     With the stem of LiteMedSAM (stride 4) or MobileSAM (stride 16), and a neck as SAM's. Batch norms are folded into
     their convolutions as in evaluation mode.
     """
+
+    takes_adaptations = True
 
     def __init__(self, backbone: Backbone, config: MaskSAMConfig) -> None:
         super().__init__()
@@ -77,10 +87,17 @@ class AdaptedTinyViT(nn.Module):
         merges = [PatchMerging(WIDTHS[i], WIDTHS[i + 1], nn.GELU) for i in range(3)]
         merges[-1].conv2.conv.stride = (1, 1)
         self.merges = nn.ModuleList(merges)
+        adaptation = find_method(config.method).adaptation
         self.stages = nn.ModuleList(
-            nn.ModuleList(AdaptedBlock(backbone, stage, config.encoder_ratio) for _ in range(DEPTHS[stage]))
+            nn.ModuleList(
+                AdaptedBlock(backbone, stage, config.encoder_ratio, adaptation.before) for _ in range(DEPTHS[stage])
+            )
             for stage in (1, 2, 3)
         )
+        if adaptation.delta is not None:
+            blocks = [block for block in self.stages.modules() if isinstance(block, AdaptedBlock)]
+            self.shared = change_projections([block.attn for block in blocks], adaptation.delta, interleaved=True)
+        self.branch = adaptation.branch(backbone) if adaptation.branch is not None else None
         width = backbone.prompt_width
         self.neck = nn.Sequential(
             nn.Conv2d(WIDTHS[-1], width, kernel_size=1, bias=False),
@@ -89,7 +106,7 @@ class AdaptedTinyViT(nn.Module):
             LayerNorm2d(width),
         )
         self.grid = Grid.of(config)
-        self.depth_embedding = DepthEmbedding(self.grid.patch[0], WIDTHS[1])
+        self.depth_embedding = DepthEmbedding(self.grid.patch[0], WIDTHS[1]) if adaptation.depth_embedding else None
         self.checkpointing = config.checkpointing
         self.slices_at_once: int | None = None
         """How many of a batch's B·D slices the frozen layers take at a time; None for all."""
@@ -113,15 +130,23 @@ class AdaptedTinyViT(nn.Module):
         level = frozen(self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)
         levels = [level.unflatten(0, lead)]
         stages: Any = self.stages
+        saving = self.checkpointing and self.training
+        beside = None if self.branch is None else self.branch.start(images)
         for merge, stage in zip(self.merges, stages, strict=True):
             if len(levels) == 1:
-                x = frozen(partial(_merged, merge), level).unflatten(0, lead) + self.depth_embedding()[:, None, None]
+                x = frozen(partial(_merged, merge), level).unflatten(0, lead)
+                if self.depth_embedding is not None:
+                    x = x + self.depth_embedding()[:, None, None]
             else:
                 x = _merged(merge, level).unflatten(0, lead)
             for block in stage:
-                x = recomputed(self.checkpointing and self.training, block, x, self.slices_at_once)
+                x = recomputed(saving, block, x, self.slices_at_once)
+            if self.branch is not None:
+                x, beside = recomputed(saving, self.branch.exchange, len(levels), x, beside)
             levels.append(x)
             level = x.flatten(0, 1)
+        if self.branch is not None:
+            level = self.branch.fuse(x, beside).flatten(0, 1)
         return levels, neck(self.neck, level).unflatten(0, lead)
 
     def _convolve(self, x: Tensor) -> Tensor:

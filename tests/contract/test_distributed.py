@@ -69,8 +69,8 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     budget.is_ddp, budget.local_rank, budget._agreeing = True, rank, dist.new_group(backend="gloo")
     x, y = data()
     outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
-    gradients = {n: p.grad for n, p in trainer.masksam.named_parameters() if p.grad is not None}
-    state = {n: p.detach().clone() for n, p in trainer.masksam.named_parameters()}
+    gradients = {n: p.grad for n, p in trainer.sam_network.named_parameters() if p.grad is not None}
+    state = {n: p.detach().clone() for n, p in trainer.sam_network.named_parameters()}
     torch.save((gradients, state), Path(folder) / f"{rank}.pt")
     trainer.logger.loggers = []
     trainer.on_train_epoch_end(outputs)
@@ -110,6 +110,6 @@ def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypat
     x, y = data()
     for _ in range(2):
         single.train_step({"data": x, "target": y})
-    for name, parameter in single.masksam.named_parameters():
+    for name, parameter in single.sam_network.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-4, rtol=2e-2, msg=name)

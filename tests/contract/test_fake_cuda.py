@@ -61,8 +61,8 @@ def test_the_same_with_a_sam_that_is_stored_in_bfloat16(
 ) -> None:
     made = cls(plain_plans((2, 64, 64), batch_size=1), "3d_fullres", 0, dataset_json(), CPU)
     made.initialize()
-    frozen = sum(p.numel() for p in made.masksam.image_encoder.parameters() if not p.requires_grad)
-    saved = made.masksam.store_frozen(BF16)
+    frozen = sum(p.numel() for p in made.sam_network.image_encoder.parameters() if not p.requires_grad)
+    saved = made.sam_network.store_frozen(BF16)
     assert 0.5 < saved / (2 * frozen) < 1
     assert waits_of_steps(made, BF16, monkeypatch) == TARGETS
 

@@ -24,7 +24,7 @@ from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER, LEAN_CHECKPOINTS, RANDOM_INIT, trainer_folder
 from masksam_nnunet.errors import MaskSAMError, UsageError, WeightsError
 from masksam_nnunet.inference.export.write import CHECKPOINT, export_model
-from masksam_nnunet.modeling.network import LEAN
+from masksam_nnunet.modeling.sam_network import LEAN
 from masksam_nnunet.plans.architecture import write_config
 from masksam_nnunet.sam_files import CHECKPOINTS
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -128,7 +128,9 @@ def test_validation_restores_and_says_what_it_lacks(sam_file: Path, monkeypatch:
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         saved(made)
-    assert made.masksam.sam_tensors().keys() <= made.network.state_dict().keys(), "lean for as long as it is saved only"
+    assert made.sam_network.sam_tensors().keys() <= made.network.state_dict().keys(), (
+        "lean for as long as it is saved only"
+    )
 
 
 def test_a_dataset_that_sam_may_have_seen_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from masksam_nnunet.inference.export.install import import_model
 from masksam_nnunet.inference.export.load import PortableModel
 from masksam_nnunet.inference.export.write import CHECKPOINT, write_portable
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
-from masksam_nnunet.modeling.network import LEAN
+from masksam_nnunet.modeling.sam_network import LEAN
 
 FOLDS = ("0", "1")
 

@@ -58,7 +58,16 @@ def test_signatures_and_overridden_hooks_are_nnunets() -> None:
         ours, theirs = getattr(MaskSAMTrainer, name), getattr(nnUNetTrainer, name)
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
     assert isinstance(inspect.getattr_static(MaskSAMTrainer, "build_network_architecture"), staticmethod)
-    own = {"masksam", "progress", "set_learning_rate", "set_recipe", "make_optimizer", "fused", "guard", "_load_sam"}
+    own = {
+        "sam_network",
+        "progress",
+        "set_learning_rate",
+        "set_recipe",
+        "make_optimizer",
+        "fused",
+        "guard",
+        "_load_sam",
+    }
     own |= {"_iterations_left", "_tell_hours", "_store_frozen"}
     own |= {name for name in vars(ResumableTrainer) if name.startswith("_")}
     own |= {"run_epoch", "on_loop_start", "training_goes_on", "epoch_goes_on", "validation_goes_on", "trouble", "save"}
@@ -267,7 +276,7 @@ def test_a_step_of_training_and_validation(case: str) -> None:
 def test_only_what_is_new_is_trained_and_sam_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RANDOM_INIT, "1")
     made = trainer(plain_plans((2, 32, 32), batch_size=1), cls=MaskSAMTrainer)
-    sam = {name: value.clone() for name, value in made.masksam.sam_tensors().items()}
+    sam = {name: value.clone() for name, value in made.sam_network.sam_tensors().items()}
     optimised = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in made.network.parameters() if p.requires_grad}
     for _ in range(2):
@@ -291,7 +300,7 @@ def test_checkpoints_bring_sam_and_serve_as_pretrained_weights(
     made.save_checkpoint(str(file))
     other = trainer(tiny_plans(form=form))
     other.load_checkpoint(str(file))
-    assert other.masksam.sam_is_loaded
+    assert other.sam_network.sam_is_loaded
     for a, b in zip(made.network.state_dict().values(), other.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     monkeypatch.setattr("masksam_nnunet.trainers.masksam.find", lambda backbone: pytest.fail("SAM was looked for"))
@@ -343,7 +352,7 @@ def test_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("nnUNet_compile", raising=False)
     monkeypatch.setenv("MASKSAM_SLICES_AT_ONCE", "2")
     made = trainer()
-    assert made.masksam.image_encoder.slices_at_once == 2
+    assert made.sam_network.image_encoder.slices_at_once == 2
     made.device = torch.device("cuda")
     assert not made._do_i_compile()
     monkeypatch.setenv("nnUNet_compile", "1")

@@ -63,7 +63,7 @@ def test_two_training_steps(trainer: str, module: ModuleType, tmp_path: Path, mo
     made.initialize()
     made._load_sam()
     made.on_train_epoch_start()
-    network = made.masksam
+    network = made.sam_network
     assert network.sam_is_loaded == (trainer == "MaskSAMTrainer_vit_b_slices")
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
 

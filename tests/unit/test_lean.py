@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from masksam_nnunet import sam_weights as weights
 from masksam_nnunet.errors import WeightsError
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.network import LEAN
+from masksam_nnunet.modeling.sam_network import LEAN
 
 
 @pytest.fixture(autouse=True)

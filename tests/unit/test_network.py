@@ -21,7 +21,7 @@ from masksam_nnunet.losses.criterion import MaskSAMCriterion
 from masksam_nnunet.modeling import MaskSAM, MaskSAMOutput, count_parameters
 from masksam_nnunet.modeling.adapters import DConvAdapter
 from masksam_nnunet.modeling.image_encoder import AdaptedImageEncoder
-from masksam_nnunet.modeling.network import LARGEST
+from masksam_nnunet.modeling.sam_network import LARGEST
 from masksam_nnunet.modeling.stem import InputStem
 from masksam_nnunet.semantic import semantic_log_probabilities
 

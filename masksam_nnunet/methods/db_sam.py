@@ -1,0 +1,18 @@
+"""DB-SAM: channel attention after each of the encoder's levels, and a branch of convolutions that exchanges with it."""
+
+from ..method import Adaptation, Method, Recipe
+from ..modeling.bilateral import ConvolutionBranch
+from ..modeling.class_decoder import ClassTokenDecoder
+
+METHODS = (
+    Method(
+        name="db_sam",
+        trainer="DBSAMTrainer",
+        source="Qin et al., DB-SAM, MICCAI 2024",
+        # The settings are not in what is published of the code; these are MedSAM's, which it builds on.
+        recipe=Recipe(1e-4, weight_decay=0.01, exponent=0.0),
+        decoder=ClassTokenDecoder,
+        adaptation=Adaptation(branch=ConvolutionBranch),
+        trained=("image_encoder.neck", "prompt_encoder", "mask_decoder"),
+    ),
+)
