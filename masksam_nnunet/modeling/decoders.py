@@ -152,7 +152,7 @@ class UNetDecoder(nn.Module):
         token = grid.padded[0] / grid.tokens[0]  # patch voxels that a token covers
         self.fed: list[tuple[int, ...]] = []
         """For each stage, the levels that it is given; the neck comes last."""
-        stride, sam = [1, 1], []
+        stride, sam = [1, 1], list[nn.Module]()
         for features, step in zip(config.features, config.strides, strict=True):
             stride = [a * b for a, b in zip(stride, step[1:], strict=True)]
             fitting = [scale for scale in scales if token / scale <= min(stride)]
