@@ -261,5 +261,5 @@ def draw(means: pd.DataFrame) -> bytes:
     ax.set_xticks(sizes, [f"{ALL}: {count:.3g}" if size == ALL else size for size, count in sizes.items()])
     ax.minorticks_off()
     ax.set(xlabel="training patients in each fold", ylabel="mean Dice over classes and cases, 95 % interval")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))  # above: intervals reach everywhere
     return tidy_png(figure)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from masksam_nnunet import trainers
 from masksam_nnunet.config import LossConfig
 from masksam_nnunet.cost import dice_and_cross_entropy
+from masksam_nnunet.method import MASKSAM, methods
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.plans import architecture
 from masksam_nnunet.trainers import MaskSAMTrainer
@@ -67,6 +68,12 @@ def test_the_same_with_a_sam_that_is_stored_in_bfloat16(
     assert waits_of_steps(made, BF16, monkeypatch) == TARGETS
 
 
+@pytest.mark.parametrize("name", [method.trainer for method in methods().values() if method.name != MASKSAM])
+def test_a_step_of_a_related_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = getattr(trainers, name)(tiny_plans((2, 32, 32)), "3d_fullres", 0, dataset_json(), CPU)
+    assert waits_of_steps(made, BF16, monkeypatch) == []
+
+
 def test_the_loss_of_estimates_and_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_cuda(monkeypatch, BF16):
         for channels in (1, 4):  # labels, regions
@@ -85,12 +92,14 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         made.device = CUDA
         made.optimizer, _ = made.configure_optimizers()
         made.grad_scaler = torch.amp.GradScaler("cuda") if dtype == FP16 else None
-        seen: list[MaskSAMOutput] = []
+        seen: list[Any] = []
         made.network.register_forward_hook(lambda _, __, output: seen.append(output))
         data, target = without_content(given["data"]), without_content(given["target"])
         outputs = made.train_step({"data": data, "target": target})
         assert all(value.device == CUDA for value in outputs.values())
-        assert {x.dtype for x in seen[0].class_maps or (seen[0].mask_logits,)} == {dtype}, "as planned, not float32"
+        output = seen[0]
+        maps = (output.class_maps or (output.mask_logits,)) if isinstance(output, MaskSAMOutput) else output
+        assert {x.dtype for x in maps} == {dtype}, "as planned, not float32"
         trained = [p for p in made.network.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
         of_training = list(waits)
