@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from .backbones import BACKBONES, Backbone
 from .errors import ConfigError
-from .method import MASKSAM, methods
+from .method import MASKSAM, find_method, methods
 
 MAX_SIZE = 2**15
 """Limit of anything counted in voxels, channels or queries: no memory holds more, so more is a typing error."""
@@ -267,7 +267,7 @@ class MaskSAMConfig(_Json):
 
     @model_validator(mode="after")
     def _method_has_its_unet(self) -> Self:
-        if self.method != MASKSAM and methods()[self.method].unet and self.generator.kind != "unet":
+        if self.method != MASKSAM and find_method(self.method).unet and self.generator.kind != "unet":
             raise ValueError(f"method = {self.method!r} needs a generator of kind 'unet', not {self.generator.kind!r}")
         return self
 
@@ -299,7 +299,8 @@ class MaskSAMConfig(_Json):
     @property
     def encoder_ratio(self) -> float:
         """Bottleneck of the image encoder's adapters; 0 for none."""
-        return self.adapter_ratio if self.encoder_adapters and self.method == MASKSAM else 0.0
+        beside = find_method(self.method).adaptation.beside
+        return self.adapter_ratio if self.encoder_adapters and beside else 0.0
 
     @property
     def forward_only(self) -> bool:

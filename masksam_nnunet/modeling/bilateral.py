@@ -63,7 +63,7 @@ class ConvolutionBranch(Trainable):
         super().__init__()
         widths = [level.width for level in backbone.fed_levels]
         self.first = sum(level.scale == 4 for level in backbone.levels)  # a level of convolutions
-        self.width = width = backbone.prompt_width
+        width = backbone.prompt_width
         layers: list[nn.Module] = []
         doublings = int(math.log2(backbone.stride))
         for index in range(doublings):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..config import MaskSAMConfig
 from ..errors import ConfigError
-from ..method import MASKSAM
 from .blocks import Trainable, zero_
 from .compute import full_precision, recomputed
 from .encoded import Encoded
@@ -57,8 +56,7 @@ class SemanticSAM(SAMNetwork):
     ) -> None:
         super().__init__(config, in_channels, num_classes, image_channels)
         backbone, method = config.encoder, self.method
-        if config.method == MASKSAM or method.decoder is None:
-            raise ValueError(f"method = {config.method!r} has a network of its own")
+        assert method.decoder is not None  # build_network takes this network for such methods only
         self.stem = InputStem(config, in_channels, self.image_channels, plain=True)
         self.image_encoder = backbone.make_encoder(config)
         if method.adaptation.changes_blocks and not hasattr(self.image_encoder, "takes_adaptations"):
