@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from masksam_nnunet.environment import RANDOM_INIT
 from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.inference.methods import Method, has_budget
+from masksam_nnunet.inference.methods import ModelName, has_budget
 from masksam_nnunet.inference.scoring import cases_in
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import number_of
@@ -40,7 +40,7 @@ _TRAINING = ("patch_size", "batch_size", "batch_dice")
 
 
 def check_fairness(
-    methods: Sequence[Method],
+    methods: Sequence[ModelName],
     compute: Mapping[str, Sequence[FoldCompute]],
     results: Path,
     preprocessed: Path,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json, write_json
-from masksam_nnunet.inference.methods import Method, has_budget
+from masksam_nnunet.inference.methods import ModelName, has_budget
 from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
 from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
 from masksam_nnunet.plans.splits import NUM_FOLDS, group_by_regex, patient_folds, read_splits, split_warning
@@ -35,7 +35,7 @@ class Benchmark(BaseModel):
 
     dataset: str
     configuration: str
-    methods: tuple[Method, ...]  # to compare, all of this configuration
+    methods: tuple[ModelName, ...]  # to compare, all of this configuration
     folds: tuple[int, ...]
     minutes: float | None = None  # for trainers with a budget, else None
     iterations: int | None = None  # for them, in place of minutes
@@ -171,7 +171,7 @@ class Benchmark(BaseModel):
             notes.append(f"--{given[0]} does not limit {', '.join(own_schedule)}: their time may differ")
         return notes
 
-    def _check_method(self, method: Method, cases: Sequence[str]) -> None:
+    def _check_method(self, method: ModelName, cases: Sequence[str]) -> None:
         number = number_of(self.dataset)
         found = require_configuration(self.preprocessed, method.plans, method.configuration, number, method.trainer)
         if found.previous_stage_name is not None:

@@ -25,7 +25,7 @@ from masksam_nnunet.environment import TRAINING_STATS_FILE, variable
 from masksam_nnunet.errors import TrainingError, UsageError, WeightsError, in_short
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.gpu import automatic_device
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 from masksam_nnunet.inference.phantoms import DATASET_NAME, write_phantom_dataset
 from masksam_nnunet.plans.architecture import BASE_PLANS, config_of_plans, derive_config, write_config
 from masksam_nnunet.plans.raw_check import require_sound_dataset
@@ -117,8 +117,8 @@ def run_demo(
             dataset=dataset.name,
             configuration=configuration,
             methods=(
-                Method(NNUNET, BASE_PLANS, configuration),
-                Method(f"MaskSAMTrainer_{backbone}_budget", OUR_PLANS, configuration),
+                ModelName(NNUNET, BASE_PLANS, configuration),
+                ModelName(f"MaskSAMTrainer_{backbone}_budget", OUR_PLANS, configuration),
             ),
             folds=(fold,),
             iterations=iterations or MEASURED,
@@ -246,7 +246,7 @@ def _notes(backbone: str, iterations: int, phantoms: bool) -> tuple[str, ...]:
     )
 
 
-def next_commands(dataset: RawDataset, methods: Sequence[Method], fold: int, device: str) -> list[str]:
+def next_commands(dataset: RawDataset, methods: Sequence[ModelName], fold: int, device: str) -> list[str]:
     """Shell lines, with ``$OUT`` for the demo's folder, that predict with each model and ensemble them."""
     images = f'"$OUT/nnUNet_raw/{dataset.name}/{dataset.test_images.name}"'
     outputs = {method: f'"$OUT/predictions/{method.trainer}"' for method in methods}

@@ -105,7 +105,7 @@ def run_few_labels(
         except MaskSAMError as error:
             errors.append(f"{subset.name}: {error}")
     if tables:
-        write_results(pd.concat(tables, ignore_index=True), out, console)
+        write_results(pd.concat(tables, ignore_index=True), title(benchmark), out, console)
     if errors:
         raise TrainingError("\n\n".join(errors))
     return out / PICTURE
@@ -226,13 +226,21 @@ def mean_dice(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["method", "size", "patients", "mean", "low", "high", "draws"])
 
 
-def write_results(scores: pd.DataFrame, out: Path, console: Console) -> None:
+def title(benchmark: Benchmark) -> str:
+    """What was trained on, and for how long."""
+    folds = f"fold{'s' if len(benchmark.folds) > 1 else ''} {', '.join(map(str, benchmark.folds))}"
+    minutes = [] if benchmark.minutes is None else [f"{benchmark.minutes:g} minutes of training"]
+    iterations = [] if benchmark.iterations is None else [f"{benchmark.iterations} iterations"]
+    return ", ".join([benchmark.dataset, benchmark.configuration, folds, *minutes, *iterations])
+
+
+def write_results(scores: pd.DataFrame, title: str, out: Path, console: Console) -> None:
     """Write the table of :data:`COLUMNS` and its picture, and print the means; a UsageError if it cannot be written."""
     means, text = mean_dice(scores), number(3)
     try:
         write_text_atomically(out / "few_labels.csv", scores.to_csv(index=False, lineterminator="\n"))
         with atomic_write(out / PICTURE) as draft:
-            draft.write_bytes(draw(means))
+            draft.write_bytes(draw(means, title))
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error}; make room, then run again") from error
     table = Table(Column("mean Dice", overflow="fold"), *means["size"].unique())
@@ -243,7 +251,7 @@ def write_results(scores: pd.DataFrame, out: Path, console: Console) -> None:
     console.print(table)
 
 
-def draw(means: pd.DataFrame) -> bytes:
+def draw(means: pd.DataFrame, title: str) -> bytes:
     """Draw the table of :func:`mean_dice` as Dice against the number of training patients, a line for each method."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax, methods = figure.subplots(), list(means["method"].unique())
@@ -260,6 +268,6 @@ def draw(means: pd.DataFrame) -> bytes:
     ax.set_xscale("log")
     ax.set_xticks(sizes, [f"{ALL}: {count:.3g}" if size == ALL else size for size, count in sizes.items()])
     ax.minorticks_off()
-    ax.set(xlabel="training patients in each fold", ylabel="mean Dice over classes and cases, 95 % interval")
+    ax.set(xlabel=f"training patients in each fold ({title})", ylabel="mean Dice over classes and cases, 95 % interval")
     ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))  # above: intervals reach everywhere
     return tidy_png(figure)

@@ -23,7 +23,7 @@ from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.gpu import gpu_trouble
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 
 from .folds import FINAL, FoldRecord, FoldState, Part, Stage, device_name, fold_state, input_hashes, locked, now
 from .nnunet import SAVE_SECONDS, failed, run_to_end, termination_as_exit
@@ -48,7 +48,7 @@ class FoldJob:
     """One fold of one method, to be trained and validated."""
 
     dataset: str
-    method: Method
+    method: ModelName
     fold: int
     device: str
     environment: Mapping[str, str]  # variables of nnU-Net and MaskSAM, nnU-Net's three folders among them

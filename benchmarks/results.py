@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 
 if TYPE_CHECKING:  # a process that only waits for a training needs none of these
     import pandas as pd
@@ -75,7 +75,7 @@ class Row:
 
     name: str  # for people, unique; the column ``method`` of the table of scores
     kind: Kind
-    members: tuple[Method, ...]  # the trained methods
+    members: tuple[ModelName, ...]  # the trained methods
     predictions: Path  # folder of the scored label maps, one file for each case
 
 
@@ -126,7 +126,7 @@ class BenchmarkResults:
         return next(ours, self.rows[0])
 
 
-def is_masksam(method: Method) -> bool:
+def is_masksam(method: ModelName) -> bool:
     """Whether the method's trainer is one of MaskSAM's, by its name."""
     return "masksam" in method.trainer.lower()
 
@@ -135,7 +135,7 @@ _SHOWN = {"nnUNetTrainer_adamw_budget": "nnUNetTrainer, AdamW"}
 """Names of trainers that say more than the class's."""
 
 
-def row_names(methods: Sequence[Method]) -> dict[Method, str]:
+def row_names(methods: Sequence[ModelName]) -> dict[ModelName, str]:
     """A short unique name for each method: its trainer, and its plans where they are needed to tell it apart."""
     trainers = Counter(method.trainer for method in methods)
     return {

@@ -33,7 +33,7 @@ BASELINES: Mapping[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, order=True)
-class Method:
+class ModelName:
     """A trainer, plans and a configuration, by nnU-Net's names."""
 
     trainer: str
@@ -48,7 +48,7 @@ class Method:
 
 def parse_methods(
     trainers: Sequence[str], plans: Sequence[str], configuration: str, option: str = "--trainers"
-) -> tuple[Method, ...]:
+) -> tuple[ModelName, ...]:
     """Read the methods that a command line names with ``option``.
 
     Args:
@@ -65,21 +65,21 @@ def parse_methods(
     if len(plans) not in (0, 1, len(trainers)):
         raise UsageError(f"--plans: {len(plans)} names for {len(trainers)} trainers; give one for all or one for each")
     each = len(plans) == len(trainers) and len(plans) > 1
-    methods: list[Method] = []
+    methods: list[ModelName] = []
     for number, text in enumerate(trainers):
         trainer, own = _split(text, option)
         given = plans[number] if each else plans[0] if plans else None
         if own is not None and each and given != own:
             raise UsageError(f"{option} {text} has the plans {own}, but --plans gives it {given}: leave one out")
         find_trainer(trainer, option)
-        method = Method(trainer, own or given or BASE_PLANS, configuration)
+        method = ModelName(trainer, own or given or BASE_PLANS, configuration)
         if method in methods:
             raise UsageError(f"{option}: {trainer} with {method.plans} is named twice; leave one out")
         methods.append(method)
     return tuple(methods)
 
 
-def parse_members(texts: Sequence[str], plans: str, configuration: str) -> list[Method]:
+def parse_members(texts: Sequence[str], plans: str, configuration: str) -> list[ModelName]:
     """Read the models that ``--ensemble`` names, ``METHOD[:CONFIGURATION]``.
 
     ``plans`` and ``configuration``, which may be empty, are of those that name none (``-p``, ``-c``).
@@ -87,7 +87,7 @@ def parse_members(texts: Sequence[str], plans: str, configuration: str) -> list[
     Raises:
         UsageError: fewer than two, one twice, no configuration, an unknown trainer.
     """
-    members: list[Method] = []
+    members: list[ModelName] = []
     for text in texts:
         name, colon, own = text.partition(":")
         if not (own or configuration) or (colon and not own):
@@ -138,6 +138,6 @@ def _find_trainer(name: str, folders: str, option: str) -> type[Any]:
     return found
 
 
-def has_budget(method: Method) -> bool:
+def has_budget(method: ModelName) -> bool:
     """Whether its trainer stops after ``--minutes`` or ``--iterations``."""
     return method.trainer.endswith("_budget")

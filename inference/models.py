@@ -21,7 +21,7 @@ from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import read_json
 
-from .methods import Method
+from .methods import ModelName
 
 
 class Model(Protocol):
@@ -146,7 +146,7 @@ def find_models(
 
 
 def trained_models(
-    dataset: str, methods: Sequence[Method], folds: Sequence[int | str], checkpoint: str
+    dataset: str, methods: Sequence[ModelName], folds: Sequence[int | str], checkpoint: str
 ) -> list[TrainedModel]:
     """Find one model for each method; ``folds`` and ``checkpoint`` are those of all.
 

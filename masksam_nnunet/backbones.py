@@ -64,8 +64,6 @@ class Backbone:
     encoder: str | Callable[..., Any] = "masksam_nnunet.modeling.image_encoder:AdaptedImageEncoder"
     """Makes the encoder from (this declaration, the network's config). Its ``forward`` takes images (B, D, 3, S_h, S_w)
     and returns the levels, each (B, D, scale g_h, scale g_w, width), and a neck (B, D, P, g_h, g_w)."""
-    planned: bool = False
-    """Whether ``masksam plan --backbone`` takes it."""
     description: str = "a registered encoder. It is not SAM, and no file of SAM is read"
 
     def make_adapter(self, width: int, ratio: float) -> Any:
@@ -88,7 +86,7 @@ def _resolved(maker: str | Callable[..., Any]) -> Callable[..., Any]:
 def _sam(name: str, width: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> Backbone:
     """A SAM that Meta released; sizes as in ``segment_anything/build_sam.py``."""
     description, sizes = f"SAM's {name}, frozen, with trained adapters", (width, depth, heads, global_blocks)
-    return Backbone(name, *sizes, checkpoint=f"sam_{name}", planned=True, description=description)
+    return Backbone(name, *sizes, checkpoint=f"sam_{name}", description=description)
 
 
 def _tiny_vit(name: str, **settings: Any) -> Backbone:
@@ -100,7 +98,6 @@ def _tiny_vit(name: str, **settings: Any) -> Backbone:
         learns_input=False,
         encoder="masksam_nnunet.modeling.tiny_vit:AdaptedTinyViT",
         checkpoint=name,
-        planned=True,
         **settings,
     )
 
@@ -116,7 +113,6 @@ BACKBONES = {
             prompt_width=64,
             decoder_mlp=128,
             decoder_heads=4,
-            planned=True,
             description="a tiny encoder of this project's own. It is not SAM: it starts from random weights and is "
             "trained throughout",
         ),
@@ -163,8 +159,3 @@ def register_backbone(backbone: Backbone) -> None:
             "leave it out, and load and freeze what you have in the function that makes the encoder"
         )
     BACKBONES[backbone.name] = backbone
-
-
-def planned_backbones() -> list[str]:
-    """Names that ``masksam plan --backbone`` takes."""
-    return [name for name, backbone in BACKBONES.items() if backbone.planned]

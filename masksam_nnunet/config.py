@@ -103,11 +103,11 @@ class _Json:
         return config
 
 
-_STRICT = ConfigDict(extra="forbid")
+_NO_EXTRA = ConfigDict(extra="forbid")
 
 
 @_raises_config_errors
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=_NO_EXTRA)
 class LossConfig(_Json):
     """Weights of the loss terms, which are the weights of the matching costs too, and how masks are compared.
 
@@ -136,7 +136,7 @@ class LossConfig(_Json):
 
 
 @_raises_config_errors
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=_NO_EXTRA)
 class LightConfig(_Json):
     """A prompt generator that decodes SAM's features alone."""
 
@@ -154,7 +154,7 @@ Triple = tuple[Size, Size, Size]
 
 
 @_raises_config_errors
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=_NO_EXTRA)
 class UNetConfig(_Json):
     """A prompt generator that is nnU-Net's planned U-Net, SAM's features added to its skips.
 
@@ -190,7 +190,7 @@ class UNetConfig(_Json):
 
 
 @_raises_config_errors
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=_NO_EXTRA)
 class MaskSAMConfig(_Json):
     """All that defines a MaskSAM network, except its numbers of input channels and classes.
 

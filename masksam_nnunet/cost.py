@@ -137,8 +137,10 @@ def _run(
     precision: Precision,
     ignores: bool = False,
 ) -> TrainingCost:
-    """A :class:`~.metering.Meter`'s tensors take the fused attention path and respect autocast, as a GPU's do; the meta
-    device's do neither. They are not looked into either: there may be more targets than queries.
+    """The cost of one step.
+
+    A :class:`~.metering.Meter`'s tensors take the fused attention path and respect autocast, as a GPU's do; the meta
+    device's do neither. Their values are never read, so there may be more targets than queries.
     """
     low = precision == "bfloat16"
     with Meter() as meter:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import UsageError, in_short
+
 _DRIVER = Path("/proc/driver/nvidia/version")
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 """NVIDIA's driver that each CUDA needs at least (CUDA compatibility, NVIDIA's documentation)."""
@@ -21,6 +23,20 @@ def automatic_device() -> str:
     if trouble:
         print(f"warning: {trouble}. The CPU is used.", file=sys.stderr, flush=True)
     return "cuda" if torch.cuda.is_available() and not trouble else "cpu"
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, which ``auto`` leaves to :func:`automatic_device`.
+
+    Raises:
+        UsageError: PyTorch cannot use it.
+    """
+    try:
+        device = torch.device(automatic_device() if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(f"--device {name} cannot be used ({in_short(error)}); give auto or cpu") from error
+    return device
 
 
 def gpu_trouble() -> str | None:

@@ -20,7 +20,14 @@ class Recipe:
 
     learning_rate: float
     optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    """SGD with Nesterov momentum."""
     weight_decay: float = 0.0
+    momentum: float = 0.99
+    """Of SGD."""
+    eps: float = 1e-8
+    """Of AdamW and Adam."""
+    gradient_clip: float = 12.0
+    """The largest norm of a gradient."""
     warmup_iterations: int = 0
     exponent: float = 0.9
     """Of the polynomial decay of the learning rate; 0 for a constant one."""

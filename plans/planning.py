@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from masksam_nnunet.environment import EXT_TRAINER, trainer_folder
-from masksam_nnunet.errors import DataError, in_short
+from masksam_nnunet.errors import DataError, MaskSAMError, in_short
 from masksam_nnunet.files import read_json
 
 from .architecture import BASE_PLANS, DECISIONS
@@ -66,10 +66,10 @@ def plan_dataset(
         raise DataError(
             f"--plans-name {plans_name!r}: use letters, digits, - and single _, and not nnU-Net's own {BASE_PLANS!r}"
         )
-    recipe = load_preset(preset) if preset else None
-    if recipe and backbone not in ("auto", recipe.backbone):
-        raise DataError(f"--backbone {backbone}: --preset {preset} was published with {recipe.backbone}")
-    if recipe and generator != "light":
+    published = load_preset(preset) if preset else None
+    if published and backbone not in ("auto", published.backbone):
+        raise DataError(f"--backbone {backbone}: --preset {preset} was published with {published.backbone}")
+    if published and generator != "light":
         raise DataError(f"--generator {generator}: --preset {preset} was published with the light one")
     name = find_dataset(dataset)
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
@@ -82,19 +82,13 @@ def plan_dataset(
     try:
         with console.status("planning; estimates of memory and time take some seconds"):
             limits = Limits(device.memory_gb if gpu_memory_gb is None else gpu_memory_gb, hours, device)
-            planner = MaskSAMPlanner(raw, limits, plans_name, backbones, configurations, recipe, generator)
+            planner = MaskSAMPlanner(raw, limits, plans_name, backbones, configurations, published, generator)
             planner.plan_experiment()
     except OSError as error:
         raise DataError(f"cannot write the plans into {preprocessed}: {error}") from error
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # nnU-Net's
+    except MaskSAMError:
+        raise
+    except Exception as error:  # nnU-Net's
         raise DataError(
             f"{name}: planning failed with {in_short(error)}; run masksam check -d {raw.number}, and "
             f"{_EXTRACT} {raw.number}"
@@ -166,7 +160,7 @@ def _print(console: Console, planner: MaskSAMPlanner, warnings: Sequence[str]) -
     def say(text: str, **style: Any) -> None:  # paths and commands must stay on one line to be copied
         console.print(text, soft_wrap=True, highlight=False, markup=False, **style)
 
-    plans, recipe, number = planner.plans, planner.preset, planner.raw.number
+    plans, published, number = planner.plans, planner.preset, planner.raw.number
     decided = {name: plans[DECISIONS][name]["decided"] for name in planner.planned if name != CASCADE}
     for name, rows in decided.items():
         table = Table(title=f"{plans['dataset_name']}, {plans['plans_name']}, {name}", title_justify="left")
@@ -177,9 +171,9 @@ def _print(console: Console, planner: MaskSAMPlanner, warnings: Sequence[str]) -
         console.print(table, markup=False)
     if CASCADE in planner.planned:
         say(f"{CASCADE}: the network of {FULL}, with the labels of {LOW} as additional channels")
-    if recipe is not None:
-        say(f"Notes on the published setting {recipe.name} (mean Dice {recipe.dice} in the paper):")
-        for note in recipe.notes:
+    if published is not None:
+        say(f"Notes on the published setting {published.name} (mean Dice {published.dice} in the paper):")
+        for note in published.notes:
             say(f"  - {note}")
     for warning in warnings:
         say(f"warning: {warning}", style="yellow")
@@ -197,7 +191,7 @@ def _print(console: Console, planner: MaskSAMPlanner, warnings: Sequence[str]) -
     first = FULL if FULL in decided else next(iter(decided))
     # The results of the tiny encoder must say that it is not SAM.
     own = "MaskSAMTrainer_tiny" if backbones[first] == "tiny" else "MaskSAMTrainer"
-    trainer = recipe.trainer if recipe else own
+    trainer = published.trainer if published else own
     device = " -device cpu" if planner.limits.device.name == CPU else ""
     steps.append(f"nnUNetv2_train {number} {first} 0 -p {plans['plans_name']} -tr {trainer}{device}")
     say("Next:")

@@ -12,21 +12,9 @@ from pydantic import TypeAdapter
 
 from masksam_nnunet.config import LossConfig
 from masksam_nnunet.errors import DataError
+from masksam_nnunet.method import Recipe
 
 PRESETS = ("acdc", "synapse", "amos")
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """The optimizer of a published training: ``SGD`` with Nesterov momentum, or ``AdamW`` with ``eps``."""
-
-    name: str
-    learning_rate: float
-    weight_decay: float
-    momentum: float | None
-    eps: float | None
-    gradient_clip: float
-    warmup_iterations: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class Preset:
     foreground_classes: tuple[int, ...]
     trainer: str
     epochs: int
-    optimizer: Optimizer
+    recipe: Recipe
     loss: LossConfig
     dice: float
     notes: tuple[str, ...]

@@ -246,7 +246,7 @@ def _check_case(dataset: RawDataset, reader: Any, case: str) -> _CaseCheck:
         except (DataError, MemoryError) as error:
             check.defects.append(f"case {case!r}: {str(error) or f'{path} does not fit into memory'}")
             continue
-        check.geometries[f"{path.parent.name}/{path.name}"] = geometry
+        check.geometries[str(path)] = geometry
         if one_value:
             check.notes.append(f"case {case!r}: {path} holds {one_value}")
     if len(check.geometries) < len(files):

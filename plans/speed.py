@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from masksam_nnunet.cost import Precision, training_cost
 from masksam_nnunet.errors import DataError
+from masksam_nnunet.gpu import automatic_device
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.modeling.compute import autocast, keep_freed_memory
@@ -84,11 +85,11 @@ def find_device(name: str | None) -> Device:
     if name in GPUS:
         return _from_table(name, "as asked")
     if name == CPU:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        memory = psutil.virtual_memory().total / 2**30
         return Device(CPU, memory, measure(torch.device("cpu"), 3.0), "measured")
     if name is not None:
         raise DataError(f"--gpu {name}: choose one of {', '.join((*GPUS, CPU))}")
-    if not torch.cuda.is_available():
+    if automatic_device() == CPU:  # it says why a GPU that is there is not used
         return _from_table(ASSUMED, "no GPU here")
     properties = torch.cuda.get_device_properties(0)
     try:

@@ -14,7 +14,7 @@ import pandas as pd
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, Method, Row
+from masksam_nnunet.benchmarks.results import BenchmarkResults, Finding, FoldCompute, ModelName, Row
 from masksam_nnunet.benchmarks.statistics import compare, default_pairs, patient_of, summarise
 from masksam_nnunet.benchmarks.statistics import policies as statistics_policies
 from masksam_nnunet.inference.provenance import History
@@ -26,9 +26,9 @@ SHAPE = (12, 40, 48)
 SCORES = ("dice", "hd95_mm", "surface_dice", "truth_ml", "predicted_ml", "volume_error_ml")
 WORST = "case 041 <script>alert(1)</script>".replace("/", "\u2215")  # a file's name has no slash
 _METHODS = (
-    Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres"),
-    Method("MaskSAMTrainer_tiny", "nnUNetPlans", "3d_fullres"),
-    Method("nnUNetTrainer", "nnUNetResEncUNetLPlans", "3d_fullres"),
+    ModelName("nnUNetTrainer", "nnUNetPlans", "3d_fullres"),
+    ModelName("MaskSAMTrainer_tiny", "nnUNetPlans", "3d_fullres"),
+    ModelName("nnUNetTrainer", "nnUNetResEncUNetLPlans", "3d_fullres"),
 )
 _NAMES = ("nnUNetTrainer", "MaskSAMTrainer_tiny", "nnUNetTrainer (nnUNetResEncUNetLPlans)")
 _SHIFT = (0.0, 0.02, 0.01, 0.025, 0.0, 0.02)  # of each row's Dice
@@ -48,7 +48,6 @@ def made_up_results(
     classes: Sequence[str],
     absent: Sequence[str] = (),
     row_count: int = 3,
-    resamples: int = 49,
     folds: int = FOLDS,
     cases: int = CASES,
 ) -> BenchmarkResults:
@@ -102,8 +101,8 @@ def made_up_results(
         tolerance_mm=1.0,
         rows=tuple(rows),
         scores=scores,
-        means=summarise(scores, resamples=resamples),
-        comparisons=compare(scores, default_pairs(rows), resamples=resamples),
+        means=summarise(scores, resamples=49),
+        comparisons=compare(scores, default_pairs(rows), resamples=49),
         test_set=test_set[["method", "case", "class", "metric", "value"]].iloc[: None if folds > 1 else 0],
         compute={row.name: _compute(index, folds) for index, row in enumerate(methods)},
         histories={row.name: _histories(index, folds) for index, row in enumerate(methods)},

@@ -34,9 +34,7 @@ def build_network(plans: dict[str, Any], channels: int) -> nn.Module:
     return MaskSAMTrainer.build_network_architecture(manager, configuration, channels, 3)
 
 
-def write_model(
-    folder: Path, folds: int = 1, channels: int = 1, reader: str = "SimpleITKIO", ending: str = ".nii.gz"
-) -> Path:
+def write_model(folder: Path, folds: int = 1, channels: int = 1, reader: str = "SimpleITKIO") -> Path:
     """A folder as in nnUNet_results: folds of ``tiny`` that differ, for three classes."""
     intensities = {str(channel): {"mean": 0.0, "std": 1.0} for channel in range(channels)}
     plans = plain_plans(PATCH, channels=channels) | {
@@ -46,7 +44,7 @@ def write_model(
     write_config(plans, "3d_fullres", tiny_config(patch_size=PATCH))
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
-    (folder / "dataset.json").write_text(json.dumps(dataset_json(channels=channels) | {"file_ending": ending}))
+    (folder / "dataset.json").write_text(json.dumps(dataset_json(channels=channels) | {"file_ending": ".nii.gz"}))
     with torch.random.fork_rng():
         torch.manual_seed(3)  # of those tried the one whose folds tell all classes apart
         network = build_network(plans, channels)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from masksam_nnunet.benchmarks.jobs import FoldJob
 from masksam_nnunet.errors import TrainingError
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,4 @@ class SimpleJob(FoldJob):
 def simple_jobs(root: Path, *trainers: str, failing: str = "") -> list[SimpleJob]:
     """A job for each trainer, in ``root``."""
     environment = {"nnUNet_results": str(root), "nnUNet_preprocessed": str(root)}
-    return [SimpleJob("D", Method(t, "P", "2d"), 0, "cpu", environment, fails=t == failing) for t in trainers]
+    return [SimpleJob("D", ModelName(t, "P", "2d"), 0, "cpu", environment, fails=t == failing) for t in trainers]

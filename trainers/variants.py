@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from torch import nn
 
-from masksam_nnunet.plans.presets import Preset, load_preset
+from masksam_nnunet.method import Recipe, find_method
+from masksam_nnunet.plans.presets import load_preset
 
 from .masksam import MaskSAMTrainer
 
@@ -48,45 +50,58 @@ class MaskSAMTrainer_tiny(MaskSAMTrainer):
     backbone = "tiny"
 
 
-class PresetTrainer(MaskSAMTrainer):
-    """The paper's optimizer and epochs for a preset; ``masksam plan --preset`` writes the plans to go with it."""
+class AuthorsTrainer(MaskSAMTrainer):
+    """The published optimizer, rates, and weights of cross-entropy and Dice, which are nnU-Net's in form.
+
+    Those of a preset, whose plans ``masksam plan --preset`` writes, or those of the authors of another method.
+    """
 
     def set_recipe(self) -> None:
-        settings = self.published.optimizer
-        self.num_epochs = self.published.epochs
-        self.initial_lr = settings.learning_rate
-        self.weight_decay = settings.weight_decay
-        self.warmup_iterations = settings.warmup_iterations
-        self.gradient_clip = settings.gradient_clip
+        super().set_recipe()
+        recipe = self.recipe
+        self.initial_lr, self.warmup_iterations = recipe.learning_rate, recipe.warmup_iterations
+        self.weight_decay, self.exponent = recipe.weight_decay, recipe.exponent
+        self.gradient_clip = recipe.gradient_clip
+        if self.preset is not None:
+            self.num_epochs = load_preset(self.preset).epochs
 
     @property
-    def published(self) -> Preset:
-        """The preset."""
-        assert self.preset is not None
-        return load_preset(self.preset)
+    def recipe(self) -> Recipe:
+        """The published one."""
+        recipe = load_preset(self.preset).recipe if self.preset is not None else find_method(self.method).recipe
+        assert recipe is not None
+        return recipe
 
     def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The published one; all trained parameters get the same decay."""
-        settings = self.published.optimizer
+        recipe = self.recipe
         options: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay, "fused": self.fused}
-        if settings.name == "SGD":
-            return torch.optim.SGD(trained, **options, momentum=settings.momentum or 0.0, nesterov=True)
-        return torch.optim.AdamW(trained, **options, eps=settings.eps or 1e-8)
+        if recipe.optimizer == "SGD":
+            return torch.optim.SGD(trained, **options, momentum=recipe.momentum, nesterov=True)
+        adam = torch.optim.AdamW if recipe.optimizer == "AdamW" else torch.optim.Adam
+        return adam(trained, **options, eps=recipe.eps)
+
+    def _build_loss(self) -> nn.Module:
+        semantic = super()._build_loss()
+        for module in semantic.modules():
+            if isinstance(module, DC_and_CE_loss | DC_and_BCE_loss):
+                module.weight_ce, module.weight_dice = self.recipe.cross_entropy, self.recipe.dice
+        return semantic
 
 
-class MaskSAMTrainer_acdc(PresetTrainer):
+class MaskSAMTrainer_acdc(AuthorsTrainer):
     """The paper's ACDC setting."""
 
     preset = "acdc"
 
 
-class MaskSAMTrainer_synapse(PresetTrainer):
+class MaskSAMTrainer_synapse(AuthorsTrainer):
     """The paper's Synapse setting."""
 
     preset = "synapse"
 
 
-class MaskSAMTrainer_amos(PresetTrainer):
+class MaskSAMTrainer_amos(AuthorsTrainer):
     """The paper's AMOS setting."""
 
     preset = "amos"

@@ -25,7 +25,7 @@ from masksam_nnunet.modeling.prompt_generator import Prompts
 
 
 def plain_parts(network: MaskSAM, x: Tensor) -> MaskSAMOutput:
-    """As ``network.parts(x)``; x is (B, C, D, H, W)."""
+    """As ``network.outputs(x)``; x is (B, C, D, H, W)."""
     images, stem = network.stem(x)
     levels, neck = plain_encoder(network.image_encoder, images)
     prompts = network.prompt_generator(x, levels, neck)

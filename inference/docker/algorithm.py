@@ -18,9 +18,9 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.helpers import empty_cache
 
-from masksam_nnunet.errors import CaseError, ModelError, UsageError, in_short
+from masksam_nnunet.errors import CaseError, ModelError, in_short
 from masksam_nnunet.files import read_json
-from masksam_nnunet.gpu import automatic_device
+from masksam_nnunet.gpu import usable_device
 
 from ..cases import channel_names, preprocess_case
 from ..export.description import is_portable
@@ -49,11 +49,7 @@ def run(
     Raises:
         MaskSAMError: UsageError for options, DataError for the input as a whole, ModelError, or OutputError.
     """
-    try:
-        chosen = torch.device(automatic_device() if device == "auto" else device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: no such device ({in_short(error)}); give auto or cpu") from error
+    chosen = usable_device(device)
     model = find_model(models)
     container = ContainerOptions.read(model, options)
     try:

@@ -150,7 +150,7 @@ def run_network(network: MaskSAM, window: Tensor, device: torch.device) -> MaskS
     """All outputs of the network for one window (C, D, H, W), in float32 on the CPU."""
     flat = len(network.config.patch_size) == 2
     with autocast(device):
-        parts = network.parts((window[:, 0] if flat else window)[None].to(device))
+        parts = network.outputs((window[:, 0] if flat else window)[None].to(device))
     return parts.changed(lambda part: part.float().cpu())
 
 

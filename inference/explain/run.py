@@ -16,14 +16,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from masksam_nnunet.config import MaskSAMConfig
-from masksam_nnunet.errors import ModelError, UsageError, in_short
+from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import write_json
-from masksam_nnunet.gpu import automatic_device
+from masksam_nnunet.gpu import usable_device
 from masksam_nnunet.method import MASKSAM
 from masksam_nnunet.plans.architecture import read_config
 
 from ..label_maps import Classes
-from ..methods import Method
+from ..methods import ModelName
 from ..models import TrainedModel, parse_folds, previous_stage, trained_models
 from ..provenance import versions
 from ..report.figures import CLASS_COLOURS, colour_of, colours_or_grey, style_of
@@ -42,7 +42,7 @@ _DIRECTIONS = {"L": "left", "R": "right", "A": "anterior", "P": "posterior", "S"
 
 def explain(
     dataset: str,
-    method: Method,
+    method: ModelName,
     folds: Sequence[str],
     checkpoint: str,
     case: str | None,
@@ -76,7 +76,7 @@ def explain(
     """
     started = time.perf_counter()
     wanted = read_slices(slices)
-    torch_device = _device(device)
+    torch_device = usable_device(device or "auto")
     (model,) = trained_models(dataset, [method], parse_folds(folds), checkpoint)
     config, classes = _config(model), Classes.from_dataset_json(model.dataset_json)
     model.check()
@@ -170,15 +170,6 @@ def read_slices(words: Sequence[str]) -> list[int] | None:
     if len(numbers) < len(set(words)) or len(numbers) > _MOST_SLICES:
         raise UsageError(f"--slices {' '.join(words)}: give at most {_MOST_SLICES} numbers from 0, or auto")
     return numbers
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or automatic_device())
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UsageError(f"--device {name} cannot be used ({in_short(error)}); give cpu or cuda") from error
-    return device
 
 
 def _config(model: TrainedModel) -> MaskSAMConfig:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from masksam_nnunet import __version__
-from masksam_nnunet.backbones import BACKBONES, planned_backbones
+from masksam_nnunet.backbones import BACKBONES
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.sam_files import CHECKPOINTS
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 _NAMES = (*CHECKPOINTS, *(name for name, backbone in BACKBONES.items() if backbone.checkpoint))
 CheckpointName = StrEnum("CheckpointName", {name: name for name in _NAMES})  # type: ignore[misc]
 GeneratorName = StrEnum("GeneratorName", ["light", "unet", "resenc"])
-BackboneName = StrEnum("BackboneName", {name: name for name in ("auto", *planned_backbones())})  # type: ignore[misc]
+BackboneName = StrEnum("BackboneName", {name: name for name in ("auto", *BACKBONES)})  # type: ignore[misc]
 AUTO = BackboneName("auto")
 LIGHT = GeneratorName("light")
 PresetName = StrEnum("PresetName", ["acdc", "synapse", "amos"])

@@ -14,7 +14,7 @@ from masksam_nnunet.errors import MaskSAMError
 DEFAULT_TRAINER = "MaskSAMTrainer"
 
 Dataset = Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.")]
-NewDataset = Annotated[int, typer.Option("-d", "--dataset", min=1, max=9999, help="Number of the new dataset.")]
+NewDataset = Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.")]
 Trainer = Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")]
 Plans = Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")]
 

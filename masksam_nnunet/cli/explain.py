@@ -78,12 +78,12 @@ def explain(
     """Show how a trained MaskSAM segments a case. Writes its queries, its uncertainty, and overlays."""
     announce_trainers()
     from masksam_nnunet.inference.explain.run import explain
-    from masksam_nnunet.inference.methods import Method
+    from masksam_nnunet.inference.methods import ModelName
 
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints; only the page's path goes to a pipe
         page = explain(
             dataset,
-            Method(trainer, plans, configuration),
+            ModelName(trainer, plans, configuration),
             folds or ["0"],
             checkpoint,
             case,

@@ -119,7 +119,7 @@ def predict(
     import torch
 
     from masksam_nnunet.inference.export.load import PortableModel
-    from masksam_nnunet.inference.methods import Method, parse_members
+    from masksam_nnunet.inference.methods import ModelName, parse_members
     from masksam_nnunet.inference.models import TrainedModel, parse_folds, trained_models
     from masksam_nnunet.inference.predict.postprocessing import find_postprocessing, read_postprocessing
     from masksam_nnunet.inference.predict.predict_cases import PredictOptions
@@ -138,7 +138,7 @@ def predict(
     elif ensemble and trainer:
         raise UsageError(f"-tr {trainer}: --ensemble names the trainers; leave -tr out")
     else:
-        alone = [Method(trainer or DEFAULT_TRAINER, plans, configuration or "")]
+        alone = [ModelName(trainer or DEFAULT_TRAINER, plans, configuration or "")]
         methods = parse_members(ensemble, plans, configuration or "") if ensemble else alone
         models = trained_models(dataset, methods, numbers, checkpoint)
     if postprocessing == "auto":

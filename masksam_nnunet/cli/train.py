@@ -37,7 +37,8 @@ def train(context: typer.Context) -> None:
                 arguments, parsed.tr = [*arguments, "-tr", DEFAULT_TRAINER], DEFAULT_TRAINER
             name, several = require_trainable(parsed)
             if several:
-                arguments = [name if word == parsed.dataset_name_or_id else word for word in arguments]
+                place = arguments.index(parsed.dataset_name_or_id)
+                arguments = [*arguments[:place], name, *arguments[place + 1 :]]
             if parsed.val and parsed.val_best and parsed.num_gpus == 1:
                 return _validate_best(parsed)
         from nnunetv2.run.run_training import run_training_entry

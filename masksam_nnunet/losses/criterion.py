@@ -134,8 +134,8 @@ class MaskSAMCriterion(nn.Module):
         logits = logits.reshape(len(logits), number, -1)  # (B, K, V)
         truth = segmentation.reshape(len(segmentation), segmentation.shape[1], -1)
         if self.config.regions:
-            known = truth[:, number:] == 0 if ignored is not None else torch.ones_like(truth[:, :1], dtype=torch.bool)
-            found, wanted = (logits > 0) & known, (truth[:, :number] > 0) & known
+            valid = truth[:, number:] == 0 if ignored is not None else torch.ones_like(truth[:, :1], dtype=torch.bool)
+            found, wanted = (logits > 0) & valid, (truth[:, :number] > 0) & valid
             common, total = (found & wanted).sum((0, 2)), (found.sum((0, 2)) + wanted.sum((0, 2)))
         else:
             labels = truth[:, 0].long()
@@ -216,9 +216,9 @@ class MaskSAMCriterion(nn.Module):
         loss, s = self.loss, matches.slices
         if logits.shape[-1] <= loss.num_points:
             return None
-        known = None if valid is None else valid[s]
+        of_pairs = None if valid is None else valid[s]
         sampling = loss.num_points, loss.oversample, loss.uncertain_fraction
-        return uncertain_points(logits, (s, matches.queries), known, *sampling, truth[s, matches.targets])
+        return uncertain_points(logits, (s, matches.queries), of_pairs, *sampling, truth[s, matches.targets])
 
 
 def _mean_over_ranks(count: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ QUOTA = 1 / 8
 
 
 def draw(
-    rows: int, size: int, number: int, known: Tensor | None, device: torch.device, truth: Tensor | None = None
+    rows: int, size: int, number: int, valid: Tensor | None, device: torch.device, truth: Tensor | None = None
 ) -> Tensor:
     """``number`` voxels of ``size`` for each row, with replacement: (rows, number).
 
     Args:
         rows, size, number: as above.
-        known: (rows, size), true where a voxel may be drawn; None for all.
+        valid: (rows, size), true where a voxel may be drawn; None for all.
         device: of the result.
         truth: (rows, T, size) masks; a :data:`QUOTA` of the points, the last ones, is drawn inside them, the same for
             each. The others, or all if there is none, are uniform.
@@ -41,27 +41,27 @@ def draw(
     if truth is not None and quota and rows:
         targets = truth.flatten(0, 1)
         # The places of absent targets go to voxels that may be drawn at all.
-        where = targets if known is None else torch.where(targets.any(1, keepdim=True), targets, _every(known, truth))
+        where = targets if valid is None else torch.where(targets.any(1, keepdim=True), targets, _every(valid, truth))
         inside = draw(len(targets), size, quota, where, device).view(rows, -1)
-        return torch.cat([draw(rows, size, number - inside.shape[1], known, device), inside], dim=1)
-    if known is None:
+        return torch.cat([draw(rows, size, number - inside.shape[1], valid, device), inside], dim=1)
+    if valid is None:
         return torch.randint(size, (rows, number), device=device)
     if not rows or not number:
         return torch.zeros(rows, number, dtype=torch.long, device=device)
-    weight = torch.where(known.any(1, keepdim=True), known, True).float()  # a row of nothing known counts nowhere
+    weight = torch.where(valid.any(1, keepdim=True), valid, True).float()  # a row of nothing valid counts nowhere
     return weight.multinomial(number, replacement=True)
 
 
-def _every(known: Tensor, truth: Tensor) -> Tensor:
-    """What is known of a row, for each of its targets: (rows, size) to (rows T, size)."""
-    return known[:, None].expand_as(truth).flatten(0, 1)
+def _every(valid: Tensor, truth: Tensor) -> Tensor:
+    """What is valid of a row, for each of its targets: (rows, size) to (rows T, size)."""
+    return valid[:, None].expand_as(truth).flatten(0, 1)
 
 
 @torch.no_grad()
 def uncertain_points(
     logits: Tensor,
     pairs: tuple[Tensor, Tensor],
-    known: Tensor | None,
+    valid: Tensor | None,
     number: int,
     oversample: float,
     fraction: float,
@@ -73,16 +73,16 @@ def uncertain_points(
     Args:
         logits: (B, D, N, V).
         pairs: slice and query of each pair, (M,).
-        known: (M, V), False at voxels that must not be drawn; None for all.
+        valid: (M, V), False at voxels that must not be drawn; None for all.
         truth: (M, V), the target's mask: a part of the other points lies in it.
     """
     s, q = pairs
     _, depth, _, size = logits.shape
-    candidates = draw(len(s), size, int(number * oversample), known, logits.device)
+    candidates = draw(len(s), size, int(number * oversample), valid, logits.device)
     at = (s // depth)[:, None], (s % depth)[:, None], q[:, None], candidates
     chosen = int(number * fraction)
     nearest = full_precision(logits[at]).abs().topk(chosen, dim=1, largest=False, sorted=False).indices
-    others = draw(len(s), size, number - chosen, known, logits.device, truth[:, None])
+    others = draw(len(s), size, number - chosen, valid, logits.device, truth[:, None])
     return torch.cat([candidates.gather(1, nearest), others], dim=1)
 
 
@@ -112,14 +112,14 @@ class PairSums(NamedTuple):
 
 @torch.no_grad()
 def pairwise_sums(
-    masks: Sequence[Tensor], truth: Tensor, known: Tensor | None, points: Tensor | None, piece: int
+    masks: Sequence[Tensor], truth: Tensor, valid: Tensor | None, points: Tensor | None, piece: int
 ) -> list[PairSums]:
     """Every query compared with every target of its slice, (S, N, T) for S = B·D slices; for each of ``masks``.
 
     Args:
         masks: logits (B, D, N, V).
-        truth: the targets' masks, bool (S, T, V); False where ``known`` is.
-        known: bool (S, V), False at ignored voxels; None if there are none.
+        truth: the targets' masks, bool (S, T, V); False at ignored voxels.
+        valid: bool (S, V), False at ignored voxels; None if there are none.
         points: voxels (S, P) at which to compare; None for all.
         piece: elements to work on at once.
     """
@@ -131,7 +131,7 @@ def pairwise_sums(
             last = min(first + step, depth)
             rows = slice(volume * depth + first, volume * depth + last)
             where = None if points is None else points[rows]
-            weight = None if known is None else at_points(known[rows], where)[:, None]  # (s, 1, P)
+            weight = None if valid is None else at_points(valid[rows], where)[:, None]  # (s, 1, P)
             target = at_points(truth[rows], where)  # (s, T, P)
             for logits, parts in zip(masks, found, strict=True):
                 x = full_precision(at_points(logits[volume, first:last], where))  # (s, N, P)
@@ -171,7 +171,7 @@ def _sum_of_softplus(x: Tensor, scores: Tensor, weight: Tensor | None) -> Tensor
 def matched_mask_losses(
     logits: Tensor,
     truth: Tensor,
-    known: Tensor | None,
+    valid: Tensor | None,
     pairs: tuple[Tensor, Tensor, Tensor],
     points: Tensor | None,
     sums: PairSums | None,
@@ -181,25 +181,25 @@ def matched_mask_losses(
 
     Args:
         logits: (B, D, N, V).
-        truth, known: as in :func:`pairwise_sums`.
+        truth, valid: as in :func:`pairwise_sums`.
         pairs: slice, query and target of each pair, (M,) int64; no query of a slice twice.
         points: voxels (M, P) at which to compare; None for all.
         sums: of the pairs at these points, (M,), if they have been computed.
         piece: elements to work on at once.
     """
-    bce, dice = _MatchedSums.apply(logits, truth, known, *pairs, points, sums, piece)
+    bce, dice = _MatchedSums.apply(logits, truth, valid, *pairs, points, sums, piece)
     return bce, dice
 
 
 class _MatchedSums(torch.autograd.Function):
-    """Keeps four numbers for each pair; the backward pass recomputes the scores and writes gradients in place."""
+    """Keeps a few numbers for each pair; the backward pass recomputes the scores and writes gradients in place."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         truth: Tensor,
-        known: Tensor | None,
+        valid: Tensor | None,
         s: Tensor,
         q: Tensor,
         t: Tensor,
@@ -210,7 +210,7 @@ class _MatchedSums(torch.autograd.Function):
         number = logits.shape[-1] if points is None else points.shape[1]
         counts = [full_precision(logits.new_zeros(0))]
         parts = [full_precision(logits.new_zeros(3, 0))]
-        for _, x, y, weight, _ in _pieces(logits, truth, known, (s, q, t), points, piece) if sums is None else ():
+        for _, x, y, weight, _ in _pieces(logits, truth, valid, (s, q, t), points, piece) if sums is None else ():
             scores = x.sigmoid()
             entropy = _sum_of_softplus(x, scores, weight) - (x * y).sum(-1)
             count = x.new_full((len(x),), number)
@@ -222,24 +222,24 @@ class _MatchedSums(torch.autograd.Function):
             counts.append(count)
         if sums is None:
             sums, count = PairSums(*torch.cat(parts, dim=1)), torch.cat(counts)
-        elif known is None:
+        elif valid is None:
             count = torch.full_like(sums.total, number)
         else:
-            count = known.sum(-1).clamp(min=1)[s].to(sums.total.dtype)
-        ctx.save_for_backward(logits, truth, known, s, q, t, points, sums.overlap, sums.total, count)
+            count = valid.sum(-1).clamp(min=1)[s].to(sums.total.dtype)
+        ctx.save_for_backward(logits, truth, valid, s, q, t, points, sums.overlap, sums.total, count)
         ctx.piece = piece
         return sums.entropy.sum(), sums.dice_loss.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, bce: Tensor, dice: Tensor) -> tuple[Tensor | None, ...]:
-        logits, truth, known, s, q, t, points, overlap, total, count = ctx.saved_tensors
+        logits, truth, valid, s, q, t, points, overlap, total, count = ctx.saved_tensors
         depth = logits.shape[1]
         gradient = torch.zeros_like(logits)
         of_entropy = (bce / count)[:, None]
         constant = (dice * overlap / total.square())[:, None]
         slope = (2 * dice / total)[:, None]
-        for rows, x, y, weight, where in _pieces(logits, truth, known, (s, q, t), points, ctx.piece):
+        for rows, x, y, weight, where in _pieces(logits, truth, valid, (s, q, t), points, ctx.piece):
             scores = x.sigmoid()
             change = (constant[rows] - slope[rows] * y).mul_(scores).mul_(1 - scores)  # of Dice
             change.addcmul_(scores.sub_(y), of_entropy[rows])
@@ -254,12 +254,12 @@ class _MatchedSums(torch.autograd.Function):
 def _pieces(
     logits: Tensor,
     truth: Tensor,
-    known: Tensor | None,
+    valid: Tensor | None,
     pairs: tuple[Tensor, Tensor, Tensor],
     points: Tensor | None,
     piece: int,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Rows of pairs, their logits, truth and known voxels (m, P), and their points."""
+    """Rows of pairs, their logits, truth and valid voxels (m, P), and their points."""
     depth = logits.shape[1]
     step = max(1, piece // max(1, logits.shape[-1]))
     for first in range(0, len(pairs[0]), step):
@@ -268,4 +268,4 @@ def _pieces(
         where = None if points is None else points[rows]
         x = full_precision(at_points(logits[s // depth, s % depth, q], where))
         y = at_points(truth[s, t], where).to(x.dtype)
-        yield rows, x, y, None if known is None else at_points(known[s], where), where
+        yield rows, x, y, None if valid is None else at_points(valid[s], where), where

@@ -156,15 +156,20 @@ def relative_scores(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, T
     return to_rows, torch.einsum("bnhwc,wkc->bnhwk", grid, columns).flatten(2, 3)
 
 
-def decoder_attention(attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What ``attention(q, k, v)`` of segment-anything's decoder gives; q (B, n, P), k and v (B, m, P)."""
+def decoder_attention(
+    attention: CrossAttention, q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor | None = None
+) -> Tensor:
+    """What ``attention(q, k, v)`` of segment-anything's decoder gives; q (B, n, P), k and v (B, m, P).
+
+    ``log_weights`` (B, n, m): logarithms of factors of the shares, which are normalised again.
+    """
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, n, P'/heads)
 
-    out = F.scaled_dot_product_attention(
-        heads(attention.q_proj(q)), heads(attention.k_proj(k)), heads(attention.v_proj(v))
-    )
+    q, k, v = heads(attention.q_proj(q)), heads(attention.k_proj(k)), heads(attention.v_proj(v))
+    mask = None if log_weights is None else log_weights[:, None].to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, n, P)
 
 

@@ -65,7 +65,7 @@ class ConvBlocks(StackedConvBlocks):
 
     def forward(self, x: Tensor) -> Tensor:
         small = x.device.type == "cpu" and len(x) == 1 and x.shape[:-1].numel() <= 20480
-        if small and not torch.is_autocast_enabled("cpu"):  # cost.py estimates a GPU's step so
+        if small and not torch.is_autocast_enabled("cpu"):  # which only cost.py uses, for a GPU's step
             return super().forward(x.expand(2, *x.shape[1:]))[:1]
         return super().forward(x)
 

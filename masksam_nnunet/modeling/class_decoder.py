@@ -60,6 +60,7 @@ class Upscaling(Trainable):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """(M, channels', h', w'), from (M, channels, h, w)."""
         upscaled: Tensor = self.layers(x)
         return upscaled
 
@@ -94,8 +95,8 @@ class SAMDecoder(MaskDecoder):
 class ClassTokenDecoder(SAMDecoder):
     """A token for each class in place of SAM's mask tokens (SAMed, arXiv 2304.13785), decoded slice by slice.
 
-    SAM's token and head for the quality of masks: the token stays, the head's output would never be read. With
-    ``to_patch_size`` its maps are doubled on, to the patch's size (MA-SAM, arXiv 2309.08842).
+    SAM's token for the quality of masks stays as an input; the head that would read it is not trained. With
+    ``to_patch_size`` the maps are doubled on, to the patch's size (MA-SAM, arXiv 2309.08842).
     """
 
     def __init__(self, config: MaskSAMConfig, _: int, num_classes: int, to_patch_size: bool = False) -> None:

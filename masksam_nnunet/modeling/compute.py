@@ -88,7 +88,7 @@ def norm(layer: LayerNorm2d, x: Tensor) -> Tensor:
     return F.layer_norm(full_precision(x), layer.weight.shape, layer.weight, layer.bias, layer.eps)
 
 
-def neck(layers: Any, x: Tensor) -> Tensor:
+def apply_neck(layers: Any, x: Tensor) -> Tensor:
     """SAM's neck, [1x1 convolution, norm, 3x3 convolution, norm], of an encoder: (M, h, w, E) to (M, P, h, w)."""
     project, norm_1, convolution, norm_2 = layers
     x = norm(norm_1, shrink(project, x.permute(0, 3, 1, 2)))  # (M, h, w, P)

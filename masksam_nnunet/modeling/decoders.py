@@ -21,7 +21,8 @@ Decoded = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 class LightDecoder(nn.Module):
     """A 3D decoder over the encoder's levels, from the neck upwards: to once, twice and four times the token grid.
 
-    ``num_maps``: at so many of these three it makes maps, from the finest; ``deep``: which all are supervised.
+    ``num_maps``: at so many of these three it makes maps, from the finest; ``deep``: whether all of them are
+    supervised, or only the finest.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class LightDecoder(nn.Module):
         return list(self.seg_layers)[self.wanted :]
 
     def forward(self, _: Tensor, levels: list[Tensor], neck: Tensor) -> Decoded:
-        """See :meth:`PromptGenerator.forward`."""
+        """Features and maps on SAM's grid; the arguments are those of :meth:`PromptGenerator.forward`."""
         joining: dict[int, list[Tensor]] = {1: [], 2: [], 4: []}
         for level, project, x in zip(self.levels, self.project_levels, levels, strict=True):
             joining[level.feeds].append(project(x.permute(0, 4, 1, 2, 3)))
@@ -80,6 +81,7 @@ class SAMFeatures(nn.Module):
         self.gain = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, out_channels, d, h, w), from (B, in_channels, d, h, w)."""
         return self.norm(self.project(x)) * (GAIN * self.gain).view(-1, 1, 1, 1)
 
 
@@ -113,7 +115,7 @@ def planned_unet(config: UNetConfig, in_channels: int, num_maps: int) -> Any:
 
 
 def run_decoder(unet: Any, skips: list[Tensor]) -> list[Tensor]:
-    """The features of a U-Net's decoder from its encoder's skips, the finest first."""
+    """The features (B, c, d, h, w) of a U-Net's decoder, the finest first, from its encoder's skips, which are too."""
     x = skips[-1]
     features: list[Tensor] = []
     for up, stage, skip in zip(unet.decoder.transpconvs, unet.decoder.stages, skips[-2::-1], strict=True):
@@ -168,7 +170,7 @@ class UNetDecoder(nn.Module):
         return list(self.unet.decoder.seg_layers)[::-1][self.wanted :]
 
     def forward(self, image: Tensor, levels: list[Tensor], neck: Tensor) -> Decoded:
-        """See :meth:`PromptGenerator.forward`."""
+        """Features and maps of the patch; the arguments are those of :meth:`PromptGenerator.forward`."""
         maps = [*(x.permute(0, 4, 1, 2, 3) for x in levels), neck.transpose(1, 2)]  # (B, E, D, h, w)
         skips = self.unet.encoder(image)
         skips = [

@@ -80,5 +80,6 @@ class PointwiseHead(Trainable):
         self.seg_layers = nn.ModuleList([nn.Conv2d(channels, num_classes, kernel_size=1)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (M, K, h, w), from (M, channels, h, w)."""
         logits: Tensor = self.seg_layers[0](F.relu(self.hidden(x)))
         return logits

@@ -21,33 +21,17 @@ LEAST = -30.0
 """Least log-probability: a class that is nowhere still sees the image, also in float16."""
 
 
-class LedAttention(Attention):
-    """Attention of class tokens to the image, each led by the probabilities of its class."""
-
-    def led(self, q: Tensor, k: Tensor, v: Tensor, log_p: Tensor) -> Tensor:
-        """As ``forward``, with log-probabilities (M, T, n) of the n pixels: shares are multiplied by probabilities."""
-        given = (self.q_proj, q), (self.k_proj, k), (self.v_proj, v)
-        q, k, v = (self._separate_heads(project(x), self.num_heads) for project, x in given)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=log_p[:, None].to(q.dtype))  # (M, heads, T, c)
-        attended: Tensor = self.out_proj(self._recombine_heads(out))
-        return attended
-
-
 class LedBlock(TwoWayAttentionBlock):
-    """SAM's two-way block whose attention from tokens to the image is led."""
-
-    def __init__(self, width: int, heads: int, mlp: int, is_first: bool) -> None:
-        super().__init__(width, heads, mlp, skip_first_layer_pe=is_first)
-        self.cross_attn_token_to_image = LedAttention(width, heads, downsample_rate=2)
+    """SAM's two-way block, in which the probabilities of a class lead what its token sees of the image."""
 
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor, log_p: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (M, T, P) and the image (M, n, P), with their positions."""
+        """Tokens (M, T, P) and the image (M, n, P), with their positions and log-probabilities (M, T, n)."""
         q = queries if self.skip_first_layer_pe else queries + query_pe
         out = decoder_attention(self.self_attn, q, q, queries)
         queries = self.norm1(out if self.skip_first_layer_pe else queries + out)
-        led = self.cross_attn_token_to_image.led(queries + query_pe, keys + key_pe, keys, log_p)
+        led = decoder_attention(self.cross_attn_token_to_image, queries + query_pe, keys + key_pe, keys, log_p)
         queries = self.norm2(queries + led)
         queries = self.norm3(queries + self.mlp(queries))
         out = decoder_attention(self.cross_attn_image_to_token, keys + key_pe, queries + query_pe, queries)
@@ -59,8 +43,7 @@ class LedTransformer(TwoWayTransformer):
 
     def __init__(self, width: int, heads: int, mlp: int) -> None:
         super().__init__(0, width, heads, mlp)
-        self.layers = nn.ModuleList(LedBlock(width, heads, mlp, index == 0) for index in range(2))
-        self.final_attn_token_to_image = LedAttention(width, heads, downsample_rate=2)
+        self.layers = nn.ModuleList(LedBlock(width, heads, mlp, skip_first_layer_pe=i == 0) for i in range(2))
 
     def forward(self, image: Tensor, pe: Tensor, tokens: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Decode tokens (M, K, P) over the image (M, P, h, w) with log-probabilities (M, K, h w)."""
@@ -68,7 +51,7 @@ class LedTransformer(TwoWayTransformer):
         queries = tokens
         for layer in self.layers:
             queries, keys = layer(queries, keys, tokens, key_pe, log_p)
-        led = self.final_attn_token_to_image.led(queries + tokens, keys + key_pe, keys, log_p)
+        led = decoder_attention(self.final_attn_token_to_image, queries + tokens, keys + key_pe, keys, log_p)
         return self.norm_final_attn(queries + led), keys.transpose(1, 2).unflatten(2, image.shape[2:])
 
 

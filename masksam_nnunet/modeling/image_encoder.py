@@ -15,7 +15,7 @@ from ..method import find_method
 from .adapters import Before, adapters_before
 from .attention import self_attention
 from .blocks import DepthEmbedding
-from .compute import in_pieces, neck, recomputed, shrink
+from .compute import apply_neck, in_pieces, recomputed, shrink
 from .weight_deltas import change_projections
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # SAM's
@@ -118,7 +118,7 @@ class AdaptedImageEncoder(ImageEncoderViT):
         x = x.unflatten(0, lead)
         if self.depth_embedding is not None:
             x = x + self.depth_embedding()[:, None, None]
-        beside = None if self.branch is None else self.branch.start(images)
+        branch_map = None if self.branch is None else self.branch.start(images)
         levels: list[Tensor] = []
         saving = self.checkpointing and self.training
         for index, block in enumerate(self.blocks):
@@ -126,8 +126,8 @@ class AdaptedImageEncoder(ImageEncoderViT):
             x = recomputed(saving, block, x, self.slices_at_once, adapters_again)
             if index in self.global_blocks:
                 if self.branch is not None:
-                    x, beside = recomputed(saving, self.branch.exchange, len(levels), x, beside)
+                    x, branch_map = recomputed(saving, self.branch.exchange, len(levels), x, branch_map)
                 levels.append(x)
         if self.branch is not None:
-            x = self.branch.fuse(x, beside)
-        return levels, neck(self.neck, x.flatten(0, 1)).unflatten(0, lead)
+            x = self.branch.fuse(x, branch_map)
+        return levels, apply_neck(self.neck, x.flatten(0, 1)).unflatten(0, lead)

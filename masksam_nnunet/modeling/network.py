@@ -63,7 +63,8 @@ class MaskSAMOutput(NamedTuple):
 class MaskSAM(SAMNetwork):
     """MaskSAM (arXiv 2403.14103): SAM as a semantic segmenter of volumes, without a user.
 
-    In training mode ``forward`` returns a :class:`MaskSAMOutput`; in evaluation mode log-probabilities.
+    In training mode ``forward`` returns a :class:`MaskSAMOutput`; in evaluation mode log-probabilities, logits of
+    regions.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class MaskSAM(SAMNetwork):
         config = self.config
         return semantic_log_probabilities(output.class_logits, output.mask_logits, config.regions, config.anchored)
 
-    def parts(self, x: Tensor) -> MaskSAMOutput:
-        """See :meth:`SAMNetwork.parts`."""
+    def outputs(self, x: Tensor) -> MaskSAMOutput:
+        """See :meth:`SAMNetwork.outputs`."""
         saving = self.config.checkpointing and self.training
         volume = self.as_volume(x)
         images, stem = self.stem(volume)  # (B, D, 3, S_h, S_w), (B, w, D, H, W) or None
@@ -126,7 +127,9 @@ class MaskSAM(SAMNetwork):
         return queries.unflatten(1, (self.num_classes, -1)).logsumexp(2)
 
     def decode(self, neck: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1). Queries are independent."""
+        """Mask logits (B, N, D, 4 g_h, 4 g_w) and class logits (B, N, D, K + 1) of the neck's output
+        (B, D, P, g_h, g_w) and prompts; where queries belong to classes, the logit of that class alone, (B, N, D, 1).
+        Queries are independent."""
         pe = self.prompt_encoder.dense_pe()  # (D, P, g_h, g_w)
 
         def decode(boxes: Tensor, masks: Tensor, class_tokens: Tensor) -> tuple[Tensor, Tensor]:

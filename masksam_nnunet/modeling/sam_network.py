@@ -85,16 +85,16 @@ class SAMNetwork(nn.Module, ABC):
         """Modules whose output is never read."""
 
     @abstractmethod
-    def parts(self, x: Tensor) -> Any:
+    def outputs(self, x: Tensor) -> Any:
         """What losses see, in training and evaluation mode, for (B, C, D, H, W) or (B, C, H, W)."""
 
     @abstractmethod
     def semantic(self, output: Any) -> Tensor:
-        """nnU-Net's semantic output of what :meth:`parts` gave, (B, K, D, H, W)."""
+        """nnU-Net's semantic output of what :meth:`outputs` gave, (B, K, D, H, W)."""
 
     def forward(self, x: Tensor) -> Any:
         if self.training:
-            return self.parts(x)
+            return self.outputs(x)
         semantic = self._predicted(x)
         # nnU-Net predicts in float16, which is closer to float32 than bfloat16. What was trained in that may not fit.
         kind = x.device.type
@@ -105,7 +105,7 @@ class SAMNetwork(nn.Module, ABC):
         return semantic.clamp(-LARGEST, LARGEST)
 
     def _predicted(self, x: Tensor) -> Tensor:
-        semantic = self.semantic(self.parts(x))
+        semantic = self.semantic(self.outputs(x))
         return semantic[:, :, 0] if x.ndim == 4 else semantic
 
     def as_volume(self, x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class PreviousStage(Trainable):
 class SemanticSAM(SAMNetwork):
     """A method whose decoder gives maps of classes.
 
-    In training mode ``forward`` returns maps of logits, as nnU-Net's networks do; in evaluation mode log-probabilities.
+    In training mode ``forward`` returns maps of logits, as nnU-Net's networks do; in evaluation mode
+    log-probabilities, logits of regions.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class SemanticSAM(SAMNetwork):
         """Classes as log-probabilities, regions as logits, (B, K, D, H, W)."""
         return output[0] if self.config.regions else full_precision(output[0]).log_softmax(1)
 
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits (B, K, d, h, w) of the patch, or of strides of it; the first has its size and is what is predicted."""
         saving = self.config.checkpointing and self.training
         volume = self.as_volume(x)

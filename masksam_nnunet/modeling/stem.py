@@ -46,7 +46,7 @@ class InputStem(Trainable):
         for name, values in zip(("low", "high"), zip(*ranges, strict=True), strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
         mix = torch.eye(image_channels)[torch.arange(3) % image_channels]  # (3, image channels)
-        if plain and config.forward_only and image_channels > 3:  # what is not learned must lose none of them
+        if config.forward_only and image_channels > 3:  # what is not learned must lose none of them
             mix = F.one_hot(torch.arange(image_channels) % 3, 3).T.float()
             mix = mix / mix.sum(1, keepdim=True)
         if image_channels == 1 or config.forward_only:

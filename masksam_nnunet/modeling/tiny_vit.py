@@ -17,7 +17,7 @@ from ..config import Grid, MaskSAMConfig
 from ..method import find_method
 from .adapters import Before, adapters_before
 from .blocks import DepthEmbedding
-from .compute import in_pieces, neck, recomputed
+from .compute import apply_neck, in_pieces, recomputed
 from .weight_deltas import change_projections
 
 WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
@@ -54,20 +54,50 @@ class AdaptedBlock(TinyVitBlock):
         return self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
 
     def _attend(self, x: Tensor) -> Tensor:
-        """Attention in windows, the last of which are filled up with zeros, (M, h, w, E)."""
-        m, h, w, e = x.shape
-        side = self.window_size
+        """Attention in windows, (M, h, w, E). TinyViT fills the last ones up with zeros, see :meth:`_within`."""
         attn: Any = self.attn
-        x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        windows = x.view(m, rows, side, columns, side, e).transpose(2, 3).reshape(-1, side * side, e)
-        qkv = attn.qkv(attn.norm(windows)).unflatten(-1, (attn.num_heads, 3, -1))  # (windows, n, heads, 3, c)
+        side = self.window_size
+        bias = attn.attention_biases[:, attn.attention_bias_idxs].unflatten(2, (side, side)).unflatten(1, (side, side))
+        down, across = (_spans(size, side) for size in x.shape[1:3])
+        rows = [
+            torch.cat([self._within(x[:, r, c], bias[:, :height, :width]) for c, width in across], dim=2)
+            for r, height in down
+        ]
+        return torch.cat(rows, dim=1)
+
+    def _within(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Attention in windows of one size that is no larger than a whole one, (M, h, w, E).
+
+        Zeros that would fill up the window all have the same key and value. One stands for them, whose bias is the
+        logarithm of their summed weights: the result is the same.
+
+        Args:
+            x: any number of windows side by side.
+            bias: (heads, rows, columns, side, side): of the window's cells as queries, a whole window's as keys.
+        """
+        m, h, w, e = x.shape
+        attn: Any = self.attn
+        _, height, width, side, _ = bias.shape
+        windows = x.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)  # (M, down, across, ...)
+        tokens = windows.flatten(3, 4).flatten(0, 2)  # (windows, n, E)
+        bias = bias.flatten(1, 2)  # (heads, n, side, side)
+        own = bias[:, :, :height, :width].flatten(2)
+        if height * width < side**2:
+            zeros = torch.cat([bias[:, :, height:].flatten(2), bias[:, :, :height, width:].flatten(2)], dim=2)
+            own = torch.cat([own, zeros.logsumexp(2, keepdim=True)], dim=2)
+            tokens = F.pad(tokens, (0, 0, 0, 1))
+        qkv = attn.qkv(attn.norm(tokens)).unflatten(-1, (attn.num_heads, 3, -1))  # (windows, n + 1, heads, 3, c)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
-        bias = attn.attention_biases[:, attn.attention_bias_idxs].to(q.dtype)  # (heads, n, n)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])  # (windows, heads, n, c)
-        y = attn.proj(y.transpose(1, 2).flatten(2))
-        y = y.view(m, rows, columns, side, side, e).transpose(2, 3).reshape(m, rows * side, columns * side, e)
-        return y[:, :h, :w]
+        y = F.scaled_dot_product_attention(q[:, :, : height * width], k, v, attn_mask=own.to(q.dtype)[None])
+        y = attn.proj(y.transpose(1, 2).flatten(2))  # (windows, n, E)
+        return y.view(windows.shape).transpose(2, 3).reshape(m, h, w, e)
+
+
+def _spans(size: int, side: int) -> list[tuple[slice, int]]:
+    """The part of an axis that whole windows fill, and what is left, each with the size of its windows."""
+    whole = size - size % side
+    parts = (slice(0, whole), side), (slice(whole, size), size - whole)
+    return [(part, cells) for part, cells in parts if part.start < part.stop]
 
 
 class AdaptedTinyViT(nn.Module):
@@ -124,14 +154,14 @@ class AdaptedTinyViT(nn.Module):
         size = max(1, PIXELS_AT_ONCE // pixels)
 
         def frozen(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            """A few slices at a time, and again in the backward pass, which an image of one channel does not have."""
+            """A few slices at a time, and again in the backward pass, which only a learned mix of channels has."""
             return torch.cat([recomputed(images.requires_grad, function, piece) for piece in x.split(size)])
 
         level = frozen(self._convolve, x)  # (B D, 4 g_h, 4 g_w, 64)
         levels = [level.unflatten(0, lead)]
         stages: Any = self.stages
         saving = self.checkpointing and self.training
-        beside = None if self.branch is None else self.branch.start(images)
+        branch_map = None if self.branch is None else self.branch.start(images)
         for merge, stage in zip(self.merges, stages, strict=True):
             if len(levels) == 1:
                 x = frozen(partial(_merged, merge), level).unflatten(0, lead)
@@ -142,12 +172,12 @@ class AdaptedTinyViT(nn.Module):
             for block in stage:
                 x = recomputed(saving, block, x, self.slices_at_once)
             if self.branch is not None:
-                x, beside = recomputed(saving, self.branch.exchange, len(levels), x, beside)
+                x, branch_map = recomputed(saving, self.branch.exchange, len(levels), x, branch_map)
             levels.append(x)
             level = x.flatten(0, 1)
         if self.branch is not None:
-            level = self.branch.fuse(x, beside).flatten(0, 1)
-        return levels, neck(self.neck, level).unflatten(0, lead)
+            level = self.branch.fuse(x, branch_map).flatten(0, 1)
+        return levels, apply_neck(self.neck, level).unflatten(0, lead)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Stem and first stage, (M, S_h, S_w, 3) to (M, 4 g_h, 4 g_w, 64)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,13 @@ from configs import UNET, loss_config
 from plain_plans import dataset_json, folders, tiny_plans
 from torch.nn.parallel import DistributedDataParallel
 
+from masksam_nnunet import trainers
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.environment import BUDGET_MINUTES
-from masksam_nnunet.trainers import MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
+from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
+
+RELATED = ("MASAMTrainer", "HSAMTrainer", "AutoSAMPromptTrainer")
+"""Between them: additions to the encoder, two stages, and classes that are decoded again in the backward pass."""
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +35,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def make_trainer(cls: type[MaskSAMTrainer_tiny] = MaskSAMTrainer_tiny, **form: Any) -> MaskSAMTrainer_tiny:
+def make_trainer(cls: type[MaskSAMTrainer] = MaskSAMTrainer_tiny, **form: Any) -> Any:
     torch.manual_seed(1)
     trainer = cls(tiny_plans(form=form), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
     trainer.initialize()
@@ -55,23 +58,27 @@ class Loader:
         return {"data": x, "target": y}
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
+def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     # Before the group exists: nnU-Net would ask for CUDA.
     trainer, unet = make_trainer(loss=loss_config()), make_trainer(generator=UNET)
     os.environ[BUDGET_MINUTES] = "0.02"
     budget = make_trainer(MaskSAMTrainer_tiny_budget)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    for made in (trainer, unet):
+    related = [make_trainer(getattr(trainers, name)) for name in RELATED]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    for made in (trainer, unet, *related):
         made.is_ddp, made.local_rank = True, rank
         made.network = DistributedDataParallel(made.network)
     budget.is_ddp, budget.local_rank, budget._agreeing = True, rank, dist.new_group(backend="gloo")
     x, y = data()
-    outputs = [trainer.train_step({"data": x[rank : rank + 1], "target": y[rank : rank + 1]}) for _ in range(2)]
+    half = {"data": x[rank : rank + 1], "target": y[rank : rank + 1]}
+    outputs = [trainer.train_step(dict(half)) for _ in range(2)]
     gradients = {n: p.grad for n, p in trainer.sam_network.named_parameters() if p.grad is not None}
-    state = {n: p.detach().clone() for n, p in trainer.sam_network.named_parameters()}
-    torch.save((gradients, state), Path(folder) / f"{rank}.pt")
+    for made in related:
+        made.train_step(dict(half))
+        made.train_step(dict(half))  # fails where the first left a parameter without a gradient
+    states = [dict(made.sam_network.named_parameters()) for made in (trainer, *related)]
+    torch.save((gradients, states), Path(folder) / f"{rank}.pt")
     trainer.logger.loggers = []
     trainer.on_train_epoch_end(outputs)
 
@@ -92,20 +99,18 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 
 def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     with pytest.raises(mp.ProcessExitedException) as left:
-        mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
+        mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     assert left.value.exit_code == 75
     (file,) = (tmp_path / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")
     outputs = load_checkpoint(file)["masksam_within_epoch"]["outputs"]
     assert torch.load(tmp_path / "budget_0.pt") == torch.load(tmp_path / "budget_1.pt"), "one goes on, the other ends"
     assert outputs["skipped"].tolist() == [0, 0, 1, 0], "the other rank's NaN is rank 0's too"
 
-    (gradients, state), (_, other) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
-    for name, value in state.items():
-        assert torch.equal(value, other[name]), f"{name} differs between ranks"
+    (gradients, states), (_, others) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
+    for method, state, other in zip(("MaskSAMTrainer", *RELATED), states, others, strict=True):
+        for name, value in state.items():
+            assert torch.equal(value, other[name]), f"{name} of {method} differs between ranks"
     single = make_trainer(loss=loss_config())  # nnU-Net's own Dice is normalised per rank, by its design
     x, y = data()
     for _ in range(2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,10 @@ EDGE = 3  # zeros around what nnU-Net keeps, in every axis but the last
 
 
 @pytest.fixture(autouse=True)
-def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders(tmp_path, monkeypatch)
     monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -108,12 +103,12 @@ def write(file: Path, array: NDArray[Any], shift: float = 0.0) -> Path:
     return file
 
 
-def write_case(root: Path, case: str = "case_1", labelled: bool = True) -> Path:
+def write_case(root: Path, labelled: bool = True) -> Path:
     raw = root / "nnUNet_raw" / DATASET
     image, labels = made_up_image()
     if labelled:
-        write(raw / "labelsTr" / f"{case}.nii.gz", labels)
-    return write(raw / "imagesTr" / f"{case}_0000.nii.gz", image)
+        write(raw / "labelsTr" / "case_1.nii.gz", labels)
+    return write(raw / "imagesTr" / "case_1_0000.nii.gz", image)
 
 
 def explain(*words: object) -> Result:
@@ -148,7 +143,7 @@ def test_page_pictures_and_overlays_say_what_the_network_says(tmp_path: Path, mo
     write_model(tmp_path, plans, dataset_json())
     source = write_case(tmp_path)
     image, labels = made_up_image()
-    monkeypatch.setattr(MaskSAM, "parts", made_up_parts)
+    monkeypatch.setattr(MaskSAM, "outputs", made_up_parts)
     result = explain("-f", 0, "case_1", "--slices", *slices, "--out", "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == "out/explain.html"

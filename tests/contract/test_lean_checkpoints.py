@@ -211,7 +211,9 @@ def test_an_exported_model_predicts_the_same_without_sam(
     lean, full = (torch.load(root / "fold_0" / CHECKPOINT, weights_only=False) for root in (model, installed))
     assert full.keys() == lean.keys() and LEAN not in full["network_weights"]
     assert str(full["optimizer_state"]) == str(lean["optimizer_state"])
-    maybe_load_checkpoint(trainer(), continue_training=False, validation_only=False)
+    again = trainer()
+    maybe_load_checkpoint(again, continue_training=True, validation_only=False)
+    assert_same(state(again), full["network_weights"])
 
 
 MISSING = [

@@ -66,7 +66,6 @@ def preprocessed(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setattr(sizing, "training_cost", simple_cost)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a GPU would be measured
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv(EXT_TRAINER, raising=False)  # a command of an earlier test in this process may have set it
     return tmp_path / "nnUNet_preprocessed" / KIND.dataset

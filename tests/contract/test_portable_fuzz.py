@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from configs import UNET
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -59,13 +58,10 @@ def watched() -> Iterator[list[str]]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     """A MaskSAM's and a U-Net's portable model."""
     root = tmp_path_factory.mktemp("models")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(EXT_TRAINER, str(trainer_folder()))
         made = [masksam_model(root / "results", folds=1, generator=UNET), stock_model(root / "results")]
         yield [write_portable(folder, root / str(number), ("0",)).output for number, folder in enumerate(made)]
-    torch.set_num_threads(threads)
 
 
 def test_the_guard_notices(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,15 +46,12 @@ class Sound(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path / "nnUNet_results"
-    torch.set_num_threads(threads)
+    return tmp_path / "nnUNet_results"
 
 
 @pytest.fixture(scope="module")

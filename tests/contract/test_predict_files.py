@@ -187,11 +187,10 @@ def test_an_image_that_its_header_places_twice_is_told(tmp_path: Path, capfd: py
 # --- files that are whole ---------------------------------------------------------------------------------------------
 
 
-def write_prediction(target: Path, probabilities: bool = True) -> None:
+def write_prediction(target: Path) -> None:
     """What nnU-Net's export writes, in its order."""
-    if probabilities:
-        np.savez_compressed(f"{target}.npz", probabilities=np.random.default_rng(0).random((2, 5, 6, 7)))
-        Path(f"{target}.pkl").write_bytes(pickle.dumps({"spacing": [1, 1, 1]}))
+    np.savez_compressed(f"{target}.npz", probabilities=np.random.default_rng(0).random((2, 5, 6, 7)))
+    Path(f"{target}.pkl").write_bytes(pickle.dumps({"spacing": [1, 1, 1]}))
     sitk.WriteImage(sitk.Cast(image(0, SIZE) > 0, sitk.sitkUInt8), f"{target}{GZ}")
 
 

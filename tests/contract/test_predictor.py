@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,9 @@ MIRRORS = {3: (0, 2), 2: (1,)}
 
 
 @pytest.fixture(autouse=True)
-def _small_sam(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_sam(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
     monkeypatch.setitem(BACKBONES, "vit_b", SMALL_SAM)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny networks: several threads gain nothing, and crawl on a busy machine
-    yield
-    torch.set_num_threads(threads)
 
 
 class Model:

@@ -47,29 +47,29 @@ def test_plan_and_trainer_are_the_published_setting(
     folders(tmp_path, monkeypatch)
     monkeypatch.setattr(sizing, "training_cost", simple_cost)
     plans, description, text = planned(tmp_path, preset)
-    recipe = load_preset(preset)
+    setting = load_preset(preset)
     settings = plans["configurations"]["3d_fullres"]
-    assert (settings["patch_size"], settings["batch_size"]) == (list(recipe.patch_size), 2)
-    assert f"-p MaskSAMPlans -tr {recipe.trainer}" in text
+    assert (settings["patch_size"], settings["batch_size"]) == (list(setting.patch_size), 2)
+    assert f"-p MaskSAMPlans -tr {setting.trainer}" in text
 
-    trainer = getattr(trainers, recipe.trainer)(plans, "3d_fullres", 0, description, CPU)
+    trainer = getattr(trainers, setting.trainer)(plans, "3d_fullres", 0, description, CPU)
     config = trainer.config
-    published = recipe.backbone, recipe.resolution, recipe.num_queries, recipe.matching
+    published = setting.backbone, setting.resolution, setting.num_queries, setting.matching
     assert (config.backbone, config.resolution, config.num_queries, config.matching) == published
     assert config.matching == "slice" and config.generator.kind == "light"
-    assert config.loss == recipe.loss and config.prompts == "soft"
-    assert (trainer.num_epochs, trainer.gradient_clip) == (recipe.epochs, 12.0)
+    assert config.loss == setting.loss and config.prompts == "soft"
+    assert (trainer.num_epochs, trainer.gradient_clip) == (setting.epochs, 12.0)
     trainer.network = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     optimizer, _ = trainer.configure_optimizers()
-    assert type(optimizer).__name__ == recipe.optimizer.name
+    assert type(optimizer).__name__ == setting.recipe.optimizer
     for group in optimizer.param_groups:
         assert (group["lr"], group["weight_decay"]) == (1e-3, 3e-5)
-        if recipe.optimizer.name == "SGD":
+        if setting.recipe.optimizer == "SGD":
             assert group["momentum"] == 0.99 and group["nesterov"]
         else:
             assert group["eps"] == 1e-4
     trainer.optimizer = optimizer
-    for iteration, rate in ((0, 1e-3), (125 * recipe.epochs, 1e-3 * 0.5**0.9)):  # without warm-up
+    for iteration, rate in ((0, 1e-3), (125 * setting.epochs, 1e-3 * 0.5**0.9)):  # without warm-up
         trainer.iteration = iteration
         trainer.set_learning_rate()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)

@@ -21,12 +21,12 @@ from masksam_nnunet.benchmarks.demo import step_seconds
 from masksam_nnunet.benchmarks.folds import FoldRecord, read_fold_compute
 from masksam_nnunet.benchmarks.jobs import FoldJob, run_local
 from masksam_nnunet.errors import TrainingError
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 from masksam_nnunet.inference.provenance import History
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="kill -9")]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9")
 EPOCHS = 4
-METHODS = tuple(Method(trainer, "nnUNetPlans", "3d_fullres") for trainer in ("ShortNNUNet", "ShortMaskSAM"))
+METHODS = tuple(ModelName(trainer, "nnUNetPlans", "3d_fullres") for trainer in ("ShortNNUNet", "ShortMaskSAM"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 from kinds_of_data import Kind, assert_like_the_input
 from nnunet_workspace import Workspace
 
-pytestmark = pytest.mark.integration
 TRAINER = "ShortMaskSAM"
 KIND = Kind(
     id=31,

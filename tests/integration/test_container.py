@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing.process
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,9 @@ from masksam_nnunet.inference.docker.__main__ import app
 from masksam_nnunet.inference.docker.interface import OutputError
 from masksam_nnunet.inference.export.write import write_portable
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here may start a worker: shared memory is small on the platform."""
 
     def refuse(self: object, *_: object) -> None:
@@ -37,10 +34,6 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     monkeypatch.setenv(EXT_TRAINER, str(trainer_folder()))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from nnunet_workspace import Dataset, Workspace
 
 from masksam_nnunet.checkpoints import load_checkpoint
 
-pytestmark = pytest.mark.integration
-
 TRAINER = "WatchedMaskSAM"
 PATCH = [8, 16, 16]
 WAIT = 300.0  # seconds, on a machine that others use too

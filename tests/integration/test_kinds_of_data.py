@@ -10,7 +10,6 @@ import pytest
 from kinds_of_data import Kind, assert_like_the_input
 from nnunet_workspace import Workspace
 
-pytestmark = pytest.mark.integration
 TRAINER = "ShortMaskSAM"
 
 KINDS = [

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
 from nnunet_workspace import Dataset, Workspace
 
-pytestmark = pytest.mark.integration
 METHODS = ("MASAMTrainer_budget", "NnSAMTrainer_budget")
 PLANS = "RelatedPlans"
 

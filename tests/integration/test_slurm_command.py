@@ -16,7 +16,6 @@ SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=SEARCHED) is None]
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.long,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: Debian's packages slurm-wlm and munge"),

@@ -19,7 +19,6 @@ from masksam_nnunet.config import Z_SCORES
 from masksam_nnunet.plans.architecture import config_for, write_config
 from masksam_nnunet.sam_files import CHECKPOINTS
 
-pytestmark = pytest.mark.integration
 MASKSAM, STOCK = "ShortMaskSAM", "ShortNNUNet"
 
 
@@ -165,7 +164,9 @@ def test_saved_probabilities_are_the_networks_own(
 
 
 def test_ensemble_with_nnunet(workspace: Workspace, output: str) -> None:
-    for file in (workspace.root / "ensembled").glob("*.npz"):
+    files = sorted((workspace.root / "ensembled").glob("*.npz"))
+    assert [file.name for file in files] == sorted(file.name for file in (workspace.root / "ours").glob("*.npz")) != []
+    for file in files:
         read = (np.load(workspace.root / name / file.name) for name in ("ours", "theirs", "ensembled"))
         ours, theirs, both = (archive["probabilities"].astype(np.float32) for archive in read)
         np.testing.assert_allclose(both, (ours + theirs) / 2, atol=2e-3)

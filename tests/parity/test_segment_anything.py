@@ -30,7 +30,6 @@ from masksam_nnunet.modeling.prompt_generator import Prompts
 from masksam_nnunet.modeling.tiny_vit import DEPTHS, HEADS, WIDTHS, WINDOWS
 from masksam_nnunet.sam_weights import find
 
-pytestmark = pytest.mark.parity
 TOLERANCE = 1e-4
 
 

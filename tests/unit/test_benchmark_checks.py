@@ -21,13 +21,13 @@ from masksam_nnunet.benchmarks.results import Finding, FoldCompute, row_names
 from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.errors import DataError, MaskSAMError
 from masksam_nnunet.inference.label_maps import Classes
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 from masksam_nnunet.plans.architecture import NETWORK_CLASS
 from masksam_nnunet.sam_files import CHECKPOINTS
 
 DATASET = "Dataset007_Fake"
 NNUNET, OTHER, MASKSAM, *BUDGETS = (
-    Method(trainer, plans, "3d_fullres")
+    ModelName(trainer, plans, "3d_fullres")
     for trainer, plans in (
         *(("nnUNetTrainer", "nnUNetPlans"), ("nnUNetTrainerOther", "nnUNetPlans"), ("MaskSAMTrainer", "MaskSAMPlans")),
         *(("nnUNetTrainer_budget", "nnUNetPlans"), ("Mine_budget", "nnUNetPlans")),
@@ -68,10 +68,10 @@ class Results:
         self.seconds: dict[str, float] = {}
         self.iterations: int | None = None
 
-    def fold(self, method: Method, fold: int) -> Path:
+    def fold(self, method: ModelName, fold: int) -> Path:
         return self.results / method.key / f"fold_{fold}"
 
-    def train(self, *methods: Method, backbone: str = "vit_b") -> None:
+    def train(self, *methods: ModelName, backbone: str = "vit_b") -> None:
         """All folds of methods, as the benchmark leaves them."""
         for method in methods:
             plans = self.plans(method, backbone)
@@ -87,14 +87,14 @@ class Results:
                     trainer=method.trainer, plans=method.plans, configuration="3d_fullres", minutes=None, inputs=inputs
                 ).write(self.fold(method, fold))
 
-    def plans(self, method: Method, backbone: str) -> dict[str, Any]:
+    def plans(self, method: ModelName, backbone: str) -> dict[str, Any]:
         configuration: dict[str, Any] = dict(CONFIGURATION)
         if method.trainer.startswith("MaskSAM"):
             config = MaskSAMConfig(backbone, (8, 16, 16), resolution=4).to_json()
             configuration["architecture"] = {"network_class_name": NETWORK_CLASS, "arch_kwargs": {"config": config}}
         return {"plans_name": method.plans, "dataset_name": DATASET, "configurations": {"3d_fullres": configuration}}
 
-    def check(self, *methods: Method) -> tuple[Finding, ...]:
+    def check(self, *methods: ModelName) -> tuple[Finding, ...]:
         none: dict[str, Any] = dict.fromkeys(field.name for field in fields(FoldCompute))
         none["iterations"] = self.iterations
         compute = {

@@ -16,11 +16,11 @@ from masksam_nnunet.benchmarks.folds import FoldRecord, input_hashes
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import DataError, MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.inference import methods as methods_module
-from masksam_nnunet.inference.methods import Method, parse_methods
+from masksam_nnunet.inference.methods import ModelName, parse_methods
 
 CASES = [f"case_{n:03d}" for n in range(10)]
-STOCK = Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
-BUDGET = Method("nnUNetTrainer_budget", "nnUNetPlans", "3d_fullres")
+STOCK = ModelName("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
+BUDGET = ModelName("nnUNetTrainer_budget", "nnUNetPlans", "3d_fullres")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def preprocessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place_dataset(tmp_path, monkeypatch, CASES)
 
 
-def benchmark(*methods: Method, **changes: object) -> Benchmark:
+def benchmark(*methods: ModelName, **changes: object) -> Benchmark:
     values = {"dataset": DATASET, "configuration": "3d_fullres", "folds": range(5), "device": "cpu"}
     return Benchmark.model_validate({**values, "methods": methods or (STOCK,), **changes})
 
@@ -52,7 +52,7 @@ def test_trainers_and_plans_make_methods() -> None:
         ("nnunet resenc-l", "", "nnUNetTrainer@nnUNetPlans nnUNetTrainer@nnUNetResEncUNetLPlans"),
         ("primus-m@P", "", "nnUNet_Primus_M_Trainer@P"),
     ):
-        methods = tuple(Method(*one.split("@"), "2d") for one in expected.split())
+        methods = tuple(ModelName(*one.split("@"), "2d") for one in expected.split())
         assert parse_methods(trainers.split(), plans.split(), "2d") == methods
 
 
@@ -152,7 +152,7 @@ def test_what_is_missing_is_named_with_its_remedy(
 
 @pytest.mark.usefixtures("preprocessed")
 def test_options_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Method("nnUNetTrainer", "MaskSAMPlans", "3d_fullres")
+    other = ModelName("nnUNetTrainer", "MaskSAMPlans", "3d_fullres")
     for changes, named in (
         ({"methods": (BUDGET,)}, "--minutes"),
         ({"minutes": 3.0}, "--minutes 3"),
@@ -161,7 +161,7 @@ def test_options_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"methods": (BUDGET,), "iterations": 0}, "--iterations 0"),
         ({"folds": (0, 0)}, "--folds 0, 0"),
         ({"folds": (5,)}, "--folds 5"),
-        ({"methods": (Method("nnUNetTrainer", "nnUNetPlans", "4d"),)}, "-c 4d"),
+        ({"methods": (ModelName("nnUNetTrainer", "nnUNetPlans", "4d"),)}, "-c 4d"),
         ({"methods": (other,)}, "masksam plan -d 4"),
         ({"dataset": "Dataset077_No"}, "77"),
     ):
@@ -180,7 +180,7 @@ def test_notes_and_patches(preprocessed: Path) -> None:
     plans["configurations"]["3d_fullres"]["patch_size"] = [12, 32, 32]
     file.write_text(json.dumps(plans))
     with pytest.raises(MaskSAMError, match=r"nnUNet_Primus_M_Trainer.*\[12, 32, 32\]"):
-        benchmark(Method("nnUNet_Primus_M_Trainer", "nnUNetPlans", "3d_fullres")).check()
+        benchmark(ModelName("nnUNet_Primus_M_Trainer", "nnUNetPlans", "3d_fullres")).check()
 
 
 def test_several_cases_of_a_patient_need_a_split_by_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from masksam_nnunet.benchmarks.jobs import FoldJob, Status
 from masksam_nnunet.benchmarks.progress import Progress, fold_progress
 from masksam_nnunet.benchmarks.results import FoldCompute
 from masksam_nnunet.errors import MaskSAMError, TrainingError
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 from masksam_nnunet.inference.provenance import History
 
 CASES = ["a", "b"]
@@ -196,7 +196,7 @@ def test_a_fold_trained_elsewhere_has_what_its_log_says(tmp_path: Path) -> None:
 @pytest.fixture
 def job(tmp_path: Path) -> FoldJob:
     environment = {"nnUNet_results": str(tmp_path / "results"), "nnUNet_preprocessed": str(tmp_path)}
-    job = FoldJob("D", Method("T", "P", "2d"), 0, "cpu", environment)
+    job = FoldJob("D", ModelName("T", "P", "2d"), 0, "cpu", environment)
     job.folder.mkdir(parents=True)
     (tmp_path / "D").mkdir()
     (tmp_path / "D" / "splits_final.json").write_text('[{"train": ["a"], "val": ["b", "c"]}]')

@@ -21,8 +21,9 @@ from masksam_nnunet.benchmarks import nnunet
 from masksam_nnunet.benchmarks.folds import FoldRecord
 from masksam_nnunet.benchmarks.jobs import FoldJob, device_kind, gpu_of, require_devices, run_local
 from masksam_nnunet.benchmarks.nnunet import run_nnunet, run_to_end, termination_as_exit
+from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES
 from masksam_nnunet.errors import TrainingError, UsageError
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
 
@@ -160,7 +161,7 @@ def test_a_terminals_interrupt_lets_a_fold_save(folder: Path, monkeypatch: pytes
     fold_inputs(folder / "saves")
     monkeypatch.setattr(jobs_module, "COMMAND", "test_train")
     environment = {"nnUNet_results": str(folder), "nnUNet_preprocessed": str(folder)}
-    job = FoldJob("saves", Method("T", "P", "2d"), 0, "cpu", environment)
+    job = FoldJob("saves", ModelName("T", "P", "2d"), 0, "cpu", environment)
     interrupted, began = interrupts(folder, signal.SIGINT), time.monotonic()
 
     def watch(statuses: Mapping[str, str]) -> None:
@@ -187,7 +188,7 @@ def fold_inputs(preprocessed: Path) -> None:
 
 def test_a_fold_that_fails_names_its_command_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"nnUNet_results": str(tmp_path), "nnUNet_preprocessed": str(tmp_path)}
-    job = FoldJob("D", Method("T", "P", "2d"), 0, "cpu", environment, npz=True)
+    job = FoldJob("D", ModelName("T", "P", "2d"), 0, "cpu", environment, npz=True)
     fold_inputs(tmp_path / "D")
     usage = jobs_module.shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
     monkeypatch.setattr(jobs_module.shutil, "disk_usage", lambda folder: usage)
@@ -198,6 +199,35 @@ def test_a_fold_that_fails_names_its_command_and_a_full_disk(tmp_path: Path, mon
     assert f"3 MiB are free in {job.folder}" in str(caught.value)
     with jobs_module.locked(job.folder, ""), pytest.raises(TrainingError, match="another process"):
         job.run()
+
+
+def test_a_fold_that_comes_no_further_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"nnUNet_results": str(tmp_path), "nnUNet_preprocessed": str(tmp_path)}
+    job = FoldJob("D", ModelName("T", "P", "2d"), 0, "cpu", environment)
+    fold_inputs(tmp_path / "D")
+    runs: list[object] = []
+    monkeypatch.setattr(jobs_module, "run_to_end", lambda *arguments: runs.append(arguments) or 0)
+    with pytest.raises(TrainingError, match=job.name):
+        job.run()
+    assert len(runs) == 1
+    (job.folder / "checkpoint_latest.pth").write_bytes(b"cut")
+    with pytest.raises(TrainingError, match=r"checkpoint_latest\.pth"):
+        job.run()
+    assert len(runs) == 1, "a damaged checkpoint is nobody's to continue from"
+
+
+def test_the_environment_of_a_training_has_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nnUNet_n_proc_DA", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", BUDGET_MINUTES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(BUDGET_ITERATIONS, "7")
+    given = "D", ModelName("T", "P", "2d"), 0
+    by_minutes = FoldJob(*given, "cpu", {"nnUNet_results": "r"}, minutes=3).whole_environment(None)
+    assert by_minutes[BUDGET_MINUTES] == "3" and BUDGET_ITERATIONS not in by_minutes
+    assert (by_minutes["nnUNet_n_proc_DA"], by_minutes["OMP_WAIT_POLICY"]) == ("0", "PASSIVE")
+    assert by_minutes["nnUNet_results"] == "r" and "CUDA_VISIBLE_DEVICES" not in by_minutes
+    by_iterations = FoldJob(*given, "cuda", {}, iterations=5).whole_environment("3")
+    assert by_iterations[BUDGET_ITERATIONS] == "5" and by_iterations["CUDA_VISIBLE_DEVICES"] == "3"
+    assert "nnUNet_n_proc_DA" not in by_iterations
 
 
 def test_gpus_count_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 from made_up_benchmark import CASES, FOLDS, WORST, made_up_results
 from markdown_it import MarkdownIt
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
+from masksam_nnunet.benchmarks import plots, tables
 from masksam_nnunet.benchmarks import report as report_module
-from masksam_nnunet.benchmarks import tables
 from masksam_nnunet.benchmarks.plots import choose_cases
 from masksam_nnunet.benchmarks.report import render, to_json, to_markdown, write_report
 from masksam_nnunet.benchmarks.results import MEAN, METRICS, BenchmarkResults, Finding
@@ -150,6 +152,32 @@ def test_a_demo_of_one_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     html = render(two)
     assert 'id="inside"' in html and inside.source in html
     assert choose_cases(two) == {"case 001": "Worst case", "case 000": "Best case"}
+
+
+def test_a_case_is_better_with_a_larger_dice_and_with_a_smaller_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "tidy_png", lambda figure: drawn.append(figure) or b"")
+    made = made_up_results(tmp_path, ("one",), row_count=2, folds=3, cases=11)
+    (picture,) = plots.draw_differences(made)
+    a, b = picture.title.split(" minus ")
+    wins = []
+    for ax, (name, sign) in zip(drawn[0].axes, {"dice": 1, "hd95_mm": -1, "surface_dice": 1}.items(), strict=False):
+        values = made.scores[made.scores["metric"] == name].pivot(index="case", columns="method", values="value")
+        gains = sign * (values[a] - values[b]).dropna()
+        better, worse = (gains > 0).sum(), (gains < 0).sum()
+        assert ax.get_xlabel() == f"better in {better}, worse in {worse}, of {len(gains)}"
+        colours = [to_hex(colour) for colour in ax.collections[1].get_facecolors()]
+        assert (colours.count(plots.BETTER), colours.count(plots.WORSE)) == (better, worse)
+        wins.append(better - worse)
+    assert all(wins), "no way to tell better from worse"
+
+
+def test_three_methods_their_ensemble_and_post_processing(tmp_path: Path) -> None:
+    six = made_up_results(tmp_path, ("a",), row_count=6, folds=1, cases=2)
+    html = unescape(render(six)).replace("<wbr>", "")
+    assert all(row.name in html for row in six.rows) and len({row.name for row in six.rows}) == 6
 
 
 @pytest.mark.usefixtures("undrawn")

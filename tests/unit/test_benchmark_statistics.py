@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from made_up_benchmark import long_table
 
-from masksam_nnunet.benchmarks.results import MEAN, Kind, Method, Row
+from masksam_nnunet.benchmarks.results import MEAN, Kind, ModelName, Row
 from masksam_nnunet.benchmarks.statistics import (
     bootstrap_mean,
     compare,
@@ -217,7 +217,7 @@ def test_patients_are_tested_by_their_means() -> None:
 
 def test_default_pairs() -> None:
     def row(name: str, kind: Kind, *members: str) -> Row:
-        return Row(name, kind, tuple(Method(m, "nnUNetPlans", "3d_fullres") for m in members), Path())
+        return Row(name, kind, tuple(ModelName(m, "nnUNetPlans", "3d_fullres") for m in members), Path())
 
     rows = [row(name, "method", name) for name in "xyz"]
     rows += [row("x + z", "ensemble", "x", "z"), row("x, post-processed", "postprocessed", "x")]

@@ -19,7 +19,7 @@ from masksam_nnunet.benchmarks.definition import FOLDERS, Benchmark
 from masksam_nnunet.benchmarks.demo import FLOOR, next_commands, run_demo
 from masksam_nnunet.benchmarks.jobs import FoldJob
 from masksam_nnunet.errors import DataError, MaskSAMError, UsageError, WeightsError
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 from masksam_nnunet.inference.phantoms import write_phantom_dataset
 from masksam_nnunet.plans.architecture import read_config
 from masksam_nnunet.plans.raw_data import RawDataset, place_raw_dataset, read_raw_dataset
@@ -69,7 +69,6 @@ def nnunet(monkeypatch: pytest.MonkeyPatch, phantoms: Path) -> list[Any]:
     monkeypatch.setattr(demo, "derive_config", lambda *plans: tiny_config(patch_size=(6, 80, 80)))
     monkeypatch.setattr(demo, "require_sound_dataset", lambda folder: None)
     monkeypatch.setattr(demo, "write_phantom_dataset", lambda raw, seed: shutil.copytree(phantoms, raw / phantoms.name))
-    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: False)
     return ran
 
 
@@ -154,7 +153,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_next_commands_predict_with_both_and_ensemble(raw: Path) -> None:
-    methods = [Method("A", "nnUNetPlans", "3d_fullres"), Method("B", "MaskSAMPlans", "3d_fullres")]
+    methods = [ModelName("A", "nnUNetPlans", "3d_fullres"), ModelName("B", "MaskSAMPlans", "3d_fullres")]
     lines = next_commands(read_raw_dataset(raw), methods, 0, "cpu")
     assert lines[0] == 'export nnUNet_raw="$OUT/nnUNet_raw"' and lines[3] == 'eval "$(masksam env)"'
     assert "imagesTr" in lines[4]  # no test images

@@ -286,8 +286,9 @@ def test_who_gives_a_voxel_its_class() -> None:
     assert owners(parts, tiny_config(**PAPER, regions=True)).flatten().tolist() == [1, 2, 3, 0]
 
 
-def made_up_queries(count: int = 24, corner: tuple[int, int, int] = (-1, 2, -3)) -> SliceQueries:
+def made_up_queries() -> SliceQueries:
     """A window of 4 x 32 x 32; the first query is a kidney, the second a liver, the third background."""
+    count = 24
     probabilities = np.full((count, 4), 0.01, np.float32)
     probabilities[:, 3] = 0.97  # no object
     for query, head in enumerate((2, 1, 0)):
@@ -301,11 +302,12 @@ def made_up_queries(count: int = 24, corner: tuple[int, int, int] = (-1, 2, -3))
     drafts[0, 4:12, 8:16] = 1
     boxes = np.tile(np.array([8, 4, 24, 12], np.float32), (count, 1))
     return SliceQueries(
-        5, (2, 6), corner, (4, 32, 32), probabilities, boxes, drafts, masks, (slice(0, 30), slice(3, 32))
+        5, (2, 6), (-1, 2, -3), (4, 32, 32), probabilities, boxes, drafts, masks, (slice(0, 30), slice(3, 32))
     )
 
 
-def made_up_images(shape: tuple[int, int] = (40, 50)) -> SliceImages:
+def made_up_images() -> SliceImages:
+    shape = (40, 50)
     result = np.zeros(shape, np.int16)
     result[6:14, 5:21] = 2
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)

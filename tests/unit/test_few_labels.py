@@ -22,12 +22,12 @@ from masksam_nnunet.benchmarks.definition import Benchmark
 from masksam_nnunet.benchmarks.few_labels import ALL, COLUMNS, Subset, cut_splits, draw, mean_dice, parse_subsets
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
-from masksam_nnunet.inference.methods import Method
+from masksam_nnunet.inference.methods import ModelName
 
 CASES = [f"patient{n:03d}_frame{frame:02d}" for n in range(10) for frame in (1, 2)]
 SPLITS = [{"train": [c for c in CASES if c not in CASES[4 * n :][:4]], "val": CASES[4 * n :][:4]} for n in range(5)]
 PATIENTS = {case: case.split("_")[0] for case in CASES}
-METHOD = Method("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
+METHOD = ModelName("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
 
 
 @pytest.fixture
@@ -228,4 +228,4 @@ def test_means_and_picture() -> None:
     assert 0.35 < first["low"] < first["mean"] < first["high"] < 0.38, "drawn over patients, not over their values"
     assert means["mean"].isna().sum() == 1
     for table in (means, means[means["size"] == "2"].iloc[:1]):
-        assert imread(io.BytesIO(draw(table))).std() > 0.01
+        assert imread(io.BytesIO(draw(table, "Dataset001_Any, 2d, fold 0"))).std() > 0.01

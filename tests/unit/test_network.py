@@ -242,6 +242,18 @@ def test_layers_before_the_first_adapter_are_kept_only_for_a_mix_of_channels(cha
     assert not any(shape[1:] == (*network.grid.masks, 256) for shape in seen), "expanded maps"
 
 
+def test_a_frozen_encoder_without_adapters_sees_every_channel() -> None:
+    config = tiny_config(backbone="lite_medsam", patch_size=(2, 32, 48), encoder_adapters=False, generator=UNET)
+    network = MaskSAM(config, 5, 3)
+    assert isinstance(network.stem.mix, Tensor) and not isinstance(network.stem.mix, nn.Parameter)
+    x = image(network)
+    images, _ = network.stem(x)
+    for channel in range(5):
+        changed = x.clone()
+        changed[:, channel] += 1
+        assert not torch.allclose(network.stem(changed)[0], images), channel
+
+
 @pytest.mark.parametrize("resolution", [0.25, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("patch", [(2, 24, 40), (17, 30)])
 def test_a_fine_encoder_takes_every_resolution(resolution: float, patch: tuple[int, ...]) -> None:

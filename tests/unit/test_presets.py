@@ -22,10 +22,10 @@ from masksam_nnunet.plans.presets import PRESETS, load_preset
 def test_values(name: str, expected: tuple[object, ...]) -> None:
     p = load_preset(name)
     sizes = p.backbone, p.num_queries, p.patch_size, p.resolution, p.batch_size, p.epochs, p.dice
-    assert (*sizes, p.optimizer.name, p.loss.mask_bce, p.loss.num_points) == expected
+    assert (*sizes, p.recipe.optimizer, p.loss.mask_bce, p.loss.num_points) == expected
     assert p.loss.mask_dice == p.loss.mask_bce and p.loss.semantic == p.loss.generator == 0 and p.notes
     assert p.matching == "slice"
-    rate = p.optimizer.learning_rate, p.optimizer.weight_decay, p.optimizer.gradient_clip
+    rate = p.recipe.learning_rate, p.recipe.weight_decay, p.recipe.gradient_clip
     assert rate == (1e-3, 3e-5, 12.0)
 
 

@@ -127,6 +127,18 @@ def test_a_sound_dataset(raw: Path) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{NAME}: 6 cases, no defects\n", "")
 
 
+def test_files_of_one_name_in_folders_of_one_name_are_told_apart(raw: Path) -> None:
+    paths = [raw / sequence / "p01" / "image.nii.gz" for sequence in ("t1", "t2")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        shutil.copy(image(raw), path)
+    edit(paths[1], lambda picture: picture[:, :, :3])
+    mask = raw / "labelsTr" / "case_03.nii.gz"
+    entries = {"p01": {"images": [str(path) for path in paths], "label": str(mask)}}
+    describe(raw, dataset=entries, numTraining=1, channel_names={"0": "T1", "1": "T2"})
+    assert f"{paths[0]} and {paths[1]} differ" in refused()
+
+
 @pytest.mark.parametrize(
     "kind",
     [

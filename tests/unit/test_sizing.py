@@ -9,6 +9,7 @@ import pytest
 import torch
 from plain_plans import simple_cost
 
+from masksam_nnunet import gpu
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans import sizing, speed
 from masksam_nnunet.plans.architecture import USABLE
@@ -168,9 +169,15 @@ def test_a_busy_gpu_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     def busy(device: torch.device, seconds: float) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(speed, "automatic_device", lambda: "cuda")
     card = SimpleNamespace(name="A card", total_memory=2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(speed, "measure", busy)
     with pytest.raises(DataError, match=r"A card.*--gpu"):
         find_device(None)
+
+
+def test_a_gpu_without_kernels_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "gpu_trouble", lambda: "A card has compute capability 3.5")
+    assert find_device(None).name == speed.ASSUMED

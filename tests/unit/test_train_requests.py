@@ -105,8 +105,7 @@ def test_missing_folders_are_named(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 
 @pytest.mark.parametrize("device", ["", "-device cuda"])
-def test_training_without_a_gpu_stops_at_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_training_without_a_gpu_stops_at_once(device: str) -> None:
     assert "-device cuda" in refused(RIGHT, device)
 
 
@@ -181,7 +180,7 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "plans cut off": (lambda folder: (folder / "nnUNetPlans.json").write_text('{"configurations": {'), "nnUNetPlans"),
     "no dataset.json": (lambda folder: (folder / "dataset.json").unlink(), "dataset.json"),
     "four cases": (lambda folder: (folder / "hand_data" / "case_4.b2nd").unlink(), "splits_final.json"),
-    "two datasets": (lambda folder: (folder.parent / "Dataset052_Other").mkdir(), "52"),
+    "two datasets": (lambda folder: (folder.parent / "Dataset052_Other").mkdir(), "Dataset052_Other"),
 }
 
 
@@ -190,3 +189,9 @@ def test_states_that_cannot_be_trained_from(folder: Path, state: str) -> None:
     spoil, named = STATES[state]
     spoil(folder)
     assert named in refused(RIGHT)
+
+
+def test_a_number_that_begins_anothers_is_told_apart_for_nnunet(folder: Path, calls: list[list[str]]) -> None:
+    (folder.parent / "Dataset0521_Other").mkdir()
+    assert train("52 3d_fullres 52").exit_code == 0
+    assert calls == [["masksam train", NAME, "3d_fullres", "52", "-device", "cpu", "-tr", "MaskSAMTrainer"]]

@@ -89,6 +89,12 @@ def test_a_broken_download_is_resumed_some_times(server: Server) -> None:
     assert fetch(url=server.url, force=False).read_bytes() == BODY, "the earlier file is kept"
 
 
+def test_a_server_that_cannot_resume_sends_all_of_it(server: Server) -> None:
+    server.answers = ["break", "no-range"]
+    assert fetch(url=server.url).read_bytes() == BODY
+    assert server.ranges[1] is not None
+
+
 def test_no_file_no_server_and_no_address(server: Server) -> None:
     server.answers = [404]
     with pytest.raises(WeightsError, match="404"):
