@@ -32,15 +32,23 @@ all() { # wait for the processes that were started, and fail if one of them did
   return $failed
 }
 
+machine() { # what the figures depend on, and what trainings and torch.compile need
+  $python -c "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
+  command -v gcc || echo "no C compiler: torch.compile will fail"
+  df -h /dev/shm
+  timeout 60 masksam doctor || true
+}
+
 figures() {
   local failed=0
+  machine 2>&1 | tee "$out/machine.log"
   if [ "$device" = cpu ]; then
     run 300 "$out/precision.log" $python "$measure/precision.py" --device cpu || failed=1
     run 300 "$out/memory.log" $python "$measure/memory_estimate.py" --device cpu --plans 1 --out "$out/memory.json" || failed=1
     run 300 "$out/real.log" $python "$measure/bench.py" --device cpu --gpu --only kernels || failed=1
     return $failed
   fi
-  run 60 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
+  run 120 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
   run 120 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json" &
   all || failed=1
   run 100 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1

@@ -185,9 +185,13 @@ class MaskSAMPredictor(nnUNetPredictor):
 
 
 def automatic_size(device: torch.device, patch_size: tuple[int, ...]) -> int:
-    """How many windows of ``patch_size`` to try at once."""
+    """How many windows of ``patch_size`` to try at once: a power of two, of which mirrored copies leave no rest.
+
+    A GPU chooses its kernels anew for every size.
+    """
     voxels, most = CUDA_LIMITS if device.type == "cuda" else OTHER_LIMITS
-    return max(1, min(most, voxels // torch.Size(patch_size).numel()))
+    fitting = max(1, min(most, voxels // torch.Size(patch_size).numel()))
+    return 1 << fitting.bit_length() - 1
 
 
 class WindowBatches:

@@ -190,5 +190,8 @@ def _common_box(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> list[NDArra
 
 
 def default_tolerance_mm(truths: Iterable[LabelMap]) -> float:
-    """1 mm, or the largest in-plane voxel size where that is larger: less cannot be resolved."""
-    return max([1.0, *(float(max(truth.grid.spacing[1:])) for truth in truths)])
+    """1 mm, or the largest in-plane voxel size where that is larger: less cannot be resolved.
+
+    Slices may lie along any axis: in-plane are the two smaller of a volume's voxel sizes.
+    """
+    return max([1.0, *(float(sorted(truth.grid.spacing)[1]) for truth in truths)])

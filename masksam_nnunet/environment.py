@@ -38,10 +38,14 @@ TRAINING_STATS_FILE = "training_stats.json"
 _ON, _OFF = ("1", "true", "t"), ("", "0", "false", "f")
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
-    """The CPU as reports name it: the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores"
+    """The CPU as reports name it."""
+    return f"{cores()} CPU cores"
 
 
 def untested_nnunet(found: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 WRITTEN_SECONDS = 60.0
 """How long another process may take to write a JSON file."""
@@ -24,7 +25,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The parent folder is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         yield draft
         os.replace(draft, path)
@@ -40,7 +41,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     new_parent = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "earlier"))
+    draft, earlier = (folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.{end}") for end in ("part", "earlier"))
     try:
         draft.mkdir()
         yield draft

@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
             self.waits.append("item")
             return True
         result = func(*args, **kwargs)
-        moved = packet is aten._to_copy and on_gpu[0] and result.device.type == "cpu"
+        moved = packet is aten._to_copy and on_gpu[0] != (result.device.type == "cuda") and result.ndim > 0
         written = packet is aten.copy_ and on_gpu == [False, True]
         if (moved or written) and True not in (*args[2:], kwargs.get("non_blocking")):
             self.waits.append("copy")

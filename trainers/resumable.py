@@ -124,7 +124,9 @@ class ResumableTrainer(nnUNetTrainer):
             if self.local_rank == 0:
                 files.remove_drafts(Path(self.output_folder))
             if self.is_ddp:
-                self._agreeing = dist.new_group(backend="gloo")  # between hosts: no device has to be waited for
+                if sys.platform == "linux":  # gloo would look for the machine's name; nnU-Net's ranks share a machine
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                self._agreeing = dist.new_group(backend="gloo")  # no device has to be waited for
             train, validation = (LoaderWatch(x, self._gives_up) for x in (self.dataloader_train, self.dataloader_val))
             try:
                 with handling(self._ask):

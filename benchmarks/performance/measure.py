@@ -105,6 +105,9 @@ def peak_mib(build: Builder, device: torch.device, steps: int = 1) -> float:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the resident peak
     step = build(device)
+    if device.type == "cuda":
+        step()  # cuDNN tries its algorithms, with all the memory that they ask for
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         step()
     after = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_peak()

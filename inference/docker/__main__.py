@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
+from masksam_nnunet.environment import EXT_TRAINER, cores, ext_trainer_value
 from masksam_nnunet.errors import DataError, MaskSAMError, ModelError, UsageError
 
 from .interface import OutputError
@@ -95,7 +95,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         os.environ.setdefault("USER", "algorithm")  # a user without a name in the container cannot be looked up
         os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
         # The machine may have more processors than the container may use.
-        os.environ.setdefault("nnUNet_def_n_proc", str(min(8, len(os.sched_getaffinity(0)))))
+        os.environ.setdefault("nnUNet_def_n_proc", str(min(8, cores())))
         os.environ["nnUNet_compile"] = "f"  # needs a compiler, and minutes
         sys.dont_write_bytecode = True
         yield Path(name)

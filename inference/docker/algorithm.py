@@ -121,11 +121,15 @@ def _predict(job: Job, folder: Path, predictor: MaskSAMPredictor) -> dict[int, i
 
 
 def find_model(places: Sequence[Path]) -> Path:
-    """The one model in the first of ``places`` that is not empty, or below it; raise ModelError if there is none."""
+    """The one model in the first of ``places`` that is not empty, or below it; raise ModelError if there is none.
+
+    nnU-Net copies a model's plans into its crossval_results folders, so that only the outermost count.
+    """
     place = next((path for path in places if path.is_dir() and any(path.iterdir())), None)
     if place is None:
         raise ModelError(f"no model in {' or '.join(map(str, places))}: mount one, or name it with --model")
-    found = sorted({file.parent for name in ("plans.json", "model.json") for file in place.rglob(name)})
+    with_plans = {file.parent for name in ("plans.json", "model.json") for file in place.rglob(name)}
+    found = sorted(folder for folder in with_plans if with_plans.isdisjoint(folder.parents))
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(place)) for path in found) or "none"
         raise ModelError(f"{place} must hold one model, portable or as in nnUNet_results, but has: {names} (--model)")

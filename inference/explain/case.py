@@ -61,7 +61,7 @@ def find_case(
         channels = channel_names(description)
         if len(images) > len(channels):
             raise UsageError(f"--image: {len(images)} files, but the model was trained on {', '.join(channels)}")
-        name = name or re.sub(r"(_\d{4})?(\.nii)?\.[^.]+$", "", images[0].name)
+        name = name or re.sub(r"(_0000)?(\.nii)?\.[^.]+$", "", images[0].name)
         if Path(name).name != name or name in ("", ".", ".."):
             raise UsageError(f"CASE {name!r}: give a plain name, without folders")
         return FoundCase(Case(name, tuple(images), numbered=False), label, "files given with --image")

@@ -86,7 +86,8 @@ def inspect(
     """
     rules = load_rules(challenge, override)
     raw = Path(os.environ["nnUNet_raw"]) / find_dataset(dataset, ("nnUNet_raw",)) if dataset is not None else None
-    if images is None and raw is not None and (raw / "imagesTs").is_dir():
+    # AMOS takes predictions of its validation images, which are among the training cases of a converted dataset.
+    if images is None and raw is not None and challenge != "amos" and (raw / "imagesTs").is_dir():
         images = raw / "imagesTs"
     files: list[SubmittedFile] = []
     defects: list[str] = []
@@ -188,6 +189,9 @@ def _set_defects(names: Mapping[str, str], images: Mapping[str, str], rules: Rul
         elif images and case not in images:
             defects.append(f"{case}{ENDING}: there is no image of this case in --images")
     wanted = {name: f" ({case}{ENDING})" for case, name in images.items() if official is None or name in official}
+    optional = {name for case, name in images.items() if rules.optional is not None and rules.optional.fullmatch(case)}
+    if optional.isdisjoint(names.values()):
+        wanted = {name: text for name, text in wanted.items() if name not in optional}
     for name in sorted(((official or set()) | wanted.keys()) - set(names.values())):
         defects.append(f"{name}: the prediction is missing{wanted.get(name, '')}")
     if rules.counts is not None and len(names) not in rules.counts:

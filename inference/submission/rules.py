@@ -37,6 +37,7 @@ class Rules(BaseModel):
         expected: values of each field of ``file_name``, whose combinations are the complete list of files; None if
             the list is unknown.
         left_out: cases that are not submitted although they have an image.
+        optional: regular expression of cases that may all be missing, None for none.
         all_tasks: whether an archive must hold all tasks.
     """
 
@@ -53,6 +54,7 @@ class Rules(BaseModel):
     counts: Annotated[tuple[Annotated[StrictInt, Field(gt=0)], ...], Field(min_length=1)] | None = None
     expected: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] | None = None
     left_out: tuple[str, ...] = ()
+    optional: re.Pattern[str] | None = None
     all_tasks: StrictBool = False
 
     def match(self, case: str) -> dict[str, str] | None:

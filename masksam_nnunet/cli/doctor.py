@@ -126,10 +126,15 @@ def _gpus(device: str | None) -> Iterator[Finding]:
     dtype = autocast_dtype(where)
     yield Finding("trains on", f"{where.type}, {str(dtype).removeprefix('torch.')}")
     if where.type == "cuda":
+        cudnn = torch.backends.cudnn.version() or 0
+        slow = "it leaves 3D convolutions in bfloat16 to slow kernels: pip install -U 'nvidia-cudnn-cu12>=9.15'"
+        yield Finding("cuDNN", str(cudnn), slow if cudnn in _WITHOUT_CONV3D else "", fatal=False)
         kernels = (f"{name}: {_kernel(tokens, size, where, dtype)}" for name, tokens, size in _ATTENTION)
         yield Finding("attention", "; ".join(kernels))
 
 
+_WITHOUT_CONV3D = range(90800, 91500)
+"""Versions of cuDNN that PyTorch does not use for 3D convolutions in 16 bits (PyTorch's issue 166122)."""
 _ATTENTION = (("ViT-B, 64x64 tokens", 64 * 64, 64 + 64 + 64), ("ViT-B, 14x14 windows", 14 * 14, 64 + 14 + 14 + 4))
 """Tokens and length of the vectors, in which positions are."""
 

@@ -111,13 +111,13 @@ def _split(classes: Tensor, masks: Tensor, num_classes: int, parts: int, first: 
             rest = [np.isin(labels, rank[parts - 1 :])] if count > parts else []
             found[-1] += [(number, part) for part in kept + rest]
     most = max(1, *map(len, found))
-    new_classes = classes.new_full((len(classes), most), num_classes)
-    new_masks = masks.new_zeros(len(masks), most, *masks.shape[2:])
+    new_classes = np.full((len(classes), most), num_classes)
+    new_masks = np.zeros((len(masks), most, *masks.shape[2:]), dtype=bool)
     for index, targets in enumerate(found):
         for column, (number, part) in enumerate(targets):
             new_classes[index, column] = number
-            new_masks[index, column] = torch.from_numpy(part)
-    return new_classes, new_masks
+            new_masks[index, column] = part
+    return torch.from_numpy(new_classes).to(classes), torch.from_numpy(new_masks).to(masks)
 
 
 def _padded_classes(present: Tensor, most: int | None) -> Tensor:

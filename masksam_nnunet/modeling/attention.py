@@ -144,8 +144,10 @@ def extended(qkv: Tensor, rows: Tensor, columns: Tensor, scale: float) -> tuple[
         dim=-1,
     )  # (h w, h + w)
     pad = -(size + h + w) % 8  # fused kernels want multiples of 8
-    q = F.pad(torch.cat([q * scale, to_rows, to_columns], dim=-1), (0, pad))
-    k = F.pad(torch.cat([k, codes.expand(b, heads, -1, -1)], dim=-1), (0, pad))
+    q = torch.cat([q * scale, to_rows, to_columns], dim=-1)
+    k = torch.cat([k, codes.expand(b, heads, -1, -1)], dim=-1)
+    if pad:
+        q, k = F.pad(q, (0, pad)), F.pad(k, (0, pad))
     return q, k, v
 
 

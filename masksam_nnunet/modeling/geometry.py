@@ -33,6 +33,8 @@ def to_image(x: Tensor, grid: Grid) -> Tensor:
 def pad(x: Tensor, grid: Grid) -> Tensor:
     """Pad (..., H, W) with zeros at the lower right."""
     _, height, width = grid.patch
+    if (height, width) == tuple(grid.padded):
+        return x
     return F.pad(x, (0, grid.padded[1] - width, 0, grid.padded[0] - height))
 
 

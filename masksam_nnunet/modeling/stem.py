@@ -11,7 +11,7 @@ from .blocks import Trainable, VoxelNorm, conv_block, double_in_plane, zero_
 from .geometry import pad, to_image
 
 RESIDUAL_WIDTH = 8  # channels at the full SAM input, where memory is dearest
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of R, G, B
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}  # of R, G, B
 
 
 class InputStem(Trainable):
@@ -26,6 +26,8 @@ class InputStem(Trainable):
 
     low: Tensor
     high: Tensor
+    mean: Tensor
+    deviation: Tensor
     mix: Tensor
 
     def __init__(self, config: MaskSAMConfig, in_channels: int, image_channels: int, plain: bool = False) -> None:
@@ -43,7 +45,8 @@ class InputStem(Trainable):
         # The U-Net has features at patch resolution itself.
         wanted = learns or (config.generator.kind == "light" and not plain)
         self.features = conv_block(in_channels, config.stem_width, num_convs=2, norm=VoxelNorm) if wanted else None
-        for name, values in zip(("low", "high"), zip(*ranges, strict=True), strict=True):
+        bounds = dict(zip(("low", "high"), zip(*ranges, strict=True), strict=True))
+        for name, values in {**bounds, **IMAGENET}.items():
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
         mix = torch.eye(image_channels)[torch.arange(3) % image_channels]  # (3, image channels)
         if config.forward_only and image_channels > 3:  # what is not learned must lose none of them
@@ -83,6 +86,5 @@ class InputStem(Trainable):
         shares = (x - self.low) / (self.high - self.low)
         rgb = torch.einsum("rc,bcdhw->brdhw", self.mix, shares)
         if self.as_imagenet:
-            mean, deviation = rgb.new_tensor(IMAGENET).view(2, 3, 1, 1, 1)
-            rgb = (rgb - mean) / deviation
+            rgb = (rgb - self.mean.to(rgb.dtype)) / self.deviation.to(rgb.dtype)
         return rgb

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -154,8 +155,9 @@ def create_dataset(download: Download, dataset_id: int, raw: Path) -> Path:
                     labels.mkdir(exist_ok=True)
                     _copy_label(case.label, labels / f"{case.name}{ENDING}", download.new_values)
             if several:
-                with multiprocessing.get_context("spawn").Pool(download.processes) as pool:
-                    pool.starmap(split_4d_nifti, to_split)
+                # A multiprocessing.Pool would wait for ever for a process that was killed for its memory.
+                with ProcessPoolExecutor(download.processes, multiprocessing.get_context("spawn")) as pool:
+                    list(pool.map(split_4d_nifti, *zip(*to_split, strict=True)))
             description = {
                 "channel_names": {str(index): name for index, name in enumerate(download.channels)},
                 "labels": download.labels,
@@ -164,7 +166,7 @@ def create_dataset(download: Download, dataset_id: int, raw: Path) -> Path:
             }
             write_json(draft / "dataset.json", download.about | description)
             download.finish(draft)
-    except (OSError, RuntimeError) as error:  # RuntimeError: SimpleITK's
+    except (OSError, RuntimeError) as error:  # RuntimeError: SimpleITK's, or a killed process's
         raise DataError(f"cannot write {folder}: {error}; nothing was kept") from error
     return folder
 

@@ -23,7 +23,7 @@ from masksam_nnunet.trainers import MaskSAMTrainer
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
-TARGETS, COSTS = ["nonzero"], ["copy"]
+TARGETS, COSTS = ["nonzero"], ["copy", "copy"]  # the second brings the matches back
 """The host waits once a step: to know which targets there are, or for the costs of matching."""
 NNUNETS_LOSS = ["item"] * 4
 """nnU-Net's own loss asks whether any voxel is not ignored, here of the output and of three maps."""
@@ -95,6 +95,7 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         seen: list[Any] = []
         made.network.register_forward_hook(lambda _, __, output: seen.append(output))
         data, target = without_content(given["data"]), without_content(given["target"])
+        waits.clear()  # of moving the network there
         outputs = made.train_step({"data": data, "target": target})
         assert all(value.device == CUDA for value in outputs.values())
         output = seen[0]
@@ -105,7 +106,7 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         of_training = list(waits)
         made.network.eval()
         with torch.no_grad(), torch.autocast("cuda"):  # as nnU-Net predicts, in float16
-            predicted = made.network(data.to(CUDA))
+            predicted = made.network(data.to(CUDA, non_blocking=True))
         assert predicted.device == CUDA and predicted.shape == (
             len(data),
             made.label_manager.num_segmentation_heads,

@@ -134,6 +134,11 @@ def test_where_the_model_is_looked_for(model: Path, tmp_path: Path) -> None:
     find = algorithm.find_model
     (tmp_path / "mounted").mkdir()
     assert find([tmp_path / "absent", tmp_path / "mounted", model.parents[1]]) == model
+    benchmarked = tmp_path / "benchmarked" / "crossval_results_folds_0"
+    benchmarked.mkdir(parents=True)
+    for folder in (benchmarked, benchmarked.parent):
+        (folder / "plans.json").touch()
+    assert find([benchmarked.parent]) == benchmarked.parent
     with pytest.raises(ModelError, match="mounted"):  # an empty folder is not a model's
         find([tmp_path / "mounted"])
     for name in "ab":

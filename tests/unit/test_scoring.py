@@ -186,7 +186,9 @@ def test_ignored_voxels_do_not_count_and_rounded_labels_are_labels(tmp_path: Pat
 def test_default_tolerance(tmp_path: Path) -> None:
     write(tmp_path, "fine", box((3, 5, 5)), spacing=(3.0, 0.7, 0.7))
     write(tmp_path, "coarse", box((3, 5, 5)), spacing=(5.0, 1.5, 1.4))
-    fine, coarse = (read_label_map(tmp_path, name, LABELS) for name in ("fine", "coarse"))
+    write(tmp_path, "sagittal", box((3, 5, 5)), spacing=(0.9, 0.9, 4.9))
+    fine, coarse, sagittal = (read_label_map(tmp_path, name, LABELS) for name in ("fine", "coarse", "sagittal"))
+    assert default_tolerance_mm([sagittal]) == 1.0
     assert default_tolerance_mm([fine]) == 1.0
     assert default_tolerance_mm([fine, coarse]) == pytest.approx(1.5)
     assert "1.5 mm" in policies(1.5, has_ignore_label=False)["surface_dice"]

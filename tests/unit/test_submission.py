@@ -138,6 +138,9 @@ def test_amos(tmp_path: Path) -> None:
     (predictions / "amos_0008.nii.gz").unlink()
     missing, count = inspect("amos", predictions, images=source / "imagesVa").defects
     assert missing.startswith("amos_0008.nii.gz") and "100 or 120" in count
+    (predictions / "amos_0510.nii.gz").unlink()  # the only MR: task 1 takes CT alone
+    assert inspect("amos", predictions, images=source / "imagesVa").defects[0] == missing
+    assert len(inspect("amos", predictions, images=source / "imagesVa").defects) == 2
 
 
 def test_synapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,5 +68,6 @@ def test_other_sizes_are_refused(size: object) -> None:
 
 def test_automatic_sizes_shrink_with_the_patch() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [automatic_size(cuda, patch) for patch in ((320, 256), (4, 256, 256), (128, 128, 128))] == [16, 8, 1]
+    assert [automatic_size(cuda, patch) for patch in ((320, 256), (4, 256, 256), (10, 256, 224))] == [16, 8, 2]
+    assert automatic_size(cuda, (128, 128, 128)) == 1
     assert [automatic_size(cpu, patch) for patch in ((320, 256), (16, 48, 48), (64, 128, 128))] == [2, 2, 1]
