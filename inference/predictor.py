@@ -187,7 +187,7 @@ class MaskSAMPredictor(nnUNetPredictor):
 def automatic_size(device: torch.device, patch_size: tuple[int, ...]) -> int:
     """How many windows of ``patch_size`` to try at once: a power of two, of which mirrored copies leave no rest.
 
-    A GPU chooses its kernels anew for every size.
+    A GPU chooses its kernels again for every size.
     """
     voxels, most = CUDA_LIMITS if device.type == "cuda" else OTHER_LIMITS
     fitting = max(1, min(most, voxels // torch.Size(patch_size).numel()))

@@ -86,8 +86,7 @@ def inspect(
     """
     rules = load_rules(challenge, override)
     raw = Path(os.environ["nnUNet_raw"]) / find_dataset(dataset, ("nnUNet_raw",)) if dataset is not None else None
-    # AMOS takes predictions of its validation images, which are among the training cases of a converted dataset.
-    if images is None and raw is not None and challenge != "amos" and (raw / "imagesTs").is_dir():
+    if images is None and raw is not None and rules.of_test_set and (raw / "imagesTs").is_dir():
         images = raw / "imagesTs"
     files: list[SubmittedFile] = []
     defects: list[str] = []

@@ -100,6 +100,8 @@ class ChallengeRules(NamedTuple):
     notes: tuple[str, ...]
     tasks: dict[str, Rules]
     unconfirmed: tuple[UnconfirmedRule, ...]
+    of_test_set: bool
+    """Whether it takes predictions of a dataset's imagesTs."""
 
 
 def load_rules(challenge: str, override: Path | None = None) -> ChallengeRules:
@@ -129,7 +131,8 @@ def load_rules(challenge: str, override: Path | None = None) -> ChallengeRules:
         for name, rule in content["rules"].items()
         if not rule["confirmed"] and name not in own
     )
-    return ChallengeRules(content["title"], tuple(content["notes"]), checked, unconfirmed)
+    of_test_set = content.get("of_test_set", True)
+    return ChallengeRules(content["title"], tuple(content["notes"]), checked, unconfirmed, of_test_set)
 
 
 def _checked(task: str, values: dict[str, Any]) -> Rules:

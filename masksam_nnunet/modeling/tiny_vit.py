@@ -60,10 +60,10 @@ class AdaptedBlock(TinyVitBlock):
         bias = attn.attention_biases[:, attn.attention_bias_idxs].unflatten(2, (side, side)).unflatten(1, (side, side))
         down, across = (_spans(size, side) for size in x.shape[1:3])
         rows = [
-            torch.cat([self._within(x[:, r, c], bias[:, :height, :width]) for c, width in across], dim=2)
+            _joined([self._within(x[:, r, c], bias[:, :height, :width]) for c, width in across], dim=2)
             for r, height in down
         ]
-        return torch.cat(rows, dim=1)
+        return _joined(rows, dim=1)
 
     def _within(self, x: Tensor, bias: Tensor) -> Tensor:
         """Attention in windows of one size that is no larger than a whole one, (M, h, w, E).
@@ -91,6 +91,11 @@ class AdaptedBlock(TinyVitBlock):
         y = F.scaled_dot_product_attention(q[:, :, : height * width], k, v, attn_mask=own.to(q.dtype)[None])
         y = attn.proj(y.transpose(1, 2).flatten(2))  # (windows, n, E)
         return y.view(windows.shape).transpose(2, 3).reshape(m, h, w, e)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """One part, as where windows fit, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _spans(size: int, side: int) -> list[tuple[slice, int]]:
