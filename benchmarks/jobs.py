@@ -242,11 +242,12 @@ def device_kind(devices: Sequence[str]) -> str:
 
 
 def require_devices(devices: Sequence[str]) -> None:
-    """Raise a UsageError for devices that this machine does not have."""
+    """Raise a UsageError for devices that this machine does not have, or that PyTorch cannot use."""
     kind, gpus = device_kind(devices), torch.cuda.device_count()
-    if kind == "cuda" and any(int(device) >= gpus if device.isdecimal() else not gpus for device in devices):
-        reason = gpu_trouble() or f"PyTorch sees {gpus} GPUs here"
-        raise UsageError(f"-device {' '.join(devices)}: {reason}; -device cpu needs none")
+    for number in (int(device) if device.isdecimal() else 0 for device in devices if kind == "cuda"):
+        trouble = gpu_trouble(number) if number < gpus else gpu_trouble() or f"PyTorch sees {gpus} GPUs here"
+        if trouble:
+            raise UsageError(f"-device {' '.join(devices)}: {trouble}; -device cpu needs none")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError("-device mps: PyTorch finds none here; -device cpu always works")
 

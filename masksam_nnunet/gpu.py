@@ -39,13 +39,13 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def gpu_trouble() -> str | None:
+def gpu_trouble(index: int | None = None) -> str | None:
     """Why PyTorch cannot use the NVIDIA GPU that is there, with the remedy; None if it can, or if there is none.
 
-    Of several, it is the one that ``cuda`` means in this process.
+    Of several, it is the one with that number, else the one that ``cuda`` means in this process.
     """
-    if torch.cuda.is_available():
-        return _unfit(torch.cuda.current_device())  # a card beside it may be for the display
+    if torch.cuda.is_available():  # a card beside it may be for the display
+        return _unfit(torch.cuda.current_device() if index is None else index)
     driver = driver_version()
     if driver is None:
         return None

@@ -118,15 +118,15 @@ def unet_config(spacing: Sequence[float], patch_size: Sequence[int], residual: b
     )
 
 
-def config_of_method(config: MaskSAMConfig, name: str, spacing: Sequence[float]) -> MaskSAMConfig:
+def config_of_method(config: MaskSAMConfig, name: str, spacing: Sequence[float], residual: bool) -> MaskSAMConfig:
     """A config of MaskSAM as one of another method: the same patch, r, backbone and intensities.
 
-    ``spacing`` of the patch's axes, for the U-Net that nnU-Net would plan for it.
+    ``spacing`` of the patch's axes, for the U-Net that nnU-Net would plan for it; ``residual``: with a ResEnc encoder.
     """
     method = find_method(name)
     changes: dict[str, Any] = {"method": name, "encoder_adapters": method.adapts_encoder, "matching": "class"}
     if method.unet and not isinstance(config.generator, UNetConfig):
-        changes["generator"] = unet_config(spacing, config.patch_size)
+        changes["generator"] = unet_config(spacing, config.patch_size, residual)
     return replace(config, num_queries=1, **changes)
 
 

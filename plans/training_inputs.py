@@ -100,11 +100,12 @@ def training_config(
     settings = manager.get_configuration(configuration)
     where = f"plans {plans['plans_name']!r}, configuration {configuration!r}"
     config = read_config(settings)
+    residual = settings.network_arch_class_name.endswith("ResidualEncoderUNet")
     if config is None:
         config = derive_config(plans, configuration, dataset_json, backbone or "vit_b")
         write_config(plans, configuration, config)
     if method != config.method:
-        config = config_of_method(config, method, settings.spacing)
+        config = config_of_method(config, method, settings.spacing, residual)
         write_config(plans, configuration, config)
     if backbone not in (None, config.backbone):
         raise ConfigError(

@@ -46,8 +46,11 @@ class Watch(TorchDispatchMode):
         if packet is aten._local_scalar_dense and tensors[0].dtype == torch.bool:
             self.waits.append("item")
             return True
+        if packet is aten.convolution and on_gpu[0] and tensors[0].ndim == 5 and args[-1] > 1:
+            assert tensors[0].is_contiguous(), "cuDNN would take a depth-wise convolution of channels last"
         result = func(*args, **kwargs)
-        moved = packet is aten._to_copy and on_gpu[0] != (result.device.type == "cuda") and result.ndim > 0
+        moved = packet is aten._to_copy and on_gpu[0] != (result.device.type == "cuda")
+        moved = moved and (result.ndim > 0 or on_gpu[0])  # a number that goes there is an argument of the kernel
         written = packet is aten.copy_ and on_gpu == [False, True]
         if (moved or written) and True not in (*args[2:], kwargs.get("non_blocking")):
             self.waits.append("copy")

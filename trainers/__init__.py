@@ -5,6 +5,7 @@
 from .masksam import MaskSAMTrainer
 from .related import *  # noqa: F403  made from the methods
 from .time_budget import (
+    MaskSAMTrainer_budget,
     MaskSAMTrainer_lite_medsam_budget,
     MaskSAMTrainer_tiny_budget,
     nnUNetTrainer_adamw_budget,

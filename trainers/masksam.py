@@ -265,7 +265,7 @@ class MaskSAMTrainer(ResumableTrainer):
             self.config, self.num_input_channels, self.label_manager.num_segmentation_heads, self.batch_size
         )
         device = expected_device(self.device)
-        text = f"An iteration takes about {cost.tflop:.3g} TFLOP"
+        text = f"An iteration takes about {cost.tflop:.3g} TFLOP, and on a GPU {cost.peak_gib:.3g} GiB at its peak"
         if device is None:
             text += f"; how long that takes is known after {TIMED} iterations."
         else:

@@ -1,7 +1,7 @@
 """Trainers of the related methods, three for each: ``SAMedTrainer``, ``SAMedTrainer_author``, ``SAMedTrainer_budget``.
 
 The first is trained as MaskSAM is, for comparisons that differ in nothing else; the second as its authors train it.
-Epochs, patches and folds are nnU-Net's in all.
+Epochs, patches and batches are those of the plans, folds nnU-Net's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from masksam_nnunet.method import MASKSAM, Method, methods
 
 from .masksam import MaskSAMTrainer
-from .time_budget import SAMBudgetTrainer
+from .time_budget import MaskSAMTrainer_budget
 from .variants import AuthorsTrainer
 
 
@@ -23,7 +23,7 @@ _MADE = [
     _trainer(method, base, suffix)
     for method in methods().values()
     if method.name != MASKSAM
-    for base, suffix in ((MaskSAMTrainer, ""), (AuthorsTrainer, "_author"), (SAMBudgetTrainer, "_budget"))
+    for base, suffix in ((MaskSAMTrainer, ""), (AuthorsTrainer, "_author"), (MaskSAMTrainer_budget, "_budget"))
 ]
 globals().update({trainer.__name__: trainer for trainer in _MADE})
 __all__ = [trainer.__name__ for trainer in _MADE]

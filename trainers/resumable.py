@@ -62,7 +62,7 @@ class ResumableTrainer(nnUNetTrainer):
         self._saved_at = 0.0
         self._agreeing: Any = None
         self.common_seconds = 0.0
-        """:meth:`own_seconds` of the rank that is the slowest, as all ranks know it since the last iteration."""
+        """:meth:`own_seconds` of the first rank, as all ranks know it since the last iteration."""
         plot = self.logger.plot_progress_png
 
         def plot_if_possible(folder: str) -> None:
@@ -183,7 +183,7 @@ class ResumableTrainer(nnUNetTrainer):
         return done < self.num_val_iterations_per_epoch
 
     def own_seconds(self) -> float:
-        """Seconds that this rank has trained, for those who go by the clock; asked after each iteration."""
+        """Seconds of training, for those who go by the clock; asked after each iteration."""
         return 0.0
 
     def trouble(self) -> str | None:
@@ -263,7 +263,9 @@ class ResumableTrainer(nnUNetTrainer):
         if self._agreeing is None:
             self.common_seconds = self.own_seconds()
             return verdict
-        gravest = torch.tensor([verdict, self.own_seconds()], dtype=torch.float64)
+        # The first rank's clock: the others' runs on while they wait for it to save.
+        seconds = self.own_seconds() if self.local_rank == 0 else 0.0
+        gravest = torch.tensor([verdict, seconds], dtype=torch.float64)
         try:
             dist.all_reduce(gravest, dist.ReduceOp.MAX, self._agreeing)
         except RuntimeError as error:

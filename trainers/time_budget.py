@@ -181,8 +181,8 @@ class nnUNetTrainer_adamw_budget(nnUNetTrainer_budget):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
 
-class SAMBudgetTrainer(nnUNetTrainer_budget, MaskSAMTrainer):
-    """A trainer of this project's for a budget, with a frozen SAM at a learning rate for short trainings."""
+class MaskSAMTrainer_budget(nnUNetTrainer_budget, MaskSAMTrainer):
+    """MaskSAM, trained for a budget; with a frozen SAM at a learning rate for short trainings."""
 
     tells_hours = False
 
@@ -192,9 +192,9 @@ class SAMBudgetTrainer(nnUNetTrainer_budget, MaskSAMTrainer):
             self.initial_lr, self.warmup_iterations = SHORT_SAM_RATE
 
 
-class MaskSAMTrainer_tiny_budget(SAMBudgetTrainer, MaskSAMTrainer_tiny):
+class MaskSAMTrainer_tiny_budget(MaskSAMTrainer_budget, MaskSAMTrainer_tiny):
     """The tiny MaskSAM, trained for a budget."""
 
 
-class MaskSAMTrainer_lite_medsam_budget(SAMBudgetTrainer, MaskSAMTrainer_lite_medsam):
+class MaskSAMTrainer_lite_medsam_budget(MaskSAMTrainer_budget, MaskSAMTrainer_lite_medsam):
     """MaskSAM with LiteMedSAM, trained for a budget."""

@@ -4,7 +4,7 @@
 
 Variants take turns in one process, medians are compared; peak memory is measured in a process for each variant, or on a
 GPU by its allocator. Writes results.json beside this file, docs/performance.md and its plots; figures of another device
-stay as they are. ``--gpu`` runs only what a GPU is needed for, on a CPU in a small form.
+stay as they are. ``--gpu`` runs only what a GPU is needed for, on a CPU in a small form, once unless ``--repeats`` is given.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def main() -> None:
     if arguments.gpu and arguments.device == "cpu":
         for case in chosen:
             if re.search(arguments.only, case.name):
-                print(case.name, seconds(replace(case, warm_up=False), device, 1), flush=True)
+                timed_well = arguments.repeats is not None  # else it is only seen to run
+                print(case.name, seconds(replace(case, warm_up=timed_well), device, arguments.repeats or 1), flush=True)
         return
     failed = []
     if not arguments.page_only:

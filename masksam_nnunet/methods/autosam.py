@@ -11,12 +11,13 @@ RECIPE = Recipe(5e-4, optimizer="Adam", exponent=0.0)
 METHODS = (
     Method("autosam", "AutoSAMTrainer", SOURCE, RECIPE, ConvolutionHead, sam=("image_encoder.",)),
     Method(
-        *("autosam_linear", "AutoSAMTrainer_linear", SOURCE, RECIPE, LinearHead),
+        name="autosam_linear",
+        trainer="AutoSAMTrainer_linear",
+        source=SOURCE,
+        recipe=RECIPE,
+        decoder=LinearHead,
         trained=("mask_decoder",),
         sam=("image_encoder.", "mask_decoder.output_upscaling."),
     ),
-    Method(
-        *("autosam_tokens", "AutoSAMTrainer_tokens", SOURCE, RECIPE, TokensOfClasses),
-        trained=("mask_decoder",),
-    ),
+    Method("autosam_tokens", "AutoSAMTrainer_tokens", SOURCE, RECIPE, TokensOfClasses, trained=("mask_decoder",)),
 )

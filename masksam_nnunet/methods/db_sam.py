@@ -9,8 +9,7 @@ METHODS = (
         name="db_sam",
         trainer="DBSAMTrainer",
         source="Qin et al., DB-SAM, MICCAI 2024",
-        # The settings are not in what is published of the code; these are MedSAM's, which it builds on.
-        recipe=Recipe(1e-4, weight_decay=0.01, exponent=0.0),
+        recipe=Recipe(1e-4, weight_decay=0.01, warmup_iterations=250),
         decoder=ClassTokenDecoder,
         adaptation=Adaptation(branch=ConvolutionBranch),
         trained=("image_encoder.neck", "prompt_encoder", "mask_decoder"),

@@ -82,7 +82,8 @@ class SAMFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, out_channels, d, h, w), from (B, in_channels, d, h, w)."""
-        return self.norm(self.project(x)) * (GAIN * self.gain).view(-1, 1, 1, 1)
+        features: Tensor = self.norm(self.project(x))
+        return features * (GAIN * self.gain).to(features.dtype).view(-1, 1, 1, 1)
 
 
 def planned_unet(config: UNetConfig, in_channels: int, num_maps: int) -> Any:

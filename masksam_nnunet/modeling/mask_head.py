@@ -68,4 +68,4 @@ class MaskHead(Trainable):
         gain = self.gain
         if gain is None or start is None:
             return masks + residual
-        return start + gain.view(-1, 1, 1, 1) * masks + residual
+        return start + gain.to(masks.dtype).view(-1, 1, 1, 1) * masks + residual

@@ -98,7 +98,7 @@ class PromptGenerator(Trainable):
         return Prompts(logits, self._boxes(features, logits), self._tokens(features), features[0], maps, start)
 
     def against_rest(self, maps: Tensor) -> Tensor:
-        """The logit of each query's share, (B, N, ...), from a map."""
+        """The logit of each query's share, (B, N, ...), from a map; in float32 where shares sum to one."""
         if self.regions or maps.shape[1] == 1:
             return maps
         with torch.autocast(maps.device.type, enabled=False):

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from masksam_nnunet import trainers
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.environment import BUDGET_MINUTES
 from masksam_nnunet.trainers import MaskSAMTrainer, MaskSAMTrainer_tiny, MaskSAMTrainer_tiny_budget
+from masksam_nnunet.trainers.resumable import ResumableTrainer
 
+MINUTES, SAVING = 0.02, 4.0  # of a budget; seconds
 RELATED = ("MASAMTrainer", "HSAMTrainer", "AutoSAMPromptTrainer")
 """Between them: additions to the encoder, two stages, and classes that are decoded again in the backward pass."""
 
@@ -62,7 +65,7 @@ def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     # Before the group exists: nnU-Net would ask for CUDA.
     trainer, unet = make_trainer(loss=loss_config()), make_trainer(generator=UNET)
-    os.environ[BUDGET_MINUTES] = "0.02"
+    os.environ[BUDGET_MINUTES] = str(MINUTES)
     budget = make_trainer(MaskSAMTrainer_tiny_budget)
     related = [make_trainer(getattr(trainers, name)) for name in RELATED]
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
@@ -83,14 +86,16 @@ def rank_main(rank: int, folder: str) -> None:
     trainer.on_train_epoch_end(outputs)
 
     budget.on_loop_start()
-    iterations, rates = 0, []
-    while budget.training_goes_on():  # by the clock, which is not the same on both
-        time.sleep(0.05 * (1 + 2 * rank))
-        budget.set_learning_rate()
-        rates.append(budget.optimizer.param_groups[0]["lr"])
-        iterations += 1
-        budget._save_or_stop()
-    torch.save((iterations, rates), Path(folder) / f"budget_{rank}.pt")
+    rates: list[float] = []
+    with mock.patch.object(ResumableTrainer, "save", lambda *_: time.sleep(SAVING)):
+        while budget.training_goes_on():  # by the clock, which is not the same on both
+            time.sleep(0.05 * (1 + 2 * rank))
+            budget.set_learning_rate()
+            rates.append(budget.optimizer.param_groups[0]["lr"])
+            budget._save_or_stop()
+            if len(rates) == 1 and rank == 0:
+                budget.save(Path(folder) / "checkpoint.pth", must=False)
+    torch.save((rates, budget.common_seconds), Path(folder) / f"budget_{rank}.pt")
 
     unet.dataloader_train = unet.dataloader_val = Loader(rank, unet)
     unet.on_train_start = lambda: None
@@ -104,7 +109,9 @@ def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypat
     assert left.value.exit_code == 75
     (file,) = (tmp_path / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")
     outputs = load_checkpoint(file)["masksam_within_epoch"]["outputs"]
-    assert torch.load(tmp_path / "budget_0.pt") == torch.load(tmp_path / "budget_1.pt"), "one goes on, the other ends"
+    budgets = [torch.load(tmp_path / f"budget_{rank}.pt") for rank in (0, 1)]
+    assert budgets[0] == budgets[1], "one goes on, the other ends"
+    assert budgets[0][1] < 60 * MINUTES + SAVING, "saving counts"
     assert outputs["skipped"].tolist() == [0, 0, 1, 0], "the other rank's NaN is rank 0's too"
 
     (gradients, states), (_, others) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))

@@ -56,22 +56,29 @@ def test_a_step_of_training_and_prediction(case: str, monkeypatch: pytest.Monkey
     assert waits_of_steps(made, dtype, monkeypatch) == waits
 
 
+@pytest.mark.parametrize("stored", [BF16, None], ids=["stored in bfloat16", "float16"])
 @pytest.mark.parametrize("cls", [MaskSAMTrainer, trainers.MaskSAMTrainer_lite_medsam])
-def test_the_same_with_a_sam_that_is_stored_in_bfloat16(
-    cls: type[MaskSAMTrainer], monkeypatch: pytest.MonkeyPatch
+def test_a_step_with_sam(
+    cls: type[MaskSAMTrainer], stored: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = cls(plain_plans((2, 64, 64), batch_size=1), "3d_fullres", 0, dataset_json(), CPU)
     made.initialize()
-    frozen = sum(p.numel() for p in made.sam_network.image_encoder.parameters() if not p.requires_grad)
-    saved = made.sam_network.store_frozen(BF16)
-    assert 0.5 < saved / (2 * frozen) < 1
-    assert waits_of_steps(made, BF16, monkeypatch) == TARGETS
+    if stored is not None:
+        frozen = sum(p.numel() for p in made.sam_network.image_encoder.parameters() if not p.requires_grad)
+        saved = made.sam_network.store_frozen(stored)
+        assert 0.5 < saved / (2 * frozen) < 1
+    assert waits_of_steps(made, stored or FP16, monkeypatch) == TARGETS
 
 
 @pytest.mark.parametrize("name", [method.trainer for method in methods().values() if method.name != MASKSAM])
 def test_a_step_of_a_related_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = getattr(trainers, name)(tiny_plans((2, 32, 32)), "3d_fullres", 0, dataset_json(), CPU)
     assert waits_of_steps(made, BF16, monkeypatch) == []
+
+
+def test_a_related_method_in_float16_on_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainers.HSAMTrainer(tiny_plans((32, 48)), "3d_fullres", 0, dataset_json(ignore=True), CPU)
+    assert waits_of_steps(made, FP16, monkeypatch) == ["item"] * 2  # of two stages
 
 
 def test_the_loss_of_estimates_and_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +106,12 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         outputs = made.train_step({"data": data, "target": target})
         assert all(value.device == CUDA for value in outputs.values())
         output = seen[0]
-        maps = (output.class_maps or (output.mask_logits,)) if isinstance(output, MaskSAMOutput) else output
-        assert {x.dtype for x in maps} == {dtype}, "as planned, not float32"
+        maps = output
+        if isinstance(output, MaskSAMOutput):
+            shares = bool(output.class_maps) and not made.label_manager.has_regions
+            assert {output.mask_logits.dtype, output.aux_mask_logits.dtype} == {torch.float32 if shares else dtype}
+            maps = output.class_maps
+        assert {x.dtype for x in maps} <= {dtype}, "as planned, not float32"
         trained = [p for p in made.network.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
         of_training = list(waits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,16 @@ def test_plans_of_masksam_give_all_methods_the_same_patch_resolution_and_backbon
                 continue
             shared = ("backbone", "patch_size", "resolution", "intensity_ranges", "checkpointing")
             assert all(getattr(made.config, key) == getattr(own.config, key) for key in shared)
-            assert isinstance(made.config.generator, UNetConfig) == (name in ("NnSAMTrainer", "AutoSAMPromptTrainer"))
+            assert isinstance(made.config.generator, UNetConfig) == methods()[made.config.method].unet
+
+
+def test_on_resenc_plans_the_unet_is_theirs() -> None:
+    plans = plain_plans((2, 32, 32))
+    architecture_of = plans["configurations"]["3d_fullres"]["architecture"]
+    for kind, residual in (("PlainConvUNet", False), ("ResidualEncoderUNet", True)):
+        architecture_of["network_class_name"] = f"dynamic_network_architectures.architectures.unet.{kind}"
+        made = trainers.NnSAMTrainer(deepcopy(plans), "3d_fullres", 0, dataset_json(), CPU)  # type: ignore[attr-defined]
+        assert isinstance(made.config.generator, UNetConfig) and made.config.generator.residual == residual
 
 
 def test_recipes_of_the_authors_and_of_short_trainings() -> None:

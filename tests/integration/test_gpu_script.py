@@ -19,7 +19,7 @@ def test_the_figures_of_a_gpu_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
     environment = os.environ | {"DEVICE": "cpu", "PYTHON": sys.executable}
     done = subprocess.run([SCRIPT, "figures", tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("bfloat16", "float16", "kernels of attention"):
+    for name in ("bfloat16", "float16", "kernels of attention", "training step of ViT-B", "prediction of an ACDC case"):
         assert name in done.stdout
     (plan,) = read_json(tmp_path / "memory.json")["plans"]
     assert 0.5 < plan["ratio"] < 2

@@ -39,6 +39,11 @@ def test_images_are_pinned_and_the_user_is_not_root() -> None:
     assert arguments("USER") == ["1000:1000"]
 
 
+def test_hosts_that_ask_for_it_give_the_container_a_gpu() -> None:
+    (text,) = (text for text in arguments("ENV") if "NVIDIA_" in text)
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= set(text.split())
+
+
 def test_what_is_copied_is_there_and_gets_into_the_context() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {name for text in arguments("COPY") if not text.startswith("--from") for name in text.split()[:-1]}

@@ -11,14 +11,15 @@ from masksam_nnunet.modeling import attention as module
 from masksam_nnunet.modeling.attention import self_attention
 
 
-# Chunks that hold some queries of a head, a few heads, all of them; or PyTorch's fused attention.
-@pytest.mark.parametrize("chunk", [200, 2**13, 2**21, None])
+# Chunks that hold some queries of a head, a few heads, all of them; or PyTorch's fused attention, by its values.
+@pytest.mark.parametrize("chunk", [200, 2**13, 2**21, "padded", "short"])
 @pytest.mark.parametrize("grid", [(5, 9), (1, 1)])
 def test_self_attention_with_relative_positions(
-    grid: tuple[int, int], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    grid: tuple[int, int], chunk: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if chunk is None:
+    if isinstance(chunk, str):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(module, "_takes_short_values", lambda q, k: chunk == "short")
     else:
         monkeypatch.setattr(module, "CHUNK", chunk)
     attention = Attention(48, num_heads=4, use_rel_pos=True, input_size=grid)

@@ -250,3 +250,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     require_devices(["0"])
     with pytest.raises(UsageError, match="-device 0 1"):
         require_devices(["0", "1"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(jobs_module, "gpu_trouble", lambda index=None: "an old card" if index == 1 else None)
+    require_devices(["0"])
+    with pytest.raises(UsageError, match="-device 0 1: an old card"):
+        require_devices(["0", "1"])

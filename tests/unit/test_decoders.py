@@ -22,9 +22,12 @@ def narrow(config: UNetConfig) -> UNetConfig:
     return replace(config, features=(4,) * len(config.features), blocks=(1,) * len(config.features))
 
 
-def decoder_of(backbone: str, patch: tuple[int, ...], resolution: float, unet: UNetConfig) -> UNetDecoder:
+def decoder_of(
+    backbone: str, patch: tuple[int, ...], resolution: float, unet: UNetConfig, with_neck: bool = False
+) -> UNetDecoder:
     config = tiny_config(backbone=backbone, patch_size=patch, resolution=resolution, generator=unet)
-    return UNetDecoder(config.encoder, unet, Grid.of(config), in_channels=2, num_queries=3, deep=True)
+    sizes = {"in_channels": 2, "num_queries": 3}
+    return UNetDecoder(config.encoder, unet, Grid.of(config), **sizes, deep=True, with_neck=with_neck)
 
 
 def levels_of(decoder: UNetDecoder, backbone: str) -> tuple[list[Tensor], Tensor]:
@@ -35,10 +38,11 @@ def levels_of(decoder: UNetDecoder, backbone: str) -> tuple[list[Tensor], Tensor
     return levels, torch.randn(2, depth, encoder.prompt_width, rows, columns)
 
 
+@pytest.mark.parametrize("with_neck", [False, True], ids=["generator", "nnsam"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_without_sam_it_is_nnunets(residual: bool) -> None:
+def test_without_sam_it_is_nnunets(residual: bool, with_neck: bool) -> None:
     unet = replace(UNET, residual=residual)
-    decoder = decoder_of("lite_medsam", (3, 24, 40), 1, unet)
+    decoder = decoder_of("lite_medsam", (3, 24, 40), 1, unet, with_neck)
     kind = ResidualEncoderUNet if residual else PlainConvUNet
     of_encoder = {"n_blocks_per_stage" if residual else "n_conv_per_stage": unet.blocks}
     theirs = kind(

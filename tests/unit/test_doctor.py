@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from masksam_nnunet import gpu
 from masksam_nnunet.cli import doctor
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, ext_trainer_value
@@ -36,9 +38,13 @@ def seen(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_a_machine_that_can_train() -> None:
-    code, said = seen("--device", "cpu")
+@pytest.mark.parametrize("arguments", [(), ("--device", "cpu")])
+def test_a_machine_that_can_train(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "driver_version", lambda: None)
+    code, said = seen(*arguments)
     assert code == 0 and "PROBLEM" not in said
+    assert ("-device cpu" in said) == (not arguments), "what masksam train needs here"
     for name in (*doctor.FOLDERS, "torch", "nnunetv2", "GPU", "lite_medsam", "s for a step"):
         assert name in said
 
@@ -90,6 +96,39 @@ def test_another_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: "2.99" if name == "nnunetv2" else actual(name))
     code, said = seen()
     assert code == 0 and "2.99" in said and "not tested" in said
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that the wheel is built for, most of whose memory is taken, and a cuDNN without 3D convolutions."""
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": "Card",
+        "get_device_capability": (9, 0),
+        "get_arch_list": ["sm_75", "sm_90"],
+        "mem_get_info": (2**30, 2**36),
+        "is_bf16_supported": True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(gpu, "driver_version", lambda: "580.65.06")
+    monkeypatch.setattr(doctor, "_kernel", lambda *_: "flash attention")
+
+
+@pytest.mark.usefixtures("without_training", "card")
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = seen()
+    assert code == 0 and "PROBLEM" not in said and "A training can start." in said
+    for name in ("580.65.06", "capability 9.0", "1.0 GiB of 64.0 GiB", "cuda, bfloat16", "flash attention"):
+        assert name in said
+    assert "nvidia-cudnn-cu13" in said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    code, said = seen()
+    assert code == 1 and "7.0" in said, "the wheel has no kernels for it"
+    assert seen("--device", "cpu")[0] == 0
 
 
 def test_a_step_that_fails_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

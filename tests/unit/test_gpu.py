@@ -78,3 +78,8 @@ def test_cards_that_pytorch_is_not_built_for(
     assert (trouble is None) == fits
     assert fits or "{}.{}".format(*capability) in str(trouble)
     assert gpu.automatic_device() == ("cuda" if fits else "cpu")
+
+
+def test_each_of_several_cards_is_looked_at(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0) if index else (9, 0))
+    assert gpu.gpu_trouble() is None and "7.0" in str(gpu.gpu_trouble(1))

@@ -66,12 +66,15 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+PAIRS = [*((method, "vit_b") for method in RELATED), ("samed", "lite_medsam"), ("autosam", "lite_medsam")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", RELATED)
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
 @pytest.mark.usefixtures("small_sam")
-def test_a_step_on_every_kind_of_data_moves_what_is_trained(method: str, kind: str) -> None:
+def test_a_step_on_every_kind_of_data_moves_what_is_trained(method: str, backbone: str, kind: str) -> None:
     numbers, changes = KINDS[kind]
-    network = make(method, **numbers, **{"backbone": "vit_b", **changes}).train()
+    network = make(method, **numbers, **{"backbone": backbone, **changes}).train()
     x = torch.randn(2, network.in_channels, *network.config.patch_size)
     loss_of(network, x).backward()
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -152,6 +155,10 @@ def test_decoders_are_sams_with_its_tokens() -> None:
         torch.testing.assert_close(maps, expected[:, :1].expand(-1, 3, -1, -1, -1))
         first = build_network(replace(config, method="h_sam"), 1, 4).mask_decoder.eval()
         first.load_state_dict(together.state_dict(), strict=False)
+        linear: Any = build_network(replace(config, method="autosam_linear"), 1, 4).mask_decoder.eval()
+        linear.output_upscaling.load_state_dict(sam.output_upscaling.state_dict())
+        pixels = linear.head(sam.output_upscaling(neck[0]))  # (2, 4, 64, 64)
+        torch.testing.assert_close(linear(encoded)[0][0], pixels.transpose(0, 1))
         mean, second, maps = first(encoded)
         torch.testing.assert_close(maps, expected)
         torch.testing.assert_close(mean, (maps + second) / 2)
