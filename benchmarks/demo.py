@@ -21,7 +21,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from rich.console import Console
 
 from masksam_nnunet.config import RESOLUTIONS, MaskSAMConfig
-from masksam_nnunet.environment import TRAINING_STATS_FILE, variable
+from masksam_nnunet.environment import TRAINING_STATS_FILE, cores, variable
 from masksam_nnunet.errors import TrainingError, UsageError, WeightsError, in_short
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.gpu import automatic_device
@@ -294,7 +294,7 @@ def _prepare(dataset: RawDataset, out: Path, batch_size: int, backbone: str, dev
     require_sound_dataset(dataset.folder)
     # Right for training without worker processes, a value of 0 makes planning fail.
     environment = {key: value for key, value in os.environ.items() if key != "nnUNet_n_proc_DA"}
-    workers = str(min(2, os.cpu_count() or 1))  # the demo's datasets are small
+    workers = str(min(2, cores()))  # the demo's datasets are small
     arguments = ["-d", dataset.number, "-c", _FULL, "-npfp", workers, "-np", workers, "--verify_dataset_integrity"]
     arguments += ["-gpu_memory_target", f"{CPU_MEMORY_GB:g}"] if device == "cpu" else []
     run_nnunet("nnUNetv2_plan_and_preprocess", arguments, environment, out / "logs" / "plan_and_preprocess.log")

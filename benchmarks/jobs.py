@@ -19,7 +19,7 @@ from typing import Literal
 import psutil
 import torch
 
-from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES
+from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES, cores
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.gpu import gpu_trouble
@@ -163,7 +163,7 @@ class FoldJob:
 
     def whole_environment(self, gpu: str | None) -> dict[str, str]:
         environment = os.environ | dict(self.environment) | {"PYTHONUNBUFFERED": "1"}
-        environment.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
+        environment.setdefault("nnUNet_def_n_proc", str(min(8, cores())))
         if self.device == "cpu":
             environment.setdefault("nnUNet_n_proc_DA", "0")  # the training itself uses every core
             # Beside another busy process, threads that spin while they wait make a step take twice as long.

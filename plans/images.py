@@ -31,6 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 from rich.progress import track
 
+from masksam_nnunet.environment import cores
 from masksam_nnunet.errors import DataError, in_short
 from masksam_nnunet.files import read_json
 
@@ -240,7 +241,7 @@ def in_threads(function: Callable[[_In], _Out], items: Sequence[_In], what: str 
     Threads suffice, since decompression and NumPy release the interpreter's lock. Few: each may hold a volume.
     """
     console = Console(stderr=True)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, cores())) as pool:
         results = pool.map(function, items)
         hidden = what is None or not console.is_terminal
         return list(track(results, what or "", len(items), console=console, disable=hidden))

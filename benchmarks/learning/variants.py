@@ -266,6 +266,26 @@ def _lora(trainer: Any) -> None:
     trainer.optimizer.add_param_group({"params": added})
 
 
+def _flat(trainer: Any) -> None:
+    """The generator's convolutions see their own slice alone: weights beside the middle are zero and stay so."""
+    for layer in trainer.sam_network.prompt_generator.modules():
+        if isinstance(layer, nn.Conv3d) and layer.kernel_size[0] == 3:
+            middle = torch.zeros_like(layer.weight)
+            middle[:, :, 1] = 1
+            with torch.no_grad():
+                layer.weight.mul_(middle)
+            layer.weight.register_hook(middle.mul)
+
+
+def _finest_map(trainer: Any) -> None:
+    """nnU-Net's loss sees the finest of the generator's maps only."""
+
+    def finest(_: nn.Module, __: Any, output: Any) -> Any:
+        return output._replace(class_maps=output.class_maps[:1]) if isinstance(output, MaskSAMOutput) else output
+
+    trainer.sam_network.register_forward_hook(finest)
+
+
 def _match_by_class(trainer: Any) -> None:
     """Free queries, each of which is given the targets of one class."""
     trainer.criterion.assign = lambda cost, targets: Matches.of_classes(targets)
@@ -280,6 +300,8 @@ def _maps_of_classes(trainer: Any) -> None:
 
 VARIANTS = {
     "nnunet_adamw": Variant("nnU-Net with AdamW, same patch and batch", trainer=NNUNET),
+    "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, settings=_rate(5e-4, 20)),
+    "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, settings=_rate(2e-3, 20)),
     "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
     "paper": Variant("8 free queries, matched by slice", lambda config: replace(config, **PAPER)),
     "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
@@ -302,6 +324,8 @@ VARIANTS = {
     "light_foreground": Variant("all patches hold foreground", settings={"oversample_foreground_percent": 1.0}),
     "light_narrow": Variant("generator of widths 32-24-16", _widths(32, 24, 16)),
     "light_wide": Variant("generator of widths 128-96-64", _widths(128, 96, 64)),
+    "light_flat": Variant("convolutions of the generator within slices", prepare=_flat),
+    "light_finest_map": Variant("no deep supervision of the generator's maps", prepare=_finest_map),
     "light_two_queries": Variant("two queries a class", lambda config: replace(config, num_queries=2)),
     "light_without_dense_loss": Variant("no loss on the generator's maps", _loss(generator=0.0)),
     "light_without_aux": Variant("no auxiliary mask losses", _loss(aux_bce=0.0, aux_dice=0.0)),
@@ -314,6 +338,7 @@ VARIANTS = {
     "light_random": Variant("all of SAM with random weights", random=True),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
+    "unet_rate_1": Variant("the same at a learning rate of 1e-3", _forward_only, unet=True, settings=_rate(1e-3, 20)),
     "unet_adapters": Variant("nnU-Net's U-Net with SAM's features, and adapters", unet=True),
     "unet_random": Variant("the same with SAM's weights random", _forward_only, unet=True, random=True),
     "unet_without_gain": Variant("the same, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain),

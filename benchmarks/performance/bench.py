@@ -4,7 +4,8 @@
 
 Variants take turns in one process, medians are compared; peak memory is measured in a process for each variant, or on a
 GPU by its allocator. Writes results.json beside this file, docs/performance.md and its plots; figures of another device
-stay as they are. ``--gpu`` runs only what a GPU is needed for, on a CPU in a small form, once unless ``--repeats`` is given.
+stay as they are. ``--gpu`` runs only what a GPU is needed for; on a CPU in a small form, once unless ``--repeats`` is
+given.
 """
 
 from __future__ import annotations
