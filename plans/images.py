@@ -10,7 +10,6 @@ import contextlib
 import gzip
 import io
 import math
-import os
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
