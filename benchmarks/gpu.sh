@@ -45,7 +45,7 @@ figures() {
   if [ "$device" = cpu ]; then
     run 300 "$out/precision.log" $python "$measure/precision.py" --device cpu || failed=1
     run 300 "$out/memory.log" $python "$measure/memory_estimate.py" --device cpu --plans 1 --out "$out/memory.json" || failed=1
-    run 300 "$out/real.log" $python "$measure/bench.py" --device cpu --gpu --only "kernels|training step|prediction" || failed=1
+    run 300 "$out/real.log" $python "$measure/bench.py" --device cpu --gpu --only "^(kernels|training step|prediction)" || failed=1
     return $failed
   fi
   run 120 "$out/precision.log" $python "$measure/precision.py" & # neither is timed

@@ -132,6 +132,11 @@ def _rate(rate: float, warmup: int = 30) -> dict[str, Any]:
     return {"initial_lr": rate, "warmup_iterations": warmup}
 
 
+def _rate_of_nnunet(rate: float) -> Callable[[Any], None]:
+    """Its trainer sets its own when it makes the optimizer."""
+    return lambda trainer: setattr(trainer, "initial_lr", rate)
+
+
 def _averaged(decay: float) -> Callable[[Any], None]:
     """The mean of the trained weights, weighted by age, is what is validated."""
 
@@ -300,8 +305,8 @@ def _maps_of_classes(trainer: Any) -> None:
 
 VARIANTS = {
     "nnunet_adamw": Variant("nnU-Net with AdamW, same patch and batch", trainer=NNUNET),
-    "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, settings=_rate(5e-4, 20)),
-    "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, settings=_rate(2e-3, 20)),
+    "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, prepare=_rate_of_nnunet(5e-4)),
+    "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, prepare=_rate_of_nnunet(2e-3)),
     "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
     "paper": Variant("8 free queries, matched by slice", lambda config: replace(config, **PAPER)),
     "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
@@ -338,7 +343,7 @@ VARIANTS = {
     "light_random": Variant("all of SAM with random weights", random=True),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
-    "unet_rate_1": Variant("the same at a learning rate of 1e-3", _forward_only, unet=True, settings=_rate(1e-3, 20)),
+    "unet_rate_1": Variant("the same at a learning rate of 1e-3", _forward_only, unet=True, settings=_rate(1e-3)),
     "unet_adapters": Variant("nnU-Net's U-Net with SAM's features, and adapters", unet=True),
     "unet_random": Variant("the same with SAM's weights random", _forward_only, unet=True, random=True),
     "unet_without_gain": Variant("the same, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain),

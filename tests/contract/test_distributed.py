@@ -111,7 +111,7 @@ def test_two_ranks_are_one_training_and_leave_together(tmp_path: Path, monkeypat
     outputs = load_checkpoint(file)["masksam_within_epoch"]["outputs"]
     budgets = [torch.load(tmp_path / f"budget_{rank}.pt") for rank in (0, 1)]
     assert budgets[0] == budgets[1], "one goes on, the other ends"
-    assert budgets[0][1] < 60 * MINUTES + SAVING, "saving counts"
+    assert budgets[0][1] < SAVING, "saving counts"
     assert outputs["skipped"].tolist() == [0, 0, 1, 0], "the other rank's NaN is rank 0's too"
 
     (gradients, states), (_, others) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))

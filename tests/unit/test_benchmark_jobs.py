@@ -247,6 +247,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match="-device"):
             device_kind(wrong)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(jobs_module, "gpu_trouble", lambda index=None: None)
     require_devices(["0"])
     with pytest.raises(UsageError, match="-device 0 1"):
         require_devices(["0", "1"])

@@ -18,7 +18,9 @@ from masksam_nnunet.losses.criterion import MaskSAMCriterion
 
 @pytest.fixture(autouse=True)
 def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One on which a training can start."""
+    """One on which a training can start, without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "driver_version", lambda: None)
     for name in doctor.FOLDERS:
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv(EXT_TRAINER, ext_trainer_value(None))
@@ -39,9 +41,7 @@ def seen(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--device", "cpu")])
-def test_a_machine_that_can_train(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu, "driver_version", lambda: None)
+def test_a_machine_that_can_train(arguments: tuple[str, ...]) -> None:
     code, said = seen(*arguments)
     assert code == 0 and "PROBLEM" not in said
     assert ("-device cpu" in said) == (not arguments), "what masksam train needs here"
@@ -111,7 +111,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
         "mem_get_info": (2**30, 2**36),
         "is_bf16_supported": True,
     }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(gpu, "driver_version", lambda: "580.65.06")
