@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from segment_anything.modeling.common import LayerNorm2d
 from short_plans import PAPER, configuration_of, make_plans
 from torch import Tensor, nn
@@ -130,6 +131,14 @@ def _random(*parts: str) -> Callable[[Any], None]:
 
 def _rate(rate: float, warmup: int = 30) -> dict[str, Any]:
     return {"initial_lr": rate, "warmup_iterations": warmup}
+
+
+def _without_mirroring(patch: Any, rotation: Any, scales: Any, mirror_axes: Any, *more: Any, **named: Any) -> Any:
+    """nnU-Net's augmentation of training patches, of which none is mirrored."""
+    return nnUNetTrainer.get_training_transforms(patch, rotation, scales, None, *more, **named)
+
+
+UNMIRRORED = {"get_training_transforms": _without_mirroring}
 
 
 def _rate_of_nnunet(rate: float) -> Callable[[Any], None]:
@@ -307,6 +316,7 @@ VARIANTS = {
     "nnunet_adamw": Variant("nnU-Net with AdamW, same patch and batch", trainer=NNUNET),
     "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, prepare=_rate_of_nnunet(5e-4)),
     "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, prepare=_rate_of_nnunet(2e-3)),
+    "nnunet_adamw_unmirrored": Variant("nnU-Net with AdamW, no mirroring", trainer=NNUNET, settings=UNMIRRORED),
     "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
     "paper": Variant("8 free queries, matched by slice", lambda config: replace(config, **PAPER)),
     "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
@@ -329,6 +339,7 @@ VARIANTS = {
     "light_foreground": Variant("all patches hold foreground", settings={"oversample_foreground_percent": 1.0}),
     "light_narrow": Variant("generator of widths 32-24-16", _widths(32, 24, 16)),
     "light_wide": Variant("generator of widths 128-96-64", _widths(128, 96, 64)),
+    "light_unmirrored": Variant("no mirroring of training patches", settings=UNMIRRORED),
     "light_flat": Variant("convolutions of the generator within slices", prepare=_flat),
     "light_finest_map": Variant("no deep supervision of the generator's maps", prepare=_finest_map),
     "light_two_queries": Variant("two queries a class", lambda config: replace(config, num_queries=2)),
