@@ -82,6 +82,8 @@ class Method:
     """Whether it has the U-Net that nnU-Net plans for the patch."""
     weights: Callable[[float], tuple[float, ...]] | None = None
     """The weights of the maps' losses at a share of the training that is done; None halves them as nnU-Net does."""
+    short_rate: float = 2e-3
+    """The learning rate of a training for minutes: the better of 2e-3 and 5e-4 (docs/related_methods.md)."""
     network: str = "masksam_nnunet.modeling.semantic_sam:SemanticSAM"
 
     @property

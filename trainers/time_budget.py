@@ -14,6 +14,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES, BUDGET_PROGRESS_FILE, number_in
+from masksam_nnunet.method import find_method
 
 from .loading import LoaderWatch
 from .masksam import MaskSAMTrainer
@@ -22,8 +23,6 @@ from .variants import MaskSAMTrainer_lite_medsam, MaskSAMTrainer_tiny
 
 PROGRESS_EVERY = 2.0  # seconds
 VALIDATION_SHARE = 0.1  # of an epoch's time, for validation on patches
-SHORT_SAM_RATE = 2e-3, 30
-"""Learning rate and warm-up iterations of a short training with a frozen SAM."""
 
 
 def budget_seconds() -> float:
@@ -189,7 +188,7 @@ class MaskSAMTrainer_budget(nnUNetTrainer_budget, MaskSAMTrainer):
     def set_recipe(self) -> None:
         super().set_recipe()
         if self.config.sam:
-            self.initial_lr, self.warmup_iterations = SHORT_SAM_RATE
+            self.initial_lr, self.warmup_iterations = find_method(self.config.method).short_rate, 30
 
 
 class MaskSAMTrainer_tiny_budget(MaskSAMTrainer_budget, MaskSAMTrainer_tiny):

@@ -18,6 +18,7 @@ set -euo pipefail
 : "${SLURM_ARRAY_TASK_ID:?submit this with sbatch}"
 dataset=$1 configuration=$2
 shift 2
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since SLURM 22.05 srun does not take it from sbatch
 
 status=0
 srun masksam train "$dataset" "$configuration" "$SLURM_ARRAY_TASK_ID" "$@" --c || status=$?

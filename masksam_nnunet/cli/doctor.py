@@ -104,7 +104,7 @@ def _versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             found = "missing"
         wrong = found == "missing" or not needed[name].contains(found, prereleases=True)
-        trouble = f"{name}{needed[name]} is needed: pip install -U {PACKAGE}" if wrong else ""
+        trouble = f"{name}{needed[name]} is needed: pip install '{name}{needed[name]}'" if wrong else ""
         if name == "nnunetv2" and not wrong:
             trouble = untested_nnunet(found)
         yield Finding(name, found, trouble, fatal=wrong)

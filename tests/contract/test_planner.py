@@ -239,7 +239,7 @@ def test_the_report_says_what_comes_next(preprocessed: Path, tmp_path: Path, mon
     console = Console(record=True, width=400, file=io.StringIO())
     plan("43", ["3d_fullres"], console=console)
     text = console.export_text()
-    assert "warning: patients" in text and "masksam split -d 43" in text
+    assert "warning: patients" in text and "masksam split -d 43" in text and "--gpu cpu" in text
     assert "nnUNetv2_preprocess -d 43 -plans_name MaskSAMPlans -c 3d_fullres" in text
     assert "nnUNetv2_train 43 3d_fullres 0 -p MaskSAMPlans -tr MaskSAMTrainer_tiny" in text
     (preprocessed / "nnUNetPlans_3d_fullres").mkdir()
@@ -249,7 +249,7 @@ def test_the_report_says_what_comes_next(preprocessed: Path, tmp_path: Path, mon
     monkeypatch.setattr(speed, "measure", lambda device, seconds: 0.05)
     plan("43", ["3d_fullres"], console=console, gpu="cpu")
     text = console.export_text()
-    assert "No preprocessing is needed" in text and "MaskSAMTrainer_tiny -device cpu" in text
+    assert "No preprocessing is needed" in text and "MaskSAMTrainer_tiny -device cpu" in text and "--gpu" not in text
 
 
 def test_plans_that_are_not_masksams_are_never_overwritten(preprocessed: Path) -> None:

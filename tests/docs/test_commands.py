@@ -61,14 +61,14 @@ def test_variables_are_those_of_the_code() -> None:
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False)])
 def test_the_cluster_script_requeues_a_training_that_saved(status: int, requeued: bool, tmp_path: Path) -> None:
     programs = {
-        "srun": 'exec "$@"',
+        "srun": 'test "$SRUN_CPUS_PER_TASK" = 12 && exec "$@"',
         "scontrol": 'echo scontrol "$@" >> calls',
         "masksam": f'echo masksam "$@" >> calls; exit {status}',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "9"}
+    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "9", "SLURM_CPUS_PER_TASK": "12"}
     done = subprocess.run(
         ["bash", ROOT / "docs" / "cluster" / "train_fold.sh", "27", "3d_fullres", "-p", "MaskSAMPlans"],
         cwd=tmp_path,
