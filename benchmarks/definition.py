@@ -15,10 +15,9 @@ from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.methods import ModelName, has_budget
-from masksam_nnunet.plans.planning import find_dataset, preprocessed_cases
-from masksam_nnunet.plans.raw_data import number_of, read_raw_dataset
+from masksam_nnunet.plans.raw_data import find_dataset, number_of, read_raw_dataset
 from masksam_nnunet.plans.splits import NUM_FOLDS, group_by_regex, patient_folds, read_splits, split_warning
-from masksam_nnunet.plans.training_inputs import require_cases, require_configuration
+from masksam_nnunet.plans.training_inputs import preprocessed_cases, require_cases, require_configuration
 
 from .checks import check_splits, refuse_unfair
 from .jobs import FoldJob

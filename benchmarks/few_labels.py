@@ -22,12 +22,12 @@ from rich.table import Column, Table
 from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
 from masksam_nnunet.files import atomic_write, read_json, write_json, write_text_atomically
+from masksam_nnunet.gpu import require_devices
 from masksam_nnunet.inference.report.figures import LINE_STYLES, wrapped
 from masksam_nnunet.inference.report.html import number
 from masksam_nnunet.plans.splits import SPLITS_FILE, Fold
 
 from .definition import FOLDERS, Benchmark
-from .jobs import require_devices
 from .plots import METHOD_COLOURS, tidy_png
 from .run import run_benchmark
 from .statistics import bootstrap_mean, patient_of

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import torch
 
 from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES, cores
-from masksam_nnunet.errors import MaskSAMError, TrainingError, UsageError
+from masksam_nnunet.errors import MaskSAMError, TrainingError
 from masksam_nnunet.files import read_json
-from masksam_nnunet.gpu import gpu_trouble
 from masksam_nnunet.inference.methods import ModelName
 
 from .folds import FINAL, FoldRecord, FoldState, Part, Stage, device_name, fold_state, input_hashes, locked, now
@@ -198,8 +196,11 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
     stop = threading.Event()
 
     def work(gpu: str | None) -> None:
-        while waiting and not stop.is_set():
-            job = waiting.popleft()
+        while not stop.is_set():
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
             status[job.name] = "running"
             try:
                 job.run(gpu, stop)
@@ -229,27 +230,6 @@ def run_local(jobs: Sequence[FoldJob], devices: Sequence[str], watch: Watch | No
     if watch is not None:
         watch(dict(status))
     return errors
-
-
-def device_kind(devices: Sequence[str]) -> str:
-    """nnU-Net's name for ``-device``: ``cpu``, ``cuda`` or ``mps``. A UsageError if unknown, repeated or mixed."""
-    kinds = {"cuda" if device.isdecimal() else device for device in devices}
-    named_twice = len(set(devices)) < len(devices) or ("cuda" in devices and len(devices) > 1)
-    if len(kinds) != 1 or kinds - {"cpu", "cuda", "mps"} or named_twice:
-        given = f"-device {' '.join(devices)}".strip()
-        raise UsageError(f"{given}: give cpu, mps, cuda, or different numbers of GPUs, such as -device 0 1")
-    return kinds.pop()
-
-
-def require_devices(devices: Sequence[str]) -> None:
-    """Raise a UsageError for devices that this machine does not have, or that PyTorch cannot use."""
-    kind, gpus = device_kind(devices), torch.cuda.device_count()
-    for number in (int(device) if device.isdecimal() else 0 for device in devices if kind == "cuda"):
-        trouble = gpu_trouble(number) if number < gpus else gpu_trouble() or f"PyTorch sees {gpus} GPUs here"
-        if trouble:
-            raise UsageError(f"-device {' '.join(devices)}: {trouble}; -device cpu needs none")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("-device mps: PyTorch finds none here; -device cpu always works")
 
 
 def gpu_of(device: str) -> str | None:

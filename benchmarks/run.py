@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.gpu import require_devices
 from masksam_nnunet.inference.report.html import number
 from masksam_nnunet.inference.scoring import cases_in
-from masksam_nnunet.plans.planning import find_dataset
+from masksam_nnunet.plans.raw_data import find_dataset
 
 from .definition import FOLDERS, Benchmark
 from .evaluate import evaluate
 from .folds import FoldRecord, Stage, locked
-from .jobs import FoldJob, budget_variables, require_devices, run_local
+from .jobs import FoldJob, budget_variables, gpu_of, run_local
 from .progress import Progress
 from .results import MEAN, METRICS
 from .slurm import Slurm, SlurmSettings
@@ -44,11 +47,14 @@ def run_benchmark(
     console = console or Console()
     out = out or _default_folder(benchmark)
     require_devices(devices)
-    missing = _begin(benchmark, out, console)
-    with locked(out, "running this benchmark"), Progress(console, missing) as progress:
-        errors = run_local(missing, devices, progress.show)
-    raise_failures(errors)
-    return report(out, console)
+    _check(benchmark, console)
+    with locked(out, "running this benchmark"):
+        missing = _begin(benchmark, out, console)
+        with Progress(console, missing) as progress:
+            errors = run_local(missing, devices, progress.show)
+        raise_failures(errors)
+        with variable("CUDA_VISIBLE_DEVICES", gpu_of(devices[0]) or os.environ.get("CUDA_VISIBLE_DEVICES")):
+            return report(out, console)
 
 
 def submit_benchmark(
@@ -61,6 +67,7 @@ def submit_benchmark(
     console = console or Console()
     out = out or _default_folder(benchmark)
     cluster = Slurm(out, settings)
+    _check(benchmark, console)
     missing = _begin(benchmark, out, console)
     submission, new = cluster.submit(missing, benchmark.environment())
     console.print(f"submitted {len(new)} jobs; the evaluation is SLURM's job {submission.evaluation}", highlight=False)
@@ -76,10 +83,13 @@ def _default_folder(benchmark: Benchmark) -> Path:
     return benchmark.results / f"benchmark_{benchmark.configuration}"
 
 
-def _begin(benchmark: Benchmark, out: Path, console: Console) -> list[FoldJob]:
-    """Check and write the definition; the folds that are not done."""
+def _check(benchmark: Benchmark, console: Console) -> None:
     for note in benchmark.check():
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _begin(benchmark: Benchmark, out: Path, console: Console) -> list[FoldJob]:
+    """Write the definition; the folds that are not done."""
     benchmark.write(out)
     jobs = benchmark.jobs()
     missing = [job for job in jobs if job.state().stage is not Stage.DONE]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -20,6 +19,7 @@ from torch import nn
 from masksam_nnunet.checkpoints import damage
 from masksam_nnunet.errors import ModelError, UsageError
 from masksam_nnunet.files import read_json
+from masksam_nnunet.plans.raw_data import find_dataset
 
 from .methods import ModelName
 
@@ -125,15 +125,11 @@ def find_models(
     ``dataset`` is a number or a name; all trained ``configurations`` are found if none are given.
 
     Raises:
-        ModelError: there is no such dataset or model; the message lists the models that exist.
+        DataError: there is no such dataset in nnUNet_results.
+        ModelError: there is no such model; the message lists the models that exist.
     """
-    if not os.environ.get("nnUNet_results"):
-        raise ModelError("nnUNet_results is not set: trained models are looked for there; export it first")
+    name = find_dataset(dataset, ("nnUNet_results",))
     results = Path(os.environ["nnUNet_results"])
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"-d {dataset}: {' '.join(str(error).split())}") from error
     trained = {folder.name.split("__")[2]: folder for folder in (results / name).glob(f"{trainer}__{plans}__*")}
     missing = [wanted for wanted in configurations or () if wanted not in trained]
     if missing or not trained:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +38,27 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UsageError(f"--device {name} cannot be used ({in_short(error)}); give auto or cpu") from error
     return device
+
+
+def device_kind(devices: Sequence[str]) -> str:
+    """nnU-Net's name for ``-device``: ``cpu``, ``cuda`` or ``mps``. A UsageError if unknown, repeated or mixed."""
+    kinds = {"cuda" if device.isdecimal() else device for device in devices}
+    named_twice = len(set(devices)) < len(devices) or ("cuda" in devices and len(devices) > 1)
+    if len(kinds) != 1 or kinds - {"cpu", "cuda", "mps"} or named_twice:
+        given = f"-device {' '.join(devices)}".strip()
+        raise UsageError(f"{given}: give cpu, mps, cuda, or different numbers of GPUs, such as -device 0 1")
+    return kinds.pop()
+
+
+def require_devices(devices: Sequence[str]) -> None:
+    """Raise a UsageError for devices that this machine does not have, or that PyTorch cannot use."""
+    kind, gpus = device_kind(devices), torch.cuda.device_count()
+    for number in (int(device) if device.isdecimal() else 0 for device in devices if kind == "cuda"):
+        trouble = gpu_trouble(number) if number < gpus else gpu_trouble() or f"PyTorch sees {gpus} GPUs here"
+        if trouble:
+            raise UsageError(f"-device {' '.join(devices)}: {trouble}; -device cpu needs none")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("-device mps: PyTorch finds none here; -device cpu always works")
 
 
 def gpu_trouble(index: int | None = None) -> str | None:

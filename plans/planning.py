@@ -21,7 +21,7 @@ from masksam_nnunet.files import read_json
 from .architecture import BASE_PLANS, DECISIONS
 from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import load_preset
-from .raw_data import RawDataset, datasets_in, number_of, read_raw_dataset
+from .raw_data import RawDataset, find_dataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST, Limits
 from .speed import CPU, NO_GPU, find_device
 from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
@@ -100,27 +100,6 @@ def plan_dataset(
         warnings.append(f"{NO_GPU}: planned for an {device.name}; --gpu cpu plans for this machine, --gpu for others")
     _print(console, planner, warnings)
     return planner
-
-
-def find_dataset(
-    dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed"), option: str = "-d"
-) -> str:
-    """The full name of a dataset given by number or name, in the folder that the first of ``variables`` names.
-
-    Raises:
-        DataError: a variable is not set, or the folder holds no such dataset.
-    """
-    for variable in variables:
-        if not os.environ.get(variable):
-            raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
-    folder = Path(os.environ[variables[0]])
-    found = datasets_in(folder, dataset)
-    if len(found) > 1:
-        raise DataError(f"{option} {dataset}: several datasets have this number: {', '.join(found)}; give a full name")
-    if not found:
-        there = ", ".join(sorted(path.name for path in folder.glob("Dataset*"))) or "it has none"
-        raise DataError(f"{option} {dataset}: no such dataset in {variables[0]} = {folder}: {there}")
-    return found[0]
 
 
 def _check_fingerprint(file: Path, cases: int, number: int) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,27 @@ def datasets_in(folder: Path, dataset: str) -> list[str]:
     if not dataset.isdecimal():
         return [name for name in present if name == dataset]
     return [name for name in present if name.startswith(f"Dataset{int(dataset):03d}_")]
+
+
+def find_dataset(
+    dataset: str, variables: Sequence[str] = ("nnUNet_raw", "nnUNet_preprocessed"), option: str = "-d"
+) -> str:
+    """The full name of a dataset given by number or name, in the folder that the first of ``variables`` names.
+
+    Raises:
+        DataError: a variable is not set, or the folder holds no such dataset.
+    """
+    for variable in variables:
+        if not os.environ.get(variable):
+            raise DataError(f"{variable} is not set: export nnU-Net's folders {' and '.join(variables)} first")
+    folder = Path(os.environ[variables[0]])
+    found = datasets_in(folder, dataset)
+    if len(found) > 1:
+        raise DataError(f"{option} {dataset}: several datasets have this number: {', '.join(found)}; give a full name")
+    if not found:
+        there = ", ".join(sorted(path.name for path in folder.glob("Dataset*"))) or "it has none"
+        raise DataError(f"{option} {dataset}: no such dataset in {variables[0]} = {folder}: {there}")
+    return found[0]
 
 
 def read_raw_dataset(folder: Path, option: str = "--data", min_cases: int = NUM_FOLDS) -> RawDataset:

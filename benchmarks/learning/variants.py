@@ -352,11 +352,26 @@ VARIANTS = {
     "light_random": Variant("all of SAM with random weights", random=True),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
-    "unet_rate_1": Variant("the same at a learning rate of 1e-3", _forward_only, unet=True, prepare=_rate(1e-3)),
+    "unet_rate_1": Variant(
+        "nnU-Net's U-Net with SAM's features, at nnU-Net's rate and warm-up",
+        _forward_only,
+        unet=True,
+        prepare=_rate(1e-3, 20),
+    ),
     "unet_adapters": Variant("nnU-Net's U-Net with SAM's features, and adapters", unet=True),
-    "unet_random": Variant("the same with SAM's weights random", _forward_only, unet=True, random=True),
-    "unet_without_gain": Variant("the same, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain),
-    "unet_without_masks": Variant("the same without mask losses", _both(_forward_only, _loss(**MASKS)), unet=True),
+    "unet_random": Variant(
+        "nnU-Net's U-Net with features of a random SAM, at nnU-Net's rate and warm-up",
+        _forward_only,
+        unet=True,
+        random=True,
+        prepare=_rate(1e-3, 20),
+    ),
+    "unet_without_gain": Variant(
+        "nnU-Net's U-Net with SAM's features, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain
+    ),
+    "unet_without_masks": Variant(
+        "nnU-Net's U-Net with SAM's features, no mask losses", _both(_forward_only, _loss(**MASKS)), unet=True
+    ),
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -107,7 +107,7 @@ def _check_same_models(output: Path, identity: dict[str, Any]) -> None:
         ) from error
     now = json.loads(json.dumps(identity))
     if before is not None and before != now:
-        differing = next(key for key in now if before.get(key) != now[key])
+        differing = next((key for key in now if before.get(key) != now[key]), "other options")
         raise UsageError(
             f"--continue_prediction: {output} holds predictions with {differing} = {before.get(differing)}, now it is "
             f"{now[differing]}; leave the option out to replace them, or name another folder (-o)"
@@ -222,8 +222,9 @@ def predict_ensemble(
     for name, outcome in pools.writers.outcomes(merge_case, calls):
         if isinstance(outcome, CaseError):
             failed[name] = f"the models' predictions cannot be averaged: {outcome}"
-    if not any(file.is_file() for file in hidden.rglob("*")):
-        shutil.rmtree(hidden, ignore_errors=True)
+    for folder in (*(member.folder for member in members), hidden):
+        with contextlib.suppress(OSError):  # not empty: of failed cases, or of another part (-num_parts)
+            folder.rmdir()
     return failed
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from masksam_nnunet.errors import UsageError, in_short
 from masksam_nnunet.plans.images import ImageGeometry, check_whole, in_threads, open_nifti
-from masksam_nnunet.plans.planning import find_dataset
+from masksam_nnunet.plans.raw_data import find_dataset
 
 from .cases import expected_names, file_names, find_images, find_phases, find_predictions, match_labels, read_labels
 from .rules import ENDING, Rules, UnconfirmedRule, load_rules

@@ -107,10 +107,10 @@ def benchmark(
     announce_trainers()
     from masksam_nnunet.benchmarks import few_labels, run
     from masksam_nnunet.benchmarks.definition import FOLDERS, Benchmark
-    from masksam_nnunet.benchmarks.jobs import device_kind
     from masksam_nnunet.benchmarks.slurm import SlurmSettings, parse_slurm_options
+    from masksam_nnunet.gpu import device_kind
     from masksam_nnunet.inference.methods import parse_methods
-    from masksam_nnunet.plans.planning import find_dataset
+    from masksam_nnunet.plans.raw_data import find_dataset
 
     if executor is Executor.local and (slurm or partition or wait):
         raise UsageError("--slurm, --partition and --wait are for a cluster: add --executor slurm")

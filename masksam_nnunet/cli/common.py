@@ -43,21 +43,6 @@ def announce_trainers() -> None:
     os.environ[EXT_TRAINER] = ext_trainer_value(os.environ.get(EXT_TRAINER))
 
 
-def require_device(device: str) -> None:
-    """Fail where ``-device`` is cuda, nnU-Net's default, and PyTorch sees no GPU."""
-    if device != "cuda":
-        return
-    import torch
-
-    from masksam_nnunet.gpu import gpu_trouble
-
-    trouble = gpu_trouble()
-    if trouble is None and not torch.cuda.is_available():
-        trouble = f"PyTorch {torch.__version__} sees no GPU here; use a machine with one"
-    if trouble:
-        fail(f"-device cuda: {trouble}, or -device cpu")
-
-
 class SeveralValues(TyperCommand):
     """Options that may be repeated also take several values at once, as nnU-Net's do: ``-f 0 1`` is ``-f 0 -f 1``."""
 

@@ -147,8 +147,8 @@ def check(
     dataset: Dataset,
 ) -> None:
     """List all defects of a raw dataset. Every file is read; the exit code is 1 if there are any."""
-    from masksam_nnunet.plans.planning import find_dataset
     from masksam_nnunet.plans.raw_check import check_raw_dataset
+    from masksam_nnunet.plans.raw_data import find_dataset
 
     name = find_dataset(dataset, ("nnUNet_raw",))
     preprocessed = os.environ.get("nnUNet_preprocessed")  # training uses its splits

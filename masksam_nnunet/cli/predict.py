@@ -12,7 +12,7 @@ import typer
 
 from masksam_nnunet.errors import UsageError
 
-from .common import DEFAULT_TRAINER, SeveralValues, announce_trainers, fail, require_device
+from .common import DEFAULT_TRAINER, SeveralValues, announce_trainers, fail
 
 if TYPE_CHECKING:
     from masksam_nnunet.inference.models import Model
@@ -115,9 +115,9 @@ def predict(
     A case that cannot be predicted does not stop the others: the command ends with their list and exit code 1.
     """
     announce_trainers()
-    require_device(device)
     import torch
 
+    from masksam_nnunet.gpu import require_devices
     from masksam_nnunet.inference.export.load import PortableModel
     from masksam_nnunet.inference.methods import ModelName, parse_members
     from masksam_nnunet.inference.models import TrainedModel, parse_folds, trained_models
@@ -125,6 +125,7 @@ def predict(
     from masksam_nnunet.inference.predict.predict_cases import PredictOptions
     from masksam_nnunet.inference.predict.run import predict as predict_folder
 
+    require_devices([device.value])
     if device is not Device.mps:  # as nnU-Net's command
         torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)
     numbers = parse_folds(folds or "01234")

@@ -12,7 +12,7 @@ import typer
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.stop_signals import REQUEUE, handling, pass_on
 
-from .common import DEFAULT_TRAINER, announce_trainers, require_device
+from .common import DEFAULT_TRAINER, announce_trainers
 
 _OTHER_NETWORK = ("Key ", "The shape of the parameters of key ")
 """How nnU-Net says that pre-trained weights do not fit."""
@@ -101,10 +101,11 @@ def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
     Raises:
         MaskSAMError: an argument names what does not exist.
     """
-    from masksam_nnunet.plans.planning import find_dataset
+    from masksam_nnunet.gpu import require_devices
+    from masksam_nnunet.plans.raw_data import find_dataset
 
     name = find_dataset(asked.dataset_name_or_id, ("nnUNet_preprocessed", "nnUNet_results"), "dataset")
-    require_device(asked.device)
+    require_devices([asked.device])
     if asked.pretrained_weights is not None and not Path(asked.pretrained_weights).is_file():
         raise TrainingError(f"-pretrained_weights {asked.pretrained_weights}: there is no such file")
 

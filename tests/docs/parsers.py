@@ -16,7 +16,7 @@ from documented import ROOT
 from masksam_nnunet.cli import app as cli
 from masksam_nnunet.inference.docker.__main__ import app as container
 
-OTHERS = ("pip", "python3", "git", "sbatch", "mkdir", ".")
+OTHERS = ("pip", "python3", "git", "sbatch", "srun", "mkdir", ".")
 """Commands of other projects, whose arguments are not checked."""
 
 

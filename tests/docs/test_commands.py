@@ -77,3 +77,23 @@ def test_the_cluster_script_requeues_a_training_that_saved(status: int, requeued
     assert done.returncode == status
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["masksam train 27 3d_fullres 3 -p MaskSAMPlans --c", *(["scontrol requeue 9_3"] * requeued)]
+
+
+def test_two_methods_train_on_a_core_each(tmp_path: Path) -> None:
+    programs = {
+        "taskset": 'core=$2; shift 2; on=$core exec "$@"',
+        "masksam": 'python3 -c "import os; print(os.cpu_count())" >> cores; echo "${on:-any}: $*" >> calls',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(
+        ["bash", ROOT / "benchmarks" / "one_core.sh", "out", "A", "B@P", "-d", "27", "--minutes", "9"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        check=True,
+    )
+    start = "benchmark -d 27 --minutes 9 -device cpu --out out"
+    calls = [f"0: {start}/first --trainers A", f"1: {start}/second --trainers B@P", f"any: {start} --trainers A B@P"]
+    assert sorted((tmp_path / "calls").read_text().splitlines()) == calls
+    assert set((tmp_path / "cores").read_text().split()) == {"1"}

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from simple_jobs import simple_jobs
 
 from masksam_nnunet.benchmarks import jobs as jobs_module
 from masksam_nnunet.benchmarks import nnunet
 from masksam_nnunet.benchmarks.folds import FoldRecord
-from masksam_nnunet.benchmarks.jobs import FoldJob, device_kind, gpu_of, require_devices, run_local
+from masksam_nnunet.benchmarks.jobs import FoldJob, gpu_of, run_local
 from masksam_nnunet.benchmarks.nnunet import run_nnunet, run_to_end, termination_as_exit
 from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES
 from masksam_nnunet.errors import TrainingError, UsageError
@@ -239,20 +238,3 @@ def test_gpus_count_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpu_of(device) == expected
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [device_kind(d) for d in (["cpu"], ["0", "1"], ["cuda"], ["mps"])] == ["cpu", "cuda", "cuda", "mps"]
-    for wrong in ([], ["cpu", "0"], ["0", "0"], ["gpu"], ["cuda", "1"]):
-        with pytest.raises(UsageError, match="-device"):
-            device_kind(wrong)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(jobs_module, "gpu_trouble", lambda index=None: None)
-    require_devices(["0"])
-    with pytest.raises(UsageError, match="-device 0 1"):
-        require_devices(["0", "1"])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(jobs_module, "gpu_trouble", lambda index=None: "an old card" if index == 1 else None)
-    require_devices(["0"])
-    with pytest.raises(UsageError, match="-device 0 1: an old card"):
-        require_devices(["0", "1"])

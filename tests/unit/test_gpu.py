@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from masksam_nnunet import gpu
+from masksam_nnunet.errors import UsageError
 
 
 @pytest.fixture
@@ -83,3 +84,20 @@ def test_cards_that_pytorch_is_not_built_for(
 def test_each_of_several_cards_is_looked_at(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0) if index else (9, 0))
     assert gpu.gpu_trouble() is None and "7.0" in str(gpu.gpu_trouble(1))
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [gpu.device_kind(d) for d in (["cpu"], ["0", "1"], ["cuda"], ["mps"])] == ["cpu", "cuda", "cuda", "mps"]
+    for wrong in ([], ["cpu", "0"], ["0", "0"], ["gpu"], ["cuda", "1"]):
+        with pytest.raises(UsageError, match="-device"):
+            gpu.device_kind(wrong)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpu, "gpu_trouble", lambda index=None: None)
+    gpu.require_devices(["0"])
+    with pytest.raises(UsageError, match="-device 0 1"):
+        gpu.require_devices(["0", "1"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu, "gpu_trouble", lambda index=None: "an old card" if index == 1 else None)
+    gpu.require_devices(["0"])
+    with pytest.raises(UsageError, match="-device 0 1: an old card"):
+        gpu.require_devices(["0", "1"])
