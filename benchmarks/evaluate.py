@@ -65,8 +65,11 @@ def evaluate(
         # nnU-Net copies true label maps without the .json beside a TIFF, which holds its spacing.
         for case, label in read_raw_dataset(raw, "-d", min_cases=1).labels.items():
             sizes, place = label.with_suffix(".json"), truths / f"{case}.json"
-            if sizes.is_file() and not place.is_file():
-                write_json(place, read_json(sizes))
+            try:
+                if sizes.is_file() and not place.is_file():
+                    write_json(place, read_json(sizes))
+            except OSError as error:
+                raise DataError(f"{place}, which holds a TIFF's spacing, cannot be written: copy {sizes}") from error
     with console.status("checking that the comparison is fair"):
         folders = {name: [results / m.key / f"fold_{f}" for f in folds] for m, name in row_names(methods).items()}
         histories = {

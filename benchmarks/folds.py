@@ -31,16 +31,16 @@ _TRAINED, _VALIDATED = "Training done.", "Validation complete"
 
 
 @contextmanager
-def locked(folder: Path, busy: str, wait: float = 1.0) -> Iterator[None]:
+def locked(folder: Path, busy: str, wait: float = 1.0, file: str = "benchmark.lock") -> Iterator[None]:
     """Lock a folder, on all machines that share it, until this process leaves the context or ends.
 
     The folder is created if missing. NFS needs version 4, Lustre the mount option ``flock``. ``busy`` says what a
-    process that holds the lock is doing; ``wait`` is in seconds.
+    process that holds the lock is doing; ``wait`` is in seconds; ``file`` is what is locked.
 
     Raises:
         TrainingError: another process holds the lock, or the folder cannot be written.
     """
-    lock = FileLock(folder / "benchmark.lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
+    lock = FileLock(folder / file, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)

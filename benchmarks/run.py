@@ -28,6 +28,9 @@ from .progress import Progress
 from .results import MEAN, METRICS
 from .slurm import Slurm, SlurmSettings
 
+EVALUATION_SECONDS = 6 * 3600
+"""How long an evaluation waits for another one of the same dataset, whose models they share."""
+
 
 def run_benchmark(
     benchmark: Benchmark, out: Path | None, devices: Sequence[str], console: Console | None = None
@@ -128,7 +131,7 @@ def report(out: Path, console: Console | None = None, accept_unfair: bool | None
     commands = [f"export {name}={shlex.quote(value)}" for name, value in sorted(jobs[0].environment.items())]
     commands += [line for job in jobs for line in _commands(job)]
     commands += [f"# All of that, and the evaluation by nnU-Net's functions: {benchmark.command_line}"]
-    with locked(benchmark.results, "evaluating this dataset's models"):
+    with locked(benchmark.results, "evaluating this dataset's models", EVALUATION_SECONDS, "evaluation.lock"):
         patients = benchmark.patients(cases_in(benchmark.preprocessed / "gt_segmentations", ending))
         page = evaluate(benchmark, out, commands, patients, console)
     _print_means(out, console or Console())

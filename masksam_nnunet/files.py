@@ -37,8 +37,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside ``folder``, and put it in the place of ``folder`` on success.
 
-    An earlier folder is replaced. After an error it is as before, and nothing new is left.
+    An earlier folder, or what a link leads to, is replaced. After an error it is as before, and nothing new is left.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder
     new_parent = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft, earlier = (folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.{end}") for end in ("part", "earlier"))

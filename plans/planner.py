@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from masksam_nnunet import __version__
 from masksam_nnunet.environment import variable
 from masksam_nnunet.errors import DataError, in_short
-from masksam_nnunet.files import read_json, write_text_atomically
+from masksam_nnunet.files import atomic_write, read_json, write_text_atomically
 
 from .architecture import (
     BASE_PLANS,
@@ -131,8 +132,8 @@ class MaskSAMPlanner(ExperimentPlanner):
             configurations.get(LOW, {}).pop("next_stage", None)
         self.plans = plans
         # Like nnU-Net's planner: preprocessing and training read dataset.json there.
-        description = (self.raw.folder / "dataset.json").read_text(encoding="utf-8")
-        write_text_atomically(self.folder / "dataset.json", description)
+        with atomic_write(self.folder / "dataset.json") as draft:
+            shutil.copyfile(self.raw.folder / "dataset.json", draft)
         # NaN is what nnU-Net writes where no case has foreground.
         write_text_atomically(self.file, json.dumps(plans, indent=4) + "\n")
         return plans

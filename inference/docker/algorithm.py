@@ -125,7 +125,10 @@ def find_model(places: Sequence[Path]) -> Path:
 
     nnU-Net copies a model's plans into its crossval_results folders, so that only the outermost count.
     """
-    place = next((path for path in places if path.is_dir() and any(path.iterdir())), None)
+    try:
+        place = next((path for path in places if path.is_dir() and any(path.iterdir())), None)
+    except OSError as error:
+        raise ModelError(f"a model's folder cannot be read ({error}): give all users the right to read it") from error
     if place is None:
         raise ModelError(f"no model in {' or '.join(map(str, places))}: mount one, or name it with --model")
     with_plans = {file.parent for name in ("plans.json", "model.json") for file in place.rglob(name)}

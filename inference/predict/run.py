@@ -14,7 +14,7 @@ from nnunetv2.ensembling.ensemble import merge_files
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from masksam_nnunet.errors import CaseError, ModelError, UsageError
-from masksam_nnunet.files import read_json, write_json
+from masksam_nnunet.files import read_json, write_json, write_text_atomically
 
 from ..cases import Case, channel_names, find_cases
 from ..models import Model, previous_stage
@@ -53,12 +53,15 @@ def predict(models: Sequence[Model], images: Path, output: Path, options: Predic
         raise UsageError(f"-part_id {options.part}: parts are numbered from 0 to {options.parts - 1} (-num_parts)")
     if options.previous is not None and not options.previous.is_dir():
         raise UsageError(f"-prev_stage_predictions {options.previous}: there is no such folder")
+    if not 0 < options.step_size <= 1:
+        raise UsageError(f"-step_size {options.step_size:g}: give a share of the patch, above 0 and up to 1")
     stages = previous_stage_folders(models, output, options.previous)
     ending, plans = models[0].dataset_json["file_ending"], PlansManager(models[0].plans)
     made = Predictions(output, ending, plans.image_reader_writer_class(), options.probabilities, options.postprocessing)
     cases, failed = find_cases(images, ending)
-    if output.is_dir() and output.samefile(images):
-        raise UsageError(f"-o {output} is the folder of the images (-i): name another one")
+    for option, read in (("-i", images), ("-prev_stage_predictions", options.previous)):
+        if read is not None and output.is_dir() and output.samefile(read):
+            raise UsageError(f"-o {output} is the folder of {option}: name another one")
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -90,6 +93,7 @@ def _identity(models: Sequence[Model], options: PredictOptions) -> dict[str, Any
     return {
         "models": [model.describe() for model in models],
         "postprocessing": str(options.postprocessing.file) if options.postprocessing else None,
+        "previous_stage": str(options.previous) if options.previous else None,
         "tile_step_size": options.step_size,
         "use_mirroring": options.mirroring,
     }
@@ -106,8 +110,7 @@ def _check_same_models(output: Path, identity: dict[str, Any]) -> None:
             "option out, or name another folder (-o)"
         ) from error
     now = json.loads(json.dumps(identity))
-    if before is not None and before != now:
-        differing = next((key for key in now if before.get(key) != now[key]), "other options")
+    for differing in (key for key in now if before is not None and before.get(key) != now[key]):
         raise UsageError(
             f"--continue_prediction: {output} holds predictions with {differing} = {before.get(differing)}, now it is "
             f"{now[differing]}; leave the option out to replace them, or name another folder (-o)"
@@ -130,7 +133,8 @@ def _record(models: Sequence[Model], images: Path, output: Path, options: Predic
     }
     write_json(output / ARGUMENTS, arguments)
     write_json(output / "dataset.json", models[0].dataset_json)
-    write_json(output / "plans.json", models[0].plans)
+    plans = json.dumps(models[0].plans, indent=4)  # which may hold NaN, where no case has foreground
+    write_text_atomically(output / "plans.json", plans + "\n")
 
 
 # ---- ensembles -------------------------------------------------------------------------------------------------------
@@ -155,10 +159,11 @@ def check_averaging(models: Sequence[Model]) -> None:
 
 def _must_agree(model: Model) -> Mapping[str, object]:
     plans, description = model.plans, model.dataset_json
+    order = description.get("regions_class_order")
     return {
         "the dataset": plans.get("dataset_name"),
         "labels": description["labels"],
-        "the order of regions": description.get("regions_class_order"),
+        "the order of regions": order and (order, list(description["labels"])),
         "channels": channel_names(description),
         "the file ending": description["file_ending"],
         "the reader of images": plans.get("image_reader_writer"),
@@ -206,12 +211,11 @@ def predict_ensemble(
     hidden = output.folder / MEMBERS
     members = [replace(output, folder=hidden / model.name, probabilities=True, postprocessing=None) for model in models]
     failed: dict[str, str] = {}
+    for member in members if not options.resume else ():  # all at once, as above
+        for case in cases:
+            member.remove(case.name)
     for model, member in zip(models, members, strict=True):
-        wanted = [case for case in cases if case.name not in failed]
-        if not options.resume:
-            for case in wanted:
-                member.remove(case.name)
-        wanted = [case for case in wanted if not member.is_whole(case.name)]
+        wanted = [case for case in cases if case.name not in failed and not member.is_whole(case.name)]
         if wanted:
             print(f"{model.name}: {len(wanted)} cases", flush=True)
             predictor = options.predictor(model)

@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +200,23 @@ def test_parts_are_mixed_but_predictions_of_other_models_are_not(
     assert times(out).keys() == before.keys()
 
 
+def test_an_ensemble_that_starts_anew_takes_nothing_of_an_earlier_one(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_logits = MaskSAMPredictor.predict_logits_from_preprocessed_data
+    for calls in (4, 1):  # broken off at the second model's second case, then at the first model's first
+        left = iter(range(calls, 0, -1))
+
+        def interrupted(*given: Any, left: Iterator[int] = left) -> Any:
+            if next(left) == 1:
+                raise KeyboardInterrupt
+            return predict_logits(*given)
+
+        monkeypatch.setattr(MaskSAMPredictor, "predict_logits_from_preprocessed_data", interrupted)
+        assert predict("-i", images, "-o", tmp_path / "out", *PAIR).exit_code == 130
+        assert len(list((tmp_path / "out").rglob("*.npz"))) == calls - 1
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -214,6 +231,8 @@ def test_parts_are_mixed_but_predictions_of_other_models_are_not(
         ([*ONE[:2], "-f", "0"], ["-c"]),
         ([*PAIR, "-tr", "nnUNetTrainer"], ["-tr nnUNetTrainer", "--ensemble"]),
         ([*ONE, "-prev_stage_predictions", "{none}"], ["-prev_stage_predictions", "none"]),
+        (["-o", "{empty}", *ONE, "-prev_stage_predictions", "{empty}"], ["-o", "-prev_stage_predictions"]),
+        ([*ONE, "-step_size", "2"], ["-step_size 2"]),
         ([*ONE, "--postprocessing", "auto"], ["--postprocessing auto"]),
         ([*ONE, "-num_parts", "2", "-part_id", "2"], ["-part_id 2"]),
         ([*ONE, "--model", "{empty}"], ["--model", "empty"]),
