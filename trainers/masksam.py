@@ -342,8 +342,12 @@ class MaskSAMTrainer(ResumableTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         rows = [torch.stack([torch.as_tensor(x, device=self.device) for x in o.values()]) for o in train_outputs]
-        every = [dict(zip(train_outputs[0], values, strict=True)) for values in torch.stack(rows).cpu().numpy()]
-        # The same on all ranks, since they share the gradient.
+        table = torch.stack(rows)  # (iterations, values); the last says whether a step was skipped
+        if self.is_ddp:  # a rank's own loss may have told it more
+            skipped = table[:, -1].contiguous()
+            dist.all_reduce(skipped, dist.ReduceOp.MAX)
+            table[:, -1] = skipped
+        every = [dict(zip(train_outputs[0], values, strict=True)) for values in table.cpu().numpy()]
         made = [outputs for outputs in every if not outputs[SKIPPED]]
         if len(made) < len(every):
             self.print_to_log_file(

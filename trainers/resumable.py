@@ -321,6 +321,8 @@ class ResumableTrainer(nnUNetTrainer):
         except TrainingError as error:
             if must:
                 raise
+            if file.name == files.BEST:
+                self._best_ema = None  # the next epoch is saved in its place
             self.print_to_log_file(f"WARNING: {error}. The training continues.")
 
     def _content(self) -> dict[str, Any]:
@@ -400,7 +402,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _read(self, file: Path) -> dict[str, Any]:
         resuming = self.logger.resume and self.current_epoch == 0  # --val and --val_best want their very file
-        choice = [file.with_name(name) for name in files.ORDER] if resuming else [file]
+        choice = files.candidates(file.parent) if resuming else [file]
         file, content = files.load_whole(choice, self.print_to_log_file)
         within = content.get(_WITHIN)
         part = f", and {len(within['outputs']['loss'])} iterations of the next" if within else ""

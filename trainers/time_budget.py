@@ -94,7 +94,7 @@ class nnUNetTrainer_budget(ResumableTrainer):
         self.iteration = self.iterations_done  # MaskSAM's own count: an epoch has no fixed number of them here
 
     def training_goes_on(self) -> bool:
-        return self.used < self.budget
+        return bool(self.outputs) or self.used < self.budget  # an epoch that was left goes on to its end
 
     def run_epoch(self, train: LoaderWatch, validation: LoaderWatch) -> None:
         """Epochs end by the budget: there are fewer of them where an iteration is slow."""

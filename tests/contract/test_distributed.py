@@ -83,6 +83,7 @@ def rank_main(rank: int, folder: str) -> None:
     states = [dict(made.sam_network.named_parameters()) for made in (trainer, *related)]
     torch.save((gradients, states), Path(folder) / f"{rank}.pt")
     trainer.logger.loggers = []
+    outputs[1]["skipped"] = torch.tensor(float(rank))  # by its own loss: nnU-Net wants as many losses of each rank
     trainer.on_train_epoch_end(outputs)
 
     budget.on_loop_start()

@@ -278,6 +278,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(monkeypatch: pytest
         assert f"WARNING: cannot write {folder / name}" in said
     assert said.count("The training continues.") >= 2
     assert load_checkpoint(folder / LATEST)["current_epoch"] == 1
+    assert made._best_ema is None, "what was not written is no mark for later epochs"
     assert not list(folder.glob("*.part"))
     again = trainer(go_on=True)
     assert again.current_epoch == 1

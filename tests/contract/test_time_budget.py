@@ -121,6 +121,18 @@ def test_a_number_of_iterations_takes_the_place_of_the_minutes(monkeypatch: pyte
         trainer()
 
 
+def test_an_epoch_that_was_left_after_the_last_iteration_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "5")
+    made = trainer()
+    with pytest.raises(SystemExit):
+        made.run_training()
+    made = trainer()
+    made.load_checkpoint(str(Path(made.output_folder) / "checkpoint_latest.pth"))
+    made.run_training()
+    assert len(made.steps) == 5
+    assert load_checkpoint(Path(made.output_folder) / "checkpoint_final.pth")["current_epoch"] == 1
+
+
 def test_nnunet_with_adamw_warms_up_and_decays() -> None:
     plans = plain_plans()
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = SMALL_UNET

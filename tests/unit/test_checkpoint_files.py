@@ -18,7 +18,7 @@ import torch
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.errors import CheckpointError, TrainingError
 from masksam_nnunet.trainers import checkpoint_files as files
-from masksam_nnunet.trainers.checkpoint_files import LATEST, ORDER, load_whole, save_interval
+from masksam_nnunet.trainers.checkpoint_files import LATEST, ORDER, candidates, load_whole, save_interval
 
 
 def content(epoch: int, size: int = 1000) -> dict[str, Any]:
@@ -113,8 +113,18 @@ def test_what_is_damaged_is_named_and_another_is_taken(tmp_path: Path, how: str)
         load_whole([final, latest, best], pytest.fail)
 
 
+def test_a_new_training_comes_before_the_final_checkpoint_of_an_earlier_one(tmp_path: Path) -> None:
+    final, latest, best = (tmp_path / name for name in ORDER)
+    files.write(content(40), final)
+    files.write(content(3), latest)
+    os.utime(final, (1, 1))
+    assert candidates(tmp_path) == [latest, best, final]
+    os.utime(latest, (0, 0))
+    assert candidates(tmp_path) == [final, latest, best]
+
+
 def test_the_final_one_comes_first_and_code_is_never_run(tmp_path: Path) -> None:
-    choice = [tmp_path / name for name in ORDER]
+    choice = candidates(tmp_path)
     files.write(content(40), choice[0])
     files.write(content(30), choice[1])
     assert load_whole(choice, pytest.fail)[1]["current_epoch"] == 40
