@@ -59,7 +59,11 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Method:
-    """A method by its parts. All but MaskSAM predict a map for each class, which nnU-Net's loss compares."""
+    """A method by its parts. All but MaskSAM predict a map for each class, which nnU-Net's loss compares.
+
+    The image rule is :class:`~.modeling.stem.InputStem` for all of them. What prompts SAM belongs to the decoder, and
+    output and loss to the network.
+    """
 
     name: str
     """In the config, and in lower case as in the name of its file."""
@@ -83,7 +87,7 @@ class Method:
     weights: Callable[[float], tuple[float, ...]] | None = None
     """The weights of the maps' losses at a share of the training that is done; None halves them as nnU-Net does."""
     short_rate: float = 2e-3
-    """The learning rate of a training for minutes: the better of 2e-3 and 5e-4 (docs/related_methods.md)."""
+    """The learning rate of a training for minutes: MaskSAM's, or less where that one learns nothing."""
     network: str = "masksam_nnunet.modeling.semantic_sam:SemanticSAM"
 
     @property

@@ -13,5 +13,6 @@ METHODS = (
         decoder=ClassTokenDecoder,
         adaptation=Adaptation(branch=ConvolutionBranch),
         trained=("image_encoder.neck", "prompt_encoder", "mask_decoder"),
+        short_rate=5e-4,
     ),
 )

@@ -16,5 +16,6 @@ METHODS = (
         decoder=partial(ClassTokenDecoder, to_patch_size=True),
         adaptation=Adaptation(before=DepthConvAdapter, delta=fact(32)),
         trained=("prompt_encoder", "mask_decoder"),
+        short_rate=5e-4,
     ),
 )

@@ -91,7 +91,10 @@ def test_recipes_of_the_authors_and_of_short_trainings() -> None:
     assert type(make("AutoSAMTrainer_author").optimizer) is torch.optim.Adam
     assert type(make("NnSAMTrainer_author").optimizer) is torch.optim.SGD
     for name in NAMES:
-        assert make(f"{name}_author").epochs is None and make(name).num_epochs == 1000
+        made = make(f"{name}_author")
+        assert made.epochs is None and make(name).num_epochs == 1000
+        made.set_learning_rate()
+        assert all(torch.isfinite(made.train_step(batch(made))["loss"]) for _ in range(2)), name
     common, own = make("MASAMTrainer"), make("MASAMTrainer_author")
     for trainer in (common, own):
         trainer.iteration = 125000
@@ -99,6 +102,10 @@ def test_recipes_of_the_authors_and_of_short_trainings() -> None:
     rates = [trainer.optimizer.param_groups[0]["lr"] / trainer.initial_lr for trainer in (common, own)]
     assert rates == pytest.approx([0.5**0.9, 0.5**7])
     assert make("SAMedTrainer_budget").budget == 10  # type: ignore[attr-defined]
+    for name, rate in (("SAMedTrainer", 2e-3), ("DBSAMTrainer", 5e-4)):
+        cls = getattr(trainers, f"{name}_budget")
+        frozen = cls(tiny_plans(form={"backbone": "lite_medsam"}), "3d_fullres", 0, dataset_json(), CPU)
+        assert (frozen.initial_lr, frozen.warmup_iterations) == (rate, 30)
 
 
 def test_lean_checkpoints_keep_what_is_trained_of_sam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

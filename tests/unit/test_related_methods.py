@@ -21,7 +21,7 @@ from masksam_nnunet.method import MASKSAM, build_network, find_method, methods
 from masksam_nnunet.modeling import MaskSAM, SAMNetwork
 from masksam_nnunet.modeling.class_decoder import ClassTokenDecoder, PerClassDecoder
 from masksam_nnunet.modeling.encoded import Encoded
-from masksam_nnunet.modeling.hierarchical import MaskGate
+from masksam_nnunet.modeling.hierarchical import LedTransformer, MaskGate
 from masksam_nnunet.modeling.hq import FinerFeatures
 from masksam_nnunet.modeling.weight_deltas import SharedFactors
 
@@ -124,10 +124,12 @@ def flat(encoded: tuple[list[Tensor], Tensor]) -> list[Tensor]:
     return [*levels, neck]
 
 
-def sams_decoder(backbone: Backbone) -> MaskDecoder:
+def sams_decoder(backbone: Backbone, masks: int = 4) -> MaskDecoder:
     width = backbone.prompt_width
     transformer = TwoWayTransformer(2, width, backbone.decoder_heads, backbone.decoder_mlp)
-    return MaskDecoder(transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width)
+    return MaskDecoder(
+        transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width, num_multimask_outputs=masks - 1
+    )
 
 
 @pytest.mark.usefixtures("small_sam")
@@ -164,6 +166,39 @@ def test_decoders_are_sams_with_its_tokens() -> None:
         torch.testing.assert_close(mean, (maps + second) / 2)
 
 
+@pytest.mark.usefixtures("small_sam")
+def test_the_finer_decoders_are_sams_without_what_they_add() -> None:
+    """HQ-SAM's without its finer maps, and H-SAM's second transformer where all classes are alike."""
+    config = config_for("hq_sam", backbone="vit_b", patch_size=(1, 64, 64), resolution=4)
+    backbone, classes = config.encoder, 3
+    side, width = 16, backbone.prompt_width
+    neck, pe, no_mask = torch.randn(1, 1, width, side, side), torch.randn(1, width, side, side), torch.randn(width)
+    level = torch.randn(1, 1, side, side, backbone.width)
+    sam = sams_decoder(backbone, 2 * classes).eval()
+    hq: Any = build_network(config, 1, classes).mask_decoder.eval()
+    with torch.no_grad():
+        own = {k: x for k, x in sam.state_dict().items() if k.startswith(("transformer", "iou_token", "output_upsc"))}
+        hq.load_state_dict(own, strict=False)
+        for number, head in enumerate((hq.classes, hq.finer_classes)):
+            tokens = sam.mask_tokens.weight[number * classes : (number + 1) * classes]
+            head.seg_layers["tokens"].weight.copy_(tokens)
+            head.seg_layers["mlps"].load_state_dict(sam.output_hypernetworks_mlps[:classes].state_dict())
+        for mlp in hq.finer_classes.seg_layers["mlps"]:
+            mlp.layers[-1].weight.zero_()
+            mlp.layers[-1].bias.zero_()
+        dense = no_mask[:, None, None].expand(1, -1, side, side)
+        expected = sam.predict_masks(neck[:, 0], pe, torch.zeros(1, 0, width), dense)[0][:, :classes]
+        torch.testing.assert_close(hq(Encoded(torch.zeros(1), [level], neck, pe, no_mask))[0][:, :, 0], expected)
+
+        led = LedTransformer(width, backbone.decoder_heads, backbone.decoder_mlp).eval()
+        led.load_state_dict(sam.transformer.state_dict())
+        tokens, image = torch.randn(1, classes, width), neck[:, 0]
+        found, keys = led(image, pe, tokens, torch.full((1, classes, side**2), -1.1))
+        expected, expected_keys = sam.transformer(image, pe, tokens)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(keys.flatten(2).transpose(1, 2), expected_keys)
+
+
 def trained(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
@@ -180,7 +215,7 @@ def vit_b(method: str, classes: int) -> SAMNetwork:
 
 @pytest.mark.parametrize(
     ("method", "classes", "millions"),
-    [("samed", 9, 4.91), ("ma_sam", 9, 30.1), ("autosam", 4, 20.7), ("autosam_linear", 4, 0.075)],
+    [("samed", 9, 4.91), ("ma_sam", 9, 30.1), ("h_sam", 9, 12.5), ("autosam", 4, 20.7), ("autosam_linear", 4, 0.075)],
 )
 def test_trained_parameters_are_the_published_ones(method: str, classes: int, millions: float) -> None:
     assert trained(vit_b(method, classes)) / 1e6 == pytest.approx(millions, rel=0.03)
@@ -280,7 +315,10 @@ def test_an_encoder_of_the_users_own_takes_methods_that_leave_it_alone(monkeypat
         make("samed", backbone="own")
 
 
+@pytest.mark.parametrize("backbone", ["tiny", "vit_b", "vit_l", "vit_h", "medsam_vit_b", "lite_medsam", "mobile_sam"])
 @pytest.mark.parametrize("method", RELATED)
-def test_the_cost_of_a_step_is_estimated(method: str) -> None:
-    cost = training_cost(config_for(method, backbone="tiny", patch_size=(2, 32, 32)), 1, 3, 1)
+def test_a_step_on_every_backbone_without_memory(method: str, backbone: str) -> None:
+    """Forward and backward pass at the backbone's full size, on tensors without content."""
+    config = config_for(method, backbone=backbone, patch_size=(2, 32, 32))
+    cost = training_cost(config, 1, 3, 1)
     assert cost.peak_bytes > 0 and cost.flops > 0
