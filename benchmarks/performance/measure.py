@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ Step = Callable[[], object]
 Builder = Callable[[torch.device], Step]
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Makes glibc give memory back at once, so that a resident peak is that of what is alive."""
+
+SHORT = 0.05
+"""Seconds: steps on a GPU that take less are measured several at once."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +69,38 @@ def in_a_process(script: str, *words: str, **environment: str) -> Any:
 
 
 def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
-    """Median time of each variant; they take turns, so that a noisy moment meets all."""
+    """Median time of each variant; they take turns, so that a noisy moment meets all. One that fails is left out."""
     if device.type == "cpu":  # as trainings do
         keep_freed_memory()
-    steps = {name: build(device) for name, build in case.variants.items()}
+    steps: dict[str, Step] = {}
+    at_once: dict[str, int] = {}
+    for name, build in case.variants.items():
+        try:
+            steps[name], at_once[name] = build(device), 1
+            if case.warm_up:
+                timed(steps[name], device)
+                if device.type == "cuda":  # short steps by the dozen: the host starts them while the GPU computes
+                    at_once[name] = min(50, math.ceil(SHORT / timed(steps[name], device)))
+        except Exception:
+            if name == case.reference:
+                raise
+            traceback.print_exc()
+            steps.pop(name, None)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(repeats + case.warm_up):
+    for _ in range(repeats):
         for name, step in steps.items():
-            took = timed(step, device)
-            if round_ >= case.warm_up:
-                times[name].append(took)
+            times[name].append(timed(step, device, at_once[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def timed(step: Step, device: torch.device) -> float:
+def timed(step: Step, device: torch.device, at_once: int = 1) -> float:
+    """Seconds of a step, the mean of so many that run without a wait between them."""
     _wait(device)
     start = time.perf_counter()
-    step()
+    for _ in range(at_once):
+        step()
     _wait(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / at_once
 
 
 def _wait(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,16 @@ def main() -> None:
             print(*plan, "does not fit")
             failed += 1
             continue
+        except Exception:  # the others are measured all the same
+            traceback.print_exc()
+            failed += 1
+            continue
         print(" ".join(f"{value!s:>10}" for value in rows[-1].values()), flush=True)
         out.write_text(json.dumps({"device": name, "torch": torch.__version__, "plans": rows}, indent=1) + "\n")
-    worst = max(abs(r["ratio"] - 1) for r in rows)
-    print(f"estimate / measured: worst deviation {worst:.1%} over {len(rows)} plans ({name}), {failed} did not fit")
+    worst = max((abs(r["ratio"] - 1) for r in rows), default=float("nan"))
+    print(
+        f"estimate / measured: worst deviation {worst:.1%} over {len(rows)} plans ({name}), {failed} without a figure"
+    )
 
 
 if __name__ == "__main__":

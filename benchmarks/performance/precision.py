@@ -5,6 +5,7 @@
 FOLDER is a trained model of nnU-Net (TRAINER__PLANS__CONFIGURATION in nnUNet_results): fold 0 predicts validation
 cases, whose preprocessed images are in nnUNet_preprocessed, without mirroring. float32 is without TF32. On a GPU the
 rows go to results.json and the page of bench.py; a CPU takes steps of the first network only, since float16 is slow.
+The exit status is 1 where a gradient or a prediction in float16 is further from float32's than :data:`LEAST` allows.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ NETWORKS = {
     "ViT-B": MaskSAMConfig("vit_b", (2, 64, 64), 4),
 }
 FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST = {"gradients of a step, cosine": 0.98, "Dice of a prediction with float32's, mean": 0.999}
+"""Bounds of rows whose names begin so; of predictions, those in float16, which is what predictions run in."""
 SCALE = 2.0**14
 """Of a float16 step's loss, so that small gradients are no zeros; that of a training starts at 2^16."""
 
@@ -138,13 +141,27 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     tell: Callable[[list[dict[str, Any]]], None] = save if device.type == "cuda" else show
+    rows = []
     if arguments.model:
-        tell(prediction_rows(arguments.model, arguments.cases, device))
+        rows = prediction_rows(arguments.model, arguments.cases, device)
+        tell(rows)
     else:
         for name, config in list(NETWORKS.items())[: 1 if device.type == "cpu" else None]:
-            tell(step_rows(name, config, device))
+            rows += (found := step_rows(name, config, device))
+            tell(found)
     if device.type == "cuda":
         write_page(json.loads(RESULTS.read_text()))
+    far = [f"{row['name']}, {row['variant']}: {row['ours']}" for row in rows if is_far(row)]
+    if far:
+        raise SystemExit("too far from float32: " + "; ".join(far))
+
+
+def is_far(row: dict[str, Any]) -> bool:
+    """Whether a row misses its bound; NaN does."""
+    least = next((bound for name, bound in LEAST.items() if row["name"].startswith(name)), None)
+    if least is None or (row["name"].startswith("Dice") and row["variant"] == "bfloat16"):
+        return False
+    return not row["ours"] >= least
 
 
 if __name__ == "__main__":

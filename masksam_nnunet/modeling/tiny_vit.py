@@ -23,6 +23,8 @@ from .weight_deltas import change_projections
 WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
 PIXELS_AT_ONCE = 2**16
 """Pixels of the finest map that the convolutions before the first adapter take at a time; a slice of more is whole."""
+MOST_WINDOWS = 2**15
+"""Windows whose attention is one call: cuDNN fails for 2^16 and more."""
 
 
 class AdaptedBlock(TinyVitBlock):
@@ -88,7 +90,9 @@ class AdaptedBlock(TinyVitBlock):
             tokens = F.pad(tokens, (0, 0, 0, 1))
         qkv = attn.qkv(attn.norm(tokens)).unflatten(-1, (attn.num_heads, 3, -1))  # (windows, n + 1, heads, 3, c)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q[:, :, : height * width], k, v, attn_mask=own.to(q.dtype)[None])
+        own = own.to(q.dtype)[None]
+        parts = zip(*(x.split(MOST_WINDOWS) for x in (q[:, :, : height * width], k, v)), strict=True)
+        y = _joined([F.scaled_dot_product_attention(*part, attn_mask=own) for part in parts], dim=0)
         y = attn.proj(y.transpose(1, 2).flatten(2))  # (windows, n, E)
         return y.view(windows.shape).transpose(2, 3).reshape(m, h, w, e)
 
