@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from masksam_nnunet import trainers
 from masksam_nnunet.config import LossConfig
 from masksam_nnunet.cost import dice_and_cross_entropy
+from masksam_nnunet.inference.predictor import MaskSAMPredictor
 from masksam_nnunet.method import MASKSAM, methods
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.plans import architecture
@@ -82,6 +83,23 @@ def test_a_step_of_a_related_method(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_related_method_in_float16_on_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainers.HSAMTrainer(tiny_plans((32, 48)), "3d_fullres", 0, dataset_json(ignore=True), CPU)
     assert waits_of_steps(made, FP16, monkeypatch) == ["item"] * 2  # of two stages
+
+
+def test_windows_and_mirrors_of_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainers.MaskSAMTrainer_tiny(tiny_plans(), "3d_fullres", 0, dataset_json(), CPU)
+    made.initialize()
+    predictor = MaskSAMPredictor(device=CUDA, allow_tqdm=False, batch_size=16)
+    predictor.manual_initialization(
+        made.network.eval(), made.plans_manager, made.configuration_manager, None, made.dataset_json, "", (0, 1, 2)
+    )
+    with fake_cuda(monkeypatch, FP16) as waits, torch.no_grad(), torch.autocast("cuda"):
+        move(made.network)
+        data = torch.zeros(1, 6, 40, 32, device=CUDA)
+        slicers = predictor._internal_get_sliding_window_slicers(data.shape[1:])
+        waits.clear()
+        found = list(predictor._mean_over_mirrors(data, slicers))
+        assert {(x.device, x.shape) for x in found} == {(CUDA, (3, 4, 32, 32))}
+    assert len(found) == 4 and waits == ["item"] * 2, "two batches of 32 mirrored windows"
 
 
 def test_the_loss_of_estimates_and_of_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
