@@ -46,6 +46,9 @@ class Watch(TorchDispatchMode):
         if packet is aten._local_scalar_dense and tensors[0].dtype == torch.bool:
             self.waits.append("item")
             return True
+        if packet is aten._local_scalar_dense and tensors[0].dtype == torch.long and on_gpu[0]:  # a number of targets
+            self.waits.append("number")
+            return 3
         if packet is aten.convolution and on_gpu[0] and tensors[0].ndim == 5 and args[-1] > 1:
             assert tensors[0].is_contiguous(), "cuDNN would take a depth-wise convolution of channels last"
         result = func(*args, **kwargs)

@@ -110,7 +110,9 @@ def _check_same_models(output: Path, identity: dict[str, Any]) -> None:
             "option out, or name another folder (-o)"
         ) from error
     now = json.loads(json.dumps(identity))
-    for differing in (key for key in now if before is not None and before.get(key) != now[key]):
+    if before is None:
+        return
+    for differing in (key for key in now if before.get(key) != now[key]):
         raise UsageError(
             f"--continue_prediction: {output} holds predictions with {differing} = {before.get(differing)}, now it is "
             f"{now[differing]}; leave the option out to replace them, or name another folder (-o)"

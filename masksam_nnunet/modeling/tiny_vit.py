@@ -92,7 +92,7 @@ class AdaptedBlock(TinyVitBlock):
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         own = own.to(q.dtype)[None]
         parts = zip(*(x.split(MOST_WINDOWS) for x in (q[:, :, : height * width], k, v)), strict=True)
-        y = _joined([F.scaled_dot_product_attention(*part, attn_mask=own) for part in parts], dim=0)
+        y = _joined([F.scaled_dot_product_attention(a, b, c, attn_mask=own) for a, b, c in parts], dim=0)
         y = attn.proj(y.transpose(1, 2).flatten(2))  # (windows, n, E)
         return y.view(windows.shape).transpose(2, 3).reshape(m, h, w, e)
 
