@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +79,17 @@ def check_fairness(
         for method in methods
     }
     findings += _check_data(configurations)
+    starts: dict[Finding, list[str]] = defaultdict(list)
     for method in methods:
         name, own = names[method], _read(results / method.key / "dataset.json")
         if different := [key for key in _DESCRIPTION if own.get(key) != description.get(key)]:
             values = "; ".join(f"{key}: {own.get(key)} there, {description.get(key)} here" for key in different)
             findings.append(Finding(True, f"{name} was trained with another dataset.json: {values}."))
         own_folds = {f"{name}, fold {fold}": trained[f"{name}, fold {fold}"] for fold in folds}
-        findings.append(_check_start(name, configurations[name], own_folds, preprocessed.name))
-    return tuple(sorted(filter(None, findings), key=lambda finding: not finding.severe))
+        if start := _check_start(configurations[name], own_folds, preprocessed.name):
+            starts[start].append(name)
+    findings += [replace(start, text=start.text.replace("{}", "; ".join(found))) for start, found in starts.items()]
+    return tuple(sorted(findings, key=lambda finding: not finding.severe))
 
 
 def refuse_unfair(reasons: Sequence[str], accept_unfair: bool, what: str) -> None:
@@ -186,15 +191,16 @@ def _check_data(configurations: Mapping[str, ConfigurationManager]) -> list[Find
     return findings
 
 
-def _check_start(
-    name: str, configuration: ConfigurationManager, folds: Mapping[str, Path], dataset: str
-) -> Finding | None:
-    """What MaskSAM's encoder starts from, and whether that has seen the dataset; ``folds`` are folders by name."""
+def _check_start(configuration: ConfigurationManager, folds: Mapping[str, Path], dataset: str) -> Finding | None:
+    """What SAM's part starts from, and whether that has seen the dataset; ``folds`` are folders by name.
+
+    In the text {} stands for the methods of which it is true.
+    """
     config = read_config(configuration)
     if config is None:
         return None
     if not config.sam:
-        return Finding(False, f"{name} has {config.backbone}, which is not SAM: it says nothing about SAM.")
+        return Finding(False, f"{config.backbone} is not SAM, and says nothing about SAM: {{}}.")
     logs = {fold: "".join(read_logs(folder)) for fold, folder in folds.items()}
     if random := [fold for fold, log in logs.items() if f"{RANDOM_INIT} is set" in log]:
         return Finding(True, f"SAM's part held random, frozen weights ({RANDOM_INIT}) in {'; '.join(random)}.")
@@ -204,8 +210,8 @@ def _check_start(
     files = [identified(sha256) for sha256 in sorted(hashes)]
     if not files or None in files:
         what = "a file that is no published SAM" if files else f"{config.sam}, or a file in its place"
-        return Finding(False, f"{name} starts from {what}; its training data are not known.")
-    texts = [f"{name} starts from {file.name}. Known training data: {file.data}." for file in files if file]
+        return Finding(False, f"SAM is {what}, whose training data are not known, in {{}}.")
+    texts = [f"SAM is {file.name} in {{}}. Known training data: {file.data}." for file in files if file]
     warnings = {f"{text}." for file in files if file and (text := seen_before(file, dataset))}
     return Finding(False, " ".join([*texts, *sorted(warnings)]))
 

@@ -96,7 +96,7 @@ def plan_dataset(
     warnings = [f"{SPLITS_FILE}: {text}" for text in overlaps(splits or ())]
     if by_case := split_warning(raw.images, splits, number_of(name)):
         warnings.append(by_case)
-    if device.source == NO_GPU:
+    if device.source.startswith(NO_GPU):
         warnings.append(f"{NO_GPU}: planned for an {device.name}; --gpu cpu plans for this machine, --gpu for others")
     _print(console, planner, warnings)
     return planner
