@@ -64,6 +64,16 @@ def trainer() -> Timed:
     return made
 
 
+def left_and_continued() -> Timed:
+    """A training that was asked to end, in the process that continued it."""
+    with pytest.raises(SystemExit):
+        trainer().run_training()
+    made = trainer()
+    made.load_checkpoint(str(Path(made.output_folder) / "checkpoint_latest.pth"))
+    made.run_training()
+    return made
+
+
 def test_a_budget_ends_its_schedule_and_goes_on_within_an_epoch() -> None:
     """60 seconds in epochs of 6, each iteration 2 of them."""
     made = trainer()
@@ -107,12 +117,7 @@ def test_a_number_of_iterations_takes_the_place_of_the_minutes(monkeypatch: pyte
     """13 of them in two epochs, however long they take, and continued by their number."""
     monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "13")
     monkeypatch.setattr(Timed, "seconds", 300.0)
-    made = trainer()
-    with pytest.raises(SystemExit):
-        made.run_training()
-    made = trainer()
-    made.load_checkpoint(str(Path(made.output_folder) / "checkpoint_latest.pth"))
-    made.run_training()
+    made = left_and_continued()
     assert [step[:2] for step in made.steps] == [(n // 7, n + 1) for n in range(13)]
     stats = json.loads((Path(made.output_folder) / "training_stats.json").read_text())
     assert stats | {"iterations": 13, "budget_iterations": 13, "train_seconds": 13 * 300.0} == stats
@@ -123,12 +128,7 @@ def test_a_number_of_iterations_takes_the_place_of_the_minutes(monkeypatch: pyte
 
 def test_an_epoch_that_was_left_after_the_last_iteration_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "5")
-    made = trainer()
-    with pytest.raises(SystemExit):
-        made.run_training()
-    made = trainer()
-    made.load_checkpoint(str(Path(made.output_folder) / "checkpoint_latest.pth"))
-    made.run_training()
+    made = left_and_continued()
     assert len(made.steps) == 5
     assert load_checkpoint(Path(made.output_folder) / "checkpoint_final.pth")["current_epoch"] == 1
 

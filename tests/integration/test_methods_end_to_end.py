@@ -39,3 +39,16 @@ def test_the_whole_way(workspace: Workspace, dataset: Dataset) -> None:
         for folder in ("stock", "ours")
     )
     np.testing.assert_array_equal(stock, ours)
+
+
+def test_slices(workspace: Workspace, dataset: Dataset) -> None:
+    of_slices = [dataset.id, "2d", 0, "-tr", "HSAMTrainer_budget", "-p", "SlicePlans", "-device", "cpu"]
+    plans = ["-plans_name", "SlicePlans", "-c", "2d", "-np", 2]
+    workspace.run_all(
+        ["masksam", "plan", "-d", dataset.id, "-c", "2d", "--backbone", "tiny", "--plans-name", "SlicePlans"],
+        ["nnUNetv2_preprocess", "-d", dataset.id, *plans],
+        ["nnUNetv2_train", *of_slices],
+        MASKSAM_BUDGET_ITERATIONS="6",
+    )
+    fold = workspace.results / dataset.name / "HSAMTrainer_budget__SlicePlans__2d" / "fold_0"
+    assert (fold / "validation" / "summary.json").is_file()
