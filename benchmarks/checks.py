@@ -64,7 +64,7 @@ def check_fairness(
     cases = cases_in(preprocessed / "gt_segmentations", ending)
     splits = read_splits(preprocessed / "splits_final.json", cases)
     folds = [one.fold for one in next(iter(compute.values()))]
-    findings: list[Finding | None] = [*check_splits(splits, folds, cases, preprocessed.name, patients)]
+    findings: list[Finding] = [*check_splits(splits, folds, cases, preprocessed.name, patients)]
     names = row_names(methods)
     trained = {
         f"{names[method]}, fold {fold}": results / method.key / f"fold_{fold}" for method in methods for fold in folds
