@@ -29,6 +29,11 @@ run() { # run SECONDS LOG COMMAND...
 }
 
 started=()
+start() { # run SECONDS LOG COMMAND... beside what follows
+  run "$@" &
+  started+=($!)
+}
+
 all() { # wait for the started processes, and fail if one of them did; bash forgets those that have ended
   local failed=0 process
   for process in "${started[@]}"; do wait "$process" || failed=1; done
@@ -54,10 +59,8 @@ figures() {
     run 300 "$out/real.log" $python "$measure/bench.py" --device cpu --gpu --only "^(kernels|training step|prediction)" || failed=1
     return $failed
   fi
-  run 200 "$out/precision.log" $python "$measure/precision.py" & # neither is timed
-  started+=($!)
-  run 200 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json" &
-  started+=($!)
+  start 200 "$out/precision.log" $python "$measure/precision.py" # neither is timed
+  start 200 "$out/memory.log" $python "$measure/memory_estimate.py" --out "$out/memory_estimate_gpu.json"
   all || failed=1
   run 200 "$out/real.log" $python "$measure/bench.py" --gpu --only "^(?!torch)" || failed=1
   keep
@@ -84,26 +87,21 @@ trainings() { # all at the same time, so that none has more of the machine
   eval "$(masksam env)"
   run 120 "$logs/plan.log" nnUNetv2_plan_and_preprocess -d 27 101 -c 3d_fullres --no_pp > /dev/null || return 1
   for d in 27 101; do
-    run 120 "$logs/preprocess_$d.log" nnUNetv2_preprocess -d $d -c 3d_fullres -np 7 > /dev/null &
-    started+=($!)
-    run 120 "$logs/plan_$d.log" masksam plan -d $d -c 3d_fullres --backbone lite_medsam --gpu h100 --gpu-memory 40 &
-    started+=($!)
+    start 120 "$logs/preprocess_$d.log" nnUNetv2_preprocess -d $d -c 3d_fullres -np 7 > /dev/null
+    start 120 "$logs/plan_$d.log" masksam plan -d $d -c 3d_fullres --backbone lite_medsam --gpu h100 --gpu-memory 40
   done
   all || return 1
   masksam split -d 27 --group '(patient[0-9]+)_' && masksam split -d 101 --group '.+' || return 1
   for d in 27 101; do
-    run 540 "$logs/ours_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $ours -p MaskSAMPlans -device $device > /dev/null &
-    started+=($!)
-    run 540 "$logs/theirs_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $theirs -device $device > /dev/null &
-    started+=($!)
+    start 540 "$logs/ours_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $ours -p MaskSAMPlans -device $device > /dev/null
+    start 540 "$logs/theirs_$d.log" nnUNetv2_train $d 3d_fullres 0 -tr $theirs -device $device > /dev/null
   done
   all || return 1
   tail -n 2 "$logs"/ours_*.log "$logs"/theirs_*.log
   pack
   for d in 27 101; do
-    run 100 "$logs/both_$d.log" masksam benchmark -d $d -f 0 --trainers $ours@MaskSAMPlans $theirs --minutes "$minutes" \
-      -device $device --no-ensembles --no-postprocessing --out "$nnUNet_results/benchmark_$d" &
-    started+=($!)
+    start 100 "$logs/both_$d.log" masksam benchmark -d $d -f 0 --trainers $ours@MaskSAMPlans $theirs --minutes "$minutes" \
+      -device $device --no-ensembles --no-postprocessing --out "$nnUNet_results/benchmark_$d"
   done
   all || failed=1
   if [ "$device" = cuda ]; then

@@ -23,7 +23,7 @@ from .planner import CASCADE, FULL, LOW, MaskSAMPlanner
 from .presets import load_preset
 from .raw_data import RawDataset, find_dataset, number_of, read_raw_dataset
 from .sizing import LARGEST_FIRST, Limits
-from .speed import CPU, NO_GPU, find_device
+from .speed import ASSUMED, CPU, find_device
 from .splits import SPLITS_FILE, Fold, overlaps, read_splits, split_warning, unordered
 from .training_inputs import preprocessed_cases
 
@@ -96,8 +96,8 @@ def plan_dataset(
     warnings = [f"{SPLITS_FILE}: {text}" for text in overlaps(splits or ())]
     if by_case := split_warning(raw.images, splits, number_of(name)):
         warnings.append(by_case)
-    if device.source.startswith(NO_GPU):
-        warnings.append(f"{NO_GPU}: planned for an {device.name}; --gpu cpu plans for this machine, --gpu for others")
+    if gpu is None and device.name == ASSUMED:
+        warnings.append(f"no GPU here: planned for an {ASSUMED}; --gpu cpu plans for this machine, --gpu for others")
     _print(console, planner, warnings)
     return planner
 

@@ -41,7 +41,7 @@ GPUS = {
     "h200": (141, 989),
 }
 CPU = "cpu"
-ASSUMED, NO_GPU = "rtx4090", "no GPU here"
+ASSUMED = "rtx4090"
 CPU_CORE = 0.03  # TFLOP/s in float32, of the cores that this project was measured on
 
 
@@ -90,7 +90,7 @@ def find_device(name: str | None) -> Device:
     if name is not None:
         raise DataError(f"--gpu {name}: choose one of {', '.join((*GPUS, CPU))}")
     if automatic_device() == CPU:  # it says why a GPU that is there is not used
-        return _from_table(ASSUMED, NO_GPU)
+        return _from_table(ASSUMED, "no GPU here")
     properties = torch.cuda.get_device_properties(0)
     try:
         tflops = measure(torch.device("cuda", 0), 10.0)

@@ -17,9 +17,7 @@ from masksam_nnunet.environment import SAVE_EVERY
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.files import atomic_write
 
-LATEST, BEST = "checkpoint_latest.pth", "checkpoint_best.pth"
-ORDER = ("checkpoint_final.pth", LATEST, BEST)
-"""nnU-Net's own names."""
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"  # nnU-Net's own names
 
 SaveInterval = tuple[int | None, float | None]
 """The latest checkpoint is saved after so many epochs, and after so many minutes, within an epoch too."""
@@ -73,10 +71,13 @@ def remove_drafts(folder: Path) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """What a training may continue from, in this order; newer than the final checkpoint is the latest of a new one."""
-    final, latest, best = (folder / name for name in ORDER)
-    anew = final.is_file() and latest.is_file() and latest.stat().st_mtime > final.stat().st_mtime
-    return [latest, best, final] if anew else [final, latest, best]
+    """What a training may continue from, in this order.
+
+    A latest checkpoint that is newer than the final one is of a training that began again.
+    """
+    final, latest, best = (folder / name for name in (FINAL, LATEST, BEST))
+    began_again = final.is_file() and latest.is_file() and latest.stat().st_mtime > final.stat().st_mtime
+    return [latest, best, final] if began_again else [final, latest, best]
 
 
 def load_whole(files: Sequence[Path], warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:

@@ -305,7 +305,7 @@ class ResumableTrainer(nnUNetTrainer):
         Raises:
             TrainingError: the final checkpoint cannot be written.
         """
-        self.save(Path(filename), must=Path(filename).name not in files.ORDER[1:])
+        self.save(Path(filename), must=Path(filename).name not in (files.LATEST, files.BEST))
 
     def save(self, file: Path, must: bool) -> None:
         """Save on rank 0. A failure is an error if ``must`` is true, else a warning."""

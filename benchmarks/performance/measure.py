@@ -81,7 +81,7 @@ def seconds(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
                 timed(steps[name], device)
                 if device.type == "cuda":  # short steps by the dozen: the host starts them while the GPU computes
                     at_once[name] = min(50, math.ceil(SHORT / timed(steps[name], device)))
-        except Exception:
+        except Exception:  # of one kernel, which this machine may lack; the others are measured all the same
             if name == case.reference:
                 raise
             traceback.print_exc()

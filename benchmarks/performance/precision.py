@@ -142,13 +142,11 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     tell: Callable[[list[dict[str, Any]]], None] = save if device.type == "cuda" else show
     rows = []
-    if arguments.model:
-        rows = prediction_rows(arguments.model, arguments.cases, device)
-        tell(rows)
-    else:
-        for name, config in list(NETWORKS.items())[: 1 if device.type == "cpu" else None]:
-            rows += (found := step_rows(name, config, device))
-            tell(found)
+    chosen = list(NETWORKS.items())[: 1 if device.type == "cpu" else None]
+    steps = (step_rows(name, config, device) for name, config in chosen)
+    for found in [prediction_rows(arguments.model, arguments.cases, device)] if arguments.model else steps:
+        tell(found)
+        rows += found
     if device.type == "cuda":
         write_page(json.loads(RESULTS.read_text()))
     far = [f"{row['name']}, {row['variant']}: {row['ours']}" for row in rows if is_far(row)]

@@ -112,7 +112,8 @@ def _check_same_models(output: Path, identity: dict[str, Any]) -> None:
     now = json.loads(json.dumps(identity))
     if before is None:
         return
-    for differing in (key for key in now if before.get(key) != now[key]):
+    differing = next((key for key in now if before.get(key) != now[key]), None)
+    if differing is not None:
         raise UsageError(
             f"--continue_prediction: {output} holds predictions with {differing} = {before.get(differing)}, now it is "
             f"{now[differing]}; leave the option out to replace them, or name another folder (-o)"

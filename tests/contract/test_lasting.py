@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.trainers import MaskSAMTrainer_tiny
-from masksam_nnunet.trainers.checkpoint_files import ORDER
+from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST
 from masksam_nnunet.trainers.resumable import ResumableTrainer
 
 CPU = torch.device("cpu")
-FINAL, LATEST, BEST = ORDER
 NAN = float("nan")
 
 

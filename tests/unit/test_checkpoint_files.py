@@ -18,7 +18,7 @@ import torch
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.errors import CheckpointError, TrainingError
 from masksam_nnunet.trainers import checkpoint_files as files
-from masksam_nnunet.trainers.checkpoint_files import LATEST, ORDER, candidates, load_whole, save_interval
+from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST, candidates, load_whole, save_interval
 
 
 def content(epoch: int, size: int = 1000) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def spoil(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "one bit", "empty", "zeros"])
 def test_what_is_damaged_is_named_and_another_is_taken(tmp_path: Path, how: str) -> None:
-    final, latest, best = (tmp_path / name for name in ORDER)
+    final, latest, best = (tmp_path / name for name in (FINAL, LATEST, BEST))
     files.write(content(30), latest)
     files.write(content(10), best)
     spoil(latest, how)
@@ -114,7 +114,7 @@ def test_what_is_damaged_is_named_and_another_is_taken(tmp_path: Path, how: str)
 
 
 def test_a_new_training_comes_before_the_final_checkpoint_of_an_earlier_one(tmp_path: Path) -> None:
-    final, latest, best = (tmp_path / name for name in ORDER)
+    final, latest, best = (tmp_path / name for name in (FINAL, LATEST, BEST))
     files.write(content(40), final)
     files.write(content(3), latest)
     os.utime(final, (1, 1))
