@@ -65,7 +65,7 @@ def run_to_end(
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"$ {shlex.join([command, *arguments])}\n")
         stream.flush()
-        process = _start([sys.executable, "-m", __name__, command, *arguments], environment, stream.fileno())
+        process = _start([sys.executable, "-P", "-m", __name__, command, *arguments], environment, stream.fileno())
         try:
             while process.poll() is None and not (stop is not None and stop.is_set()):
                 with contextlib.suppress(subprocess.TimeoutExpired):

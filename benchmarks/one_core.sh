@@ -16,4 +16,9 @@ export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 nnUNet_n
 taskset -c 0 masksam benchmark "$@" -device cpu --out "$out/first" --trainers "$first" &
 taskset -c 1 masksam benchmark "$@" -device cpu --out "$out/second" --trainers "$second"
 wait $!
+for trained in "$out"/{first,second}/train_*/nnUNet_results; do # of --train-cases, which keeps models in its folder
+  [ -d "$trained" ] || continue
+  subset=$out/$(basename "$(dirname "$trained")")
+  mkdir -p "$subset" && cp -alf "$trained" "$subset/"
+done
 masksam benchmark "$@" -device cpu --out "$out" --trainers "$first" "$second"

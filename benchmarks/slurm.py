@@ -94,7 +94,7 @@ class Evaluation:
 
     def __call__(self) -> None:
         """Run it; a TrainingError repeats what the command says when it fails."""
-        command = [sys.executable, "-m", "masksam_nnunet.cli.app", "report", str(self.folder)]
+        command = [sys.executable, "-P", "-m", "masksam_nnunet.cli.app", "report", str(self.folder)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(self.environment))
         print(done.stdout, done.stderr, flush=True)
         if done.returncode:

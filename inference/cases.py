@@ -169,5 +169,4 @@ def _read_previous(file: Path, reader: Any, grid: ImageGeometry) -> NDArray[np.f
     if difference is not None:
         what, one, two = difference
         raise CaseError(f"{file}, the previous stage's prediction, differs from the image in {what} ({one} and {two})")
-    result: NDArray[np.floating[Any]] = segmentation
-    return result
+    return segmentation

@@ -167,8 +167,7 @@ def parse_folds(texts: Sequence[str]) -> list[int | str]:
 
 def previous_stage(model: Model) -> str | None:
     """The configuration whose label maps a cascade takes; None for others."""
-    stage: str | None = PlansManager(model.plans).get_configuration(model.configuration).previous_stage_name
-    return stage
+    return PlansManager(model.plans).get_configuration(model.configuration).previous_stage_name
 
 
 def network_to_predict(

@@ -127,8 +127,7 @@ class _Space:
         drawn = gaussian_filter(self.rng.normal(size=coarse), scale_mm / step)[pad:-pad, pad:-pad, pad:-pad]
         drawn = (drawn - drawn.mean()) / (drawn.std() + 1e-6)
         factors = [n / c for n, c in zip(self.shape, drawn.shape, strict=True)]
-        fine: FloatArray = zoom(drawn, factors, order=1, grid_mode=True, mode="nearest").astype(np.float32)
-        return fine
+        return zoom(drawn, factors, order=1, grid_mode=True, mode="nearest").astype(np.float32)
 
     def unit(self, centre: ArrayLike, radii: ArrayLike) -> NDArray[np.float64]:
         """Positions (3, D, H, W) from a centre, in units of radii."""

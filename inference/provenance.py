@@ -26,12 +26,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_hash() -> str | None:
-    """The commit of this package's checkout, with ``+changes`` where files differ; None for an installed one."""
-    folder = Path(__file__).resolve().parent
+def git_hash(file: str = __file__) -> str | None:
+    """The commit of the checkout that holds ``file``, with ``+changes`` where files differ; None where none does."""
+    path = Path(file).resolve()
+    folder = path.parent
     try:
-        # The checkout must be this package's own, not one that an environment happens to lie in.
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, check=True, capture_output=True)
+        # It must be the file's own, not one that an environment happens to lie in.
+        subprocess.run(["git", "ls-files", "--error-unmatch", path], cwd=folder, check=True, capture_output=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True)
         status = ["git", "status", "--porcelain", "--untracked-files=no"]
         changes = subprocess.run(status, cwd=folder, check=True, capture_output=True, text=True)

@@ -78,8 +78,7 @@ class _Json:
 
     def to_json(self) -> dict[str, Any]:
         """The config as nested dicts, lists, numbers, strings and booleans."""
-        content: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
-        return content
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -99,8 +99,7 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """Every method by its name."""
-    found: dict[str, Method] = resolve_name("masksam_nnunet.methods:METHODS")
-    return found
+    return resolve_name("masksam_nnunet.methods:METHODS")
 
 
 def find_method(name: str) -> Method:

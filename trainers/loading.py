@@ -55,8 +55,7 @@ class LoaderWatch:
             TrainingError: the loader gives no more batches.
         """
         if not self._workers:
-            batch: dict[str, Any] = next(self.loader)
-            return batch
+            return next(self.loader)
         self._wanted.put(True)
         dead_since = float("inf")
         while time.monotonic() - dead_since < DEAD_SECONDS:

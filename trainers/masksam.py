@@ -366,7 +366,8 @@ class MaskSAMTrainer(ResumableTrainer):
         self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         logged = {f"train_losses/{name}": value for name, value in means.items()}
         if added is not None and gain is not None:
-            mean, largest = gain.detach().abs().mean().item(), gain.detach().abs().max().item()
+            gains = gain.detach().abs().cpu().numpy()
+            mean, largest = float(gains.mean()), float(gains.max())
             self.print_to_log_file(
                 f"SAM's decoder: gain {mean:.4f} (largest {largest:.4f}); it and the mask head change the Dice of "
                 f"training patches by {added:+.4f}"

@@ -72,7 +72,10 @@ class ResumableTrainer(nnUNetTrainer):
         self.logger.plot_progress_png = plot_if_possible
 
     def _do_i_compile(self) -> bool:
-        # nnU-Net compiles by default. Here it is opt-in (nnUNet_compile=1): ViT-H takes minutes, which a budget counts.
+        # nnU-Net compiles by default, and never on a CPU. Here it is opt-in, on a CPU too: ViT-H takes minutes, which a
+        # budget counts.
+        if self.device.type == "cpu":
+            return os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t")  # as nnU-Net reads it
         return "nnUNet_compile" in os.environ and super()._do_i_compile()
 
     def on_train_start(self) -> None:
@@ -357,8 +360,7 @@ class ResumableTrainer(nnUNetTrainer):
         network = self.network
         if isinstance(network, DistributedDataParallel):
             network = network.module
-        bare: nn.Module = network._orig_mod if isinstance(network, OptimizedModule) else network
-        return bare
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     def network_weights(self) -> Mapping[str, Tensor]:
         """The weights to save."""

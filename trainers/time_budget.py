@@ -98,8 +98,9 @@ class nnUNetTrainer_budget(ResumableTrainer):
 
     def run_epoch(self, train: LoaderWatch, validation: LoaderWatch) -> None:
         """Epochs end by the budget: there are fewer of them where an iteration is slow."""
-        share = self.budget / self.num_epochs
-        self._epoch_end = min(self.budget, (self.used // share + 1) * share)
+        if not self.outputs:  # not the rest of one
+            share = self.budget / self.num_epochs
+            self._epoch_end = min(self.budget, (self.used // share + 1) * share)
         super().run_epoch(train, validation)
 
     def epoch_goes_on(self, done: int) -> bool:
@@ -118,12 +119,14 @@ class nnUNetTrainer_budget(ResumableTrainer):
         }
 
     def own_state(self) -> dict[str, Any]:
-        return super().own_state() | {"seconds": self.common_seconds, "iterations": self.iterations_done}
+        own = {"seconds": self.common_seconds, "iterations": self.iterations_done, "epoch_end": self._epoch_end}
+        return super().own_state() | own
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         super().load_own_state(state)
         self._seconds_before = float(state.get("seconds", 0.0))
         self.iterations_done = int(state.get("iterations", 0))
+        self._epoch_end = min(self.budget, float(state.get("epoch_end", 0.0)))
 
     def on_epoch_end(self) -> None:
         self._write_progress(None)

@@ -110,8 +110,7 @@ def _both(first: Change, second: Change) -> Change:
 
 
 def _gain(trainer: Any) -> nn.Parameter:
-    parameter: nn.Parameter = trainer.sam_network.mask_head.seg_layers["gains"][0]
-    return parameter
+    return trainer.sam_network.mask_head.seg_layers["gains"][0]
 
 
 def _no_gain(trainer: Any) -> None:
@@ -270,6 +269,15 @@ def _train_norms(trainer: Any) -> None:
     trainer.optimizer.add_param_group({"params": frozen, "weight_decay": 0.0})
 
 
+def _from_scratch(trainer: Any) -> None:
+    """All of SAM is trained."""
+    network = trainer.sam_network
+    network.requires_grad_(True)
+    for module in network.unused():
+        module.requires_grad_(False)
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+
+
 def _lora(trainer: Any) -> None:
     """Queries and values of SAM's encoder have trained additions of low rank, as in SAMed."""
     attentions = [module.attn for module in trainer.sam_network.image_encoder.modules() if hasattr(module, "attn")]
@@ -342,6 +350,7 @@ VARIANTS = {
     "light_finest_map": Variant("no deep supervision of the generator's maps", prepare=_finest_map),
     "light_two_queries": Variant("two queries a class", lambda config: replace(config, num_queries=2)),
     "light_without_dense_loss": Variant("no loss on the generator's maps", _loss(generator=0.0)),
+    "light_without_semantic": Variant("no loss of nnU-Net's on the output", _loss(semantic=0.0)),
     "light_without_aux": Variant("no auxiliary mask losses", _loss(aux_bce=0.0, aux_dice=0.0)),
     "light_without_masks": Variant("no mask losses", _loss(**MASKS)),
     "light_without_gain": Variant("SAM's masks never added (gain 0)", prepare=_no_gain),
@@ -350,6 +359,9 @@ VARIANTS = {
     ),
     "light_random_encoder": Variant("layers of SAM's encoder with random weights", prepare=_random("image_encoder")),
     "light_random": Variant("all of SAM with random weights", random=True),
+    "light_from_scratch": Variant(
+        "all of SAM with random weights, and trained, without statistics of batches", random=True, prepare=_from_scratch
+    ),
     "light_forward_only": Variant("no adapters in the encoder", _forward_only),
     "unet": Variant("nnU-Net's U-Net with SAM's features, no adapters in the encoder", _forward_only, unet=True),
     "unet_rate_1": Variant(
@@ -433,7 +445,7 @@ def main(variant: str, setting: str, fold: int, iterations: int, seed: int, reso
         "classes": {name: round(values["Dice"], 4) for name, values in summary["mean"].items()},
         "seconds": round(stats["train_seconds"]),
         "version": __version__,
-        "commit": git_hash(),
+        "commit": git_hash(__file__),  # not the package's: that may be installed
     }
     if isinstance(trainer, MaskSAMTrainer) and (gain := trainer.sam_network.mask_head.gain) is not None:
         row["gain"] = round(gain.abs().mean().item(), 4)

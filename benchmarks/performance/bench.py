@@ -55,7 +55,7 @@ def run_case(case: Case, device: str, repeats: int | None) -> list[dict[str, Any
     for unit, values in measured.items():
         name, times = (f"{case.name}, time", number) if unit == "s" else (f"{case.name}, peak memory", 1)
         more = {"device": device_name(device), "shapes": case.shapes, "repeats": times}
-        for variant in list(values)[:-1]:
+        for variant in list(values)[:-1] if case.reference in values else ():
             figures = values[variant], values[case.reference]
             rows.append(result(name, variant, case.reference, *figures, unit, **more))
     return rows
@@ -66,7 +66,12 @@ def _on_a_gpu(case: Case, repeats: int) -> dict[str, dict[str, float]]:
     torch.backends.cudnn.benchmark = True  # as nnU-Net sets it
     measured = {"s": seconds(case, device, repeats)}
     if case.memory:
-        measured["MiB"] = {name: peak_mib(case.variants[name], device, steps=2) for name in measured["s"]}
+        measured["MiB"] = {}
+        for name in measured["s"]:
+            try:
+                measured["MiB"][name] = peak_mib(case.variants[name], device, steps=2)
+            except torch.OutOfMemoryError:  # the times are kept
+                traceback.print_exc()
     return measured
 
 
@@ -81,7 +86,8 @@ def _in_processes(case: Case, device: str, number: int) -> dict[str, dict[str, f
 
 def device_name(device: str) -> str:
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, bfloat16"
+        formats = "steps in bfloat16 (nnU-Net's in float16), predictions in float16"
+        return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {formats}"
     return f"CPU, {torch.get_num_threads()} threads, float32"
 
 
@@ -175,7 +181,8 @@ def main() -> None:
         return
     failed = []
     for file in arguments.merge:
-        save(json.loads(file.read_text()))
+        content = json.loads(file.read_text())
+        save(content["rows"] if isinstance(content, dict) else content)  # memory_estimate.py writes more than rows
     if not arguments.page_only and not arguments.merge:
         for case in chosen:
             if re.search(arguments.only, case.name) and not (case.gpu_only and arguments.device == "cpu"):

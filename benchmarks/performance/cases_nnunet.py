@@ -27,7 +27,6 @@ from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.environment import EXT_TRAINER, ext_trainer_value
 from masksam_nnunet.inference.predictor import MaskSAMPredictor
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.compute import autocast
 from masksam_nnunet.plans.architecture import BASE_PLANS, write_config
 
 PATCH, VOLUME, CLASSES, SPACING = (8, 128, 128), (8, 192, 192), 4, (5.0, 1.0, 1.0)
@@ -81,15 +80,20 @@ def unet_step(
         weights = [2.0**-level for level in range(len(sizes) - 1)] + [0.0]
         loss = DeepSupervisionWrapper(nnunet_loss(), [weight / sum(weights) for weight in weights])
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+        on_gpu = device.type == "cuda"  # where nnU-Net trains in float16
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=on_gpu)  # so that no step is skipped
         forward = torch.compile(network) if compiled else network
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
-            with autocast(device):
+            with torch.autocast(device.type, enabled=on_gpu):
                 outputs = forward(x)
-            loss([output.float() for output in outputs], truths).backward()
+            scaler.scale(loss([output.float() for output in outputs], truths)).backward()
             if with_optimizer:
-                optimizer.step()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(network.parameters(), 12)
+                scaler.step(optimizer)
+                scaler.update()
 
         return step
 

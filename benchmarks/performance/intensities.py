@@ -70,8 +70,7 @@ def embed(sam: Any, rgb: np.ndarray) -> Tensor:
     scale, height, width = _sizes(rgb.shape[1:])
     x = torch.from_numpy(rgb.astype(np.float32))[None]
     x = F.interpolate(x, size=(height, width), mode="bilinear", antialias=scale < 1)
-    embedding: Tensor = sam.image_encoder(F.pad(x, (0, SIZE - width, 0, SIZE - height)))
-    return embedding
+    return sam.image_encoder(F.pad(x, (0, SIZE - width, 0, SIZE - height)))
 
 
 def dice_in_boxes(sam: Any, embedding: Tensor, labels: np.ndarray, drawn: np.ndarray | None = None) -> dict[int, float]:

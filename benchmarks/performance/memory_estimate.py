@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import device_name
 from cases import training
-from measure import GIVE_BACK, in_a_process, peak_mib
+from measure import GIVE_BACK, in_a_process, peak_mib, result
 from torch import Tensor
 
 from masksam_nnunet.config import MaskSAMConfig
@@ -29,6 +30,7 @@ from masksam_nnunet.modeling import MaskSAM
 from masksam_nnunet.plans.sizing import LARGEST_FIRST
 
 NAMES = ("backbone", "patch", "resolution", "queries", "checkpointing", "batch", "channels", "classes")
+"""Queries of the paper's form; None for the dense start."""
 # Of NAMES: as large as a CPU runs in a minute or two.
 CPU_PLANS = [
     ("vit_b", (4, 64, 64), 4, 8, False, 2, 1, 4),
@@ -49,13 +51,13 @@ GPU_PLANS = [
     ("vit_b", (4, 256, 256), 4, 8, False, 2, 1, 4),
     ("vit_b", (4, 256, 256), 4, 8, True, 2, 1, 4),
     ("vit_b", (20, 256, 224), 4, 8, True, 2, 1, 4),
-    ("vit_b", (10, 256, 224), 2, 8, False, 2, 1, 4),
+    ("vit_b", (10, 256, 224), 2, None, False, 2, 1, 4),
     ("vit_b", (16, 128, 128), 4, 8, True, 2, 4, 4),
-    ("vit_b", (48, 192, 192), 1, 24, True, 2, 1, 16),
+    ("lite_medsam", (10, 256, 224), 1, None, False, 2, 1, 4),
     ("vit_l", (4, 256, 256), 4, 8, True, 2, 1, 4),
     ("vit_l", (9, 512, 512), 1, 24, True, 2, 1, 16),
-    ("vit_l", (8, 160, 192), 4, 16, True, 2, 2, 9),
-    ("vit_h", (4, 256, 256), 4, 8, True, 2, 1, 4),
+    ("lite_medsam", (48, 192, 192), 1, None, True, 2, 1, 16),
+    ("vit_h", (4, 256, 256), 4, None, True, 2, 1, 4),
     ("vit_h", (9, 512, 512), 1, 24, True, 2, 1, 16),
     ("vit_h", (9, 512, 512), 1, 24, False, 2, 1, 16),
 ]
@@ -63,7 +65,8 @@ GPU_PLANS = [
 
 def build(plan: list[Any]) -> tuple[MaskSAMConfig, int, int, int]:
     backbone, patch, resolution, queries, checkpointing, *sizes = plan
-    return MaskSAMConfig(backbone, tuple(patch), resolution, queries, "slice", checkpointing=checkpointing), *sizes
+    form = {} if queries is None else {"num_queries": queries, "matching": "slice"}
+    return MaskSAMConfig(backbone, tuple(patch), resolution, checkpointing=checkpointing, **form), *sizes
 
 
 def measure(plan: list[Any], device: torch.device) -> float:
@@ -88,6 +91,16 @@ def row(plan: list[Any], device: str) -> dict[str, Any]:
     measured = mib / 1024
     figures = {"estimated_gib": estimate, "measured_gib": measured, "ratio": estimate / measured}
     return dict(zip(NAMES, plan, strict=True)) | {name: round(value, 3) for name, value in figures.items()}
+
+
+def for_page(plan: dict[str, Any]) -> dict[str, Any]:
+    """A row for ``bench.py --merge``."""
+    form = "dense start" if plan["queries"] is None else f"N = {plan['queries']}"
+    saving = ", checkpointing" if plan["checkpointing"] else ""
+    name = f"{plan['backbone']}, {'x'.join(map(str, plan['patch']))}, r = {plan['resolution']}, {form}{saving}"
+    more = {"device": device_name("cuda"), "shapes": "batch {batch}, C = {channels}, K = {classes}".format(**plan)}
+    figures = plan["estimated_gib"], plan["measured_gib"], "GiB"
+    return result(f"memory of a training step, {name}", "estimated", "measured", *figures, repeats=1, **more)
 
 
 def print_checkpoint_sizes() -> None:
@@ -134,7 +147,10 @@ def main() -> None:
             failed += 1
             continue
         print(" ".join(f"{value!s:>10}" for value in rows[-1].values()), flush=True)
-        out.write_text(json.dumps({"device": name, "torch": torch.__version__, "plans": rows}, indent=1) + "\n")
+        content = {"device": name, "torch": torch.__version__, "plans": rows}
+        if not on_cpu:
+            content["rows"] = [for_page(one) for one in rows]
+        out.write_text(json.dumps(content, indent=1) + "\n")
     worst = max((abs(r["ratio"] - 1) for r in rows), default=float("nan"))
     print(
         f"estimate / measured: worst deviation {worst:.1%} over {len(rows)} plans ({name}), {failed} without a figure"

@@ -59,10 +59,9 @@ def step_rows(name: str, config: MaskSAMConfig, device: torch.device) -> list[di
     network, data, truth = network.to(device), data.to(device), truth.to(device)
     judge = MaskSAMCriterion(config, 4, semantic_loss=dice_and_cross_entropy)
 
-    def step(dtype: torch.dtype | None) -> tuple[float, Tensor]:
+    def step(dtype: torch.dtype | None, scale: float = 1.0) -> tuple[float, Tensor]:
         network.zero_grad()
         torch.manual_seed(1)  # of the points at which masks are compared
-        scale = SCALE if dtype == torch.float16 else 1.0
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             output = network(data)
         loss = judge(output, truth)[0]
@@ -73,7 +72,11 @@ def step_rows(name: str, config: MaskSAMConfig, device: torch.device) -> list[di
     exact, wanted = step(None)
     rows, more = [], {"device": device_name(device.type), "shapes": f"{name}, random weights", "repeats": 1}
     for variant, dtype in FORMATS.items():
-        loss, found = step(dtype)
+        scale = SCALE if dtype == torch.float16 else 1.0
+        loss, found = step(dtype, scale)
+        while scale > 1 and not found.isfinite().all():  # as the scaler of a training
+            scale /= 2
+            loss, found = step(dtype, scale)
         same = torch.cosine_similarity(wanted, found, dim=0).item()
         rows.append(result("loss of a step", variant, "float32", loss, exact, "", **more))
         rows.append(result("gradients of a step, cosine", variant, "float32", same, 1.0, "", **more))

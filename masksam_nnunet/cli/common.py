@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,6 +18,15 @@ Dataset = Annotated[str, typer.Option("-d", "--dataset", help="The dataset's num
 NewDataset = Annotated[int, typer.Option("-d", "--dataset", min=1, max=999, help="Number of the new dataset.")]
 Trainer = Annotated[str, typer.Option("-tr", "--trainer", help="The trainer's class.")]
 Plans = Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")]
+Checkpoint = Annotated[str, typer.Option("-chk", "--checkpoint", help="File name of the checkpoints.")]
+PreviousStage = Annotated[
+    Path | None,
+    typer.Option(
+        "-prev_stage_predictions",
+        "--prev-stage-predictions",
+        help="For a cascade: folder of the first stage's label maps.",
+    ),
+]
 
 
 class Commands(TyperGroup):

@@ -19,6 +19,7 @@ import typer
 from packaging.requirements import Requirement
 
 from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, cpu_name, switched_on, untested_nnunet
+from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.sam_files import CHECKPOINTS
 
 from .common import DEFAULT_TRAINER
@@ -30,6 +31,8 @@ PACKAGE = "masksam-nnunet"
 FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
 """nnU-Net's variables, and whether a training writes there."""
 LITTLE_ROOM, LITTLE_SHARED = 10 * 2**30, 2**30
+BATCH = 2 * 10 * 256 * 224 * 6
+"""Bytes: two patches of nnU-Net's plan for ACDC, with labels."""
 PATCH, SECONDS = (4, 64, 64), 5.0
 
 
@@ -192,10 +195,17 @@ def _weights() -> Iterator[Finding]:
 
 
 def _shared_memory() -> Iterator[Finding]:
-    if Path("/dev/shm").is_dir():
-        room = shutil.disk_usage("/dev/shm").total
+    from masksam_nnunet.trainers.loading import SHARED_MEMORY, require_shared_memory
+
+    if SHARED_MEMORY.is_dir():
+        room = shutil.disk_usage(SHARED_MEMORY).total
         few = "nnU-Net's workers pass batches through it: start the container with --shm-size=8g"
-        yield Finding("/dev/shm", _gib(room), few if room < LITTLE_SHARED else "", fatal=False)
+        trouble, fatal = few if room < LITTLE_SHARED else "", False
+        try:
+            require_shared_memory(BATCH, pinned=True)
+        except TrainingError as error:
+            trouble, fatal = f"with batches as of nnU-Net's plan for ACDC: {error}", True
+        yield Finding("/dev/shm", _gib(room), trouble, fatal)
 
 
 def _step(device: str | None) -> Iterator[Finding]:

@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from .common import DEFAULT_TRAINER, Dataset, Plans, SeveralValues, Trainer, announce_trainers
+from .common import (
+    DEFAULT_TRAINER,
+    Checkpoint,
+    Dataset,
+    Plans,
+    PreviousStage,
+    SeveralValues,
+    Trainer,
+    announce_trainers,
+)
 
 
 class _CaseAnywhere(SeveralValues):
@@ -44,9 +53,7 @@ def explain(
             show_default="0",
         ),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option("-chk", "--checkpoint", help="File name of the checkpoints.")
-    ] = "checkpoint_final.pth",
+    checkpoint: Checkpoint = "checkpoint_final.pth",
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", help="Files, one per channel, of an image outside the dataset."),
@@ -54,14 +61,7 @@ def explain(
     label: Annotated[
         Path | None, typer.Option("--label", help="The label map to show.", show_default="the dataset's own")
     ] = None,
-    previous: Annotated[
-        Path | None,
-        typer.Option(
-            "-prev_stage_predictions",
-            "--prev-stage-predictions",
-            help="For a cascade: folder with the first stage's predictions.",
-        ),
-    ] = None,
+    previous: PreviousStage = None,
     slices: Annotated[
         list[str] | None, typer.Option("--slices", help="Slice numbers in the image, from 0.", show_default="auto")
     ] = None,

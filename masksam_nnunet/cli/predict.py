@@ -12,7 +12,7 @@ import typer
 
 from masksam_nnunet.errors import UsageError
 
-from .common import DEFAULT_TRAINER, SeveralValues, announce_trainers, fail
+from .common import DEFAULT_TRAINER, Checkpoint, Plans, PreviousStage, SeveralValues, announce_trainers, fail
 
 if TYPE_CHECKING:
     from masksam_nnunet.inference.models import Model
@@ -35,14 +35,12 @@ def predict(
     trainer: Annotated[
         str | None, typer.Option("-tr", "--trainer", help="Trainer class.", show_default=DEFAULT_TRAINER)
     ] = None,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="Name of the plans.")] = "nnUNetPlans",
+    plans: Plans = "nnUNetPlans",
     folds: Annotated[
         list[str] | None,
         typer.Option("-f", "--folds", metavar="FOLD", help="One or more, averaged, or all.", show_default="0 1 2 3 4"),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option("-chk", "--checkpoint", help="File name of the checkpoints.")
-    ] = "checkpoint_final.pth",
+    checkpoint: Checkpoint = "checkpoint_final.pth",
     ensemble: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,14 +87,7 @@ def predict(
     disable_tta: Annotated[
         bool, typer.Option("--disable_tta", "--no-mirroring", help="No mirroring: faster, less accurate.")
     ] = False,
-    previous: Annotated[
-        Path | None,
-        typer.Option(
-            "-prev_stage_predictions",
-            "--prev-stage-predictions",
-            help="For a cascade: folder of the first stage's label maps.",
-        ),
-    ] = None,
+    previous: PreviousStage = None,
     npp: Annotated[int, typer.Option("-npp", min=0, envvar="nnUNet_npp", help="Preprocessing processes, or 0.")] = 3,
     nps: Annotated[int, typer.Option("-nps", min=0, envvar="nnUNet_nps", help="Export processes, or 0.")] = 3,
     num_parts: Annotated[int, typer.Option("-num_parts", min=1, help="Commands that share the cases.")] = 1,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..modeling.geometry import mask_extent, scaled_boxes
 
+TOUCHING = np.ones((3, 3))  # pixels of one connected part: thin structures run along diagonals too
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -59,8 +61,8 @@ def make_targets(
         regions: whether the classes are regions; each is then a target of its own.
         ignore_label: the label that is ignored, if there is one.
         most: T, if it is known that no slice holds more; else it is looked up, which an accelerator waits for.
-        parts: targets of a class in a slice, at most: its largest connected parts, the last one with all that is left;
-            background is one.
+        parts: targets of a class in a slice, at most: its largest connected parts, corners count, the last one with all
+            that is left; background is one, and so is a class in a slice with ignored voxels.
 
     Raises:
         ValueError: for another number of channels. Labels outside 0..K-1 are nnU-Net's to find, before training.
@@ -93,19 +95,24 @@ def make_targets(
         wanted = torch.where(classes < num_classes, classes, -1)  # ignored voxels are K here
         masks = labels[:, None] == wanted[:, :, None, None]
     if parts > 1:
-        classes, masks = _split(classes, masks, num_classes, parts, first=0 if regions else 1)
+        # Where a part may go on into ignored voxels, parts that look apart may be one.
+        whole = [True] * len(slices) if valid is None else valid.flatten(1).all(1).tolist()
+        classes, masks = _split(classes, masks, whole, num_classes, parts, first=0 if regions else 1)
     return Targets(classes, masks, _boxes(masks, padded), valid, num_classes)
 
 
-def _split(classes: Tensor, masks: Tensor, num_classes: int, parts: int, first: int) -> tuple[Tensor, Tensor]:
-    """Connected parts of the masks of classes from ``first``, as targets of their own; found on the host."""
+def _split(
+    classes: Tensor, masks: Tensor, whole: list[bool], num_classes: int, parts: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Connected parts of the masks of classes from ``first``, in ``whole`` slices, as targets; found on the host."""
     found: list[list[tuple[int, np.ndarray]]] = []
-    for row, of_slice in zip(classes.tolist(), masks.cpu().numpy(), strict=True):
+    for row, of_slice, apart in zip(classes.tolist(), masks.cpu().numpy(), whole, strict=True):
         found.append([])
         for number, mask in zip(row, of_slice, strict=True):
             if number == num_classes:
                 continue
-            labels, count = ndimage.label(mask) if number >= first else (mask.astype(np.int32), 1)
+            split = apart and number >= first
+            labels, count = ndimage.label(mask, TOUCHING) if split else (mask.astype(np.int32), 1)
             rank = np.argsort(-np.bincount(labels.ravel(), minlength=count + 1)[1:], kind="stable") + 1
             kept = [labels == label for label in rank[: parts - 1 if count > parts else parts]]
             rest = [np.isin(labels, rank[parts - 1 :])] if count > parts else []

@@ -128,8 +128,7 @@ class DepthConvAdapter(Trainable):
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(self.norm(x))  # (B, D, h, w, 384)
         x = self.act(self.conv(x.permute(0, 4, 1, 2, 3))).permute(0, 2, 3, 4, 1)
-        added: Tensor = self.up(x)
-        return added
+        return self.up(x)
 
 
 class ChannelAttention(Trainable):
@@ -151,5 +150,4 @@ class ChannelAttention(Trainable):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(self.norm(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (M, h, w, E)
         x = x * self.squeeze(x.mean((1, 2)))[:, None, None]
-        added: Tensor = self.project(x)
-        return added
+        return self.project(x)

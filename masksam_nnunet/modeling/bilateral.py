@@ -49,8 +49,7 @@ class Exchange(nn.Module):
         queries = self.query(self.norm(x).flatten(1, 2))
         mixed = F.scaled_dot_product_attention(heads(queries), heads(keys), heads(values))
         x = x + self.out(mixed.transpose(1, 2).flatten(2)).view(x.shape)
-        changed: Tensor = x + self.mlp(x)
-        return changed
+        return x + self.mlp(x)
 
 
 class ConvolutionBranch(Trainable):
@@ -84,8 +83,7 @@ class ConvolutionBranch(Trainable):
 
     def start(self, images: Tensor) -> Tensor:
         """The branch's map (B D, g_h, g_w, width) of SAM's input (B, D, 3, S_h, S_w)."""
-        started: Tensor = self.stem(images.flatten(0, 1)).permute(0, 2, 3, 1)
-        return started
+        return self.stem(images.flatten(0, 1)).permute(0, 2, 3, 1)
 
     def exchange(self, level: int, tokens: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, D, h, w, E) and the branch's map after channel attention and an exchange both ways."""

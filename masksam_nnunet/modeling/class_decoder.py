@@ -61,8 +61,7 @@ class Upscaling(Trainable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, channels', h', w'), from (M, channels, h, w)."""
-        upscaled: Tensor = self.layers(x)
-        return upscaled
+        return self.layers(x)
 
 
 def doublings_to_patch(config: MaskSAMConfig) -> int:

@@ -128,9 +128,9 @@ def run_decoder(unet: Any, skips: list[Tensor]) -> list[Tensor]:
 class UNetDecoder(nn.Module):
     """nnU-Net's planned U-Net; each skip is given the coarsest of SAM's levels that are no coarser than the skip.
 
-    Without SAM's features, which enter through gains that are zero at first, it is nnU-Net. ``deep``: all its maps are
-    supervised but the coarsest, to which nnU-Net gives no weight. ``with_neck``: the bottleneck is given the neck also
-    where that is coarser, so that SAM is never left out.
+    The bottleneck is given the neck also where that is coarser, so that SAM is never left out. Without SAM's features,
+    which enter through gains that are zero at first, it is nnU-Net. ``deep``: all its maps are supervised but the
+    coarsest, to which nnU-Net gives no weight.
     """
 
     def __init__(
@@ -141,7 +141,6 @@ class UNetDecoder(nn.Module):
         in_channels: int,
         num_queries: int,
         deep: bool,
-        with_neck: bool = False,
     ) -> None:
         super().__init__()
         stages = len(config.features)
@@ -160,7 +159,7 @@ class UNetDecoder(nn.Module):
             stride = [a * b for a, b in zip(stride, step[1:], strict=True)]
             fitting = [scale for scale in scales if token / scale <= min(stride)]
             fed = {i for i, scale in enumerate(scales) if fitting and scale == min(fitting)}
-            if with_neck and len(sam) == stages - 1:
+            if len(sam) == stages - 1:
                 fed.add(len(scales) - 1)
             self.fed.append(tuple(sorted(fed)))
             sam.append(SAMFeatures(sum(widths[i] for i in fed), features) if fed else nn.Identity())

@@ -81,5 +81,4 @@ class PointwiseHead(Trainable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (M, K, h, w), from (M, channels, h, w)."""
-        logits: Tensor = self.seg_layers[0](F.relu(self.hidden(x)))
-        return logits
+        return self.seg_layers[0](F.relu(self.hidden(x)))

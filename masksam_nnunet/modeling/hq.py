@@ -30,8 +30,7 @@ class FinerFeatures(Trainable):
 
     def forward(self, features: Tensor, level: Tensor, neck: Tensor) -> Tensor:
         """(M, P/8, 4 g_h, 4 g_w), from such features, the level (M, E, h, w) and the neck (M, P, g_h, g_w)."""
-        added: Tensor = self.from_features(features) + self.from_level(level) + self.from_neck(neck)
-        return added
+        return self.from_features(features) + self.from_level(level) + self.from_neck(neck)
 
 
 def _to_scale_4(in_channels: int, hidden: int, out_channels: int, scale: int) -> nn.Module:

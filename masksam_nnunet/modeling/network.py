@@ -134,8 +134,7 @@ class MaskSAM(SAMNetwork):
 
         def decode(boxes: Tensor, masks: Tensor, class_tokens: Tensor) -> tuple[Tensor, Tensor]:
             sparse, dense = self.prompt_encoder(boxes, masks)
-            decoded: tuple[Tensor, Tensor] = self.mask_decoder(neck, pe, sparse, dense, class_tokens)
-            return decoded
+            return self.mask_decoder(neck, pe, sparse, dense, class_tokens)
 
         given = prompts.boxes, prompts.mask_logits, prompts.class_tokens
         size = queries_at_once(self.config, self.num_queries, neck.numel() // neck.shape[2], self.training)

@@ -26,7 +26,7 @@ class UNetHead(Trainable):
     def __init__(self, config: MaskSAMConfig, in_channels: int, num_classes: int) -> None:
         super().__init__()
         given = config.encoder, _unet(config), Grid.of(config), in_channels, num_classes
-        self.decoder = UNetDecoder(*given, deep=True, with_neck=True)
+        self.decoder = UNetDecoder(*given, deep=True)
 
     def unused(self) -> list[nn.Module]:
         """Modules whose output is never read."""

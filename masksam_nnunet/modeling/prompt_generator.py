@@ -117,5 +117,4 @@ class PromptGenerator(Trainable):
     def _tokens(self, features: tuple[Tensor, ...]) -> Tensor:
         size = (self.depth, self.token_side, self.token_side)
         pooled = torch.cat([F.adaptive_avg_pool3d(x, size) for x in features], dim=1)
-        tokens: Tensor = self.seg_layers["to_tokens"](pooled).flatten(3)  # (B, N, D, P)
-        return tokens
+        return self.seg_layers["to_tokens"](pooled).flatten(3)  # (B, N, D, P)

@@ -96,5 +96,4 @@ class SemanticSAM(SAMNetwork):
         if self.previous_stage is not None:
             neck = neck + self.previous_stage(to_tokens(volume[:, self.image_channels :], self.grid))
         pe, no_mask = self.prompt_encoder() if self.prompt_encoder is not None else (None, None)
-        maps: tuple[Tensor, ...] = recomputed(saving, self.mask_decoder, Encoded(volume, levels, neck, pe, no_mask))
-        return maps
+        return recomputed(saving, self.mask_decoder, Encoded(volume, levels, neck, pe, no_mask))

@@ -16,16 +16,23 @@ pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["MaskSAMTrainer_tiny", "MaskSAMTrainer_lite_medsam"])
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [
+        ("MaskSAMTrainer_tiny", (2, 64, 64)),
+        ("MaskSAMTrainer_tiny", (64, 64)),
+        ("MaskSAMTrainer_lite_medsam", (2, 64, 64)),
+    ],
+)
 def test_compiled_steps_are_those_of_the_plain_network(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, patch: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders(tmp_path, monkeypatch)
     monkeypatch.setattr(architecture, "training_cost", simple_cost)
 
     def make() -> Any:
         torch.manual_seed(0)
-        made = getattr(trainers, name)(plain_plans((2, 64, 64)), "3d_fullres", 0, dataset_json(), CPU)
+        made = getattr(trainers, name)(plain_plans(patch), "3d_fullres", 0, dataset_json(), CPU)
         made.initialize()
         made.on_train_epoch_start()
         return made

@@ -59,10 +59,12 @@ def test_a_step_of_training_and_prediction(case: str, monkeypatch: pytest.Monkey
     assert waits_of_steps(made, dtype, monkeypatch) == waits
 
 
-@pytest.mark.parametrize("stored", [BF16, None], ids=["stored in bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(BF16, None), (BF16, BF16), (FP16, None)], ids=["bfloat16", "stored in bfloat16", "float16"]
+)
 @pytest.mark.parametrize("cls", [MaskSAMTrainer, trainers.MaskSAMTrainer_lite_medsam, trainers.SAMedTrainer])
 def test_a_step_with_sam(
-    cls: type[MaskSAMTrainer], stored: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    cls: type[MaskSAMTrainer], dtype: torch.dtype, stored: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = cls(plain_plans((2, 64, 64), batch_size=1), "3d_fullres", 0, dataset_json(), CPU)
     made.initialize()
@@ -71,7 +73,7 @@ def test_a_step_with_sam(
         saved = made.sam_network.store_frozen(stored)
         assert 0.5 < saved / (2 * frozen) < 1
     waits = TARGETS if made.config.method == MASKSAM else []
-    assert waits_of_steps(made, stored or FP16, monkeypatch) == waits
+    assert waits_of_steps(made, dtype, monkeypatch) == waits
 
 
 @pytest.mark.parametrize("name", [method.trainer for method in methods().values() if method.name != MASKSAM])
@@ -136,6 +138,11 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
         trained = [p for p in made.network.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
         of_training = list(waits)
+        made.on_train_epoch_end([outputs])
+        made.on_validation_epoch_start()
+        with torch.no_grad():
+            made.validation_step({"data": data, "target": target})
+        waits.clear()
         made.network.eval()
         with torch.no_grad(), torch.autocast("cuda"):  # as nnU-Net predicts, in float16
             predicted = made.network(data.to(CUDA, non_blocking=True))
@@ -144,7 +151,7 @@ def waits_of_steps(made: MaskSAMTrainer, dtype: torch.dtype, monkeypatch: pytest
             made.label_manager.num_segmentation_heads,
             *data.shape[2:],
         )
-    assert waits[len(of_training) :] == ["item"]
+    assert waits == ["item"]
     return of_training
 
 

@@ -126,11 +126,12 @@ def test_a_number_of_iterations_takes_the_place_of_the_minutes(monkeypatch: pyte
         trainer()
 
 
-def test_an_epoch_that_was_left_after_the_last_iteration_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", "5")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_that_was_left_after_its_last_iteration_is_ended(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKSAM_BUDGET_ITERATIONS", str(5 * epochs))
     made = left_and_continued()
-    assert len(made.steps) == 5
-    assert load_checkpoint(Path(made.output_folder) / "checkpoint_final.pth")["current_epoch"] == 1
+    assert [step[:2] for step in made.steps] == [(n // 5, n + 1) for n in range(5 * epochs)]
+    assert load_checkpoint(Path(made.output_folder) / "checkpoint_final.pth")["current_epoch"] == epochs
 
 
 def test_nnunet_with_adamw_warms_up_and_decays() -> None:

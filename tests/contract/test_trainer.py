@@ -357,6 +357,8 @@ def test_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made._do_i_compile()
     monkeypatch.setenv("nnUNet_compile", "1")
     assert made._do_i_compile() == (os.name != "nt")
+    made.device = torch.device("cpu")
+    assert made._do_i_compile()
     monkeypatch.setenv("MASKSAM_SLICES_AT_ONCE", "0")
     with pytest.raises(ConfigError, match="MASKSAM_SLICES_AT_ONCE = '0'"):
         trainer()

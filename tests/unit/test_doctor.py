@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from masksam_nnunet.cli import doctor
 from masksam_nnunet.cli.app import app
 from masksam_nnunet.environment import EXT_TRAINER, RANDOM_INIT, ext_trainer_value
 from masksam_nnunet.losses.criterion import MaskSAMCriterion
+from masksam_nnunet.trainers import loading
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,15 @@ def test_another_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: "2.99" if name == "nnunetv2" else actual(name))
     code, said = seen()
     assert code == 0 and "2.99" in said and "not tested" in said
+
+
+@pytest.mark.usefixtures("without_training")
+def test_too_little_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20, total=64 * 2**20))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "12")
+    code, said = seen()
+    assert code == 1 and "--shm-size" in said
 
 
 @pytest.fixture

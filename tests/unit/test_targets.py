@@ -60,7 +60,7 @@ def test_connected_parts_are_targets_of_their_own(regions: bool) -> None:
     """A class of three parts, and one that is whole, in the first slice; background, in two parts, stays one."""
     labels = torch.zeros(1, 1, 2, 6, 12, dtype=torch.long)
     labels[0, 0, 0, :, 3] = 1  # 6 voxels, all the height
-    labels[0, 0, 0, 1, 5:9] = 1  # 4
+    labels[0, 0, 0, [1, 1, 2, 1], range(5, 9)] = 1  # 4, of which one touches at corners
     labels[0, 0, 0, 4, 6] = 1  # 1
     labels[0, 0, 0, 3:5, 9:11] = 2
     if regions:
@@ -73,6 +73,10 @@ def test_connected_parts_are_targets_of_their_own(regions: bool) -> None:
         assert targets.present[1].tolist() == [True] + [False] * (targets.classes.shape[1] - 1)
     rest = make_targets(labels, 3, (6, 12), regions, parts=2).boxes[0, len(background) + 1]
     torch.testing.assert_close(rest, torch.tensor([5 / 12, 1 / 6, 9 / 12, 5 / 6]))
+    if regions:
+        labels = torch.cat([labels, torch.zeros_like(labels[:, :1])], dim=1)
+    labels[0, -1, 0, 0, 0] = 1 if regions else 9  # ignored
+    assert make_targets(labels, 3, (6, 12), regions, 9, parts=2).classes[0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("shape", "regions"), [((1, 2, 3, 4, 4), False), ((1, 1, 3, 4, 4), True), ((1, 4, 4), False)])
