@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import BaseModel, Field
 
 from masksam_nnunet.checkpoints import damage
@@ -22,6 +24,7 @@ from masksam_nnunet.environment import TRAINING_STATS_FILE, cpu_name
 from masksam_nnunet.errors import DataError, TrainingError
 from masksam_nnunet.files import read_json, write_json
 from masksam_nnunet.inference.provenance import History, git_hash, versions
+from masksam_nnunet.plans.architecture import DECISIONS
 
 from .results import FoldCompute
 
@@ -185,17 +188,27 @@ class FoldRecord(BaseModel):
 
     def changed_inputs(self, preprocessed: Path) -> list[str]:
         """The names of those inputs that differ now from the start of the training."""
-        now = input_hashes(preprocessed, self.plans)
+        now = input_hashes(preprocessed, self.plans, self.configuration)
         return [name for name, digest in (self.inputs or {}).items() if digest != now.get(name)]
 
 
-def input_hashes(preprocessed: Path, plans: str) -> dict[str, str]:
-    """SHA-256, by name, of the files in a dataset's preprocessed folder that a training reads beside the data."""
-    names = ("splits_final.json", f"{plans}.json", "dataset.json")
-    try:
-        return {name: hashlib.sha256((preprocessed / name).read_bytes()).hexdigest() for name in names}
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}); restore it") from error
+def input_hashes(preprocessed: Path, plans: str, configuration: str) -> dict[str, str]:
+    """SHA-256, by file name, of what a training reads in a dataset's preprocessed folder beside the data.
+
+    Of the plans it reads one configuration: others may be planned later.
+    """
+    contents = {}
+    for name in ("splits_final.json", f"{plans}.json", "dataset.json"):
+        try:
+            contents[name] = read_json(preprocessed / name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{preprocessed / name} cannot be read ({error}); restore it") from error
+    whole = contents[f"{plans}.json"]
+    chosen = {DECISIONS: whole.get(DECISIONS, {}).get(configuration)}
+    chosen["configurations"] = PlansManager(whole).get_configuration(configuration).configuration
+    contents[f"{plans}.json"] = whole | chosen
+    found = {name: json.dumps(content, sort_keys=True).encode() for name, content in contents.items()}
+    return {name: hashlib.sha256(text).hexdigest() for name, text in found.items()}
 
 
 # ---- what its training took ------------------------------------------------------------------------------------------

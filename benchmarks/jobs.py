@@ -134,7 +134,9 @@ class FoldJob:
                 configuration=method.configuration,
                 minutes=self.minutes,
                 iterations=self.iterations,
-                inputs=input_hashes(self.preprocessed, method.plans) if stage is Stage.MISSING else None,
+                inputs=input_hashes(self.preprocessed, method.plans, method.configuration)
+                if stage is Stage.MISSING
+                else None,
                 parts=[] if record is None else record.parts,
             )
         chosen = {k: v for k, v in sorted(environment.items()) if k.startswith(_VARIABLES) and "/" not in v}  # no paths

@@ -78,7 +78,7 @@ class Results:
             for file in (self.preprocessed / f"{method.plans}.json", self.results / method.key / "plans.json"):
                 write_json(file, plans)
             write_json(self.results / method.key / "dataset.json", DESCRIPTION)
-            inputs = input_hashes(self.preprocessed, method.plans)
+            inputs = input_hashes(self.preprocessed, method.plans, "3d_fullres")
             for fold, split in enumerate(self.splits):
                 for case in split["val"]:
                     write_json(self.fold(method, fold) / "validation" / f"{case}.nii.gz", "prediction")

@@ -207,13 +207,25 @@ def test_folds_begun_with_other_inputs_are_refused(preprocessed: Path) -> None:
     folder = begun.results / BUDGET.key / "fold_1"
     folder.mkdir(parents=True)
     (folder / "checkpoint_final.pth").touch()
-    inputs = input_hashes(preprocessed, "nnUNetPlans")
-    FoldRecord(trainer=BUDGET.trainer, plans=BUDGET.plans, configuration="", minutes=2.0, inputs=inputs).write(folder)
+    inputs = input_hashes(preprocessed, BUDGET.plans, "3d_fullres")
+    record = FoldRecord(
+        trainer=BUDGET.trainer, plans=BUDGET.plans, configuration="3d_fullres", minutes=2.0, inputs=inputs
+    )
+    record.write(folder)
     begun.check()
+    file = preprocessed / f"{BUDGET.plans}.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["2d"] = {}
+    file.write_text(json.dumps(plans, indent=7))
+    begun.check()
+    plans["configurations"]["3d_fullres"] |= {"batch_size": 7}
+    file.write_text(json.dumps(plans))
+    with pytest.raises(TrainingError, match=rf"{BUDGET.plans}\.json"):
+        begun.check()
     with pytest.raises(TrainingError, match="--minutes"):
         benchmark(BUDGET, minutes=3.0).check()
     file = preprocessed / "splits_final.json"
-    file.write_text(json.dumps(json.loads(file.read_text()), indent=7))
+    file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
     with pytest.raises(TrainingError, match=r"splits_final\.json"):
         begun.check()
 
