@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import BaseModel, Field
 
 from masksam_nnunet.checkpoints import damage
@@ -203,10 +202,13 @@ def input_hashes(preprocessed: Path, plans: str, configuration: str) -> dict[str
             contents[name] = read_json(preprocessed / name)
         except (OSError, ValueError) as error:
             raise DataError(f"{preprocessed / name} cannot be read ({error}); restore it") from error
-    whole = contents[f"{plans}.json"]
-    chosen = {DECISIONS: whole.get(DECISIONS, {}).get(configuration)}
-    chosen["configurations"] = PlansManager(whole).get_configuration(configuration).configuration
-    contents[f"{plans}.json"] = whole | chosen
+    whole, name = contents[f"{plans}.json"], configuration
+    chosen: dict[str, Any] = {}
+    while name in whole["configurations"]:
+        chosen[name] = whole["configurations"][name]
+        name = chosen[name].get("inherits_from")
+    decisions = whole.get(DECISIONS, {}).get(configuration)
+    contents[f"{plans}.json"] = whole | {"configurations": chosen, DECISIONS: decisions}
     found = {name: json.dumps(content, sort_keys=True).encode() for name, content in contents.items()}
     return {name: hashlib.sha256(text).hexdigest() for name, text in found.items()}
 

@@ -27,7 +27,8 @@ def commands(page: str, folder: Path) -> list[list[str]]:
     """
     text = "\n".join(blocks(page, "sh"))
     # bash calls command_not_found_handle for every command that is not a builtin, since PATH is empty.
-    script = ["command_not_found_handle() { printf '%s\\0' \"$@\" >> recorded; printf '\\n\\0' >> recorded; }"]
+    # One write for each: commands in the background run at the same time.
+    script = ["command_not_found_handle() { printf '%s\\0' \"$@\" $'\\n' >> recorded; }"]
     for name in {".", *re.findall(r"^[\w./]+/[\w.]+\.sh", text, re.MULTILINE)}:
         script.append(f'{name}() {{ command_not_found_handle {name} "$@"; }}')
     script += ["PATH=/nowhere", text]

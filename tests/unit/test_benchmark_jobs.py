@@ -182,7 +182,7 @@ def fold_inputs(preprocessed: Path) -> None:
     preprocessed.mkdir(parents=True)
     (preprocessed / "splits_final.json").write_text('[{"train": ["a"], "val": ["b", "c"]}]')
     (preprocessed / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
-    (preprocessed / "P.json").write_text("{}")
+    (preprocessed / "P.json").write_text('{"configurations": {"2d": {}}}')
 
 
 def test_a_fold_that_fails_names_its_command_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
