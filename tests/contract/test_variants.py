@@ -45,7 +45,7 @@ def test_every_variant_of_masksam_trains(tmp_path: Path, monkeypatch: pytest.Mon
         for _ in range(2):
             assert torch.isfinite(made.train_step(given)["loss"]), name
         changed = sum(not torch.equal(parameter, start) for parameter, start in before)
-        assert changed > len(before) / 2, name  # some layers wait for a gain that is zero at first
+        assert changed > len(before) / 4, name  # some layers wait for gains that are zero at first
         trained[name] = len(before)
         gains[name] = made.sam_network.mask_head.gain
         if name == "light_flat":
