@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,19 +94,21 @@ def make_targets(
         classes = _padded_classes(found.scatter_(1, labels.flatten(1), True)[:, :num_classes], most)
         wanted = torch.where(classes < num_classes, classes, -1)  # ignored voxels are K here
         masks = labels[:, None] == wanted[:, :, None, None]
+    targets = Targets(classes, masks, _boxes(masks, padded), valid, num_classes)
     if parts > 1:
-        # Where a part may go on into ignored voxels, parts that look apart may be one.
-        whole = [True] * len(slices) if valid is None else valid.flatten(1).all(1).tolist()
-        classes, masks = _split(classes, masks, whole, num_classes, parts, first=0 if regions else 1)
-    return Targets(classes, masks, _boxes(masks, padded), valid, num_classes)
+        classes, masks = _split(targets, parts, first=0 if regions else 1)
+        targets = replace(targets, classes=classes, masks=masks, boxes=_boxes(masks, padded))
+    return targets
 
 
-def _split(
-    classes: Tensor, masks: Tensor, whole: list[bool], num_classes: int, parts: int, first: int
-) -> tuple[Tensor, Tensor]:
-    """Connected parts of the masks of classes from ``first``, in ``whole`` slices, as targets; found on the host."""
+def _split(targets: Targets, parts: int, first: int) -> tuple[Tensor, Tensor]:
+    """Connected parts of the masks of classes from ``first``, as targets of their own; found on the host.
+
+    Slices with ignored voxels keep theirs: a part may go on there, and parts that look apart be one.
+    """
+    classes, masks, num_classes = targets.classes, targets.masks, targets.num_classes
     found: list[list[tuple[int, np.ndarray]]] = []
-    for row, of_slice, apart in zip(classes.tolist(), masks.cpu().numpy(), whole, strict=True):
+    for row, of_slice, apart in zip(classes.tolist(), masks.cpu().numpy(), targets.whole.tolist(), strict=True):
         found.append([])
         for number, mask in zip(row, of_slice, strict=True):
             if number == num_classes:
@@ -120,8 +122,8 @@ def _split(
     most = max(1, *map(len, found))
     new_classes = np.full((len(classes), most), num_classes)
     new_masks = np.zeros((len(masks), most, *masks.shape[2:]), dtype=bool)
-    for index, targets in enumerate(found):
-        for column, (number, part) in enumerate(targets):
+    for index, of_one in enumerate(found):
+        for column, (number, part) in enumerate(of_one):
             new_classes[index, column] = number
             new_masks[index, column] = part
     return torch.from_numpy(new_classes).to(classes), torch.from_numpy(new_masks).to(masks)
