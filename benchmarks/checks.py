@@ -202,11 +202,14 @@ def _check_start(configuration: ConfigurationManager, folds: Mapping[str, Path],
     if not config.sam:
         return Finding(False, f"{config.backbone} is not SAM, and says nothing about SAM: {{}}.")
     logs = {fold: "".join(read_logs(folder)) for fold, folder in folds.items()}
-    if random := [fold for fold, log in logs.items() if f"{RANDOM_INIT} is set" in log]:
+    start = re.compile(rf"({RANDOM_INIT}) is set|SAM weights from .*SHA-256 ([0-9a-f]{{64}})")
+    # The last one counts: earlier logs may be of trials that left no checkpoint.
+    starts = {fold: found[-1] for fold, log in logs.items() if (found := start.findall(log))}
+    if random := [fold for fold, (is_random, _) in starts.items() if is_random]:
         return Finding(True, f"SAM's part held random, frozen weights ({RANDOM_INIT}) in {'; '.join(random)}.")
     if unknown := [fold for fold, log in logs.items() if not log]:
         return Finding(False, f"Without nnU-Net's log it is not known whether SAM was loaded: {'; '.join(unknown)}.")
-    hashes = {found for log in logs.values() for found in re.findall(r"SAM weights from .*SHA-256 ([0-9a-f]{64})", log)}
+    hashes = {sha256 for _, sha256 in starts.values()}
     files = [identified(sha256) for sha256 in sorted(hashes)]
     if not files or None in files:
         what = "a file that is no published SAM" if files else f"{config.sam}, or a file in its place"

@@ -116,10 +116,13 @@ def _not_validated(folder: Path, cases: Sequence[str], file_ending: str, npz: bo
         return f"{summary} has no scores of {len(unscored)} of {len(cases)} cases"
     # nnU-Net's logs tell whether the validation belongs to the latest training. Files' times, which copies change,
     # count only where there are no logs.
-    line = re.compile(rf"^[\d\-]+ [\d:.]+: ({re.escape(_TRAINED)}|{re.escape(_VALIDATED)})\s*$", re.MULTILINE)
+    told = rf"{re.escape(_TRAINED)}|{re.escape(_VALIDATED)}|Loaded .*{re.escape(BEST)}(?=:)"
+    line = re.compile(rf"^[\d\-]+ [\d:.]+: ({told})", re.MULTILINE)
     ends = line.findall("\n".join(read_logs(folder)))
     if _TRAINED in ends:
-        return None if ends[-1] == _VALIDATED else "nnU-Net's log has no complete validation after the training"
+        if ends[-1] != _VALIDATED:
+            return "nnU-Net's log has no complete validation after the training"
+        return f"its predictions are those of {BEST} (--val_best)" if ends[-2].endswith(BEST) else None
     older = summary.stat().st_mtime_ns < (folder / FINAL).stat().st_mtime_ns
     return f"its predictions are older than {FINAL}" if older else None
 
@@ -259,6 +262,14 @@ def device_name(folder: Path, device: str) -> str:
     if device == "cpu":
         return cpu_name()
     return str(_read_if_there(folder / "debug.json").get("gpu_name", device))
+
+
+def trained_budget(folder: Path) -> tuple[float | None, int | None] | None:
+    """Minutes and iterations, one of them None, that the trainer itself noted; None if it had no budget."""
+    stats = _read_if_there(folder / TRAINING_STATS_FILE)
+    if "budget_iterations" in stats:
+        return None, int(stats["budget_iterations"])
+    return (float(stats["budget_seconds"]) / 60, None) if "budget_seconds" in stats else None
 
 
 def _read_if_there(file: Path) -> Mapping[str, Any]:

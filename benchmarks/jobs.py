@@ -23,7 +23,19 @@ from masksam_nnunet.errors import MaskSAMError, TrainingError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.inference.methods import ModelName
 
-from .folds import FINAL, FoldRecord, FoldState, Part, Stage, device_name, fold_state, input_hashes, locked, now
+from .folds import (
+    FINAL,
+    FoldRecord,
+    FoldState,
+    Part,
+    Stage,
+    device_name,
+    fold_state,
+    input_hashes,
+    locked,
+    now,
+    trained_budget,
+)
 from .nnunet import SAVE_SECONDS, failed, run_to_end, termination_as_exit
 
 COMMAND = "nnUNetv2_train"
@@ -86,12 +98,15 @@ class FoldJob:
     def require_unchanged(self) -> None:
         """Raise a TrainingError for a fold that was begun with other splits, plans, dataset.json or budget."""
         record = FoldRecord.read(self.folder)
-        if record is None:
+        budget = trained_budget(self.folder) if record is None else (record.minutes, record.iterations)
+        if budget is None:
             return
-        wrong = [f"{name} has changed since its training" for name in record.changed_inputs(self.preprocessed)]
-        for name in ("minutes", "iterations"):
-            if (before := getattr(record, name)) != (wanted := getattr(self, name)):
-                wrong.append(f"it was trained with --{name} {before}, not {wanted}")
+        changed = [] if record is None else record.changed_inputs(self.preprocessed)
+        wrong = [f"{name} has changed since its training" for name in changed]
+        wanted = {"minutes": self.minutes, "iterations": self.iterations}
+        for (name, own), before in zip(wanted.items(), budget, strict=True):
+            if before != own:
+                wrong.append(f"it was trained with --{name} {before}, not {own}")
         if wrong:
             raise TrainingError(f"{self.folder}: {'; '.join(wrong)}. Restore it, or move that folder away")
 

@@ -9,7 +9,7 @@ out=$1 first=$2 second=$3
 shift 3
 
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap 'kill $(jobs -p) 2> /dev/null || true; wait; rm -rf "$scratch"' EXIT
 echo 'import os; os.cpu_count = lambda: 1' > "$scratch/sitecustomize.py" # nnU-Net takes as many threads as there are cores
 export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
 

@@ -85,7 +85,9 @@ class TrainedModel:
         return self._read("dataset.json")
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self.name, "folds": list(self.folds), "checkpoint": self.checkpoint}
+        files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
+        saved = [round(file.stat().st_mtime) for file in files]  # a training that goes on makes it another model
+        return {"model": self.name, "folds": list(self.folds), "checkpoint": self.checkpoint, "saved": saved}
 
     def check(self) -> None:
         files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]

@@ -66,7 +66,8 @@ class ImageGeometry:
         if "sitk_stuff" in properties:
             placement = {name: np.asarray(properties["sitk_stuff"][name], float) for name in ("origin", "direction")}
         elif "nibabel_stuff" in properties:
-            placement = {"affine": np.asarray(properties["nibabel_stuff"]["original_affine"], float)}
+            stuff = properties["nibabel_stuff"]  # of the array, which NibabelIOWithReorient has turned
+            placement = {"affine": np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), float)}
         return cls(array.shape[1:], tuple(float(step) for step in properties["spacing"]), placement)
 
     def difference(self, other: ImageGeometry) -> tuple[str, object, object] | None:

@@ -121,7 +121,8 @@ def _splits(raw: RawDataset, preprocessed: Path) -> list[Fold] | None:
     """The folds that training will use, or None. nnU-Net's planner fails without a message if the two files differ."""
     files = [folder / SPLITS_FILE for folder in (preprocessed, raw.folder)]
     found = [read_splits(file, raw.images) for file in files if file.is_file()]
-    if any(unordered(splits) != unordered(found[0]) for splits in found):
+    # The preprocessed dataset may have further folds.
+    if any(unordered(splits) != unordered(found[0])[: len(splits)] for splits in found):
         raise DataError(
             f"{files[0]} and {files[1]} differ, which nnU-Net refuses; remove one, or write both with masksam split "
             "--force"

@@ -30,9 +30,11 @@ def require_configuration(folder: Path, plans: str, configuration: str, number: 
     """
     file = folder / f"{plans}.json"
     command = planning_command(plans, number)
-    for needed in (file, folder / "dataset.json"):
-        if not needed.is_file():
-            raise DataError(f"{who}: {needed} is missing; make it with: {command}")
+    if not file.is_file():
+        others = ", ".join(sorted(path.stem for path in folder.glob("*Plans*.json"))) or "none"
+        raise DataError(f"{who}: {file} is missing; name other plans, of which there are: {others}. Or: {command}")
+    if not (folder / "dataset.json").is_file():
+        raise DataError(f"{who}: {folder / 'dataset.json'} is missing; make it with: {command}")
     try:
         content = read_json(file)
         configurations = list(content["configurations"])
@@ -72,9 +74,7 @@ def planning_command(plans: str, number: int) -> str:
         return f"nnUNetv2_plan_and_preprocess -d {number}"
     if size := re.fullmatch("nnUNetResEncUNet(M|L|XL)Plans", plans):
         return f"nnUNetv2_plan_experiment -d {number} -pl nnUNetPlannerResEnc{size[1]}"
-    if "MaskSAM" in plans:
-        return f"masksam plan -d {number} --plans-name {plans}"
-    return f"nnUNetv2_plan_experiment -d {number} -overwrite_plans_name {plans}, with the planner it was made for"
+    return f"masksam plan -d {number} --plans-name {plans}"
 
 
 def training_config(

@@ -75,7 +75,7 @@ class FiniteGuard:
         self._counts = torch.zeros(2, device=device)  # in a row, in all
         self._on_host = torch.zeros(2, pin_memory=device.type == "cuda")
         self._latest: deque[Iteration] = deque(maxlen=_KEPT)
-        self._settled = torch.zeros((), dtype=torch.bool, device=device)
+        self._fitting = torch.zeros((), device=device)  # the largest scale at which a gradient was finite
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss to be differentiated: one that is not finite makes every gradient NaN, on all ranks."""
@@ -97,12 +97,12 @@ class FiniteGuard:
         return (~finite).float(), norms
 
     def unless_settling(self, bad: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        """``bad``, but 0.0 as long as a gradient scaler's scale still falls from where it starts.
+        """``bad``, but 0.0 where a gradient scaler's scale is one that no gradient has fitted into float16 with.
 
-        It starts at 65536 and is halved until a gradient fits into float16; none of that is trouble.
+        It starts at 65536, is halved until a gradient fits, and doubled again later: none of that is trouble.
         """
-        settling = loss.detach().isfinite() & ~self._settled & (scale > 1)
-        self._settled = self._settled | (bad == 0)
+        settling = loss.detach().isfinite() & (scale > self._fitting) & (scale > 1)
+        self._fitting = torch.where(bad == 0, torch.maximum(self._fitting, scale), self._fitting)
         return bad * ~settling
 
     def step(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from masksam_nnunet.sam_files import seen_before
 from masksam_nnunet.sam_weights import find, identified
 
 from .finite_guard import FiniteGuard, Iteration, can_skip, ready_to_skip
-from .resumable import ResumableTrainer
+from .resumable import RateOfTrainer, ResumableTrainer
 
 SAM_RATE, TINY_RATE = (1e-4, 1000), (3e-3, 30)
 """Learning rate and warm-up iterations with a frozen SAM, and with the tiny encoder, which starts from random."""
@@ -153,9 +152,9 @@ class MaskSAMTrainer(ResumableTrainer):
 
     # ---- optimization --------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateOfTrainer]:
         optimizer = ready_to_skip(self.make_optimizer([p for p in self.network.parameters() if p.requires_grad]))
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        return optimizer, RateOfTrainer(self)
 
     def make_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW, without decay of biases and norms."""

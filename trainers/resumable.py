@@ -39,6 +39,22 @@ _WITHIN, _OWN = "masksam_within_epoch", "masksam_own"
 """In a checkpoint: what was done of the epoch that it was saved in; what the trainer's class adds to nnU-Net's."""
 
 
+class RateOfTrainer:
+    """In place of nnU-Net's scheduler, which steps once an epoch: the trainer sets the rate of each iteration itself.
+
+    nnU-Net logs the rate that it finds after :meth:`step`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def step(self, _: int) -> None:
+        """Called at the start of an epoch, and when an epoch goes on in another process."""
+        self.trainer.set_learning_rate()
+        if self.trainer.outputs and self.trainer.epoch_rate is not None:
+            self.trainer.optimizer.param_groups[0]["lr"] = self.trainer.epoch_rate
+
+
 class ResumableTrainer(nnUNetTrainer):
     """nnU-Net's loop, which can end after any iteration and continue from there.
 
@@ -58,6 +74,8 @@ class ResumableTrainer(nnUNetTrainer):
         self.outputs: list[dict[str, Any]] = []
         """The outputs of the current epoch's training iterations so far."""
         self._epoch_seconds = 0.0  # of the current epoch, in the processes before this one
+        self.epoch_rate: float | None = None
+        """The learning rate at the start of the epoch that the checkpoint was saved in."""
         self._peak_before = 0.0  # MiB, of those processes
         self._saved_at = 0.0
         self._agreeing: Any = None
@@ -352,7 +370,7 @@ class ResumableTrainer(nnUNetTrainer):
             name: torch.stack([torch.as_tensor(o[name], device=self.device) for o in self.outputs]).cpu()
             for name in self.outputs[0]
         }
-        return {"outputs": columns, "seconds": float(seconds)}
+        return {"outputs": columns, "seconds": float(seconds), "rate": float(self.logger.get_value("lrs", step=-1))}
 
     @property
     def bare_network(self) -> nn.Module:
@@ -397,7 +415,7 @@ class ResumableTrainer(nnUNetTrainer):
         if "inference_allowed_mirroring_axes" in content:
             self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
         within = content.get(_WITHIN) or {"outputs": {}, "seconds": 0.0}
-        self._epoch_seconds = within["seconds"]
+        self._epoch_seconds, self.epoch_rate = within["seconds"], within.get("rate")
         rows = zip(*within["outputs"].values(), strict=True)
         self.outputs = [dict(zip(within["outputs"], (x.numpy() for x in row), strict=True)) for row in rows]
         self.load_own_state(content.get(_OWN) or {})

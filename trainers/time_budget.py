@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import BUDGET_ITERATIONS, BUDGET_MINUTES, BUDGET_PROGRESS_FILE, number_in
@@ -18,7 +17,7 @@ from masksam_nnunet.method import find_method
 
 from .loading import LoaderWatch
 from .masksam import MaskSAMTrainer
-from .resumable import ResumableTrainer
+from .resumable import RateOfTrainer, ResumableTrainer
 from .variants import MaskSAMTrainer_lite_medsam, MaskSAMTrainer_tiny
 
 PROGRESS_EVERY = 2.0  # seconds
@@ -75,6 +74,10 @@ class nnUNetTrainer_budget(ResumableTrainer):
         self._seconds_before = 0.0  # of training, in the processes before this one
         self._started = self._reported = self._epoch_end = 0.0
 
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateOfTrainer]:
+        optimizer, _ = super().configure_optimizers()
+        return optimizer, RateOfTrainer(self)
+
     def own_seconds(self) -> float:
         return time.monotonic() - self._started
 
@@ -100,7 +103,8 @@ class nnUNetTrainer_budget(ResumableTrainer):
         """Epochs end by the budget: there are fewer of them where an iteration is slow."""
         if not self.outputs:  # not the rest of one
             share = self.budget / self.num_epochs
-            self._epoch_end = min(self.budget, (self.used // share + 1) * share)
+            done = math.floor(self.used / share + 1e-6)  # 26 // 5.2 is 4
+            self._epoch_end = min(self.budget, (done + 1) * share)
         super().run_epoch(train, validation)
 
     def epoch_goes_on(self, done: int) -> bool:
@@ -177,10 +181,10 @@ class nnUNetTrainer_adamw_budget(nnUNetTrainer_budget):
 
     warmup_iterations = 20
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateOfTrainer]:
         self.initial_lr = 1e-3
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        return optimizer, RateOfTrainer(self)
 
 
 class MaskSAMTrainer_budget(nnUNetTrainer_budget, MaskSAMTrainer):

@@ -35,7 +35,7 @@ from masksam_nnunet.losses.matching import Matches
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.modeling.adapters import NoAdapter
 from masksam_nnunet.modeling.blocks import GAIN
-from masksam_nnunet.modeling.geometry import pad, to_patch
+from masksam_nnunet.modeling.geometry import mask_extent, pad, to_patch
 from masksam_nnunet.modeling.weight_deltas import change_projections, lora
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -193,14 +193,12 @@ def _supervised_decoder(trainer: Any) -> None:
     """SAM's own masks have the mask losses too, beside the sum."""
     network, judge = trainer.sam_network, trainer.criterion
     given: list[Tensor] = []
-    network.mask_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
 
-    def masks(segmentation: Tensor) -> Tensor:
-        last = given[-1]  # before it, those of validation
-        given.clear()
-        return last
+    def keep(head: nn.Module, inputs: Any) -> None:
+        given[:] = inputs[:1]
 
-    _add_loss(judge, masks)
+    network.mask_head.register_forward_pre_hook(keep)
+    _add_loss(judge, lambda _: given[0])
 
 
 def _denoising(trainer: Any) -> None:
@@ -209,13 +207,12 @@ def _denoising(trainer: Any) -> None:
     After DN-DETR (arXiv 2203.01305) and Mask DINO (arXiv 2206.02777).
     """
     network, judge = trainer.sam_network, trainer.criterion
-    given: list[Any] = []
+    given: dict[nn.Module, Any] = {}  # what was made last
     for part in (network.image_encoder, network.prompt_generator):
-        part.register_forward_hook(lambda _, __, output: given.append(output))
+        part.register_forward_hook(lambda part, _, output: given.update({part: output}))
 
     def masks(segmentation: Tensor) -> Tensor:
-        (_, neck), prompts = given[-2:]  # before them, those of validation
-        given.clear()
+        (_, neck), prompts = given.values()
         targets = judge.find_targets(segmentation)
         s, t = targets.present.nonzero(as_tuple=True)
         lead, size = prompts.mask_logits.shape[:3], network.grid.masks  # (B, N, D)
@@ -306,6 +303,18 @@ def _finest_map(trainer: Any) -> None:
     trainer.sam_network.register_forward_hook(finest)
 
 
+def _boxes_of_maps(trainer: Any) -> None:
+    """A box is the extent of its mask, not the mean of that and of a learned one, except where the mask is empty."""
+    generator = trainer.sam_network.prompt_generator
+    learned = generator._boxes
+
+    def boxes(features: tuple[Tensor, ...], mask_logits: Tensor) -> Tensor:
+        extent, found = mask_extent(mask_logits.detach() > 0)
+        return torch.where(found[..., None], extent, learned(features, mask_logits))
+
+    generator._boxes = boxes
+
+
 def _match_by_class(trainer: Any) -> None:
     """Free queries, each of which is given the targets of one class."""
     trainer.criterion.assign = lambda cost, targets: Matches.of_classes(targets)
@@ -348,6 +357,7 @@ VARIANTS = {
     "light_unmirrored": Variant("no mirroring of training patches", settings=UNMIRRORED),
     "light_flat": Variant("convolutions of the generator within slices", prepare=_flat),
     "light_finest_map": Variant("no deep supervision of the generator's maps", prepare=_finest_map),
+    "light_boxes_of_maps": Variant("boxes are the extents of their masks", prepare=_boxes_of_maps),
     "light_two_queries": Variant("two queries a class", lambda config: replace(config, num_queries=2)),
     "light_without_dense_loss": Variant("no loss on the generator's maps", _loss(generator=0.0)),
     "light_without_semantic": Variant("no loss of nnU-Net's on the output", _loss(semantic=0.0)),

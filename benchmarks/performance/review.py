@@ -214,12 +214,15 @@ def empty(dataset: str, plans: list[str], trainer: str, iterations: int) -> None
     for name in plans:
         with tempfile.TemporaryDirectory() as results, contextlib.redirect_stdout(io.StringIO()):
             os.environ |= {"nnUNet_results": results, "nnUNet_n_proc_DA": "0", BUDGET_ITERATIONS: str(iterations)}
-            masks = empty_masks(dataset, name, trainer, iterations)
+            classes, masks = empty_masks(dataset, name, trainer, iterations)
         row(name, masks.float().mean().item(), len(masks))
+        for label in classes.unique().tolist():
+            of_class = masks[classes == label]
+            row(f"{name}, class {label}", of_class.float().mean().item(), len(of_class))
 
 
-def empty_masks(dataset: str, plans: str, trainer: str, iterations: int, batches: int = 5) -> Tensor:
-    """Whether each of the matched masks is empty, (M,), in the batches after the training."""
+def empty_masks(dataset: str, plans: str, trainer: str, iterations: int, batches: int = 5) -> tuple[Tensor, Tensor]:
+    """Classes of the matched masks and whether they are empty, (M,) each, in the batches after the training."""
     from masksam_nnunet import trainers  # nnU-Net reads the names of its folders when it is imported
 
     torch.manual_seed(0)
@@ -243,9 +246,12 @@ def empty_masks(dataset: str, plans: str, trainer: str, iterations: int, batches
         output, (targets, matches) = outputs.pop(), assigned.pop()
         s, q, t = matches.slices, matches.queries, matches.targets
         held = (output.aux_mask_logits > 0).flatten(3).any(-1).flatten(0, 1)[s, q]
+        classes = targets.classes[s, t]
         if step >= iterations:
-            found.append(~held[(targets.classes[s, t] > 0) | made.config.regions])
-    return torch.cat(found)
+            wanted = (classes > 0) | made.config.regions
+            found.append((classes[wanted], ~held[wanted]))
+    classes, masks = (torch.cat(x) for x in zip(*found, strict=True))
+    return classes, masks
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import NDArray
 from torch import Tensor
 
-from masksam_nnunet.errors import CaseError, DataError, UsageError
+from masksam_nnunet.errors import CaseError, DataError, UsageError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.images import ImageGeometry
 
@@ -79,10 +79,16 @@ def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | Non
     file = Path(os.environ.get("nnUNet_preprocessed", "")) / dataset / "splits_final.json"
     if not file.is_file():
         return None
-    training = {str(fold): split["train"] for fold, split in enumerate(read_json(file))}
+    try:
+        splits = read_json(file)
+        training = {str(fold): set(split["train"]) for fold, split in enumerate(splits)}
+        training["all"] = {name for split in splits for part in ("train", "val") for name in split[part]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({in_short(error)}); write it again with masksam split") from error
+    if unknown := [fold for fold in folds if fold not in training]:
+        return f"perhaps in the training set of fold {' and '.join(unknown)}, which {file.name} does not hold"
     return " and ".join(
-        f"{'in' if fold == 'all' or case in training.get(fold, ()) else 'outside'} the training set of fold {fold}"
-        for fold in folds
+        f"{'in' if case in training[fold] else 'outside'} the training set of fold {fold}" for fold in folds
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from masksam_nnunet.environment import cores
 from masksam_nnunet.errors import UsageError
 
 from .common import DEFAULT_TRAINER, Checkpoint, Plans, PreviousStage, SeveralValues, announce_trainers, fail
@@ -118,7 +118,7 @@ def predict(
 
     require_devices([device.value])
     if device is not Device.mps:  # as nnU-Net's command
-        torch.set_num_threads(multiprocessing.cpu_count() if device is Device.cpu else 1)
+        torch.set_num_threads(cores() if device is Device.cpu else 1)
     numbers = parse_folds(folds or "01234")
     models: Sequence[Model]
     if model is not None:

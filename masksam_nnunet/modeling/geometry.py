@@ -16,8 +16,29 @@ def to_patch(x: Tensor, grid: Grid) -> Tensor:
 
 
 def to_masks(x: Tensor, grid: Grid) -> Tensor:
-    """Bring (..., H, W) to SAM's mask size (..., 4 g_h, 4 g_w), padded with zeros."""
-    return _resize(pad(x, grid), grid.masks)
+    """Bring (..., H, W) to SAM's mask size (..., 4 g_h, 4 g_w); beyond the patch its edge goes on."""
+    return _resize(_repeat_edge(x, grid.padded), grid.masks)
+
+
+def masks_of_patch(x: Tensor, grid: Grid) -> Tensor:
+    """The part of (..., 4 g_h, 4 g_w) that covers the patch: losses see no more of it."""
+    pairs = zip(grid.patch[1:], grid.masks, grid.padded, strict=True)
+    rows, columns = (-(-size * cells // padded) for size, cells, padded in pairs)
+    return x[..., :rows, :columns]
+
+
+def continued(x: Tensor, grid: Grid) -> Tensor:
+    """(..., 4 g_h, 4 g_w), in which the patch's edge goes on beyond the patch."""
+    return _repeat_edge(masks_of_patch(x, grid), grid.masks)
+
+
+def _repeat_edge(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Extend (..., h, w) to a size by its last row and column."""
+    for axis, wanted in zip((-2, -1), size, strict=True):
+        missing = wanted - x.shape[axis]
+        if missing:
+            x = torch.cat([x, x.narrow(axis, -1, 1).repeat_interleave(missing, axis)], dim=axis)
+    return x
 
 
 def to_tokens(x: Tensor, grid: Grid) -> Tensor:

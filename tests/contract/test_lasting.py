@@ -23,6 +23,7 @@ from masksam_nnunet.checkpoints import load_checkpoint
 from masksam_nnunet.errors import TrainingError
 from masksam_nnunet.trainers import MaskSAMTrainer_tiny
 from masksam_nnunet.trainers.checkpoint_files import BEST, FINAL, LATEST
+from masksam_nnunet.trainers.finite_guard import FiniteGuard
 from masksam_nnunet.trainers.resumable import ResumableTrainer
 
 CPU = torch.device("cpu")
@@ -353,3 +354,13 @@ def test_a_gradient_scaler_that_comes_down_from_its_start_is_no_trouble(
     assert max(moved) < 7, "the scale has fallen more than once"
     assert made.guard.skipped == len(poison), "a loss that is not finite counts"
     assert ("no step" in log(made)) == bool(poison)
+
+
+def test_a_scale_that_has_grown_too_far_is_no_trouble_either() -> None:
+    guard = FiniteGuard({"part": [nn.Parameter(torch.zeros(1))]}, limit=3)
+    bad, good, loss, high, low = (torch.tensor(x) for x in (1.0, 0.0, 1.0, 2.0**16, 2.0**15))
+    assert guard.unless_settling(bad, loss, high) == 0
+    assert guard.unless_settling(good, loss, low) == 0
+    assert guard.unless_settling(bad, loss, low) == 1, "a gradient has fitted with this scale"
+    assert guard.unless_settling(bad, loss, high) == 0
+    assert guard.unless_settling(bad, loss * torch.nan, high) == 1

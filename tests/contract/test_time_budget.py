@@ -147,6 +147,8 @@ def test_nnunet_with_adamw_warms_up_and_decays() -> None:
         made.set_learning_rate()
         rates.append(made.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3 / 20, 1e-3, 1e-3 * 0.5**0.9])
+    made.on_train_epoch_start()
+    assert made.logger.get_value("lrs", step=-1) == rates[-1], "nnU-Net logs the rate that is used"
 
 
 def test_short_trainings_of_litemedsam_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

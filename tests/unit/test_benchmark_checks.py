@@ -251,6 +251,9 @@ def test_random_weights_in_place_of_sams_are_severe(results: Results) -> None:
     (results.fold(MASKSAM, 0) / "training_log_2025.txt").write_text("WARNING: MASKSAM_RANDOM_INIT is set.\n")
     (text,) = severe(results.check(NNUNET, MASKSAM))
     assert "MASKSAM_RANDOM_INIT" in text and "MaskSAMTrainer (MaskSAMPlans), fold 0" in text
+    start = f"SAM weights from /somewhere (SHA-256 {CHECKPOINTS['sam_vit_b'].sha256})"  # trained anew, with SAM
+    (results.fold(MASKSAM, 0) / "training_log_2026.txt").write_text(start)
+    assert not severe(results.check(NNUNET, MASKSAM))
 
 
 def test_what_sam_has_seen_is_stated(results: Results) -> None:

@@ -117,6 +117,11 @@ def test_predictions_of_an_earlier_training_do_not_count_and_a_copy_of_a_done_fo
     assert stage(tmp_path) is Stage.TRAINED
     write_log(tmp_path, "11_11", "predicting a", "Validation complete")  # by --val
     assert stage(tmp_path) is Stage.DONE
+    best = "Loaded /results/fold_0/checkpoint_best.pth: 3 epochs are done."
+    write_log(tmp_path, "11_12", best, "predicting a", "Validation complete")  # by --val --val_best
+    assert stage(tmp_path) is Stage.TRAINED
+    write_log(tmp_path, "11_13", best, "Training done.", "predicting a", "Validation complete")  # continued from it
+    assert stage(tmp_path) is Stage.DONE
 
 
 def test_a_folder_is_locked_once(tmp_path: Path) -> None:

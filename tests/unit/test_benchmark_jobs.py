@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -213,6 +214,17 @@ def test_a_fold_that_comes_no_further_is_not_tried_again(tmp_path: Path, monkeyp
     with pytest.raises(TrainingError, match=r"checkpoint_latest\.pth"):
         job.run()
     assert len(runs) == 1, "a damaged checkpoint is nobody's to continue from"
+
+
+def test_a_budget_that_the_benchmark_did_not_give_is_compared_too(tmp_path: Path) -> None:
+    environment = {"nnUNet_results": str(tmp_path), "nnUNet_preprocessed": str(tmp_path)}
+    hour = FoldJob("D", ModelName("T", "P", "2d"), 0, "cpu", environment, minutes=60)
+    hour.folder.mkdir(parents=True)
+    hour.require_unchanged()  # a trainer without a budget notes none
+    (hour.folder / "training_stats.json").write_text('{"budget_seconds": 720.0}')
+    with pytest.raises(TrainingError, match=r"--minutes 12\.0"):
+        hour.require_unchanged()
+    replace(hour, minutes=12).require_unchanged()
 
 
 def test_the_environment_of_a_training_has_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:

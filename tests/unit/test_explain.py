@@ -19,7 +19,7 @@ from kinds_of_data import OBLIQUE
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
-from masksam_nnunet.errors import UsageError
+from masksam_nnunet.errors import DataError, UsageError
 from masksam_nnunet.inference.explain import figures
 from masksam_nnunet.inference.explain.case import find_case, seen_in_training
 from masksam_nnunet.inference.explain.figures import SliceImages, draw_overview, draw_queries
@@ -149,6 +149,12 @@ def test_the_page_says_whether_the_network_has_seen_the_case(raw: Path, monkeypa
     assert seen_in_training(raw.name, "b", ["0"]) == "outside the training set of fold 0"
     said = "in the training set of fold 0 and outside the training set of fold 1 and in the training set of fold all"
     assert seen_in_training(raw.name, "a", ["0", "1", "all"]) == said
+    assert seen_in_training(raw.name, "c", ["all"]) == "outside the training set of fold all"
+    beyond = seen_in_training(raw.name, "a", ["0", "2"])
+    assert beyond is not None and beyond.startswith("perhaps") and "fold 2" in beyond
+    (raw / "splits_final.json").write_text("[{")
+    with pytest.raises(DataError, match=r"splits_final\.json"):
+        seen_in_training(raw.name, "a", ["0"])
 
 
 # ---- overlays --------------------------------------------------------------------------------------------------------

@@ -187,6 +187,38 @@ def test_the_first_boxes_are_the_middle() -> None:
     torch.testing.assert_close(boxes, torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(2, 3, 3, 4))
 
 
+@pytest.mark.parametrize("changes", [{}, {"generator": UNET}, PAPER], ids=["light", "unet", "paper"])
+def test_prompts_know_nothing_beyond_the_patch(changes: dict[str, Any]) -> None:
+    network = MaskSAM(tiny_config(patch_size=(3, 24, 40), **changes), 1, 3)  # SAM sees 32x48
+    generator: Any = network.prompt_generator
+    decoder = generator.decoder
+    finest = decoder.unet.decoder.seg_layers[-1] if "generator" in changes else decoder.seg_layers[0]
+    with torch.no_grad():
+        finest.bias[1] = 50.0  # it is everywhere
+        generator.seg_layers["to_boxes"].weight.zero_()
+        output = network.outputs(image(network))
+    masks, boxes = output.aux_mask_logits, output.aux_boxes[:, :, 1]
+    assert masks.shape[-2:] == (8, 12) and masks.std(-1).max() > 0
+    assert (masks[:, :, 1] > 10).all(), "also beyond the patch, of 6 rows and 10 columns"
+    torch.testing.assert_close(masks[..., 6, :], masks[..., 7, :])
+    torch.testing.assert_close(masks[..., 10], masks[..., 11])
+    extent, learned = torch.tensor([0, 0, 40 / 48, 24 / 32]), torch.tensor([0.25, 0.25, 0.75, 0.75])
+    torch.testing.assert_close(boxes, ((extent + learned) / 2).expand_as(boxes))
+
+
+def test_masks_of_any_size_do_not_drown_the_features_of_the_mask_head() -> None:
+    network = MaskSAM(tiny_config(), 1, 3)
+    head, grid = network.mask_head, network.grid
+    nn.init.normal_(head.seg_layers["residual"].weight)
+    features = torch.randn(1, network.prompt_generator.decoder.widths[0], 3, *grid.masks)
+    stem = torch.randn(1, network.config.stem_width, *grid.patch)
+    signs = torch.randn(1, 3, 3, 1, 1).sign().expand(-1, -1, -1, *grid.masks)
+    with torch.no_grad():  # the gain is zero: what is left is the residual
+        at_20, at_2000 = (head(x * signs, torch.zeros(1, 3, *grid.patch), features, stem) for x in (20, 2000))
+    assert at_20.std() > 0.1
+    torch.testing.assert_close(at_2000, at_20, atol=1e-3, rtol=1e-3)
+
+
 def test_what_is_predicted_fits_into_float16() -> None:
     """nnU-Net sums windows, weighted up to 10, in float16."""
     network = MaskSAM(tiny_config(), 1, 3).eval()

@@ -13,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 
 from masksam_nnunet.errors import DataError
-from masksam_nnunet.plans.images import check_whole, stored_floats
+from masksam_nnunet.plans.images import ImageGeometry, check_whole, stored_floats
 
 VALUES = np.arange(60, dtype=np.float32).reshape(5, 4, 3)
 
@@ -25,6 +26,16 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "case.nii.gz"
     nibabel.save(nibabel.Nifti1Image(VALUES, np.diag([1.0, 2.0, 3.0, 1.0])), path)
     return path
+
+
+def test_files_of_one_grid_in_two_orders_lie_alike_for_a_reader_that_turns_them(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(VALUES, np.diag([1.0, 2.0, 3.0, 1.0]))
+    turned = image.as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+    geometries = []
+    for name, stored in (("image", image), ("label", turned)):
+        nibabel.save(stored, tmp_path / f"{name}.nii.gz")
+        geometries.append(ImageGeometry.of(*NibabelIOWithReorient().read_images([str(tmp_path / f"{name}.nii.gz")])))
+    assert geometries[0].difference(geometries[1]) is None
 
 
 def set_header(path: Path, offset: int, form: str, *values: float) -> None:

@@ -168,6 +168,10 @@ def test_weights_of_another_network_are_refused_in_words(monkeypatch: pytest.Mon
         (f"{RIGHT} -p MaskSAMPlans", ["MaskSAMPlans.json", "masksam plan -d 52"]),
         (f"{RIGHT} -tr MaskSAMTrainr", ["-tr MaskSAMTrainr"]),
         (f"{RIGHT} -pretrained_weights none.pth", ["-pretrained_weights none.pth"]),
+        (f"{RIGHT} -p LitePlans", ["LitePlans.json", "nnUNetPlans"]),
+        (f"{RIGHT} -num_gpus 2", ["-num_gpus 2", "-device cpu"]),
+        ("52 3d_fullres five", ["fold five"]),
+        ("52 3d_fullres 5", ["fold 5", "0 to 4"]),
     ],
 )
 def test_requests_that_are_refused(words: str, named: list[str]) -> None:
@@ -180,6 +184,11 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "plans cut off": (lambda folder: (folder / "nnUNetPlans.json").write_text('{"configurations": {'), "nnUNetPlans"),
     "no dataset.json": (lambda folder: (folder / "dataset.json").unlink(), "dataset.json"),
     "four cases": (lambda folder: (folder / "hand_data" / "case_4.b2nd").unlink(), "splits_final.json"),
+    "one fold": (lambda folder: (folder / "splits_final.json").write_text("[]"), "splits_final.json"),
+    "unknown cases": (
+        lambda folder: (folder / "splits_final.json").write_text('[{"train": ["gone"], "val": []}]'),
+        "gone",
+    ),
     "two datasets": (lambda folder: (folder.parent / "Dataset052_Other").mkdir(), "Dataset052_Other"),
 }
 
@@ -193,5 +202,7 @@ def test_states_that_cannot_be_trained_from(folder: Path, state: str) -> None:
 
 def test_a_number_that_begins_anothers_is_told_apart_for_nnunet(folder: Path, calls: list[list[str]]) -> None:
     (folder.parent / "Dataset0521_Other").mkdir()
+    folds = [{"train": ["case_0"], "val": ["case_1"]}] * 53
+    (folder / "splits_final.json").write_text(json.dumps(folds))
     assert train("52 3d_fullres 52").exit_code == 0
     assert calls == [["masksam train", NAME, "3d_fullres", "52", "-device", "cpu", "-tr", "MaskSAMTrainer"]]
