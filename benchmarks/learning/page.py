@@ -26,7 +26,8 @@ def tables(results: pd.DataFrame) -> str:
             text = "; ".join(filter(None, (VARIANTS[variant].text, also)))
             shown = ", ".join(f"{value:.3f}" for value in classes)
             r = "–" if variant.startswith("nnunet") else f"{resolution:g}"
-            parts.append(f"| `{variant}` | {text} | {r} | {runs['dice'].mean():.3f} | {shown} | {len(runs)} |")
+            each = f" ({', '.join(f'{dice:.3f}' for dice in runs['dice'])})" if len(runs) > 1 else ""
+            parts.append(f"| `{variant}` | {text} | {r} | {runs['dice'].mean():.3f}{each} | {shown} | {len(runs)} |")
         parts.append("")
     return "\n".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -49,8 +50,24 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 def test_nnunet_finds_the_trainers(module: ModuleType) -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    for name in ("MaskSAMTrainer_resnet18", "MaskSAMTrainer_vit_b_slices", "MaskSAMTrainer_gentle"):
+    own = "resnet18", "vit_b_slices", "gentle", "no_mirroring"
+    for name in (f"MaskSAMTrainer_{name}" for name in own):
         assert recursive_find_trainer_class_by_name(name).__name__ == name
+
+
+def test_nnunets_trainer_without_mirroring_combines(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders(tmp_path, monkeypatch)
+    plans = plain_plans()
+    write_config(plans, "3d_fullres", replace(tiny_config(), patch_size=(4, 32, 32)))
+    plain, combined = (
+        cls(deepcopy(plans), "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+        for cls in (module.MaskSAMTrainer, module.MaskSAMTrainer_no_mirroring)
+    )
+    mirrored = [x.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] for x in (plain, combined)]
+    assert mirrored == [(0, 1, 2), None] and combined.inference_allowed_mirroring_axes is None
+    assert combined.config == plain.config
 
 
 @pytest.mark.parametrize("trainer", ["MaskSAMTrainer_resnet18", "MaskSAMTrainer_vit_b_slices"])
