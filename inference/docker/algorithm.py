@@ -18,14 +18,14 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.helpers import empty_cache
 
-from masksam_nnunet.errors import CaseError, MaskSAMError, ModelError, in_short
+from masksam_nnunet.errors import CaseError, ModelError, in_short
 from masksam_nnunet.files import read_json
 from masksam_nnunet.gpu import usable_device
 
 from ..cases import channel_names, preprocess_case
 from ..export.description import is_portable
 from ..export.load import PortableModel
-from ..models import TrainedModel, parse_folds
+from ..models import parse_folds
 from ..predictor import MaskSAMPredictor
 from .images import read_header, stage, write_label_map
 from .interface import ContainerOptions, Job, OutputError, find_jobs
@@ -153,10 +153,8 @@ def load_model(predictor: MaskSAMPredictor, folder: Path, folds: Sequence[str], 
             used = list(model.folds)
         else:  # nnU-Net too prefers numbers to "all"
             used = used or predictor.auto_detect_available_folds(str(folder), checkpoint) or ["all"]
-            trained = TrainedModel(folder, tuple(used), checkpoint)
-            trained.check()
-            trained.load(predictor)
-    except MaskSAMError:
+            predictor.initialize_from_trained_model_folder(str(folder), tuple(used), checkpoint)
+    except ModelError:
         raise
     except Exception as error:  # of any trainer, damaged files, and lean checkpoints without SAM's file
         raise ModelError(f"{folder} cannot be loaded ({in_short(error)}): complete it with masksam export") from error
