@@ -116,13 +116,13 @@ def _not_validated(folder: Path, cases: Sequence[str], file_ending: str, npz: bo
         return f"{summary} has no scores of {len(unscored)} of {len(cases)} cases"
     # nnU-Net's logs tell whether the validation belongs to the latest training. Files' times, which copies change,
     # count only where there are no logs.
-    told = rf"{re.escape(_TRAINED)}|{re.escape(_VALIDATED)}|Loaded .*{re.escape(BEST)}(?=:)"
-    line = re.compile(rf"^[\d\-]+ [\d:.]+: ({told})", re.MULTILINE)
+    told = rf"{re.escape(_TRAINED)}|{re.escape(_VALIDATED)}|Loaded .*{re.escape(BEST)}: .*"
+    line = re.compile(rf"^[\d\-]+ [\d:.]+: ({told})\s*$", re.MULTILINE)
     ends = line.findall("\n".join(read_logs(folder)))
     if _TRAINED in ends:
         if ends[-1] != _VALIDATED:
             return "nnU-Net's log has no complete validation after the training"
-        return f"its predictions are those of {BEST} (--val_best)" if ends[-2].endswith(BEST) else None
+        return f"its predictions are those of {BEST} (--val_best)" if BEST in ends[-2] else None
     older = summary.stat().st_mtime_ns < (folder / FINAL).stat().st_mtime_ns
     return f"its predictions are older than {FINAL}" if older else None
 

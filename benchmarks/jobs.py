@@ -98,13 +98,13 @@ class FoldJob:
     def require_unchanged(self) -> None:
         """Raise a TrainingError for a fold that was begun with other splits, plans, dataset.json or budget."""
         record = FoldRecord.read(self.folder)
-        budget = trained_budget(self.folder) if record is None else (record.minutes, record.iterations)
-        if budget is None:
-            return
-        changed = [] if record is None else record.changed_inputs(self.preprocessed)
+        wanted = self.minutes, self.iterations
+        if record is None:
+            changed, budget = [], trained_budget(self.folder) or wanted
+        else:
+            changed, budget = record.changed_inputs(self.preprocessed), (record.minutes, record.iterations)
         wrong = [f"{name} has changed since its training" for name in changed]
-        wanted = {"minutes": self.minutes, "iterations": self.iterations}
-        for (name, own), before in zip(wanted.items(), budget, strict=True):
+        for name, before, own in zip(("minutes", "iterations"), budget, wanted, strict=True):
             if before != own:
                 wrong.append(f"it was trained with --{name} {before}, not {own}")
         if wrong:

@@ -85,13 +85,11 @@ class TrainedModel:
         return self._read("dataset.json")
 
     def describe(self) -> dict[str, Any]:
-        files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
-        saved = [round(file.stat().st_mtime) for file in files]  # a training that goes on makes it another model
+        saved = [round(file.stat().st_mtime) for file in self._files]  # a training that goes on makes another model
         return {"model": self.name, "folds": list(self.folds), "checkpoint": self.checkpoint, "saved": saved}
 
     def check(self) -> None:
-        files = [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
-        missing = [str(fold) for fold, file in zip(self.folds, files, strict=True) if not file.is_file()]
+        missing = [str(fold) for fold, file in zip(self.folds, self._files, strict=True) if not file.is_file()]
         if missing:
             found = sorted(self.folder.glob(f"fold_*/{self.checkpoint}"))
             trained = " ".join(file.parent.name.removeprefix("fold_") for file in found)
@@ -101,7 +99,7 @@ class TrainedModel:
             )
         if self.configuration not in self.plans.get("configurations", {}):
             raise ModelError(f"{self.folder / 'plans.json'} has no configuration {self.configuration}; restore it")
-        for file in files:
+        for file in self._files:
             if wrong := damage(file, thorough=False):
                 raise ModelError(
                     f"{file} is cut off or damaged ({wrong}): copy it again, continue its training (--c), or name "
@@ -110,6 +108,10 @@ class TrainedModel:
 
     def load(self, predictor: nnUNetPredictor) -> None:
         predictor.initialize_from_trained_model_folder(str(self.folder), self.folds, self.checkpoint)
+
+    @property
+    def _files(self) -> list[Path]:
+        return [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.folder / name

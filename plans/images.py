@@ -66,8 +66,7 @@ class ImageGeometry:
         if "sitk_stuff" in properties:
             placement = {name: np.asarray(properties["sitk_stuff"][name], float) for name in ("origin", "direction")}
         elif "nibabel_stuff" in properties:
-            stuff = properties["nibabel_stuff"]  # of the array, which NibabelIOWithReorient has turned
-            placement = {"affine": np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), float)}
+            placement = {"affine": nibabel_affine(properties)}
         return cls(array.shape[1:], tuple(float(step) for step in properties["spacing"]), placement)
 
     def difference(self, other: ImageGeometry) -> tuple[str, object, object] | None:
@@ -82,6 +81,12 @@ class ImageGeometry:
             if one.shape != two.shape or not np.allclose(one, two, rtol=1e-4, atol=tolerance):
                 return name, one.tolist(), two.tolist()
         return None
+
+
+def nibabel_affine(properties: Mapping[str, Any]) -> NDArray[np.float64]:
+    """The affine of an array that nnU-Net's nibabel readers return: NibabelIOWithReorient has turned it."""
+    stuff = properties["nibabel_stuff"]
+    return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), float)
 
 
 def dataset_reader(dataset_json: Mapping[str, Any], example: Path) -> BaseReaderWriter:

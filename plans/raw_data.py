@@ -133,8 +133,8 @@ def inspect_raw_dataset(folder: Path, option: str = "-d", min_cases: int = 1) ->
                 raise DataError(f"{option} {folder}: the folder {part} is missing")
         files, defects = _found_files(folder, description)
     if len(files) < min_cases:
-        few = [f"{len(files)} training cases with file_ending {description['file_ending']!r}, {min_cases} are needed"]
-        raise DataError(f"{option} {folder}: {shortened([*few, *defects])}")
+        few = f"{len(files)} training cases with file_ending {description['file_ending']!r}, {min_cases} are needed"
+        raise DataError(f"{option} {folder}: {shortened([few, *defects])}")
     channels = len(description["channel_names"])
     usual = Counter(len(images) for images, _ in files.values()).most_common(1)[0][0]
     for case, (images, label) in files.items():

@@ -112,8 +112,8 @@ def patient_folds(groups: Mapping[str, Sequence[str]], num_folds: int = NUM_FOLD
     ]
 
 
-def read_splits(path: Path, cases: Iterable[str]) -> list[Fold]:
-    """The folds in a splits_final.json; ``cases`` are the names of all training cases.
+def read_splits(path: Path, cases: Iterable[str] | None = None) -> list[Fold]:
+    """The folds in a splits_final.json; ``cases`` are the names of all training cases, None to allow any.
 
     Raises:
         DataError: it cannot be read, is not a list of folds, names unknown cases, or a fold trains on no case.
@@ -121,8 +121,8 @@ def read_splits(path: Path, cases: Iterable[str]) -> list[Fold]:
     try:
         splits: list[Fold] = read_json(path)
         _FILE.validate_python(splits)
-        unknown = sorted({case for fold in splits for part in ("train", "val") for case in fold[part]} - set(cases))
-        if unknown:
+        named = {case for fold in splits for part in ("train", "val") for case in fold[part]}
+        if cases is not None and (unknown := sorted(named - set(cases))):
             raise ValueError(f"it names unknown cases: {_some(unknown)}")
     except (OSError, ValueError) as error:
         raise DataError(

@@ -35,7 +35,7 @@ from masksam_nnunet.losses.matching import Matches
 from masksam_nnunet.modeling import MaskSAMOutput
 from masksam_nnunet.modeling.adapters import NoAdapter
 from masksam_nnunet.modeling.blocks import GAIN
-from masksam_nnunet.modeling.geometry import mask_extent, pad, to_patch
+from masksam_nnunet.modeling.geometry import extent_in_patch, pad, to_patch
 from masksam_nnunet.modeling.weight_deltas import change_projections, lora
 from masksam_nnunet.trainers import MaskSAMTrainer
 
@@ -309,7 +309,7 @@ def _boxes_of_maps(trainer: Any) -> None:
     learned = generator._boxes
 
     def boxes(features: tuple[Tensor, ...], mask_logits: Tensor) -> Tensor:
-        extent, found = mask_extent(mask_logits.detach() > 0)
+        extent, found = extent_in_patch(mask_logits.detach() > 0, generator.grid)
         return torch.where(found[..., None], extent, learned(features, mask_logits))
 
     generator._boxes = boxes

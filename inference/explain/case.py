@@ -19,9 +19,10 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from numpy.typing import NDArray
 from torch import Tensor
 
-from masksam_nnunet.errors import CaseError, DataError, UsageError, in_short
+from masksam_nnunet.errors import CaseError, DataError, UsageError
 from masksam_nnunet.files import read_json
 from masksam_nnunet.plans.images import ImageGeometry
+from masksam_nnunet.plans.splits import SPLITS_FILE, read_splits
 
 from ..cases import Case, channel_names, find_cases, preprocess_case
 from ..label_maps import Classes, read_label_map
@@ -76,15 +77,12 @@ def find_case(
 
 def seen_in_training(dataset: str, case: str, folds: Sequence[str]) -> str | None:
     """Say for each fold whether the split has the case in its training set; None where there is no split."""
-    file = Path(os.environ.get("nnUNet_preprocessed", "")) / dataset / "splits_final.json"
+    file = Path(os.environ.get("nnUNet_preprocessed", "")) / dataset / SPLITS_FILE
     if not file.is_file():
         return None
-    try:
-        splits = read_json(file)
-        training = {str(fold): set(split["train"]) for fold, split in enumerate(splits)}
-        training["all"] = {name for split in splits for part in ("train", "val") for name in split[part]}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({in_short(error)}); write it again with masksam split") from error
+    splits = read_splits(file)
+    training = {str(fold): split["train"] for fold, split in enumerate(splits)}
+    training["all"] = [name for split in splits for part in ("train", "val") for name in split[part]]
     if unknown := [fold for fold in folds if fold not in training]:
         return f"perhaps in the training set of fold {' and '.join(unknown)}, which {file.name} does not hold"
     return " and ".join(

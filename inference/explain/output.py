@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from masksam_nnunet.errors import UsageError
 from masksam_nnunet.files import atomic_folder, read_json
+from masksam_nnunet.plans.images import nibabel_affine
 
 RECORD = "explain.json"
 _RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's world axes lead to left and posterior
@@ -55,8 +56,7 @@ def _refuse_others(out: Path) -> None:
 def affine_of(properties: Mapping[str, Any]) -> NDArray[np.float64] | None:
     """The affine to RAS millimetres of an image as nnU-Net's reader read it; None if it has no 3D position."""
     if "nibabel_stuff" in properties:
-        stuff = properties["nibabel_stuff"]
-        return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), dtype=float)
+        return nibabel_affine(properties)
     geometry = properties.get("sitk_stuff")
     if not geometry or len(geometry["spacing"]) < 3:
         return None

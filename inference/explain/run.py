@@ -82,6 +82,7 @@ def explain(
     model.check()
     dataset, fold_names = model.folder.parent.name, [str(fold) for fold in model.folds]
     found = find_case(dataset, model.dataset_json, case, images, label)
+    seen = None if images else seen_in_training(dataset, found.case.name, fold_names)
     stage_before = _stage_before(model, found.case.name, previous)
     out = Path(f"explain_{found.case.name}") if out is None else out
     with fresh_folder(out) as folder:
@@ -109,7 +110,7 @@ def explain(
             "origin": found.origin,
             "images": [file.name for file in found.case.files],
             "label": found.label.name if found.label else None,
-            "seen": None if images else seen_in_training(dataset, found.case.name, fold_names),
+            "seen": seen,
             "dataset": dataset,
             **asdict(method),
             "folds": fold_names,

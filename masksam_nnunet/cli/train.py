@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -101,13 +102,18 @@ def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
     Raises:
         MaskSAMError: an argument names what does not exist.
     """
+    import torch
+
     from masksam_nnunet.gpu import require_devices
     from masksam_nnunet.plans.raw_data import find_dataset
 
     name = find_dataset(asked.dataset_name_or_id, ("nnUNet_preprocessed", "nnUNet_results"), "dataset")
-    if asked.num_gpus > 1 and asked.device != "cuda":
-        raise UsageError(f"-num_gpus {asked.num_gpus}: -device {asked.device} is one device; leave one of them out")
-    require_devices([asked.device] if asked.num_gpus == 1 else [*map(str, range(asked.num_gpus))])
+    require_devices([asked.device])
+    if asked.num_gpus > 1:
+        there = torch.cuda.device_count() if asked.device == "cuda" else 1
+        if asked.num_gpus > there:
+            raise UsageError(f"-num_gpus {asked.num_gpus}: -device {asked.device} is {there} here; lower it")
+        require_devices([*map(str, range(asked.num_gpus))])
     if asked.pretrained_weights is not None and not Path(asked.pretrained_weights).is_file():
         raise TrainingError(f"-pretrained_weights {asked.pretrained_weights}: there is no such file")
 
@@ -115,11 +121,10 @@ def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
 
     from masksam_nnunet.inference.methods import find_trainer
     from masksam_nnunet.plans.raw_data import number_of
-    from masksam_nnunet.plans.splits import NUM_FOLDS, read_splits
+    from masksam_nnunet.plans.splits import SPLITS_FILE
     from masksam_nnunet.plans.training_inputs import require_cases, require_configuration
 
     folder, number, who = Path(os.environ["nnUNet_preprocessed"]) / name, number_of(name), f"-p {asked.p}"
-    several = len(find_candidate_datasets(number)) > 1
     find_trainer(asked.tr, "-tr")
     found = require_configuration(folder, asked.p, asked.configuration, number, who)
     cases = require_cases(folder, asked.p, asked.configuration, found.data_identifier, number, who)
@@ -128,17 +133,22 @@ def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
             f"-num_gpus {asked.num_gpus}: {who} has batches of {found.batch_size}, and each GPU needs a sample; take "
             "fewer GPUs, or train a fold on each"
         )
-    if asked.fold == "all":
-        return name, several
-    if not (asked.fold.isascii() and asked.fold.isdecimal()):
-        raise UsageError(f"fold {asked.fold}: give a number, or all")
-    splits = folder / "splits_final.json"
+    if asked.fold != "all":
+        _require_fold(asked.fold, folder / SPLITS_FILE, cases)
+    return name, len(find_candidate_datasets(number)) > 1
+
+
+def _require_fold(fold: str, splits: Path, cases: Sequence[str]) -> None:
+    """Refuse a fold that is not among the splits: nnU-Net would split at random, patients too."""
+    from masksam_nnunet.plans.splits import NUM_FOLDS, read_splits
+
+    if not (fold.isascii() and fold.isdecimal()):
+        raise UsageError(f"fold {fold}: give a number, or all")
     if not splits.is_file() and len(cases) < NUM_FOLDS:
         raise TrainingError(
-            f"fold {asked.fold}: {len(cases)} cases are too few for nnU-Net's default {NUM_FOLDS} folds; train on all "
+            f"fold {fold}: {len(cases)} cases are too few for nnU-Net's default {NUM_FOLDS} folds; train on all "
             f"of them (fold all), or write {splits}"
         )
     folds = len(read_splits(splits, cases)) if splits.is_file() else NUM_FOLDS
-    if int(asked.fold) >= folds:  # nnU-Net would split at random, patients too
-        raise UsageError(f"fold {asked.fold}: there are folds 0 to {folds - 1} ({splits}), or all")
-    return name, several
+    if int(fold) >= folds:
+        raise UsageError(f"fold {fold}: there are folds 0 to {folds - 1} ({splits}), or all")

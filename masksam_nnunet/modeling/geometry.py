@@ -20,16 +20,16 @@ def to_masks(x: Tensor, grid: Grid) -> Tensor:
     return _resize(_repeat_edge(x, grid.padded), grid.masks)
 
 
-def masks_of_patch(x: Tensor, grid: Grid) -> Tensor:
-    """The part of (..., 4 g_h, 4 g_w) that covers the patch: losses see no more of it."""
+def continued(x: Tensor, grid: Grid) -> Tensor:
+    """(..., 4 g_h, 4 g_w), in which the patch's edge goes on beyond the patch: losses see no more of it."""
+    return _repeat_edge(_over_patch(x, grid), grid.masks)
+
+
+def _over_patch(x: Tensor, grid: Grid) -> Tensor:
+    """The part of (..., 4 g_h, 4 g_w) that covers the patch."""
     pairs = zip(grid.patch[1:], grid.masks, grid.padded, strict=True)
     rows, columns = (-(-size * cells // padded) for size, cells, padded in pairs)
     return x[..., :rows, :columns]
-
-
-def continued(x: Tensor, grid: Grid) -> Tensor:
-    """(..., 4 g_h, 4 g_w), in which the patch's edge goes on beyond the patch."""
-    return _repeat_edge(masks_of_patch(x, grid), grid.masks)
 
 
 def _repeat_edge(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -95,6 +95,14 @@ def mask_extent(masks: Tensor) -> tuple[Tensor, Tensor]:
     (x0, x1), (y0, y1) = ends
     found = any_line.any(-1)
     return torch.stack([x0, y0, x1, y1], dim=-1) * found[..., None], found
+
+
+def extent_in_patch(masks: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """As :func:`mask_extent`, of masks (..., 4 g_h, 4 g_w) as far as they cover the patch."""
+    masks = _over_patch(masks, grid)
+    extent, found = mask_extent(masks)
+    rows, columns = (size / whole for size, whole in zip(masks.shape[-2:], grid.masks, strict=True))
+    return scaled_boxes(extent, columns, rows), found
 
 
 def scaled_boxes(boxes: Tensor, width: float, height: float) -> Tensor:

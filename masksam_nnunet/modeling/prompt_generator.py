@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import Grid, LightConfig, MaskSAMConfig
 from .blocks import Trainable
 from .decoders import LightDecoder, UNetDecoder
-from .geometry import continued, mask_extent, masks_of_patch, scaled_boxes, to_masks, to_patch
+from .geometry import continued, extent_in_patch, to_masks, to_patch
 
 FOREGROUND = 0.05
 """The share of foreground in the light decoder's maps at the start: most voxels are background."""
@@ -110,10 +110,7 @@ class PromptGenerator(Trainable):
         raw = self.seg_layers["to_boxes"](cells).float().sigmoid().unflatten(-1, (self.num_queries, 4)).transpose(1, 2)
         corner, share = raw[..., :2], raw[..., 2:]
         boxes = torch.cat([corner, corner + (1 - corner) * share], dim=-1)  # (B, N, D, 4)
-        covering = masks_of_patch(mask_logits.detach(), self.grid)
-        extent, found = mask_extent(covering > 0)
-        rows, columns = (a / b for a, b in zip(covering.shape[-2:], self.grid.masks, strict=True))
-        extent = scaled_boxes(extent, columns, rows)
+        extent, found = extent_in_patch(mask_logits.detach() > 0, self.grid)
         return torch.where(found[..., None], (boxes + extent) / 2, boxes)
 
     def _tokens(self, features: tuple[Tensor, ...]) -> Tensor:

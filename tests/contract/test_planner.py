@@ -274,6 +274,9 @@ def test_different_folds_in_raw_and_preprocessed(preprocessed: Path, tmp_path: P
     (tmp_path / "nnUNet_raw" / KIND.dataset / "splits_final.json").write_text(json.dumps(folds))
     with pytest.raises(DataError, match=r"splits_final\.json"):
         plan()
+    more = [*folds, {"train": KIND.cases[1:], "val": KIND.cases[:1]}]
+    (preprocessed / "splits_final.json").write_text(json.dumps(more))
+    plan()  # nnU-Net takes further folds there
 
 
 def test_the_command(preprocessed: Path) -> None:

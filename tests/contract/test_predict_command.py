@@ -187,6 +187,12 @@ def test_parts_are_mixed_but_predictions_of_other_models_are_not(
     for words in ([*ONE, "1"], PAIR, other):
         result = predict("-i", images, "-o", out, *words, "--continue_prediction")
         assert result.exit_code == 1 and "--continue_prediction: " in result.stderr
+    (checkpoint,) = Path(os.environ["nnUNet_results"]).glob("*/nnUNetTrainer__*__3d_fullres/fold_0/*final.pth")
+    saved = checkpoint.stat()
+    os.utime(checkpoint, (saved.st_atime, saved.st_mtime + 60))  # its training has gone on
+    result = predict("-i", images, "-o", out, *ONE, "--continue_prediction")
+    os.utime(checkpoint, (saved.st_atime, saved.st_mtime))
+    assert result.exit_code == 1 and "--continue_prediction: " in result.stderr
     assert times(out) == before
 
     def interrupted(*_: object, **__: object) -> None:
