@@ -32,6 +32,8 @@ from .results import Finding, FoldCompute, row_names
 
 TIME_TOLERANCE = 1.1
 """Allowed ratio of the longest time budget to the shortest."""
+FEW_ITERATIONS = 60
+"""Twice the warm-up of trainers with a budget."""
 _DESCRIPTION = ("labels", "channel_names", "regions_class_order", "file_ending")
 _DATA = (
     *("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data"),
@@ -156,6 +158,14 @@ def _check_times(budgets: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
     if len(counts) == 1 and None not in counts:
         return [Finding(False, f"Every training took {counts.pop()} iterations, in different times: {told}.")]
     return [Finding(True, f"Time budgets differ by more than {TIME_TOLERANCE - 1:.0%}: {told}.")]
+
+
+def few_iterations(compute: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
+    """What to say of trainings, by name, with a fold of less than :data:`FEW_ITERATIONS`."""
+    counts = {name: [one.iterations for one in folds if one.iterations] for name, folds in compute.items()}
+    few = [f"{name}: {min(found)}" for name, found in counts.items() if found and min(found) < FEW_ITERATIONS]
+    text = "So few iterations say little of a method: learning rates rise for the first 20 or 30, which count too"
+    return [Finding(False, f"{text} ({'; '.join(few)}).")] if few else []
 
 
 def _check_inputs(trained: Mapping[str, Path], preprocessed: Path) -> list[Finding]:

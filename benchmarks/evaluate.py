@@ -22,7 +22,7 @@ from masksam_nnunet.inference.report.html import Picture
 from masksam_nnunet.plans.raw_data import read_raw_dataset
 
 from . import statistics
-from .checks import check_fairness, refuse_unfair
+from .checks import check_fairness, few_iterations, refuse_unfair
 from .combine import combine
 from .definition import Benchmark
 from .folds import FINAL, read_fold_compute
@@ -79,7 +79,10 @@ def evaluate(
         compute = {
             name: tuple(map(read_fold_compute, found, histories[name].values())) for name, found in folders.items()
         }
-        findings = check_fairness(methods, compute, results, benchmark.preprocessed, patients)
+        few = few_iterations(compute)
+        findings = [*check_fairness(methods, compute, results, benchmark.preprocessed, patients), *few]
+    for finding in few:
+        console.print(f"note: {finding.text}", highlight=False, markup=False, soft_wrap=True)
     severe = [finding.text for finding in findings if finding.severe]
     refuse_unfair(severe, benchmark.accept_unfair, "this comparison is not fair")
     patient = statistics.patient_of(sorted(fold_of), patients)

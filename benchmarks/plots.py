@@ -209,7 +209,10 @@ def draw_cases(results: BenchmarkResults) -> list[Picture]:
         except (MaskSAMError, OSError, RuntimeError, ValueError) as error:
             pictures.append(Picture(case, f"{caption}. It could not be drawn: {in_short(error)}", b""))
             continue
-        caption += ". All columns share one grey window; cropped to what truth or any prediction labels."
+        caption += (
+            f". The slices are those with most labelled voxels and with most errors of {name}. All columns share one "
+            "grey window; cropped to what truth or any prediction labels."
+        )
         pictures.append(Picture(case, caption, picture))
     return pictures
 

@@ -98,8 +98,20 @@ def plan_dataset(
         warnings.append(by_case)
     if gpu is None and device.name == ASSUMED:
         warnings.append(f"no GPU here: planned for an {ASSUMED}; --gpu cpu plans for this machine, --gpu for others")
-    _print(console, planner, warnings)
+    _print(console, planner, [*warnings, *_too_long(planner)])
     return planner
+
+
+def _too_long(planner: MaskSAMPlanner) -> list[str]:
+    """Warnings of trainings that take more than the hours asked for, with the least number of epochs."""
+    limits, remedy = planner.limits, "give more --hours, or a faster --gpu"
+    if limits.device.name == CPU:
+        remedy = 'docs/own_dataset.md, "Without a GPU", plans small patches for a training as long as you like'
+    return [
+        f"{name}: a fold takes about {hours:.0f} hours, more than --hours {limits.hours:g}; {remedy}"
+        for name, hours in planner.hours.items()
+        if hours > limits.hours
+    ]
 
 
 def _check_fingerprint(file: Path, cases: int, number: int) -> None:

@@ -11,12 +11,13 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.cost import Precision, training_cost
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.gpu import automatic_device
 from masksam_nnunet.metering import Meter
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.modeling.compute import autocast, keep_freed_memory
+from masksam_nnunet.modeling.compute import autocast
 
 from .architecture import config_for
 
@@ -42,7 +43,7 @@ GPUS = {
 }
 CPU = "cpu"
 ASSUMED = "rtx4090"
-CPU_CORE = 0.03  # TFLOP/s in float32, of the cores that this project was measured on
+CPU_CORE = 0.06  # TFLOP/s in float32: trainings of docs/results.md on one core reach 0.06 to 0.08
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Device:
 def find_device(name: str | None) -> Device:
     """The named one; else the GPU at hand, which is measured, or :data:`ASSUMED` where there is none.
 
+    A CPU is not measured: a few seconds say more of what else runs on it.
+
     Raises:
         DataError: no such name, or the GPU at hand is too busy to be measured.
     """
@@ -85,15 +88,15 @@ def find_device(name: str | None) -> Device:
     if name in GPUS:
         return _from_table(name, "as asked")
     if name == CPU:
-        memory = psutil.virtual_memory().total / 2**30
-        return Device(CPU, memory, measure(torch.device("cpu"), 3.0), "measured")
+        return _cpu()
     if name is not None:
         raise DataError(f"--gpu {name}: choose one of {', '.join((*GPUS, CPU))}")
     if automatic_device() == CPU:  # it says why a GPU that is there is not used
         return _from_table(ASSUMED, "no GPU here")
     properties = torch.cuda.get_device_properties(0)
     try:
-        tflops = measure(torch.device("cuda", 0), 10.0)
+        config = config_for("vit_b", (2, 256, 256), regions=False, resolution=4, checkpointing=True)
+        tflops = measure(torch.device("cuda", 0), config, 10.0)
     except torch.OutOfMemoryError as error:
         busy = f"{properties.name} has no memory free for a measurement"
         raise DataError(f"{busy}; wait, or name it with --gpu") from error
@@ -103,7 +106,7 @@ def find_device(name: str | None) -> Device:
 def expected_device(device: torch.device) -> Device | None:
     """What a training on this device can expect without a measurement; None for a GPU that the table lacks."""
     if device.type == "cpu":
-        return Device(CPU, 0, CPU_CORE * torch.get_num_threads(), f"{torch.get_num_threads()} threads")
+        return _cpu()
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
@@ -111,18 +114,18 @@ def expected_device(device: torch.device) -> Device | None:
     return next((_from_table(known, name) for known in of_desktops if known in name), None)
 
 
+def _cpu() -> Device:
+    threads = torch.get_num_threads()
+    return Device(CPU, psutil.virtual_memory().total / 2**30, CPU_CORE * threads, f"{threads} threads")
+
+
 def _from_table(name: str, why: str) -> Device:
     memory, peak = GPUS[name]
     return Device(name, memory, UTILISATION * peak, f"{why}; {UTILISATION:.0%} of {peak} TFLOP/s")
 
 
-def measure(device: torch.device, seconds: float) -> float:
-    """Operations a second of training steps, in 10^12, of a network that suits the device."""
-    if device.type == "cuda":
-        config = config_for("vit_b", (2, 256, 256), regions=False, resolution=4, checkpointing=True)
-    else:
-        config = config_for("lite_medsam", (2, 64, 64), regions=False)
-        keep_freed_memory()  # as trainings do
+def measure(device: torch.device, config: MaskSAMConfig, seconds: float) -> float:
+    """Operations a second of a network's training steps, in 10^12."""
     with device:
         network = MaskSAM(config, 1, 4).train()
         x = torch.randn(2, 1, *config.patch_size)

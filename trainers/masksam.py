@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -260,11 +261,10 @@ class MaskSAMTrainer(ResumableTrainer):
         super().on_loop_start()
         if not self.tells_hours or self.local_rank:
             return
-        cost = training_cost(
-            self.config, self.num_input_channels, self.label_manager.num_segmentation_heads, self.batch_size
-        )
         device = expected_device(self.device)
-        text = f"An iteration takes about {cost.tflop:.3g} TFLOP, and on a GPU {cost.peak_gib:.3g} GiB at its peak"
+        inputs = self.num_input_channels, self.label_manager.num_segmentation_heads, self.batch_size
+        cost = training_cost(self.config, *inputs, device.precision if device else "bfloat16")
+        text = f"An iteration takes about {cost.tflop:.3g} TFLOP, and {cost.peak_gib:.3g} GiB at its peak"
         if device is None:
             text += f"; how long that takes is known after {TIMED} iterations."
         else:
@@ -274,6 +274,12 @@ class MaskSAMTrainer(ResumableTrainer):
                 f"take about {_duration(hours)}. This is corrected after {TIMED} iterations."
             )
         self.print_to_log_file(text)
+        free = psutil.virtual_memory().available / 2**30
+        if self.device.type == "cpu" and cost.peak_gib > free:  # on a GPU PyTorch says so itself
+            self.print_to_log_file(
+                f"WARNING: {cost.peak_gib:.3g} GiB are more than the {free:.3g} GiB of memory that are free: the "
+                "system may kill this training. masksam plan --gpu cpu plans for this machine."
+            )
 
     @property
     def _iterations_left(self) -> int:
@@ -364,14 +370,14 @@ class MaskSAMTrainer(ResumableTrainer):
         added, gain = means.pop(DECODER_DICE, None), getattr(getattr(self.sam_network, "mask_head", None), "gain", None)
         self.print_to_log_file("loss terms", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         logged = {f"train_losses/{name}": value for name, value in means.items()}
-        if added is not None and gain is not None:
+        if gain is not None:
             gains = gain.detach().abs().cpu().numpy()
-            mean, largest = float(gains.mean()), float(gains.max())
-            self.print_to_log_file(
-                f"SAM's decoder: gain {mean:.4f} (largest {largest:.4f}); it and the mask head change the Dice of "
-                f"training patches by {added:+.4f}"
-            )
-            logged |= {"sam_decoder/gain": mean, "sam_decoder/dice_change": added}
+            logged["sam_decoder/gain"] = float(gains.mean())
+            text = f"SAM's decoder: gain {gains.mean():.4f} (largest {gains.max():.4f})"
+            if added is not None:  # without nnU-Net's loss on the output there is no Dice of it
+                logged["sam_decoder/dice_change"] = added
+                text += f"; it and the mask head change the Dice of training patches by {added:+.4f}"
+            self.print_to_log_file(text)
         for logger in self.logger.loggers:  # nnU-Net's local logger takes known keys only
             for name, value in logged.items():
                 logger.log(name, value, self.current_epoch)

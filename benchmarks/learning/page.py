@@ -26,6 +26,7 @@ def tables(results: pd.DataFrame) -> str:
             text = "; ".join(filter(None, (VARIANTS[variant].text, also)))
             shown = ", ".join(f"{value:.3f}" for value in classes)
             r = "–" if variant.startswith("nnunet") else f"{resolution:g}"
+            runs = runs.sort_values("seed")
             each = f" ({', '.join(f'{dice:.3f}' for dice in runs['dice'])})" if len(runs) > 1 else ""
             parts.append(f"| `{variant}` | {text} | {r} | {runs['dice'].mean():.3f}{each} | {shown} | {len(runs)} |")
         parts.append("")

@@ -105,10 +105,6 @@ def _widths(*widths: int) -> Change:
     return lambda config: replace(config, generator=LightConfig(widths))
 
 
-def _both(first: Change, second: Change) -> Change:
-    return lambda config: second(first(config))
-
-
 def _gain(trainer: Any) -> nn.Parameter:
     return trainer.sam_network.mask_head.seg_layers["gains"][0]
 
@@ -332,7 +328,6 @@ VARIANTS = {
     "nnunet_adamw_rate_05": Variant("nnU-Net with AdamW at 5e-4", trainer=NNUNET, prepare=_rate(5e-4, 20)),
     "nnunet_adamw_rate_2": Variant("nnU-Net with AdamW at 2e-3", trainer=NNUNET, prepare=_rate(2e-3, 20)),
     "nnunet_adamw_unmirrored": Variant("nnU-Net with AdamW, no mirroring", trainer=NNUNET, settings=UNMIRRORED),
-    "nnunet_sgd": Variant("nnU-Net, same patch and batch", trainer="nnUNetTrainer_budget"),
     "paper": Variant("8 free queries, matched by slice", lambda config: replace(config, **PAPER)),
     "anchors_without_maps": Variant("free queries, each given one class", _free, prepare=_match_by_class, free=True),
     "maps_without_anchors": Variant(
@@ -387,12 +382,6 @@ VARIANTS = {
         unet=True,
         random=True,
         prepare=_rate(1e-3, 20),
-    ),
-    "unet_without_gain": Variant(
-        "nnU-Net's U-Net with SAM's features, SAM's masks never added", _forward_only, unet=True, prepare=_no_gain
-    ),
-    "unet_without_masks": Variant(
-        "nnU-Net's U-Net with SAM's features, no mask losses", _both(_forward_only, _loss(**MASKS)), unet=True
     ),
 }
 

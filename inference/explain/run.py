@@ -78,8 +78,8 @@ def explain(
     wanted = read_slices(slices)
     torch_device = usable_device(device or "auto")
     (model,) = trained_models(dataset, [method], parse_folds(folds), checkpoint)
+    model.check()  # before the config, which plans that nothing was trained with may lack
     config, classes = _config(model), Classes.from_dataset_json(model.dataset_json)
-    model.check()
     dataset, fold_names = model.folder.parent.name, [str(fold) for fold in model.folds]
     found = find_case(dataset, model.dataset_json, case, images, label)
     seen = None if images else seen_in_training(dataset, found.case.name, fold_names)
@@ -87,6 +87,7 @@ def explain(
     out = Path(f"explain_{found.case.name}") if out is None else out
     with fresh_folder(out) as folder:
         predictor = load_predictor(model, torch_device, mirroring)
+        predictor.allow_tqdm = True
         num_queries = config.queries(predictor.label_manager.num_segmentation_heads)
         prepared = prepare_case(predictor, found, classes, stage_before)
         if beyond := [index for index in wanted or () if index not in prepared.kept]:

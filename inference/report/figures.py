@@ -205,5 +205,5 @@ def choose_slices(images: CaseImages, classes: Classes) -> list[tuple[int, str]]
     wrong[largest] = 0
     chosen = [(largest, "most labelled voxels")]
     if wrong.any():
-        chosen.append((int(np.argmax(wrong)), f"most errors of {images.judged}"))
+        chosen.append((int(np.argmax(wrong)), "most errors"))
     return chosen

@@ -108,12 +108,6 @@ def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
     from masksam_nnunet.plans.raw_data import find_dataset
 
     name = find_dataset(asked.dataset_name_or_id, ("nnUNet_preprocessed", "nnUNet_results"), "dataset")
-    require_devices([asked.device])
-    if asked.num_gpus > 1:
-        there = torch.cuda.device_count() if asked.device == "cuda" else 1
-        if asked.num_gpus > there:
-            raise UsageError(f"-num_gpus {asked.num_gpus}: -device {asked.device} is {there} here; lower it")
-        require_devices([*map(str, range(asked.num_gpus))])
     if asked.pretrained_weights is not None and not Path(asked.pretrained_weights).is_file():
         raise TrainingError(f"-pretrained_weights {asked.pretrained_weights}: there is no such file")
 
@@ -135,6 +129,12 @@ def require_trainable(asked: argparse.Namespace) -> tuple[str, bool]:
         )
     if asked.fold != "all":
         _require_fold(asked.fold, folder / SPLITS_FILE, cases)
+    require_devices([asked.device])
+    if asked.num_gpus > 1:
+        there = torch.cuda.device_count() if asked.device == "cuda" else 1
+        if asked.num_gpus > there:
+            raise UsageError(f"-num_gpus {asked.num_gpus}: -device {asked.device} is {there} here; lower it")
+        require_devices([*map(str, range(asked.num_gpus))])
     return name, len(find_candidate_datasets(number)) > 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +290,12 @@ def test_errors_name_the_option_and_leave_nothing(tmp_path: Path) -> None:
     torn = tmp_path / "torn.nii.gz"
     torn.write_bytes(write(tmp_path / "whole.nii.gz", image).read_bytes()[:500])
     stock = model.with_name("nnUNetTrainer__nnUNetPlans__3d_fullres")
-    stock.mkdir()
+    shutil.copytree(model, stock)
     (stock / "plans.json").write_text(json.dumps(plain_plans(PATCH)))
-    (stock / "dataset.json").write_text(json.dumps(dataset_json()))
+    begun = model.with_name("MaskSAMTrainer__nnUNetPlans__3d_fullres")
+    begun.mkdir()
+    for name in ("plans.json", "dataset.json"):
+        shutil.copy(stock / name, begun)
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").touch()
@@ -300,6 +304,7 @@ def test_errors_name_the_option_and_leave_nothing(tmp_path: Path) -> None:
         ("case_2", "'case_2'.*case_1"),
         ("", "CASE"),
         ("case_1 -tr nnUNetTrainer", f"PlainConvUNet.*-tr.*{model.name}"),
+        ("case_1 -tr MaskSAMTrainer", "checkpoint_final.pth of fold 0"),
         ("case_1 -f 0 3", "-f .*3"),
         ("case_1 -chk checkpoint_best.pth", "checkpoint_best.pth"),
         ("case_1 --slices 4 40", "--slices 40: "),

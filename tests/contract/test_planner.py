@@ -30,7 +30,7 @@ from masksam_nnunet.config import ConfigError
 from masksam_nnunet.environment import EXT_TRAINER
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.modeling import MaskSAM
-from masksam_nnunet.plans import sizing, speed
+from masksam_nnunet.plans import sizing
 from masksam_nnunet.plans.architecture import read_config, unet_config
 from masksam_nnunet.plans.planner import MaskSAMPlanner
 from masksam_nnunet.plans.planning import plan_dataset
@@ -246,10 +246,12 @@ def test_the_report_says_what_comes_next(preprocessed: Path, tmp_path: Path, mon
     for patient in patients:
         (preprocessed / "nnUNetPlans_3d_fullres" / f"{patient}.b2nd").touch()
     console = Console(record=True, width=200, file=io.StringIO())
-    monkeypatch.setattr(speed, "measure", lambda device, seconds: 0.05)
     plan("43", ["3d_fullres"], console=console, gpu="cpu")
     text = console.export_text()
     assert "No preprocessing is needed" in text and "MaskSAMTrainer_tiny -device cpu" in text and "--gpu" not in text
+    console = Console(record=True, width=200, file=io.StringIO())
+    plan("43", ["3d_fullres"], console=console, gpu="cpu", hours=0.001)
+    assert "warning: 3d_fullres: a fold takes about" in console.export_text()
 
 
 def test_plans_that_are_not_masksams_are_never_overwritten(preprocessed: Path) -> None:

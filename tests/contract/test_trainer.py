@@ -141,9 +141,12 @@ def test_the_log_says_how_long_a_training_takes(monkeypatch: pytest.MonkeyPatch)
         made.iteration += 1
         made._tell_hours()
     assert len(lines) == 2 and "the 248945 left" in lines[1]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20, total=2**34))
+    made.on_loop_start()
+    assert len(lines) == 4 and lines[3].startswith("WARNING") and "0.000977 GiB" in lines[3]
     made.tells_hours = False
     made.on_loop_start()
-    assert len(lines) == 2
+    assert len(lines) == 4
 
 
 def test_the_config_is_derived_saved_in_the_plans_and_read_back() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from masksam_nnunet.benchmarks.checks import check_fairness, check_splits, refuse_unfair
+from masksam_nnunet.benchmarks.checks import check_fairness, check_splits, few_iterations, refuse_unfair
 from masksam_nnunet.benchmarks.combine import kept_components
 from masksam_nnunet.benchmarks.definition import Benchmark
 from masksam_nnunet.benchmarks.evaluate import require_sound
@@ -94,17 +94,19 @@ class Results:
             configuration["architecture"] = {"network_class_name": NETWORK_CLASS, "arch_kwargs": {"config": config}}
         return {"plans_name": method.plans, "dataset_name": DATASET, "configurations": {"3d_fullres": configuration}}
 
-    def check(self, *methods: ModelName) -> tuple[Finding, ...]:
+    def compute(self, *methods: ModelName) -> dict[str, list[FoldCompute]]:
         none: dict[str, Any] = dict.fromkeys(field.name for field in fields(FoldCompute))
         none["iterations"] = self.iterations
-        compute = {
+        return {
             name: [
                 FoldCompute(**none | {"fold": fold, "seconds": self.seconds.get(f"{name} {fold}", 600.0)})
                 for fold in (0, 1)
             ]
             for name in row_names(methods).values()
         }
-        return check_fairness(methods, compute, self.results, self.preprocessed)
+
+    def check(self, *methods: ModelName) -> tuple[Finding, ...]:
+        return check_fairness(methods, self.compute(*methods), self.results, self.preprocessed)
 
 
 @pytest.fixture
@@ -192,6 +194,13 @@ def test_time_budgets_must_be_the_same(results: Results) -> None:
     results.iterations = 80
     findings = results.check(*BUDGETS)
     assert not severe(findings) and stated(findings, "80 iterations", "Mine_budget, fold 1: 700 s")
+
+
+def test_few_iterations_are_stated(results: Results) -> None:
+    for iterations, count in ((None, 0), (80, 0), (22, 1)):
+        results.iterations = iterations
+        findings = few_iterations(results.compute(*BUDGETS))
+        assert len(findings) == count and all("Mine_budget: 22" in one.text for one in findings)
 
 
 # ---- data and weights ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def made_up_case() -> CaseImages:
 
 def test_slices_show_the_structures_and_the_errors() -> None:
     images = made_up_case()
-    assert choose_slices(images, CLASSES) == [(2, "most labelled voxels"), (4, "most errors of MaskSAM")]
+    assert choose_slices(images, CLASSES) == [(2, "most labelled voxels"), (4, "most errors")]
     perfect = CaseImages(images.image, images.spacing, images.truth, {"MaskSAM": images.truth}, "MaskSAM")
     assert [index for index, _ in choose_slices(perfect, CLASSES)] == [2]
 

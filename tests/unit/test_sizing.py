@@ -10,9 +10,10 @@ import torch
 from plain_plans import simple_cost
 
 from masksam_nnunet import gpu
+from masksam_nnunet.config import MaskSAMConfig
 from masksam_nnunet.errors import DataError
 from masksam_nnunet.plans import sizing, speed
-from masksam_nnunet.plans.architecture import USABLE
+from masksam_nnunet.plans.architecture import USABLE, config_for
 from masksam_nnunet.plans.sizing import LARGEST_FIRST, Limits, Requirements, Sizes, choose_sizes
 from masksam_nnunet.plans.speed import Device, expected_device, find_device, measure
 
@@ -151,9 +152,9 @@ class TestSearch:
 
 
 def test_a_device_is_named_measured_or_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure(torch.device("cpu"), 0.1) > 0
-    monkeypatch.setattr(speed, "measure", lambda device, seconds: 0.5)
-    assert (find_device("CPU").tflops, find_device("cpu").precision) == (0.5, "float32")
+    assert measure(torch.device("cpu"), config_for("lite_medsam", (2, 64, 64), regions=False), 0.1) > 0
+    assert find_device("CPU") == find_device("cpu") == expected_device(torch.device("cpu"))
+    assert find_device("cpu").precision == "float32" and find_device("cpu").memory_gb > 0
     assert find_device("A100").memory_gb == 80 and find_device("a100").precision == "bfloat16"
     with pytest.raises(DataError, match="gtx1080"):
         find_device("gtx1080")
@@ -166,7 +167,7 @@ def test_a_device_is_named_measured_or_told_by_its_name(monkeypatch: pytest.Monk
 
 
 def test_a_busy_gpu_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def busy(device: torch.device, seconds: float) -> float:
+    def busy(device: torch.device, config: MaskSAMConfig, seconds: float) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(speed, "automatic_device", lambda: "cuda")

@@ -177,6 +177,8 @@ def test_weights_of_another_network_are_refused_in_words(monkeypatch: pytest.Mon
 def test_requests_that_are_refused(words: str, named: list[str]) -> None:
     message = refused(words)
     assert all(name in message for name in named), message
+    if "-num_gpus" not in words:
+        assert named[0] in refused(words, "-device cuda"), "a missing GPU hides it"
 
 
 STATES: dict[str, tuple[Callable[[Path], object], str]] = {
