@@ -164,8 +164,8 @@ def few_iterations(compute: Mapping[str, Sequence[FoldCompute]]) -> list[Finding
     """What to say of trainings, by name, with a fold of less than :data:`FEW_ITERATIONS`."""
     counts = {name: [one.iterations for one in folds if one.iterations] for name, folds in compute.items()}
     few = [f"{name}: {min(found)}" for name, found in counts.items() if found and min(found) < FEW_ITERATIONS]
-    text = "So few iterations say little of a method: learning rates rise for the first 20 or 30, which count too"
-    return [Finding(False, f"{text} ({'; '.join(few)}).")] if few else []
+    text = f"Fewer than {FEW_ITERATIONS} iterations say little of a method, whose learning rate may still rise"
+    return [Finding(False, f"{text}: {'; '.join(few)}.")] if few else []
 
 
 def _check_inputs(trained: Mapping[str, Path], preprocessed: Path) -> list[Finding]:

@@ -210,8 +210,8 @@ def draw_cases(results: BenchmarkResults) -> list[Picture]:
             pictures.append(Picture(case, f"{caption}. It could not be drawn: {in_short(error)}", b""))
             continue
         caption += (
-            f". The slices are those with most labelled voxels and with most errors of {name}. All columns share one "
-            "grey window; cropped to what truth or any prediction labels."
+            f". Shown are the slice with most labelled voxels and, of the others, the one with most errors of {name}, "
+            "if there are any. All columns share one grey window; cropped to what truth or any prediction labels."
         )
         pictures.append(Picture(case, caption, picture))
     return pictures

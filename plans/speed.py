@@ -115,7 +115,8 @@ def expected_device(device: torch.device) -> Device | None:
 
 
 def _cpu() -> Device:
-    threads = torch.get_num_threads()
+    # A training takes all logical cores, which do no more than the physical ones.
+    threads = min(torch.get_num_threads(), psutil.cpu_count(logical=False) or torch.get_num_threads())
     return Device(CPU, psutil.virtual_memory().total / 2**30, CPU_CORE * threads, f"{threads} threads")
 
 

@@ -274,11 +274,11 @@ class MaskSAMTrainer(ResumableTrainer):
                 f"take about {_duration(hours)}. This is corrected after {TIMED} iterations."
             )
         self.print_to_log_file(text)
-        free = psutil.virtual_memory().available / 2**30
+        free = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 2**30  # weights are here
         if self.device.type == "cpu" and cost.peak_gib > free:  # on a GPU PyTorch says so itself
             self.print_to_log_file(
-                f"WARNING: {cost.peak_gib:.3g} GiB are more than the {free:.3g} GiB of memory that are free: the "
-                "system may kill this training. masksam plan --gpu cpu plans for this machine."
+                f"WARNING: {cost.peak_gib:.3g} GiB are more than the {free:.3g} GiB of memory that this process can "
+                f"have: the system may kill it. masksam plan --gpu cpu --gpu-memory {free:.2g} plans for that."
             )
 
     @property

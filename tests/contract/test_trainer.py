@@ -142,11 +142,15 @@ def test_the_log_says_how_long_a_training_takes(monkeypatch: pytest.MonkeyPatch)
         made._tell_hours()
     assert len(lines) == 2 and "the 248945 left" in lines[1]
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20, total=2**34))
-    made.on_loop_start()
-    assert len(lines) == 4 and lines[3].startswith("WARNING") and "0.000977 GiB" in lines[3]
+    for held, count in ((2**34, 3), (2**20, 5)):  # bytes of this process
+        taken = SimpleNamespace(memory_info=lambda held=held: SimpleNamespace(rss=held))
+        monkeypatch.setattr("psutil.Process", lambda taken=taken: taken)
+        made.on_loop_start()
+        assert len(lines) == count
+    assert lines[4].startswith("WARNING") and "0.00195 GiB" in lines[4]
     made.tells_hours = False
     made.on_loop_start()
-    assert len(lines) == 4
+    assert len(lines) == 5
 
 
 def test_the_config_is_derived_saved_in_the_plans_and_read_back() -> None:
@@ -240,6 +244,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "120 labels": ({}, dataset_json(121)),
     "the paper's form": ({"form": PAPER}, dataset_json()),
     "maps without a loss": ({"form": {"loss": LossConfig(generator=0.0)}}, dataset_json()),
+    "no loss on the output": ({"form": {"loss": LossConfig(semantic=0.0)}}, dataset_json()),
     "a U-Net": ({"form": {"generator": UNET}}, dataset_json()),
     "a U-Net, maps without a loss": ({"form": {"generator": UNET, "loss": LossConfig(generator=0.0)}}, dataset_json()),
     "a U-Net, 2d, four channels": ({"patch": (32, 48), "channels": 4, "form": FLAT}, dataset_json(channels=4)),
@@ -260,13 +265,15 @@ def test_a_step_of_training_and_validation(case: str) -> None:
     seen: dict[str, float] = {}
     made.logger.loggers.append(SimpleNamespace(log=lambda key, value, step: seen.update({key: value})))
     made.on_train_epoch_end([first, second])
-    assert {"train_losses/mask_dice", "train_losses/semantic", "train_losses/class"} <= set(seen)
-    dense = made.config.anchored
+    assert {"train_losses/mask_dice", "train_losses/class"} <= set(seen)
+    dense, judged = made.config.anchored, made.config.loss.semantic > 0
+    assert ("train_losses/semantic" in seen) == judged
     assert ("train_losses/generator" in seen) == (dense and made.config.loss.generator > 0)
-    assert ("sam_decoder/gain" in seen) == ("sam_decoder/dice_change" in seen) == dense
+    assert ("sam_decoder/gain" in seen) == dense and ("sam_decoder/dice_change" in seen) == (dense and judged)
     log = Path(made.log_file).read_text()
     assert "loss terms" in log
-    assert bool(re.search(r"SAM's decoder: gain 0\.0\d+ \(largest .*\); .* Dice .* by [+-]0\.\d+", log)) == dense
+    assert bool(re.search(r"SAM's decoder: gain 0\.0\d+ \(largest 0\.\d+\)", log)) == dense
+    assert bool(re.search(r"SAM's decoder: .*; .* Dice .* by [+-]0\.\d+", log)) == (dense and judged)
     made.logger.loggers = []
     made.on_validation_epoch_start()
     with torch.no_grad():

@@ -197,10 +197,10 @@ def test_time_budgets_must_be_the_same(results: Results) -> None:
 
 
 def test_few_iterations_are_stated(results: Results) -> None:
-    for iterations, count in ((None, 0), (80, 0), (22, 1)):
+    for iterations, count in ((None, 0), (60, 0), (59, 1)):
         results.iterations = iterations
         findings = few_iterations(results.compute(*BUDGETS))
-        assert len(findings) == count and all("Mine_budget: 22" in one.text for one in findings)
+        assert len(findings) == count and all("Mine_budget: 59" in one.text for one in findings)
 
 
 # ---- data and weights ------------------------------------------------------------------------------------------------

@@ -154,7 +154,9 @@ class TestSearch:
 def test_a_device_is_named_measured_or_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure(torch.device("cpu"), config_for("lite_medsam", (2, 64, 64), regions=False), 0.1) > 0
     assert find_device("CPU") == find_device("cpu") == expected_device(torch.device("cpu"))
-    assert find_device("cpu").precision == "float32" and find_device("cpu").memory_gb > 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 4)
+    assert find_device("cpu").precision == "float32" and find_device("cpu").tflops == pytest.approx(4 * speed.CPU_CORE)
     assert find_device("A100").memory_gb == 80 and find_device("a100").precision == "bfloat16"
     with pytest.raises(DataError, match="gtx1080"):
         find_device("gtx1080")
