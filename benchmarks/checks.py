@@ -162,8 +162,8 @@ def _check_times(budgets: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
 
 def few_iterations(compute: Mapping[str, Sequence[FoldCompute]]) -> list[Finding]:
     """What to say of trainings, by name, with a fold of less than :data:`FEW_ITERATIONS`."""
-    counts = {name: [one.iterations for one in folds if one.iterations] for name, folds in compute.items()}
-    few = [f"{name}: {min(found)}" for name, found in counts.items() if found and min(found) < FEW_ITERATIONS]
+    least = {name: min(one.iterations or FEW_ITERATIONS for one in folds) for name, folds in compute.items()}
+    few = [f"{name}: {count}" for name, count in least.items() if count < FEW_ITERATIONS]
     text = f"Fewer than {FEW_ITERATIONS} iterations say little of a method, whose learning rate may still rise"
     return [Finding(False, f"{text}: {'; '.join(few)}.")] if few else []
 

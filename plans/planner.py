@@ -74,8 +74,8 @@ class MaskSAMPlanner(ExperimentPlanner):
         self.file = self.folder / f"{plans_name}.json"
         self.planned: list[str] = []
         """The configurations of the last call, in nnU-Net's order."""
-        self.hours: dict[str, float] = {}
-        """Expected of a fold's training, for each of them that has a network of its own."""
+        self.expected_hours: dict[str, float] = {}
+        """Of a fold's training, for each of them that has a network of its own."""
         self.labels = raw.label_manager
         self.channels = len(self.dataset_json["channel_names"])
 
@@ -120,7 +120,7 @@ class MaskSAMPlanner(ExperimentPlanner):
             configurations[name]["batch_size"] = sizes.batch_size
             write_config(plans, name, sizes.config)
             epochs = preset.epochs if preset else self.limits.device.epochs(sizes.cost.tflop, self.limits.hours)
-            self.hours[name] = self.limits.device.hours(sizes.cost.tflop, epochs)
+            self.expected_hours[name] = self.limits.device.hours(sizes.cost.tflop, epochs)
             decisions[name] = {
                 "version": __version__,
                 "gpu_memory_gb": self.limits.memory_gb,

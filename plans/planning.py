@@ -103,7 +103,7 @@ def plan_dataset(
 
 
 def _too_long(planner: MaskSAMPlanner) -> list[str]:
-    """Warnings of trainings that take more than the hours asked for, with the least number of epochs."""
+    """Warnings of trainings that take more than the hours asked for."""
     limits, remedy = planner.limits, "give more --hours, or a faster --gpu"
     if planner.preset is not None:
         remedy = f"--preset {planner.preset.name} keeps its epochs"
@@ -111,7 +111,7 @@ def _too_long(planner: MaskSAMPlanner) -> list[str]:
         remedy = 'docs/own_dataset.md, "Without a GPU", plans small patches for a training as long as you like'
     return [
         f"{name}: a fold takes about {hours:.3g} hours, more than --hours {limits.hours:g}; {remedy}"
-        for name, hours in planner.hours.items()
+        for name, hours in planner.expected_hours.items()
         if hours > limits.hours
     ]
 

@@ -278,7 +278,7 @@ class MaskSAMTrainer(ResumableTrainer):
         if self.device.type == "cpu" and cost.peak_gib > free:  # on a GPU PyTorch says so itself
             self.print_to_log_file(
                 f"WARNING: {cost.peak_gib:.3g} GiB are more than the {free:.3g} GiB of memory that this process can "
-                f"have: the system may kill it. masksam plan --gpu cpu --gpu-memory {free:.2g} plans for that."
+                f"have: the system may kill it. masksam plan --gpu cpu --gpu-memory {free:.1f} plans for that."
             )
 
     @property

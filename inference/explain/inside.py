@@ -62,7 +62,7 @@ def load_predictor(model: TrainedModel, device: torch.device, mirroring: bool = 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         predictor = MaskSAMPredictor(
-            device=device, use_mirroring=mirroring, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
+            device=device, use_mirroring=mirroring, perform_everything_on_device=device.type == "cuda"
         )
         model.load(predictor)
     return predictor

@@ -87,7 +87,6 @@ def explain(
     out = Path(f"explain_{found.case.name}") if out is None else out
     with fresh_folder(out) as folder:
         predictor = load_predictor(model, torch_device, mirroring)
-        predictor.allow_tqdm = True
         num_queries = config.queries(predictor.label_manager.num_segmentation_heads)
         prepared = prepare_case(predictor, found, classes, stage_before)
         if beyond := [index for index in wanted or () if index not in prepared.kept]:
